@@ -1,0 +1,40 @@
+# make demo    install, then preprocess, train and generate on the ready-made data in demo/ (CPU, about three minutes)
+# make test    install what the tests need, and run them
+# make check   lint and type-check
+# make clean   remove the environment and what the demo made
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+RUN := demo_run
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/installed
+	$(PY) preprocess_latents.py --config configs/demo.yaml --output_folder $(RUN)/latents_cache
+	$(PY) train_latent_cfg.py --config configs/demo.yaml --latents_cache_folder $(RUN)/latents_cache --results_folder $(RUN)/results
+	$(PY) generate.py --config configs/demo.yaml --checkpoint $(RUN)/results --output_folder $(RUN)/synthetic
+
+test: $(VENV)/installed-dev
+	$(PY) -m pytest
+
+check: $(VENV)/installed-dev
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m pyright
+
+format: $(VENV)/installed-dev
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+$(VENV)/installed: requirements.txt constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements.txt -c constraints.txt
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(PY) -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(RUN)

@@ -1,0 +1,568 @@
+"""Every setting once: type, default, limits and help; read from flags and YAML files.
+
+One frozen dataclass per script. A value is looked up in this order, and `Resolved.sources` remembers where it
+was found: flag > --config file > the run being resumed > manifest of the cache > default. Flags and files go
+through the same text parser, so `1e-4` means the same in both. Nothing here imports torch: `--help` is instant.
+"""
+
+import argparse
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+
+class UserError(Exception):
+    """A mistake that its user can mend; a script prints it as one line on stderr and exits with 2."""
+
+
+# --- what a setting is -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The facts about one setting besides its name and default."""
+
+    kind: type  # int, float, bool or str
+    help: str
+    group: str
+    words: tuple[str, ...] = ()  # texts accepted besides the kind, such as "all"; "none" becomes None
+    choices: tuple[str, ...] = ()
+    low: float | None = None  # smallest value allowed
+    high: float | None = None  # largest value allowed
+    many: bool = False  # a list, as separate words on the command line
+    needed: bool = True  # a list must not be empty
+    path: bool = False  # a file or folder name
+    free: bool = False  # may change when a run is resumed
+    about_cache: bool = False  # the manifest of the cache supplies a default
+
+
+def _setting(default: Any, kind: type, group: str, help: str, **facts: Any) -> Any:
+    return field(default=default, metadata={"spec": Spec(kind=kind, help=help, group=group, **facts)})
+
+
+DATA, CACHE, NETWORK, DIFFUSION, TRAINING, SAVING, SAMPLING, MACHINE = (
+    "images",
+    "cache and VAE",
+    "network",
+    "diffusion",
+    "training",
+    "saving and logging",
+    "sampling",
+    "machine",
+)
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """Settings that every script has."""
+
+    seed: int = _setting(42, int, DATA, "seed of the split and of every random draw", low=0, about_cache=True)
+    device: str = _setting("auto", str, MACHINE, "auto, cpu, cuda or cuda:N", free=True)
+
+
+@dataclass(frozen=True)
+class ImageSettings(MachineSettings):
+    """Settings of the scripts that read images: what is encoded, and by which VAE."""
+
+    vae_path: str = _setting(
+        "/kaggle/input/kl-vae-best-pt/kl_vae_best.pt",
+        str,
+        CACHE,
+        "KL-VAE: a .pt, .pth or .safetensors file, a diffusers folder, or a hub id",
+        path=True,
+        free=True,
+        about_cache=True,
+    )
+    data_path: str = _setting(
+        "/kaggle/input/organized-gait-dataset/Normal_line",
+        str,
+        DATA,
+        "folder with one sub-folder of images per class",
+        path=True,
+        free=True,
+        about_cache=True,
+    )
+    image_size: int = _setting(
+        256, int, DATA, "side of the square images, in pixels", low=8, high=4096, about_cache=True
+    )
+    num_users: int | str = _setting(
+        "all", int, DATA, "number of classes, in natural order", low=1, words=("all",), about_cache=True
+    )
+    images_per_user: int | str = _setting(
+        50, int, DATA, "training images per class", low=1, words=("all",), about_cache=True
+    )
+    split: str = _setting(
+        "random",
+        str,
+        DATA,
+        "how training images are chosen in a class; contiguous suits overlapping windows of one recording",
+        choices=("random", "contiguous"),
+        about_cache=True,
+    )
+    split_gap: int = _setting(
+        4,
+        int,
+        DATA,
+        "images left out between training and test of a contiguous split",
+        low=0,
+        about_cache=True,
+    )
+    skip_bad_images: bool = _setting(
+        False, bool, DATA, "go on without images that cannot be read, and record them", about_cache=True
+    )
+    encode_batch_size: int = _setting(
+        16,
+        int,
+        CACHE,
+        "images per encoder call; every call has this shape",
+        low=1,
+        high=1024,
+        free=True,
+        about_cache=True,
+    )
+    encode_precision: str = _setting(
+        "float32",
+        str,
+        CACHE,
+        "number format of the encoder; what is stored is float16 moments in any case",
+        choices=("float32", "float16", "bfloat16"),
+        free=True,
+        about_cache=True,
+    )
+
+
+@dataclass(frozen=True)
+class PreprocessSettings(ImageSettings):
+    """Settings of preprocess_latents.py."""
+
+    output_folder: str = _setting("./latents_cache", str, CACHE, "the cache folder", path=True)
+    splits: tuple[str, ...] = _setting(
+        ("train",),
+        str,
+        DATA,
+        "which images to encode: train, or train test",
+        choices=("train", "test"),
+        many=True,
+    )
+    verify: bool = _setting(
+        False, bool, CACHE, "check a cache instead of filling it: every seal, and a few images decoded"
+    )
+
+
+@dataclass(frozen=True)
+class SamplingSettings(MachineSettings):
+    """Settings of the scripts that sample images."""
+
+    cond_scale: float = _setting(
+        2.0,
+        float,
+        SAMPLING,
+        "guidance scale s in uncond + s * (cond - uncond); 1 is off",
+        low=0.0,
+        high=100.0,
+        free=True,
+    )
+    sampler: str = _setting(
+        "dpm++",
+        str,
+        SAMPLING,
+        "solver: dpm++ is DPM-Solver++(2M)",
+        choices=("dpm++", "ddim", "ddpm"),
+        free=True,
+    )
+    sampling_timesteps: int | str = _setting(
+        "auto",
+        int,
+        SAMPLING,
+        "solver steps; auto is 20 for dpm++, 250 for ddim, every step for ddpm",
+        low=1,
+        words=("auto",),
+        free=True,
+    )
+    precision: str = _setting(
+        "auto",
+        str,
+        MACHINE,
+        "number format of the network: auto is bfloat16 or float16 on a GPU, whichever is native, float32 on a CPU",
+        choices=("auto", "float32", "float16", "bfloat16"),
+    )
+
+
+@dataclass(frozen=True)
+class TrainSettings(SamplingSettings, ImageSettings):
+    """Settings of train_latent_cfg.py."""
+
+    latents_cache_folder: str = _setting("./latents_cache", str, CACHE, "the cache folder", path=True, free=True)
+    results_folder: str = _setting(
+        "./results", str, SAVING, "where checkpoints, grids and logs go", path=True, free=True
+    )
+    resume_from: str | None = _setting(
+        None,
+        str,
+        SAVING,
+        "run folder or checkpoint file to go on from, when results_folder is empty; may be read-only",
+        words=("none",),
+        path=True,
+        free=True,
+    )
+    latent_norm: str = _setting(
+        "moments",
+        str,
+        DIFFUSION,
+        "moments: per-channel shift and scale measured on training images; scale_factor: the VAE's own constant",
+        choices=("moments", "scale_factor"),
+    )
+    latent_norm_images: int = _setting(
+        64, int, DIFFUSION, "training images that the measured normalisation looks at", low=1
+    )
+    dim: int = _setting(48, int, NETWORK, "width of the U-Net's first level, in channels", low=4)
+    dim_mults: tuple[int, ...] = _setting(
+        (1, 2, 4), int, NETWORK, "width of each level, as multiples of dim", low=1, many=True
+    )
+    attn_dim_head: int = _setting(32, int, NETWORK, "channels per attention head", low=1)
+    attn_heads: int = _setting(4, int, NETWORK, "attention heads", low=1)
+    cond_drop_prob: float = _setting(
+        0.5,
+        float,
+        DIFFUSION,
+        "probability that a training latent loses its class, for guidance",
+        low=0.0,
+        high=1.0,
+    )
+    timesteps: int = _setting(1000, int, DIFFUSION, "diffusion timesteps", low=2)
+    objective: str = _setting(
+        "pred_v", str, DIFFUSION, "what the network predicts", choices=("pred_v", "pred_noise", "pred_x0")
+    )
+    beta_schedule: str = _setting("cosine", str, DIFFUSION, "noise schedule", choices=("cosine", "linear"))
+    min_snr_loss_weight: bool = _setting(True, bool, DIFFUSION, "weigh the loss by min-SNR")
+    min_snr_gamma: float = _setting(5.0, float, DIFFUSION, "gamma of min-SNR", low=0.0)
+    train_batch_size: int = _setting(8, int, TRAINING, "latents per forward pass", low=1)
+    gradient_accumulate_every: int = _setting(
+        2, int, TRAINING, "forward passes per step; a step sees train_batch_size times this", low=1
+    )
+    train_lr: float = _setting(1e-4, float, TRAINING, "learning rate of Adam", low=0.0)
+    train_num_steps: int = _setting(150_000, int, TRAINING, "steps in all", low=1, free=True)
+    max_grad_norm: float = _setting(1.0, float, TRAINING, "gradients are clipped to this norm", low=0.0)
+    ema_decay: float = _setting(0.9995, float, TRAINING, "decay of the averaged weights", low=0.0, high=1.0)
+    ema_update_every: int = _setting(10, int, TRAINING, "steps between updates of the average", low=1)
+    max_hours: float | None = _setting(
+        None,
+        float,
+        SAVING,
+        "save and stop before this many hours after the start of the process",
+        low=0.0,
+        words=("none",),
+        free=True,
+    )
+    save_and_sample_every: int = _setting(2000, int, SAVING, "steps between checkpoints and grids", low=1, free=True)
+    num_samples: int = _setting(4, int, SAVING, "columns of the sample grid; 0 makes no grid", low=0, free=True)
+    log_every: int = _setting(100, int, SAVING, "steps between lines of metrics.jsonl", low=1, free=True)
+    deterministic: bool = _setting(False, bool, MACHINE, "bit-exact resume on a GPU, at some cost in speed", free=True)
+
+
+@dataclass(frozen=True)
+class GenerateSettings(SamplingSettings):
+    """Settings of generate.py."""
+
+    checkpoint: str = _setting("./results", str, SAMPLING, "run folder, or one checkpoint file in it", path=True)
+    classes: tuple[str, ...] = _setting(("all",), str, SAMPLING, "class names, or all", many=True)
+    images_per_class: int = _setting(50, int, SAMPLING, "images per class", low=1)
+    vae_path: str | None = _setting(
+        None, str, CACHE, "the VAE that decodes; none takes the run's own", words=("none",), path=True
+    )
+    output_folder: str = _setting("./synthetic", str, SAMPLING, "where the images go", path=True)
+    image_format: str = _setting(
+        "auto", str, SAMPLING, "auto is the format of the training images", choices=("auto", "jpg", "png")
+    )
+    strip: tuple[float, ...] = _setting(
+        (),
+        float,
+        SAMPLING,
+        "make only a picture of classes x these guidance scales",
+        low=0.0,
+        many=True,
+        needed=False,
+    )
+
+
+SCRIPTS: dict[str, type[MachineSettings]] = {
+    "preprocess_latents.py": PreprocessSettings,
+    "train_latent_cfg.py": TrainSettings,
+    "generate.py": GenerateSettings,
+}
+
+
+def specs(cls: type) -> dict[str, Spec]:
+    """Returns the facts about each setting of one script, in order."""
+    return {f.name: f.metadata["spec"] for f in fields(cls)}
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Returns the default of each setting of one script."""
+    return {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+
+
+# --- text to value and back --------------------------------------------------------------------------------
+
+_SWITCH = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
+_KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def parse(name: str, texts: Sequence[str], spec: Spec, where: str) -> Any:
+    """Turns the words given for one setting into its value; raises UserError naming the setting and `where`."""
+    if spec.many:
+        if not texts and spec.needed:
+            raise UserError(f"{name} in {where} needs at least one value")
+        return tuple(_parse_word(name, text, spec, where) for text in texts)
+    if len(texts) != 1:
+        raise UserError(f"{name} takes one value, not {len(texts)} ({' '.join(texts)}), in {where}")
+    return _parse_word(name, texts[0], spec, where)
+
+
+def _parse_word(name: str, text: str, spec: Spec, where: str) -> Any:
+    word = text.strip()
+    if "none" in spec.words and word.lower() in ("none", "null", "~", ""):
+        return None
+    if word in spec.words:
+        return word
+    value = _convert(word, spec.kind)
+    if value is None or (spec.kind is str and not word):
+        wanted = " or ".join([_KIND_NAMES[spec.kind], *spec.words])
+        raise UserError(f"{name} is {text!r} in {where}; it takes {wanted}")
+    if spec.choices and value not in spec.choices:
+        raise UserError(f"{name} is {text!r} in {where}; it is one of {', '.join(spec.choices)}")
+    if spec.low is not None and value < spec.low:
+        raise UserError(f"{name} is {text} in {where}; the smallest allowed is {spec.low:g}")
+    if spec.high is not None and value > spec.high:
+        raise UserError(f"{name} is {text} in {where}; the largest allowed is {spec.high:g}")
+    return str(Path(value).expanduser()) if spec.path and value.startswith("~") else value
+
+
+def _convert(word: str, kind: type) -> Any:
+    if kind is bool:
+        return _SWITCH.get(word.lower())
+    try:
+        value = kind(word.replace("_", "").replace(",", "")) if kind is int else kind(word)
+    except ValueError:
+        return None
+    return None if kind is float and not math.isfinite(value) else value
+
+
+def to_words(value: Any) -> list[str]:
+    """Turns a value back into the words that `parse` reads; the inverse of `parse`."""
+    if isinstance(value, list | tuple):
+        return [word for item in value for word in to_words(item)]
+    if isinstance(value, bool):
+        return [str(value).lower()]
+    return ["none" if value is None else str(value)]
+
+
+def show(value: Any) -> str:
+    """Shows a value as it would be typed."""
+    return " ".join(to_words(value)) or "(nothing)"
+
+
+# --- layers ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values of some settings and the place that they come from."""
+
+    source: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings of one script, and for each the place that its value comes from."""
+
+    settings: Any
+    sources: dict[str, str]
+
+    def changes(self) -> list[str]:
+        """Lists the settings that differ from their defaults, a line each, with their source."""
+        standard = defaults(type(self.settings))
+        return [
+            f"{name} {show(getattr(self.settings, name))} ({source})"
+            for name, source in self.sources.items()
+            if getattr(self.settings, name) != standard[name]
+        ]
+
+
+def resolve(cls: type, layers: Iterable[Layer]) -> Resolved:
+    """Puts layers together, the first one that has a value winning, and the defaults last."""
+    values, sources = {}, {}
+    layers = [*layers, Layer("default", defaults(cls))]
+    for name in specs(cls):
+        layer = next(layer for layer in layers if name in layer.values)
+        values[name], sources[name] = layer.values[name], layer.source
+    return Resolved(cls(**values), sources)
+
+
+def stored_layer(cls: type, source: str, values: Mapping[str, Any], *, only_about_cache: bool = False) -> Layer:
+    """Makes a layer of values stored earlier (settings of a run, manifest), read by the same text parser.
+
+    Names that this version does not know are left out: an older or newer file still gives what it can.
+    """
+    known = {name: spec for name, spec in specs(cls).items() if spec.about_cache or not only_about_cache}
+    return Layer(
+        source,
+        {name: parse(name, to_words(values[name]), spec, source) for name, spec in known.items() if name in values},
+    )
+
+
+def read_command_line(cls: type, argv: Sequence[str] | None, *, description: str | None) -> list[Layer]:
+    """Parses the flags of one script and the file that --config names: the two highest layers.
+
+    Raises:
+        UserError: for an unknown flag or key (the nearest known one is named) or a value of the wrong type.
+    """
+    typed, unknown = _parser(cls, description).parse_known_args(argv)
+    if unknown:
+        raise UserError(_unknown_message(unknown[0].split("=")[0], specs(cls), prefix="--"))
+    words = {name: value if isinstance(value, list) else [value] for name, value in vars(typed).items()}
+    config_file = words.pop("config", [None])[0]
+    values = {name: parse(name, texts, specs(cls)[name], f"--{name}") for name, texts in words.items()}
+    layers = [Layer("flag", values)]
+    return layers if config_file is None else [*layers, read_file(cls, config_file)]
+
+
+def read_file(cls: type, path: str) -> Layer:
+    """Reads the settings of one script from a YAML file.
+
+    One file may serve several scripts: a key of another script is checked and then left alone.
+    """
+    known = {name: spec for other in SCRIPTS.values() for name, spec in specs(other).items()}
+    values = {}
+    for name, texts in _read_pairs(path):
+        if name not in known:
+            raise UserError(f"{_unknown_message(name, known)}, in {path}")
+        value = parse(name, texts, specs(cls).get(name, known[name]), path)
+        if name in specs(cls):
+            values[name] = value
+    return Layer(path, values)
+
+
+def _read_pairs(path: str) -> list[tuple[str, list[str]]]:
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"--config {path} must hold lines of the form 'name: value'")
+    pairs = [(key.value, _node_words(key.value, node, path)) for key, node in root.value]
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{name} stands {names.count(name)} times in {path}")
+    return pairs
+
+
+def _node_words(name: str, node: yaml.Node, path: str) -> list[str]:
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not all(isinstance(item, yaml.ScalarNode) for item in items):
+        raise UserError(f"{name} in {path} (line {node.start_mark.line + 1}) must be a value or a list of values")
+    return [item.value for item in items]
+
+
+def _unknown_message(name: str, known: Iterable[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), list(known), n=1)
+    hint = f"; did you mean {prefix}{near[0]}?" if near else "; --help lists the settings"
+    return f"there is no setting {name}{hint}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the settings")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+def _parser(cls: type, description: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+        usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
+    groups = {}
+    for name, spec in specs(cls).items():
+        group = groups.setdefault(spec.group, None) or parser.add_argument_group(spec.group)
+        groups[spec.group] = group
+        words = {"nargs": "*"} if spec.many else {"nargs": "?", "const": "true"} if spec.kind is bool else {}
+        group.add_argument(f"--{name}", metavar=metavar(spec), help=_help(cls, name, spec), **words)  # type: ignore[arg-type]
+    return parser
+
+
+def metavar(spec: Spec) -> str:
+    """Names what a setting takes, such as INT|all or cosine|linear."""
+    return "|".join(spec.choices or (_METAVARS[spec.kind], *spec.words))
+
+
+_METAVARS = {int: "INT", float: "NUMBER", bool: "true|false", str: "TEXT"}
+
+
+def _help(cls: type, name: str, spec: Spec) -> str:
+    return f"{spec.help} (default: {show(defaults(cls)[name])})".replace("%", "%%")
+
+
+# --- storing the settings of a run -------------------------------------------------------------------------
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Returns the settings as plain values for JSON or YAML, paths made absolute."""
+    plain = {}
+    for name, spec in specs(type(settings)).items():
+        value = getattr(settings, name)
+        if spec.path and value is not None:
+            value = absolute_path(value)
+        plain[name] = list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+def absolute_path(text: str) -> str:
+    """Makes a path absolute, leaving alone what looks like a hub id (`owner/name`, not on disk)."""
+    path = Path(text).expanduser()
+    return str(path.absolute()) if path.exists() or path.is_absolute() or text.startswith(".") else text
+
+
+def to_yaml(settings: Any) -> str:
+    """Returns the settings as a YAML text that is itself a valid --config file."""
+    return yaml.safe_dump(to_dict(settings), sort_keys=False, default_flow_style=None, allow_unicode=True)
+
+
+def differences_on_resume(stored: Mapping[str, Any], settings: Any) -> list[tuple[str, Any, Any]]:
+    """Lists (name, stored value, value asked for) of settings that must not change when a run goes on.
+
+    The batch counts as one setting: 8 x 2 and 16 x 1 see the same latents in the same steps.
+    """
+    asked = to_dict(settings)
+    fixed = {name for name, spec in specs(type(settings)).items() if not spec.free and name in stored}
+    batch = ("train_batch_size", "gradient_accumulate_every")
+    if fixed.issuperset(batch) and math.prod(stored[n] for n in batch) == math.prod(asked[n] for n in batch):
+        fixed -= set(batch)
+    return [(name, stored[name], asked[name]) for name in asked if name in fixed and stored[name] != asked[name]]

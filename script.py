@@ -1,0 +1,189 @@
+"""What the scripts share: exit codes, the one-line error, signals, progress and log lines."""
+
+import functools
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from tqdm.auto import tqdm
+
+import config
+from config import UserError
+
+DONE, FAILED, USER_ERROR = 0, 1, 2
+PROCESS_START = time.monotonic()  # this module is among the first that a script imports
+_LOG_SECONDS = 30.0  # pause between progress lines where output is a log
+
+
+class Stopped(Exception):
+    """A signal asked for an end, and everything worth keeping is saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_code = 128 + signal_number
+
+
+class Failed(Exception):
+    """The work could not be finished for a reason outside the settings; exit code 1."""
+
+
+def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+    """Makes `main(argv)` return its exit code for every way in which a script ends, without a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None) -> int:
+        try:
+            return main(argv)
+        except UserError as error:
+            return _fail(error, USER_ERROR)
+        except Failed as error:
+            return _fail(error, FAILED)
+        except OSError as error:
+            return _fail(_describe_os_error(error), FAILED)
+        except Stopped as stop:
+            return stop.exit_code
+        except KeyboardInterrupt:
+            print("\nstopped by Ctrl-C", file=sys.stderr)
+            return 128 + signal.SIGINT
+
+    return wrapped
+
+
+def check_command_line(cls: type, description: str | None) -> None:
+    """Answers --help and mistakes in the flags at once; a script calls this before it imports torch."""
+
+    @command
+    def check(argv: Sequence[str] | None) -> int:
+        config.read_command_line(cls, argv, description=description)
+        return DONE
+
+    code = check(None)
+    if code != DONE:
+        sys.exit(code)
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return code
+
+
+def _describe_os_error(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}"
+
+
+def say(text: str = "") -> None:
+    """Prints one line for the user, above any progress bar."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    """Prints one line that the user should not miss."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+class StopSignals:
+    """Within the block, the first Ctrl-C or SIGTERM only sets a flag; a second one ends the program at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def raise_if_received(self) -> None:
+        """Raises Stopped when a signal has come."""
+        if self.received is not None:
+            raise Stopped(self.received)
+
+
+class Progress:
+    """A bar on a terminal; where output is a log, a plain line every half minute and one at the end."""
+
+    def __init__(self, *, total: int, unit: str, label: str, initial: int = 0) -> None:
+        self.is_log = not sys.stderr.isatty()
+        # A bar that is not drawn still counts, so that both forms show the same numbers.
+        self.bar = tqdm(
+            total=total,
+            unit=f" {unit}",
+            desc=label,
+            initial=initial,
+            file=_Nowhere() if self.is_log else sys.stderr,
+            dynamic_ncols=not self.is_log,
+            smoothing=0.1,
+        )
+        self.last_line = time.monotonic()
+
+    def advance(self, count: int = 1, **figures: str) -> None:
+        """Moves on by `count`; `figures` are shown behind the bar."""
+        if figures:
+            self.bar.set_postfix(figures, refresh=False)
+        self.bar.update(count)
+        if self.is_log and time.monotonic() - self.last_line >= _LOG_SECONDS:
+            self._print_line()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self.is_log and self.bar.n:
+            self._print_line()
+        self.bar.close()
+
+    def _print_line(self) -> None:
+        facts = dict(self.bar.format_dict, ncols=100, ascii=True)
+        print(self.bar.format_meter(**facts), file=sys.stderr, flush=True)
+        self.last_line = time.monotonic()
+
+
+class _Nowhere:
+    def write(self, _text: str) -> None:
+        """Drops the text."""
+
+    def flush(self) -> None:
+        """Has nothing to flush."""
+
+
+@contextmanager
+def progress(*, total: int, unit: str, label: str, initial: int = 0) -> Iterator[Progress]:
+    """Shows progress over a block, and ends the bar on every way out."""
+    bar = Progress(total=total, unit=unit, label=label, initial=initial)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Writes a time as 42 s, 3 min 20 s or 4 h 05 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Writes a number of bytes as 512 B, 25.4 MB or 1.2 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,193 @@
+"""Settings: one home for each fact, the same parser for flags and files, and the order of precedence."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import config
+from config import GenerateSettings, Layer, PreprocessSettings, TrainSettings, UserError
+
+ALL = list(config.SCRIPTS.values())
+
+
+def read(cls: type, *argv: str) -> config.Resolved:
+    return config.resolve(cls, config.read_command_line(cls, argv, description="A script."))
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_every_default_is_a_value_that_could_be_typed(cls):
+    num_checked = 0
+    for name, default in config.defaults(cls).items():
+        assert config.parse(name, config.to_words(default), config.specs(cls)[name], "a test") == default
+        num_checked += 1
+    assert num_checked == len(fields(cls)) > 10
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_settings_survive_the_way_through_yaml(cls, tmp_path):
+    changed = {"seed": 7, "device": "cpu"}
+    settings = config.resolve(cls, [Layer("a test", changed)]).settings
+    path = tmp_path / "settings.yaml"
+    path.write_text(config.to_yaml(settings))
+    assert config.to_dict(read(cls, "--config", str(path)).settings) == config.to_dict(settings)
+
+
+def test_a_setting_shared_by_scripts_has_one_default():
+    num_shared = 0
+    for name in config.defaults(PreprocessSettings).keys() & config.defaults(TrainSettings).keys():
+        assert config.defaults(PreprocessSettings)[name] == config.defaults(TrainSettings)[name]
+        num_shared += 1
+    assert num_shared >= 12
+
+
+def test_scientific_notation_is_a_number_in_a_file_as_in_a_flag(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train_lr: 1e-3\ndim_mults: [1, 2]\nmax_hours: null\n")
+    settings = read(TrainSettings, "--config", str(path)).settings
+    assert settings.train_lr == 1e-3 == read(TrainSettings, "--train_lr", "1e-3").settings.train_lr
+    assert settings.dim_mults == (1, 2)
+    assert settings.max_hours is None
+
+
+def test_flag_wins_over_file_over_run_over_manifest_over_default(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("dim: 16\ntimesteps: 20\n")
+    layers = config.read_command_line(TrainSettings, ["--config", str(path), "--dim", "8"], description="")
+    layers.append(config.stored_layer(TrainSettings, "run x", {"dim": 32, "timesteps": 30, "seed": 3}))
+    layers.append(config.stored_layer(TrainSettings, "manifest", {"seed": 4, "num_users": 5}, only_about_cache=True))
+    resolved = config.resolve(TrainSettings, layers)
+    got = resolved.settings
+    assert (got.dim, got.timesteps, got.seed, got.num_users, got.image_size) == (8, 20, 3, 5, 256)
+    assert resolved.sources["dim"] == "flag"
+    assert resolved.sources["timesteps"] == str(path)
+    assert resolved.sources["seed"] == "run x"
+    assert resolved.sources["num_users"] == "manifest"
+    assert resolved.sources["image_size"] == "default"
+    assert resolved.changes() == [
+        "seed 3 (run x)",
+        "num_users 5 (manifest)",
+        "dim 8 (flag)",
+        f"timesteps 20 ({path})",
+    ]
+
+
+def test_the_manifest_speaks_only_of_the_cache():
+    layer = config.stored_layer(TrainSettings, "manifest", {"dim": 3, "num_users": 5}, only_about_cache=True)
+    assert layer.values == {"num_users": 5}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train_lrr", "1"], "there is no setting --train_lrr; did you mean --train_lr?"),
+        (["--train-lr", "1"], "there is no setting --train-lr; did you mean --train_lr?"),
+        (["--dim", "many"], "dim is 'many' in --dim; it takes a whole number"),
+        (["--dim", "1.5"], "dim is '1.5' in --dim; it takes a whole number"),
+        (["--dim", "2"], "dim is 2 in --dim; the smallest allowed is 4"),
+        (["--cond_drop_prob", "1.5"], "cond_drop_prob is 1.5 in --cond_drop_prob; the largest allowed is 1"),
+        (["--train_lr", "nan"], "train_lr is 'nan' in --train_lr; it takes a number"),
+        (["--objective", "pred_y"], "objective is 'pred_y' in --objective; it is one of pred_v, pred_noise, pred_x0"),
+        (["--num_users", "none"], "num_users is 'none' in --num_users; it takes a whole number or all"),
+        (["--deterministic", "maybe"], "deterministic is 'maybe' in --deterministic; it takes true or false"),
+        (["--dim_mults"], "dim_mults in --dim_mults needs at least one value"),
+        (["--vae_path", ""], "vae_path is '' in --vae_path; it takes a text"),
+        (["--dim"], "argument --dim: expected one argument; --help lists the settings"),
+        (["stray"], "there is no setting stray; --help lists the settings"),
+    ],
+)
+def test_a_wrong_flag_is_told_in_one_line(argv, message):
+    with pytest.raises(UserError) as error:
+        read(TrainSettings, *argv)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train_lrr: 1\n", "there is no setting train_lrr; did you mean train_lr?, in {path}"),
+        ("dim: x\n", "dim is 'x' in {path}; it takes a whole number"),
+        ("dim: [1, 2]\n", "dim takes one value, not 2 (1 2), in {path}"),
+        ("dim: {a: 1}\n", "dim in {path} (line 1) must be a value or a list of values"),
+        ("dim: 8\ndim: 9\n", "dim stands 2 times in {path}"),
+        ("- dim\n", "--config {path} must hold lines of the form 'name: value'"),
+        ("dim: [8\n", "--config {path} is not valid YAML"),
+        ("images_per_class: zero\n", "images_per_class is 'zero' in {path}; it takes a whole number"),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_line(text, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        read(TrainSettings, "--config", str(path))
+    assert str(error.value).startswith(message.format(path=path))
+    assert "\n" not in str(error.value)
+
+
+def test_one_file_serves_all_scripts():
+    path = "configs/demo.yaml"
+    assert read(PreprocessSettings, "--config", path).settings.image_size == 128
+    assert read(TrainSettings, "--config", path).settings.dim == 32
+    assert read(GenerateSettings, "--config", path).settings.images_per_class > 0
+
+
+def test_only_settings_that_define_the_run_are_fixed_on_resume():
+    stored = config.to_dict(read(TrainSettings).settings)
+    free = read(TrainSettings, "--train_num_steps", "7", "--max_hours", "1", "--num_samples", "9", "--cond_scale", "3")
+    assert config.differences_on_resume(stored, free.settings) == []
+    fixed = read(TrainSettings, "--dim", "64", "--train_lr", "1")
+    assert config.differences_on_resume(stored, fixed.settings) == [("dim", 48, 64), ("train_lr", 1e-4, 1.0)]
+
+
+def test_the_batch_is_fixed_as_a_whole():
+    stored = config.to_dict(read(TrainSettings).settings)
+    same = read(TrainSettings, "--train_batch_size", "16", "--gradient_accumulate_every", "1").settings
+    assert config.differences_on_resume(stored, same) == []
+    other = read(TrainSettings, "--train_batch_size", "16").settings
+    assert config.differences_on_resume(stored, other) == [("train_batch_size", 8, 16)]
+
+
+def test_stored_paths_are_absolute_and_hub_ids_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.absolute_path("./latents_cache") == str(tmp_path / "latents_cache")
+    assert config.absolute_path("stabilityai/sd-vae-ft-mse") == "stabilityai/sd-vae-ft-mse"
+    (tmp_path / "vae.pt").touch()
+    assert config.absolute_path("vae.pt") == str(tmp_path / "vae.pt")
+
+
+def test_a_home_folder_is_understood_in_a_file_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    path = tmp_path / "run.yaml"
+    path.write_text("data_path: ~/images\n")
+    assert read(TrainSettings, "--config", str(path)).settings.data_path == "/somewhere/images"
+
+
+@pytest.mark.parametrize("script", config.SCRIPTS)
+def test_help_does_not_import_torch(script):
+    source = (
+        f"import sys; sys.argv = ['{script}', '--help']\n"
+        "import runpy\n"
+        f"try: runpy.run_path('{script}', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code in (None, 0), end.code\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--seed" in done.stdout and "(default: 42)" in done.stdout
+
+
+def test_a_mistake_in_a_flag_ends_with_one_line_and_exit_code_2():
+    done = subprocess.run(
+        [sys.executable, "train_latent_cfg.py", "--dimm", "3"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no setting --dimm; did you mean --dim?\n"
+
+
+def test_configs_hold_only_known_settings():
+    files = sorted(Path("configs").glob("*.yaml"))
+    for file in files:
+        config.read_file(TrainSettings, str(file))
+    assert files
