@@ -8,6 +8,8 @@ through the same text parser, so `1e-4` means the same in both. Nothing here imp
 import argparse
 import difflib
 import math
+import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -61,7 +63,9 @@ DATA, CACHE, NETWORK, DIFFUSION, TRAINING, SAVING, SAMPLING, MACHINE = (
 class MachineSettings:
     """Settings that every script has."""
 
-    seed: int = _setting(42, int, DATA, "seed of the split and of every random draw", low=0, about_cache=True)
+    seed: int = _setting(
+        42, int, DATA, "seed of the split and of every random draw", low=0, high=2**63 - 1, about_cache=True
+    )
     device: str = _setting("auto", str, MACHINE, "auto, cpu, cuda or cuda:N", free=True)
 
 
@@ -319,6 +323,7 @@ _SWITCH = {
     "off": False,
     "0": False,
 }
+_THOUSANDS = re.compile(r"[0-9]{1,3}(,[0-9]{3})+")
 _KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -341,7 +346,7 @@ def _parse_word(name: str, text: str, spec: Spec, where: str) -> Any:
         return word
     value = _convert(word, spec.kind)
     if value is None or (spec.kind is str and not word):
-        wanted = " or ".join([_KIND_NAMES[spec.kind], *spec.words])
+        wanted = " or ".join([_KIND_NAMES[spec.kind], *spec.words]) + (", or several as separate words" * spec.many)
         raise UserError(f"{name} is {text!r} in {where}; it takes {wanted}")
     if spec.choices and value not in spec.choices:
         raise UserError(f"{name} is {text!r} in {where}; it is one of {', '.join(spec.choices)}")
@@ -355,8 +360,10 @@ def _parse_word(name: str, text: str, spec: Spec, where: str) -> Any:
 def _convert(word: str, kind: type) -> Any:
     if kind is bool:
         return _SWITCH.get(word.lower())
+    if kind is int and _THOUSANDS.fullmatch(word):  # but 1,2,4 is no number
+        word = word.replace(",", "")
     try:
-        value = kind(word.replace("_", "").replace(",", "")) if kind is int else kind(word)
+        value = kind(word)
     except ValueError:
         return None
     return None if kind is float and not math.isfinite(value) else value
@@ -395,13 +402,19 @@ class Resolved:
     sources: dict[str, str]
 
     def changes(self) -> list[str]:
-        """Lists the settings that differ from their defaults, a line each, with their source."""
-        standard = defaults(type(self.settings))
-        return [
-            f"{name} {show(getattr(self.settings, name))} ({source})"
-            for name, source in self.sources.items()
-            if getattr(self.settings, name) != standard[name]
-        ]
+        """Lists the settings that differ from their defaults, in lines that begin with where they come from."""
+        standard, found = defaults(type(self.settings)), {}
+        for name, source in self.sources.items():
+            if getattr(self.settings, name) != standard[name]:
+                found.setdefault(source, []).append(f"{name} {show(getattr(self.settings, name))}")
+        return [line for source, texts in found.items() for line in _wrap(f"{source}: ", texts)]
+
+
+def _wrap(start: str, texts: list[str]) -> list[str]:
+    """Joins texts by commas into lines of about 100 characters, breaking none of them."""
+    glued = ", ".join(text.replace(" ", "\0") for text in texts)
+    lines = textwrap.wrap(start + glued, 100, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\0", " ") for line in lines]
 
 
 def resolve(cls: type, layers: Iterable[Layer]) -> Resolved:
@@ -455,7 +468,7 @@ def read_file(cls: type, path: str) -> Layer:
         value = parse(name, texts, specs(cls).get(name, known[name]), path)
         if name in specs(cls):
             values[name] = value
-    return Layer(path, values)
+    return Layer(f"--config {path}", values)
 
 
 def _read_pairs(path: str) -> list[tuple[str, list[str]]]:
@@ -463,11 +476,11 @@ def _read_pairs(path: str) -> list[tuple[str, list[str]]]:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if root is None:
         return []
-    if not isinstance(root, yaml.MappingNode):
+    if not isinstance(root, yaml.MappingNode) or not all(isinstance(key, yaml.ScalarNode) for key, _ in root.value):
         raise UserError(f"--config {path} must hold lines of the form 'name: value'")
     pairs = [(key.value, _node_words(key.value, node, path)) for key, node in root.value]
     names = [name for name, _ in pairs]

@@ -54,9 +54,8 @@ class BadImage(Exception):
 
 def natural_key(name: str) -> tuple:
     """Returns a sort key that puts ID_2 before ID_10; different names never have equal keys."""
-    parts = re.split(r"([0-9]+)", name)
-    parts[1::2] = [(len(digits.lstrip("0")), digits.lstrip("0")) for digits in parts[1::2]]  # type: ignore[list-item]
-    return tuple(parts), name
+    pieces = enumerate(re.split(r"([0-9]+)", name))  # every second one is a number
+    return tuple((len(text.lstrip("0")), text.lstrip("0")) if i % 2 else text for i, text in pieces), name
 
 
 def list_images(data_path: str | os.PathLike[str]) -> dict[str, list[str]]:
@@ -104,7 +103,13 @@ def _visible_children(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _leads_nowhere(child: os.DirEntry[str]) -> bool:
-    return child.is_symlink() and not Path(child.path).exists()
+    if not child.is_symlink():
+        return False
+    try:
+        child.stat()
+    except OSError:
+        return True
+    return False
 
 
 def _nothing_found_message(root: Path, classes: Sequence[str]) -> str:
@@ -114,7 +119,7 @@ def _nothing_found_message(root: Path, classes: Sequence[str]) -> str:
         found = f"{loose} images but no sub-folders" if loose else "no sub-folders"
         return f"{where} has {found}; it needs one folder for the images of each class"
     for name in classes:
-        if any(child.is_dir() for child in _visible_children(root / name)):
+        if any(child.is_dir(follow_symlinks=False) for child in _visible_children(root / name)):
             return f"no images in the class folders of {where}; are they deeper, in {shown(root / name)}?"
     endings = " ".join(sorted(IMAGE_SUFFIXES))
     return f"no images in the class folders of {where} ({_listing(classes)}); files taken as images: {endings}"
@@ -188,12 +193,13 @@ class Split:
         return replace(self, train=keyed(self.train), test=keyed(self.test), gap=keyed(self.gap))
 
     def without(self, skipped: Iterable[Skipped]) -> "Split":
-        """Returns the split with these images recorded as skipped and in neither part.
+        """Returns the split with these images, as far as they are in it, recorded as skipped and in neither part.
 
         Raises:
             UserError: when that leaves a class without a training image.
         """
-        new = {(item.class_name, item.name): item for item in skipped}
+        own = {(entry.class_name, entry.name) for entry in (*self.train, *self.test)}
+        new = {(item.class_name, item.name): item for item in skipped if (item.class_name, item.name) in own}
         old = {(item.class_name, item.name): item for item in self.skipped}
 
         def kept(entries: Iterable[Entry]) -> tuple[Entry, ...]:
@@ -285,7 +291,7 @@ def make_split(
             part = "train" if name in chosen else "gap" if name in gap else "test"
             parts[part].append(Entry(class_name, name))
     settings = (seed, split, split_gap, images_per_user, num_users)
-    rule: dict[str, int | str] = {**dict(zip(_RULE_FIELDS, settings, strict=True))}
+    rule: dict[str, int | str] = dict(zip(_RULE_FIELDS, settings, strict=True))
     train, test, gap = (tuple(parts[part]) for part in ("train", "test", "gap"))
     return Split(tuple(classes), train, test, (), rule, gap)
 
@@ -401,7 +407,6 @@ def decode(data: bytes, *, image_size: int) -> np.ndarray:
     with _strict_pillow:
         try:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                _check_size(image.size)
                 _check_depth(image, data)
                 image.load()
                 return _square(_upright(_to_rgb(image), _orientation(image)), image_size)
@@ -438,19 +443,11 @@ def _refuse_strangers(data: bytes) -> None:
         raise BadImage("the file holds nothing but zeros")
 
 
-def _check_size(size: tuple[int, int]) -> None:
-    width, height = size
-    if width < 1 or height < 1:
-        raise BadImage("it has no pixels")
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"it claims {width:,} x {height:,} pixels; more than {MAX_PIXELS:,} are refused")
-
-
 def _reason(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"not an image, or its beginning is damaged (read are {', '.join(_FORMATS)})"
     if isinstance(error, Image.DecompressionBombError):
-        return f"it claims more than {MAX_PIXELS:,} pixels"
+        return f"it claims to have more than {MAX_PIXELS:,} pixels"
     if isinstance(error, MemoryError):
         return "there is not enough memory to decode it"
     if "truncated" in str(error).lower():
@@ -526,10 +523,10 @@ def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
 def _grey16_to_rgb(image: Any) -> Image.Image:
     bits = image.tag_v2[_TIFF_BITS_PER_SAMPLE][0] if image.format == "TIFF" else 16
     white = 2**bits - 1
-    lowest, highest = image.getextrema()
-    if lowest < 0 or highest > white:
-        raise BadImage(f"its greys lie between {lowest} and {highest}, outside of {bits} bits")
-    grey = np.array(image, dtype=np.uint32)  # from here in place, for these arrays can be large
+    grey = np.asarray(image)
+    if grey.min() < 0 or grey.max() > white:
+        raise BadImage(f"its greys lie between {grey.min()} and {grey.max()}, outside of {bits} bits")
+    grey = grey.astype(np.uint32)  # from here in place, for these arrays can be large
     grey *= 255
     grey += white // 2
     grey //= white  # 0 to 255, to the nearest

@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from pathlib import Path
+from types import FrameType, TracebackType
 
 from tqdm.auto import tqdm
 
 import config
+import durable
 from config import UserError
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
@@ -47,14 +49,16 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[s
         except Stopped as stop:
             return stop.exit_code
         except KeyboardInterrupt:
-            print("\nstopped by Ctrl-C", file=sys.stderr)
-            return 128 + signal.SIGINT
+            return _interrupted()
 
     return wrapped
 
 
 def check_command_line(cls: type, description: str | None) -> None:
-    """Answers --help and mistakes in the flags at once; a script calls this before it imports torch."""
+    """Answers --help and mistakes in the flags at once; a script calls this before it imports torch.
+
+    From then on the imports, too, end in one line when they fail or are interrupted.
+    """
 
     @command
     def check(argv: Sequence[str] | None) -> int:
@@ -64,6 +68,25 @@ def check_command_line(cls: type, description: str | None) -> None:
     code = check(None)
     if code != DONE:
         sys.exit(code)
+    sys.excepthook = _explain_import
+
+
+def _explain_import(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if isinstance(error, UserError):  # from a module that looks at what it is about to import
+        sys.exit(_fail(error, USER_ERROR))
+    if isinstance(error, ImportError):
+        sys.exit(_fail(f"{error}; pip install -r requirements.txt", USER_ERROR))
+    if "torchvision::nms" in str(error):
+        remedy = "install both from the same package index, as a matching pair"
+        sys.exit(_fail(f"torch and torchvision do not fit each other ({error}); {remedy}", USER_ERROR))
+    if isinstance(error, KeyboardInterrupt):
+        sys.exit(_interrupted())
+    sys.__excepthook__(kind, error, trace)
+
+
+def _interrupted() -> int:
+    print("\nstopped by Ctrl-C", file=sys.stderr)
+    return 128 + signal.SIGINT
 
 
 def _fail(message: object, code: int) -> int:
@@ -76,9 +99,17 @@ def _describe_os_error(error: OSError) -> str:
     return f"{place}{error.strerror or error}"
 
 
+def check_writable(folder: Path, setting: str) -> None:
+    """Raises UserError, naming the setting, when files cannot be made in a folder; it need not exist yet."""
+    reason = durable.why_not_writable(folder)
+    if reason is not None:
+        raise UserError(f"--{setting} {folder} cannot be written to ({reason}); give another, or mend that one")
+
+
 def say(text: str = "") -> None:
-    """Prints one line for the user, above any progress bar."""
-    tqdm.write(text, file=sys.stdout)
+    """Prints one line for the user, above any progress bar; what the output cannot show is escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
     sys.stdout.flush()
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import UserError
-from weight_files import SUFFIXES, check_finite, check_tensor, kind_of, read_weights
+from weight_files import SUFFIXES, check_finite, check_tensor, kind_of, printable, read_weights
 
 Style = Literal["kl", "ldm"]
 Parts = Literal["both", "encoder", "decoder"]
@@ -112,7 +112,7 @@ class VAE(nn.Module):
         low, high = self.pixel_range
         return (
             f"{self.name_for_log()}, {self.num_parameters / 1e6:.2f} M parameters, "
-            f"{self.latent_channels} channels, {self.downsampling}x down, images in [{low:g}, {high:g}]"
+            f"{self.latent_channels} channels, {self.downsampling}x down, pixels in [{low:g}, {high:g}]"
         )
 
     def name_for_log(self) -> str:
@@ -311,6 +311,7 @@ class KLVAE(VAE):
         widths = [width * multiplier for multiplier in multipliers]
         self.width, self.widths, self.num_blocks, self.z_channels = width, widths, num_blocks, z_channels
         self.style: Style = style
+        self.ignored: tuple[str, ...] = ()
         self.pixel_range = PIXEL_RANGES[style]
         self.scale_factor, self.shift_factor = scale_factor, 0.0
         self.latent_channels, self.downsampling = embed_dim, 2 ** (len(widths) - 1)
@@ -329,7 +330,9 @@ class KLVAE(VAE):
 
     def name_for_log(self) -> str:
         """Returns the style, the widths and the depth."""
-        return f"KL-VAE ({self.style} style), widths {tuple(self.widths)}, {self.num_blocks} blocks per level"
+        ignored = f" (beside it, ignored: {', '.join(self.ignored[:5])})" if self.ignored else ""
+        blocks = f"{self.num_blocks} blocks per level"
+        return f"KL-VAE{ignored} of {self.style} style, widths {tuple(self.widths)}, {blocks}"
 
     def identify(self) -> VAEIdentity:
         """Returns the identity of the weights as they are now; the decoder has no part in it."""
@@ -395,6 +398,7 @@ class Found:
     tensors: dict[str, Tensor]
     scale_factor: float
     is_ldm_checkpoint: bool  # it was one model of several, as in a full LDM or Stable Diffusion checkpoint
+    ignored: tuple[str, ...]  # first words of the names beside it that are no part of it, such as "loss"
 
     def half(self, half: str) -> dict[str, Tensor]:
         """Returns the tensors of "encoder" or "decoder", their quantising convolution included."""
@@ -424,7 +428,7 @@ def _state_dicts(tree: Mapping[Any, Any], depth: int = 2) -> Iterator[Mapping[An
 
 def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Any]:
     """Returns a state dict without what DistributedDataParallel and torch.compile put into its names."""
-    named = ((key.split("."), value) for key, value in state.items() if isinstance(key, str))
+    named = ((printable(key).split("."), value) for key, value in state.items() if isinstance(key, str))
     return {".".join(word for word in words if word not in WRAPPERS): value for words, value in named}
 
 
@@ -447,9 +451,14 @@ def _find_vae(path: Path, checkpoint: Any, metadata: Mapping[str, Any]) -> Found
             tensors = {k: t for k, t in inside.items() if k.startswith(HALVES["encoder"] + HALVES["decoder"])}
             for name, tensor in tensors.items():
                 check_tensor(path, name, tensor)
-            scale_factor = _scale_factor(path, (metadata, *trees[:1], tree, inside))
-            return Found(path, tensors, scale_factor, is_ldm_checkpoint=prefix == "first_stage_model.")
-    names = [str(key) for tree in trees for key, value in tree.items() if isinstance(value, Tensor)]
+            return Found(
+                path,
+                tensors,
+                _scale_factor(path, (metadata, *trees[:1], tree, inside)),
+                is_ldm_checkpoint=prefix == "first_stage_model.",
+                ignored=tuple(sorted({name.split(".")[0] for name in inside.keys() - tensors.keys()})),
+            )
+    names = [printable(key) for tree in trees for key, value in tree.items() if isinstance(value, Tensor)]
     there = f"; it has {len(names)} others, such as {', '.join(names[:3])}" if names else ""
     raise UserError(f"{path} is not a KL-VAE: it has no tensor {LANDMARK}{there}")
 
@@ -546,7 +555,7 @@ def _fill(network: KLVAE, tensors: Mapping[str, Tensor], device: torch.device | 
 def _load_checkpoint(path: Path, device: torch.device | str, parts: Parts) -> KLVAE:
     halves = _halves(parts)
     found, network = _open_checkpoint(path, sorted({"encoder", *halves}))
-    network.known_identity = network.identity_of(found.tensors)
+    network.known_identity, network.ignored = network.identity_of(found.tensors), found.ignored
     _leave_out(network, halves)
     _fill(network, {name: t for half in halves for name, t in found.half(half).items()}, device)
     return network
@@ -715,7 +724,9 @@ def _load_diffusers(folder: Path, device: torch.device | str, parts: Parts) -> D
     if missing:
         raise UserError(f"{file} lacks {len(missing)} weights of its model, such as {missing[0]}")
     _leave_out(model, halves)
-    return DiffusersVAE(model.to(device), identity)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.to(device, copy=True)  # see _fill: diffusers leaves them mapped
+    return DiffusersVAE(model, identity)
 
 
 # --- files, folders and hub ids -----------------------------------------------------------------------------
@@ -731,7 +742,8 @@ def _locate(path_or_id: str | Path) -> Path:
     text = str(path_or_id)
     looks_like_file = path.suffix.lower() in SUFFIXES
     if looks_like_file or not HUB_ID.fullmatch(text):
-        raise UserError(f"the VAE {text} does not exist (looked in {Path.cwd()})")
+        place = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise UserError(f"the VAE {text} does not exist{place}; give --vae_path a checkpoint, a folder or a hub id")
     return _download(text)
 
 
@@ -764,7 +776,7 @@ def _download(hub_id: str) -> Path:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 # --- the two ways in ----------------------------------------------------------------------------------------

@@ -134,9 +134,7 @@ def _check_zip(path: Path) -> None:
     except UNREADABLE as error:
         raise UserError(f"{path} is damaged or truncated ({error}); copy or download it again") from error
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise UserError(
-            f"{path} was compressed after torch.save made it; give the file that torch.save wrote"
-        )
+        raise UserError(f"{path} was compressed after torch.save made it; give the file that torch.save wrote")
     if sum(record.file_size for record in records) > path.stat().st_size:
         raise UserError(f"{path} claims more bytes than it has; it is damaged or made to do harm")
 
@@ -145,11 +143,24 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
     refused = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
     if refused:
         return (
-            f"{path} holds {refused[1]}, which is no weight and could run code, so it was not opened; "
+            f"{path} holds {printable(refused[1])}, which is no weight and could run code, so it was not opened; "
             "where it was made, save the weights alone: torch.save(model.state_dict(), 'vae.pt')"
         )
-    reason = (str(error).splitlines() or [""])[0][:200]
+    unpickler = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    if unpickler or str(error).startswith("Weights only load failed"):  # torch advises to run whatever is in it
+        what = printable(unpickler[1]) if unpickler else "it holds more than weights"
+        return (
+            f"{path} is a pickle that cannot be read safely ({what}); "
+            "where it was made, save the weights alone: torch.save(model.state_dict(), 'vae.pt')"
+        )
+    reason = printable((str(error).splitlines() or [""])[0])
     return f"{path} cannot be read as a PyTorch checkpoint ({type(error).__name__}: {reason})"
+
+
+def printable(text: Any) -> str:
+    """Returns a text from a foreign file as it may be shown: short, and without control characters."""
+    text = str(text)[:200]
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 class Inert:

@@ -62,16 +62,12 @@ def test_flag_wins_over_file_over_run_over_manifest_over_default(tmp_path):
     got = resolved.settings
     assert (got.dim, got.timesteps, got.seed, got.num_users, got.image_size) == (8, 20, 3, 5, 256)
     assert resolved.sources["dim"] == "flag"
-    assert resolved.sources["timesteps"] == str(path)
+    assert resolved.sources["timesteps"] == f"--config {path}"
     assert resolved.sources["seed"] == "run x"
     assert resolved.sources["num_users"] == "manifest"
     assert resolved.sources["image_size"] == "default"
-    assert resolved.changes() == [
-        "seed 3 (run x)",
-        "num_users 5 (manifest)",
-        "dim 8 (flag)",
-        f"timesteps 20 ({path})",
-    ]
+    lines = ["run x: seed 3", "manifest: num_users 5", "flag: dim 8", f"--config {path}: timesteps 20"]
+    assert resolved.changes() == lines
 
 
 def test_the_manifest_speaks_only_of_the_cache():
@@ -90,6 +86,8 @@ def test_the_manifest_speaks_only_of_the_cache():
         (["--cond_drop_prob", "1.5"], "cond_drop_prob is 1.5 in --cond_drop_prob; the largest allowed is 1"),
         (["--train_lr", "nan"], "train_lr is 'nan' in --train_lr; it takes a number"),
         (["--objective", "pred_y"], "objective is 'pred_y' in --objective; it is one of pred_v, pred_noise, pred_x0"),
+        (["--dim_mults", "1,2"], "dim_mults is '1,2' in --dim_mults; it takes a whole number, or several as separate words"),
+        (["--seed", str(2**63)], f"seed is {2**63} in --seed; the largest allowed is 9.22337e+18"),
         (["--num_users", "none"], "num_users is 'none' in --num_users; it takes a whole number or all"),
         (["--deterministic", "maybe"], "deterministic is 'maybe' in --deterministic; it takes true or false"),
         (["--dim_mults"], "dim_mults in --dim_mults needs at least one value"),
@@ -113,6 +111,8 @@ def test_a_wrong_flag_is_told_in_one_line(argv, message):
         ("dim: {a: 1}\n", "dim in {path} (line 1) must be a value or a list of values"),
         ("dim: 8\ndim: 9\n", "dim stands 2 times in {path}"),
         ("- dim\n", "--config {path} must hold lines of the form 'name: value'"),
+        ("? [dim]\n: 8\n", "--config {path} must hold lines of the form 'name: value'"),
+        ("[" * 2000, "--config {path} is not valid YAML"),
         ("dim: [8\n", "--config {path} is not valid YAML"),
         ("images_per_class: zero\n", "images_per_class is 'zero' in {path}; it takes a whole number"),
     ],
