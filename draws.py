@@ -1,0 +1,84 @@
+"""Everything random in one training step, drawn on the CPU from (seed, step) alone.
+
+A step belongs to the effective batch: micro-batches and ranks take slices of one set of draws, so neither
+accumulation nor a restart changes what is trained. Nothing here touches torch's global generator.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StepDraws:
+    """What one step of effective batch B needs."""
+
+    positions: Tensor  # B, int64, items of the data set
+    posterior_noise: Tensor  # B C h w, float32
+    times: Tensor  # B, int64, 0 <= time < timesteps
+    noise: Tensor  # B C h w, float32
+    cond_keep_mask: Tensor  # B, bool, True where the class is shown to the network
+
+    def slice(self, start: int, stop: int) -> "StepDraws":
+        """Gives rows start to stop - 1, the share of a micro-batch or a rank."""
+        return StepDraws(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+
+    def to(self, device: torch.device | str) -> "StepDraws":
+        """Gives the same draws on another device, without waiting for the copy."""
+        return StepDraws(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+def draw_step(
+    seed: int,
+    step: int,
+    *,
+    batch: int,
+    size: int,
+    latent_shape: tuple[int, ...],
+    timesteps: int,
+    cond_drop_prob: float,
+) -> StepDraws:
+    """Draws step number `step`, from 0: items step * batch onwards of the order, and all noise for them."""
+    generator = sample_generator(seed, "step", step)
+    noise_shape = (batch, *latent_shape)
+    return StepDraws(
+        positions=visited(seed, step * batch, batch, size),
+        posterior_noise=torch.randn(noise_shape, generator=generator, dtype=torch.float32),
+        times=torch.randint(timesteps, (batch,), generator=generator),
+        noise=torch.randn(noise_shape, generator=generator, dtype=torch.float32),
+        cond_keep_mask=torch.rand(batch, generator=generator, dtype=torch.float64) >= cond_drop_prob,
+    )
+
+
+def visited(seed: int, start: int, count: int, size: int) -> Tensor:
+    """Gives items start to start + count - 1 (int64) of the endless chain of permutations of `size` items."""
+    if size < 1:
+        raise ValueError(f"an order over {size} items is empty")
+    pieces = [torch.empty(0, dtype=torch.int64)]
+    while count > 0:
+        epoch, offset = divmod(start, size)
+        taken = min(count, size - offset)
+        pieces.append(_permutation(seed, epoch, size)[offset : offset + taken])
+        start, count = start + taken, count - taken
+    return torch.cat(pieces)  # a copy: the cached permutation stays ours
+
+
+def sample_generator(seed: int, *labels: str | int) -> torch.Generator:
+    """Makes the CPU generator of (seed, labels); a last label that is a number counts through distinct streams.
+
+    torch's CPU generator looks at only 32 bits of its seed: with everything hashed, two of 100,000 images would
+    more likely than not share their noise. So a last number is added to the hash of the rest, and never repeats.
+    """
+    count = labels[-1] if labels and isinstance(labels[-1], int) else None
+    hashed = labels if count is None else (*labels[:-1], None)
+    digest = hashlib.sha256(json.dumps([seed, *hashed]).encode()).digest()
+    return torch.Generator().manual_seed((int.from_bytes(digest[:8], "little") + (count or 0)) % 2**63)
+
+
+@lru_cache(maxsize=2)  # the two epochs that a batch across the seam needs
+def _permutation(seed: int, epoch: int, size: int) -> Tensor:
+    return torch.randperm(size, generator=sample_generator(seed, "order", epoch))

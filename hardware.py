@@ -1,0 +1,114 @@
+"""The device, the number format, and how much memory there is; each choice comes with its reason."""
+
+import os
+import resource
+from pathlib import Path
+
+import torch
+
+from config import UserError
+
+# Native bfloat16 arithmetic starts at this CUDA compute capability; older GPUs have fast float16 only.
+_BFLOAT16_CAPABILITY = (8, 0)
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name: str) -> torch.device:
+    """Returns the device that `name` (auto, cpu, cuda, cuda:N) stands for, after one real computation on it.
+
+    Raises:
+        UserError: for a device that is absent, or a GPU that this torch build has no kernels for.
+    """
+    device = torch.device(_resolve_auto(name))
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name} asks for a GPU, but torch {torch.__version__} sees none; use --device cpu")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {name} does not exist; this machine has {torch.cuda.device_count()} GPU(s)")
+    _try(device)
+    return device
+
+
+def _resolve_auto(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is not a device; use auto, cpu, cuda or cuda:N") from error
+    return name
+
+
+def _try(device: torch.device) -> None:
+    try:
+        image = torch.ones(1, 3, 8, 8, device=device)
+        torch.nn.functional.conv2d(image, torch.ones(1, 3, 3, 3, device=device)).sum().item()
+    except RuntimeError as error:
+        raise UserError(no_kernels_message(torch.cuda.get_device_name(device))) from error
+
+
+def no_kernels_message(gpu: str) -> str:
+    """Says what to do about a GPU that is there but that this torch build cannot compute on."""
+    return (
+        f"torch {torch.__version__} cannot compute on this GPU ({gpu}); on Kaggle switch the accelerator to T4 x2, "
+        "or install torch below 2.15 with its torchvision from the CUDA 12.6 package index"
+    )
+
+
+def describe(device: torch.device) -> str:
+    """Names the device for the log."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def pick_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """Returns the number format of the network and the reason for it."""
+    if name != "auto":
+        return _DTYPES[name], "as asked"
+    if device.type != "cuda":
+        return torch.float32, "a CPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) >= _BFLOAT16_CAPABILITY:
+        return torch.bfloat16, f"compute capability {major}.{minor}"
+    return torch.float16, f"compute capability {major}.{minor} is below 8.0; with a loss scaler"
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Returns the torch dtype called `name`."""
+    return _DTYPES[name]
+
+
+def make_deterministic() -> None:
+    """Asks torch for algorithms that give the same bits each time on one device."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def allow_tf32() -> None:
+    """Lets float32 convolutions and matrix products use TF32 where the GPU has it."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Returns the memory free on the device, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def peak_memory(device: torch.device) -> str:
+    """Says the most memory that this process has held, on the host and on the GPU."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    text = f"{host / 1e9:.2f} GB host"
+    if device.type == "cuda":
+        text += f", {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB GPU"
+    return text

@@ -1,0 +1,105 @@
+"""The pictures that the scripts make: rows of images with names, and the loss curve. PIL only.
+
+Images are uint8 arrays [S S 3].
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import durable
+
+_MARGIN = 4
+_WHITE, _BLACK, _GREY, _BLUE = (255, 255, 255), (0, 0, 0), (210, 210, 210), (31, 90, 180)
+
+
+def to_uint8(images: object) -> np.ndarray:
+    """Turns float images [B 3 S S] in [0, 1] (a tensor) into uint8 arrays [B S S 3], rounded to nearest."""
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # type: ignore[attr-defined]
+
+
+def labelled_grid(
+    rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str], column_names: Sequence[str] = ()
+) -> Image.Image:
+    """Draws rows of images, each with its name at the left, under optional column names."""
+    side = rows[0][0].shape[0]
+    font = ImageFont.load_default(size=max(11, min(18, side // 8)))
+    left = 2 * _MARGIN + max(math.ceil(font.getlength(_one_line(name))) for name in row_names)
+    top = _MARGIN + (round(font.size * 1.5) if column_names else 0)
+    step = side + _MARGIN
+    canvas = Image.new("RGB", (left + step * max(map(len, rows)), top + step * len(rows)), _WHITE)
+    draw = ImageDraw.Draw(canvas)
+    for j, name in enumerate(column_names):
+        draw.text((left + j * step + side / 2, top / 2), _one_line(name), fill=_BLACK, font=font, anchor="mm")
+    for i, (row, name) in enumerate(zip(rows, row_names, strict=True)):
+        draw.text((_MARGIN, top + i * step + side / 2), _one_line(name), fill=_BLACK, font=font, anchor="lm")
+        for j, image in enumerate(row):
+            canvas.paste(Image.fromarray(image), (left + j * step, top + i * step))
+    return canvas
+
+
+def _one_line(name: str) -> str:
+    text = " ".join(name.encode("utf-8", "replace").decode().split())
+    return text if len(text) <= 24 else f"{text[:23]}…"
+
+
+def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> Image.Image:
+    """Draws the loss against the step, on a logarithmic loss axis, with its running median in bold."""
+    width, height, left, right, top, bottom = 960, 480, 80, 24, 24, 48
+    canvas = Image.new("RGB", (width, height), _WHITE)
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(size=14)
+    values = np.asarray(losses, dtype=np.float64)
+    finite = np.isfinite(values) & (values > 0)
+    x, y = np.asarray(steps, dtype=np.float64)[finite], np.log10(values[finite])
+    if not len(y):
+        draw.text((width / 2, height / 2), "no loss yet", fill=_BLACK, font=font, anchor="mm")
+        return canvas
+    low, high = y.min() - 0.02, y.max() + 0.02
+    last = max(x.max(), 1.0)
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        across = left + (width - left - right) * step / last
+        return across, top + (height - top - bottom) * (high - value) / (high - low)
+
+    for share in np.linspace(0, 1, 6):
+        value, step = low + share * (high - low), share * last
+        (_, row), (column, _) = place(0, value), place(step, low)
+        draw.line([(left, row), (width - right, row)], fill=_GREY)
+        draw.text((left - 8, row), f"{10**value:.3g}", fill=_BLACK, font=font, anchor="rm")
+        draw.text((column, height - bottom + 8), f"{step:,.0f}", fill=_BLACK, font=font, anchor="mt")
+    draw.text((width / 2, height - 6), "step", fill=_BLACK, font=font, anchor="mb")
+    draw.text((6, 4), "loss", fill=_BLACK, font=font)
+    draw.line([place(a, b) for a, b in zip(x, y, strict=True)], fill=(150, 180, 225))
+    draw.line([place(a, b) for a, b in zip(x, _running_median(y), strict=True)], fill=_BLUE, width=3)
+    return canvas
+
+
+def _running_median(values: np.ndarray) -> np.ndarray:
+    half = max(1, len(values) // 40)
+    return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+
+
+def encode_image(image: Image.Image, suffix: str) -> bytes:
+    """Returns the bytes of an image file: `.png`, or `.jpg` at quality 95 without chroma subsampling."""
+    buffer = io.BytesIO()
+    if suffix == ".png":
+        image.save(buffer, format="PNG")
+    else:
+        image.save(buffer, format="JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Publishes a picture; its format follows the ending of the path."""
+    durable.publish(path, encode_image(image, path.suffix))
+
+
+def psnr(reference: np.ndarray, other: np.ndarray) -> float:
+    """Returns the peak signal-to-noise ratio in dB of two uint8 images, infinite for equal ones."""
+    error = np.mean((reference.astype(np.float64) - other.astype(np.float64)) ** 2)
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)

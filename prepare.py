@@ -1,0 +1,262 @@
+"""From settings to an open dataset: what preprocessing and training both do first.
+
+Two questions are answered here, for both scripts in the same way: which images (`choose_images`), and which
+space of the cache (`choose_space`). Each thing may be absent as long as it is not needed: with a complete cache
+neither the images nor the VAE have to exist.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import config
+import hardware
+import images
+import vae
+from config import ImageSettings, UserError
+from images import BadImage, Entry, Skipped, Split, shown
+from latent_cache import LatentCache, Manifest, Space, write_manifest
+from latent_dataset import BatchEncoder, LatentDataset
+from script import say, warn
+
+
+def is_explicit(sources: Mapping[str, str], name: str) -> bool:
+    """Says whether the user gave this setting in a flag or a --config file."""
+    return sources[name].startswith(("flag", "--config "))
+
+
+# --- which images ------------------------------------------------------------------------------------------
+
+
+def images_at_hand(settings: ImageSettings, sources: Mapping[str, str], *, may_lack: bool) -> bool:
+    """Says whether the image folder has class folders; unless `may_lack`, one that was asked for must be there."""
+    folder = Path(settings.data_path)
+    is_needed = not may_lack and is_explicit(sources, "data_path")
+    if is_needed and not folder.is_dir():
+        raise UserError(no_images_message(settings.data_path))
+    return is_needed or (folder.is_dir() and any(child.is_dir() for child in folder.iterdir()))
+
+
+def no_images_message(data_path: str, *, also: str = "") -> str:
+    """Says what is wrong with a data folder that cannot be used, and what to give instead."""
+    folder = Path(data_path)
+    state = "has no sub-folders" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+    remedy = "give the folder that has one sub-folder of images for each class"
+    return f"--data_path {shown(data_path)} {state}{also}; {remedy}"
+
+
+def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | None, where: str) -> Split:
+    """Draws the split, from the image folder when it is at hand, else from the one stored in `where`.
+
+    Both give the same split when the folder is as it was. Every entry comes with its content key.
+
+    Raises:
+        UserError: when neither is there, or a class has too few images.
+    """
+    if not at_hand and stored is None:
+        also = f", and {where} holds no split of earlier images"
+        raise UserError(no_images_message(settings.data_path, also=also))
+    index = images.list_images(settings.data_path) if at_hand else stored.index()  # type: ignore[union-attr]
+    notice = images.missing_classes_warning(index, settings.num_users)
+    if notice:
+        warn(notice)
+    split = images.make_split(
+        index,
+        num_users=settings.num_users,
+        images_per_user=settings.images_per_user,
+        seed=settings.seed,
+        split=settings.split,
+        split_gap=settings.split_gap,
+    )
+    if at_hand:
+        return with_fresh_keys(split, settings.data_path)
+    known = stored.keys()  # type: ignore[union-attr]
+    return split.with_keys({place: known.get(place, _key_of_no_content(*place)) for place in _places(split)})
+
+
+def with_fresh_keys(split: Split, data_path: str) -> Split:
+    """Returns the split with the content key of each file as it is now; one that cannot be read keeps its key."""
+
+    def key_of(entry: Entry) -> str:
+        try:
+            return images.image_key(images.image_path(data_path, entry).read_bytes())
+        except OSError:
+            return entry.key or _key_of_no_content(entry.class_name, entry.name)
+
+    entries = [*split.train, *split.test]
+    with ThreadPoolExecutor() as pool:
+        keys = list(pool.map(key_of, entries, chunksize=64))
+    return split.with_keys(dict(zip(_places(split), keys, strict=True)))
+
+
+def _places(split: Split) -> list[tuple[str, str]]:
+    return [(entry.class_name, entry.name) for entry in (*split.train, *split.test)]
+
+
+def _key_of_no_content(class_name: str, name: str) -> str:
+    # Not a hash of an image's bytes, so never cached: reading the image is tried when it is needed, and fails by name.
+    return images.image_key(json.dumps(["unreadable", class_name, name]).encode())
+
+
+def warn_of_shared_content(split: Split) -> None:
+    """Warns when the same file content is in the training and the test images."""
+    pairs = images.shared_content(split)
+    if pairs:
+        train, test = pairs[0]
+        warn(
+            f"{len(pairs)} test image(s) have the same content as a training image, such as "
+            f"{test.class_name}/{test.name} and {train.class_name}/{train.name}; scores on them will look too good"
+        )
+
+
+def find_bad_images(entries: Iterable[Entry], *, data_path: str, image_size: int) -> tuple[Skipped, ...]:
+    """Decodes each entry once and returns those that cannot be read, with the reason."""
+
+    def reason(entry: Entry) -> str | None:
+        try:
+            read_image(data_path, entry, image_size=image_size)
+        except BadImage as error:
+            return str(error)
+        return None
+
+    entries = list(entries)
+    with ThreadPoolExecutor() as pool:
+        reasons = list(pool.map(reason, entries, chunksize=16))
+    return tuple(Skipped(e.class_name, e.name, r) for e, r in zip(entries, reasons, strict=True) if r is not None)
+
+
+def common_suffix(split: Split) -> str:
+    """Returns the commonest ending of the training images, such as .jpg."""
+    return Counter(Path(entry.name).suffix.lower() for entry in split.train).most_common(1)[0][0]
+
+
+def skipped(entries: list[Entry], bad: Iterable[tuple[int, str]]) -> tuple[Skipped, ...]:
+    """Turns (position, reason) pairs into what the split records of images that are left out."""
+    return tuple(Skipped(entries[i].class_name, entries[i].name, reason) for i, reason in bad)
+
+
+def read_image(data_path: str, entry: Entry, *, image_size: int) -> Any:
+    """Reads one image as uint8 [S S 3]; refuses it when the file no longer has the content of its key."""
+    try:
+        data = images.image_path(data_path, entry).read_bytes()
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror or error}") from error
+    if entry.key and images.image_key(data) != entry.key:
+        raise BadImage("changed since this program looked at it first; start again")
+    return images.decode(data, image_size=image_size)
+
+
+# --- which space -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChosenSpace:
+    """The space of the cache that the settings mean, and what is known about its VAE."""
+
+    space: Space
+    scale_factor: float
+    shift_factor: float
+    vae_at_hand: bool
+
+
+def choose_space(
+    settings: ImageSettings, sources: Mapping[str, str], known: ChosenSpace | None, *, may_lack: bool
+) -> ChosenSpace:
+    """Derives the space from the VAE's encoder, or takes the known one when there is no VAE.
+
+    Args:
+        known: the space of the run that goes on, or of the cache's manifest.
+        may_lack: whether to go on without a VAE that was asked for, too.
+
+    Raises:
+        UserError: when a VAE that was asked for cannot be read, or there is neither a VAE nor a known space.
+    """
+    try:
+        identity = vae.read_identity(settings.vae_path)
+    except UserError as error:
+        if known is None or (is_explicit(sources, "vae_path") and not may_lack):
+            raise
+        say(f"no VAE at hand ({error}); taking the latents that the cache holds")
+        return _without_vae(settings, known)
+    if settings.image_size % identity.downsampling:
+        raise UserError(
+            f"--image_size {settings.image_size} is not a multiple of {identity.downsampling}, "
+            f"the downsampling of {settings.vae_path}"
+        )
+    side = settings.image_size // identity.downsampling
+    space = Space.of(
+        identity.fingerprint, settings.image_size, images.RECIPE, (2 * identity.latent_channels, side, side)
+    )
+    if known is not None and known.space.id != space.id:
+        differences = "; ".join(space.differing_fields(known.space))
+        say(f"the cache's last latents do not fit and will not be used: {differences}")
+    return ChosenSpace(space, identity.scale_factor, identity.shift_factor, vae_at_hand=True)
+
+
+def _without_vae(settings: ImageSettings, known: ChosenSpace) -> ChosenSpace:
+    size = known.space.spec["image_size"]
+    if settings.image_size != size:
+        raise UserError(
+            f"--image_size is {settings.image_size}, but the cached latents are of images of {size}, and the VAE "
+            f"{settings.vae_path} that could encode them again is not at hand"
+        )
+    return known
+
+
+def space_of_manifest(manifest: Manifest) -> ChosenSpace:
+    """Returns the space that the manifest of a cache names."""
+    record = manifest.record
+    return ChosenSpace(manifest.space, record["scale_factor"], record["shift_factor"], vae_at_hand=False)
+
+
+def record_manifest(folder: Path, settings: ImageSettings, chosen: ChosenSpace, num_images: int) -> None:
+    """Writes the manifest: the settings as defaults for later runs, and the space."""
+    write_manifest(
+        folder,
+        config.to_dict(settings),
+        chosen.space,
+        {"scale_factor": chosen.scale_factor, "shift_factor": chosen.shift_factor, "images": num_images},
+    )
+
+
+# --- the dataset -------------------------------------------------------------------------------------------
+
+
+def open_dataset(
+    settings: ImageSettings,
+    split: Split,
+    entries: list[Entry],
+    *,
+    cache: LatentCache,
+    vae_at_hand: bool,
+    images_at_hand: bool,
+    device: torch.device,
+    on_store_error: Callable[[OSError], None] | None = None,
+) -> LatentDataset:
+    """Opens the dataset over `entries`, able to encode misses where VAE and images are at hand."""
+    hardware.allow_tf32()
+    encoder = BatchEncoder(
+        lambda: vae.load_vae(settings.vae_path, device, parts="encoder"),
+        device=device,
+        batch_size=settings.encode_batch_size,
+        dtype=hardware.dtype_of(settings.encode_precision),
+    )
+    return LatentDataset(
+        cache,
+        [entry.key for entry in entries],
+        split.labels(entries),
+        [f"{entry.class_name}/{entry.name}" for entry in entries],
+        encode=encoder if vae_at_hand else None,
+        read_image=(lambda i: read_image(settings.data_path, entries[i], image_size=settings.image_size))
+        if images_at_hand
+        else None,
+        encode_batch_size=settings.encode_batch_size,
+        device=device,
+        on_store_error=on_store_error,
+    )

@@ -1,0 +1,1002 @@
+import errno
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from os_faults import ERRORS, each_flipped_bit, fault_at, fork, forked, killing, overwrite, raising, wait_for
+
+import durable
+import latent_cache
+from config import UserError
+from latent_cache import LatentCache, Space, read_manifest, spaces, verify, write_manifest
+
+RECORD = {"precision": "float32", "device": "a CPU"}
+
+
+def make_space(shape: tuple[int, int, int] = (2, 2, 1), **fingerprint: object) -> Space:
+    return Space.of({"weights": "w", **fingerprint}, 256, {"version": 1}, shape)
+
+
+SPACE = make_space()
+
+
+def key(i: int) -> str:
+    return hashlib.sha256(str(i).encode()).hexdigest()
+
+
+@functools.cache
+def values(i: int, shape: tuple[int, int, int]) -> np.ndarray:
+    return np.random.default_rng(i).standard_normal(shape).astype(np.float16)
+
+
+def row(i: int, space: Space = SPACE) -> np.ndarray:
+    """The one right row of key(i)."""
+    return values(i, space.moments_shape)
+
+
+def put(cache: LatentCache, numbers, record: dict = RECORD) -> None:
+    numbers = list(numbers)
+    rows = np.stack([row(i, cache.space) for i in numbers])
+    cache.put([key(i) for i in numbers], rows, [f"ID_{i}/{i}.jpg" for i in numbers], record)
+
+
+def stored(folder: Path, numbers, space: Space = SPACE) -> Path:
+    """Publishes rows as one shard and returns its path."""
+    cache = LatentCache(folder, space, writable=True)
+    before = set(cache.shard_paths())
+    put(cache, numbers)
+    cache.flush()
+    (path,) = set(cache.shard_paths()) - before
+    return path
+
+
+def reader(folder: Path, space: Space = SPACE) -> LatentCache:
+    return LatentCache(folder, space, writable=False)
+
+
+def found_rows(cache: LatentCache, numbers) -> list[int]:
+    """Reads the rows and returns the numbers of those found; each of them must be right."""
+    numbers = list(numbers)
+    moments, found = cache.read([key(i) for i in numbers])
+    for i, moment, is_found in zip(numbers, moments, found, strict=True):
+        if is_found:
+            assert np.array_equal(moment, row(i, cache.space)), f"row {i} is wrong"
+        else:
+            assert np.isnan(moment).all()
+    return [i for i, is_found in zip(numbers, found, strict=True) if is_found]
+
+
+def strangers(cache: LatentCache, numbers) -> list[str]:
+    """Returns the keys that the cache claims to have besides those of `numbers`."""
+    return sorted(set(cache.keys()) - {key(i) for i in numbers})
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+# --- what the helpers of this file can see -----------------------------------------------------------------
+
+
+def test_found_rows_notices_a_wrong_row(tmp_path):
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+    cache.put([key(1)], row(2)[None], ["x"], RECORD)
+    with pytest.raises(AssertionError, match="row 1 is wrong"):
+        found_rows(cache, [1])
+
+
+# --- spaces ------------------------------------------------------------------------------------------------
+
+
+def test_a_space_is_its_spec_whatever_the_order_and_kind_of_sequence():
+    one = Space.of({"a": 1, "b": [1, 2]}, 256, {"v": 1}, (8, 32, 32))
+    other = Space.of({"b": (1, 2), "a": 1}, 256, {"v": 1}, [8, 32, 32])
+    assert one == other
+    assert one.id == other.id
+    assert len(one.id) == 16
+    assert one.moments_shape == (8, 32, 32)
+    assert one.spec["format"] == latent_cache.FORMAT
+
+
+def test_differing_fields_name_the_field_and_both_values():
+    here = Space.of({"weights": "aa", "old": 1}, 256, {"v": {"size": 1}}, (8, 32, 32))
+    there = Space.of({"weights": "bb", "new": None}, 128, {"v": {"size": 2}}, (8, 32, 32))
+    assert here.differing_fields(there) == [
+        "image_size: 256 vs 128",
+        "recipe.v.size: 1 vs 2",
+        "vae.new: absent vs null",
+        "vae.old: 1 vs absent",
+        'vae.weights: "aa" vs "bb"',
+    ]
+    assert here.differing_fields(here) == []
+
+
+def test_rows_of_another_space_are_never_served(tmp_path):
+    path = stored(tmp_path, range(3))
+    other = make_space(weights="other")
+    assert found_rows(reader(tmp_path, other), range(3)) == []
+    moved = tmp_path / other.id / path.name
+    moved.parent.mkdir()
+    path.rename(moved)
+    cache = reader(tmp_path, other)
+    assert found_rows(cache, range(3)) == []
+    assert cache.problems == [f"{moved}: it belongs to another space; its rows count as missing"]
+
+
+# --- writing and reading -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 4), (32, 2, 2), (64, 1, 3)])
+def test_rows_come_back_bit_for_bit_in_the_order_asked(tmp_path, shape):
+    space = make_space(shape)
+    stored(tmp_path, range(7), space)
+    assert found_rows(reader(tmp_path, space), [3, 0, 6, 6, 3, 99, 5]) == [3, 0, 6, 6, 3, 5]
+
+
+def test_a_shard_is_a_plain_safetensors_file_named_by_its_content(tmp_path):
+    path = stored(tmp_path, range(3))
+    assert path.name == hashlib.sha256(path.read_bytes()).hexdigest()[:32] + ".safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    assert sorted((name, str(t.dtype), t.shape) for name, t in tensors.items()) == [
+        ("keys", "uint8", (3, 32)),
+        ("moments", "float16", (3, 2, 2, 1)),
+        ("seals", "uint32", (3,)),
+    ]
+    assert [k.tobytes().hex() for k in tensors["keys"]] == [key(i) for i in range(3)]
+    with safetensors.safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["names"]) == [f"ID_{i}/{i}.jpg" for i in range(3)]
+    assert json.loads(metadata["records"]) == [[3, RECORD]]
+    assert json.loads(metadata["space"]) == SPACE.spec
+
+
+def test_keys_membership_and_length_cover_what_is_published_and_what_waits(tmp_path):
+    stored(tmp_path, range(3))
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+    put(cache, [2, 3, 4])
+    assert sorted(cache.keys()) == sorted(key(i) for i in range(5))
+    assert len(cache) == 5
+    assert cache.pending == 3
+    assert key(1) in cache
+    assert key(4) in cache
+    assert key(5) not in cache
+    assert cache.holds([key(9), key(4), key(0)]).tolist() == [False, True, True]
+    assert found_rows(cache, range(6)) == [0, 1, 2, 3, 4]
+
+
+def test_keys_that_end_in_zero_bytes_are_told_apart(tmp_path):
+    keys = ["ab" + "00" * 31, "ab" * 32, "00" * 32, "ab" * 31 + "00"]
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+    cache.put(keys[:2], np.stack([row(0), row(1)]), ["a", "b"], RECORD)
+    cache.flush()
+    moments, found = reader(tmp_path).read(keys)
+    assert found.tolist() == [True, True, False, False]
+    assert np.array_equal(moments[:2], [row(0), row(1)])
+
+
+def test_read_fills_the_array_it_is_given_and_leaves_the_rest(tmp_path):
+    stored(tmp_path, range(4))
+    out = np.full((3, 2, 2, 1), 7, dtype=np.float16)
+    moments, found = reader(tmp_path).read([key(2), key(9), key(1)], out)
+    assert moments is out
+    assert found.tolist() == [True, False, True]
+    assert np.array_equal(out, [row(2), np.full((2, 2, 1), 7), row(1)])
+    for wrong in (out[:2], out.astype(np.float32), out.reshape(3, 4, 1, 1)):
+        with pytest.raises(ValueError, match="is needed"):
+            reader(tmp_path).read([key(0)] * 3, wrong)
+
+
+def test_reading_in_small_pieces_gives_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_cache, "_READ_BYTES", 3 * 8)
+    stored(tmp_path, range(20))
+    numbers = [*range(20), 5, 5, 19, 0, *range(10, 14)]
+    assert found_rows(reader(tmp_path), numbers) == numbers
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shards=st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=5, unique=True), max_size=4),
+    waiting=st.lists(st.integers(0, 15), max_size=4, unique=True),
+    asked=st.lists(st.integers(0, 17), max_size=12),
+)
+def test_any_asked_order_with_repeats_equals_a_dictionary(tmp_path_factory, shards, waiting, asked):
+    folder = tmp_path_factory.mktemp("cache")
+    cache = LatentCache(folder, SPACE, writable=True)
+    for numbers in shards:
+        put(cache, numbers)
+        cache.flush()
+    if waiting:
+        put(cache, waiting)
+    known = {i for numbers in shards for i in numbers} | set(waiting)
+    assert found_rows(cache, asked) == [i for i in asked if i in known]
+    assert len(cache) == len(known)
+
+
+@pytest.mark.parametrize("bad", ["", "ab", "g" * 64, "A" * 64, "a" * 62 + "  ", "a" * 128])
+def test_what_is_no_key_is_refused(tmp_path, bad):
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+    for use in (cache.read, cache.holds, lambda keys: cache.put(keys, row(0)[None], ["x"], {})):
+        with pytest.raises(ValueError):
+            use([bad])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_moments_that_are_not_finite_are_refused_by_name_and_nothing_is_taken(tmp_path, value):
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+    rows = np.stack([row(0), row(1)])
+    rows[1, 0, 1, 0] = value
+    with pytest.raises(ValueError, match=r"ID_7/x\.jpg are not finite"):
+        cache.put([key(0), key(1)], rows, ["ID_7/w.jpg", "ID_7/x.jpg"], RECORD)
+    assert cache.pending == 0
+
+
+def test_wrong_shapes_types_and_records_are_refused(tmp_path):
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+    for rows in (row(0), row(0)[None].astype(np.float32), np.zeros((1, 2, 2, 2), np.float16)):
+        with pytest.raises(ValueError, match="the space holds"):
+            cache.put([key(0)], rows, ["x"], RECORD)
+    with pytest.raises(TypeError):
+        cache.put([key(0)], row(0)[None], ["x"], {"path": Path("x")})
+    assert cache.pending == 0
+
+
+def test_later_changes_to_the_callers_array_do_not_reach_the_cache(tmp_path):
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+    rows, record = row(0)[None].copy(), dict(RECORD)
+    cache.put([key(0)], rows, ["x"], record)
+    rows[:] = 0
+    record["precision"] = "other"
+    cache.flush()
+    assert found_rows(reader(tmp_path), [0]) == [0]
+    assert verify(cache, []).shards[0].records == [(1, RECORD)]
+
+
+NAMES = ["步态/ü.jpg", "line\nbreak", os.fsdecode(b"not-utf8-\xff"), "n" * 255, '"quoted"\\', "\x00\x1b", ""]
+
+
+def test_names_may_hold_anything(tmp_path):
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+    cache.put([key(i) for i in range(7)], np.stack([row(i) for i in range(7)]), NAMES, RECORD)
+    cache.flush()
+    assert found_rows(reader(tmp_path), range(7)) == [*range(7)]
+    assert verify(cache, []).orphaned == {key(i): NAMES[i] for i in range(7)}
+
+
+def test_names_that_do_not_fit_are_left_out_and_rows_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_cache, "_HEADER_BYTES", 2000)
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+    cache.put([key(i) for i in range(3)], np.stack([row(i) for i in range(3)]), ["n" * 1000] * 3, RECORD)
+    cache.flush()
+    assert found_rows(reader(tmp_path), range(3)) == [0, 1, 2]
+    assert set(verify(cache, []).orphaned.values()) == {""}
+    cache.put([key(4)], row(4)[None], ["x"], {"log": "x" * 3000})
+    with pytest.raises(ValueError, match="too long"):
+        cache.flush()
+
+
+# --- when rows reach the disk ------------------------------------------------------------------------------
+
+
+def test_rows_wait_until_a_shard_is_full_or_a_minute_is_over(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(latent_cache, "SHARD_BYTES", 5 * 8)
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+    put(cache, range(4))
+    assert (cache.pending, cache.acknowledged) == (4, 0)
+    put(cache, range(4, 12))
+    assert (cache.pending, cache.acknowledged) == (2, 10)
+    now += 59.9
+    put(cache, [12])
+    assert cache.pending == 3
+    now += 0.2
+    cache.commit()
+    assert (cache.pending, cache.acknowledged) == (0, 13)
+    now += 1000
+    put(cache, [13])
+    assert cache.pending == 1
+    cache.flush()
+    assert [len(safetensors.numpy.load_file(path)["keys"]) for path in cache.shard_paths()].count(5) == 2
+    assert found_rows(reader(tmp_path), range(14)) == [*range(14)]
+
+
+@pytest.mark.parametrize("number", ERRORS)
+def test_after_an_error_at_any_call_the_rows_are_kept_and_served_and_published_later(tmp_path, number):
+    num_cases = 0
+    while True:
+        folder = tmp_path / str(num_cases)
+        stored(folder, [0, 1])
+        cache = LatentCache(folder, SPACE, writable=True)
+        put(cache, [2, 3])
+        with fault_at(num_cases, raising(number)) as calls:
+            try:
+                cache.flush()
+            except OSError as error:
+                assert error.errno == number
+        if len(calls.log) <= num_cases:
+            break
+        assert (cache.pending, cache.acknowledged) == (2, 0)
+        assert calls.synced_twice == []
+        assert found_rows(cache, range(4)) == [0, 1, 2, 3]
+        assert found_rows(reader(folder), range(4)) in ([0, 1], [0, 1, 2, 3])
+        cache.flush()
+        assert found_rows(reader(folder), range(4)) == [0, 1, 2, 3]
+        assert not list(folder.rglob(".tmp*"))
+        num_cases += 1
+    assert num_cases > 10
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_at_any_call_keeps_old_rows_and_publishes_all_or_none_of_the_new(tmp_path, after):
+    def flush_and_die(folder: Path, index: int) -> None:
+        cache = LatentCache(folder, SPACE, writable=True)
+        put(cache, [2, 3])
+        with fault_at(index, killing(after=after)):
+            cache.flush()
+
+    outcomes = []
+    for index in range(100):
+        folder = tmp_path / str(index)
+        stored(folder, [0, 1])
+        killed = forked(lambda folder=folder, index=index: flush_and_die(folder, index)) == -9
+        outcomes.append(found_rows(reader(folder), range(4)))
+        cache = LatentCache(folder, SPACE, writable=True)
+        assert not list(folder.rglob(".tmp*"))
+        put(cache, [2, 3])
+        cache.flush()
+        assert found_rows(reader(folder), range(4)) == [0, 1, 2, 3]
+        if not killed:
+            break
+    assert len(outcomes) > 10
+    assert all(outcome in ([0, 1], [0, 1, 2, 3]) for outcome in outcomes)
+    assert outcomes[-1] == [0, 1, 2, 3]
+
+
+def test_a_disk_found_full_can_be_given_up_and_rows_stay_in_memory(tmp_path):
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+    with fault_at(-1, raising(errno.ENOSPC), only=("write",)):
+        put(cache, [0])
+        with pytest.raises(OSError):
+            cache.flush()
+    cache.writable = False
+    put(cache, [1])
+    cache.flush()
+    assert found_rows(cache, [0, 1]) == [0, 1]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_cache_that_is_not_writable_writes_nothing_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_cache, "SHARD_BYTES", 8)
+    stored(tmp_path, [0])
+    stored(tmp_path, [1])
+    (tmp_path / SPACE.id / ".tmp-x-1-y").write_bytes(b"half")
+    os.utime(tmp_path / SPACE.id / ".tmp-x-1-y", (0, 0))
+    before = files(tmp_path)
+    with fault_at(None) as calls:
+        cache = LatentCache(tmp_path, SPACE, writable=False)
+        put(cache, range(1, 4))
+        cache.merge()
+        cache.flush()
+        verify(cache, [key(0)])
+        assert found_rows(cache, range(5)) == [0, 1, 2, 3]
+    assert files(tmp_path) == before
+    assert {name for name, _ in calls.log} <= {"open", "fstat", "close"}
+    assert LatentCache(tmp_path / "absent", SPACE, writable=False).keys() == []
+    assert not (tmp_path / "absent").exists()
+
+
+# --- damage ------------------------------------------------------------------------------------------------
+
+
+def test_no_flipped_bit_of_a_shard_gives_a_wrong_row(tmp_path):
+    path = stored(tmp_path, range(2))
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    informative = range(data.index(b'"names":'), data.index(b'"space":'))  # names and records
+    misses = 0
+    for position in each_flipped_bit(path):
+        cache = reader(tmp_path)
+        good = found_rows(cache, range(2))
+        assert not cache.read(strangers(cache, range(2)))[1].any()
+        assert good != [0, 1] or position in informative, f"the flip of byte {position} was not noticed"
+        assert good == [] or position >= start or position in informative
+        assert good == [0, 1] or str(path) in cache.problems[0]
+        misses += good != [0, 1]
+    assert found_rows(reader(tmp_path), range(2)) == [0, 1]
+    assert misses > 3000
+
+
+def test_a_truncated_shard_only_has_misses_whatever_its_length(tmp_path):
+    path = stored(tmp_path, range(3))
+    for length in reversed(range(path.stat().st_size)):
+        os.truncate(path, length)
+        cache = reader(tmp_path)
+        assert found_rows(cache, range(3)) == []
+        assert len(cache.problems) == 1
+        assert str(path) in cache.problems[0]
+
+
+def test_a_shard_truncated_after_it_was_opened_only_has_misses(tmp_path):
+    path = stored(tmp_path, range(3))
+    cache = reader(tmp_path)
+    os.truncate(path, path.stat().st_size - 3 * 32 - 1)
+    assert found_rows(cache, [2]) == []
+    assert found_rows(cache, [0, 1]) == [0, 1]
+    assert "ends too early" in cache.problems[0]
+
+
+@pytest.mark.parametrize("extra", [b"\0", b" ", b"x" * 44])
+def test_a_shard_with_bytes_appended_is_refused(tmp_path, extra):
+    path = stored(tmp_path, range(3))
+    with path.open("ab") as file:
+        file.write(extra)
+    assert found_rows(reader(tmp_path), range(3)) == []
+
+
+@pytest.mark.parametrize("fill", ["zeros", "half zeros", "empty"])
+def test_zeros_and_empty_files_only_have_misses(tmp_path, fill):
+    path = stored(tmp_path, range(4))
+    data = path.read_bytes()
+    half = len(data) - 100
+    path.write_bytes({"zeros": bytes(len(data)), "half zeros": data[:half] + bytes(100), "empty": b""}[fill])
+    assert found_rows(reader(tmp_path), range(4)) == []
+    assert str(path) in verify(reader(tmp_path), []).problems[0]
+
+
+@pytest.mark.parametrize("parts", [["keys"], ["moments"], ["seals"], ["keys", "seals"], ["moments", "seals"]])
+def test_swapped_rows_are_misses(tmp_path, parts):
+    path = stored(tmp_path, range(3))
+    data = bytearray(path.read_bytes())
+    size = {"seals": 4, "moments": 8, "keys": 32}
+    start = {"seals": len(data) - 132, "moments": len(data) - 120, "keys": len(data) - 96}
+    for part in parts:
+        first, second = start[part], start[part] + size[part]
+        third = second + size[part]
+        data[first:second], data[second:third] = data[second:third], data[first:second]
+    overwrite(path, data)
+    assert found_rows(reader(tmp_path), range(3)) == [2]
+
+
+def test_rows_swapped_whole_are_still_right(tmp_path):
+    path = stored(tmp_path, range(2))
+    data = path.read_bytes()
+    head, seals, rows, keys = data[:-88], data[-88:-80], data[-80:-64], data[-64:]
+    path.write_bytes(head + seals[4:] + seals[:4] + rows[8:] + rows[:8] + keys[32:] + keys[:32])
+    assert found_rows(reader(tmp_path), range(2)) == [0, 1]
+
+
+def with_header(path: Path, header: bytes, *, length: int | None = None) -> None:
+    """Replaces the header of a shard and keeps its data."""
+    data = path.read_bytes()
+    body = data[8 + int.from_bytes(data[:8], "little") :]
+    size = len(header) if length is None else length
+    overwrite(path, size.to_bytes(8, "little") + header + body)
+
+
+def header_of(path: Path) -> dict:
+    data = path.read_bytes()
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+def hostile_headers(good: dict) -> dict[str, bytes]:
+    text = json.dumps(good)
+    deep = b"[" * 100_000
+    metadata = good["__metadata__"]
+
+    def changed(name: str, **fields: object) -> bytes:
+        return json.dumps({**good, name: {**good[name], **fields}}).encode()
+
+    return {
+        "empty": b"",
+        "not json": b"\xff\xfe{",
+        "nested": deep,
+        "nested inside": b'{"__metadata__":' + deep,
+        "nested but closed": b'{"a":' + b"[" * 900 + b"]" * 900 + b"}",
+        "a list": b"[]",
+        "a number": b"7",
+        "null": b"null",
+        "metadata are text": json.dumps({**good, "__metadata__": "x"}).encode(),
+        "metadata are numbers": json.dumps({**good, "__metadata__": {**metadata, "format": 1}}).encode(),
+        "no metadata": json.dumps({name: good[name] for name in ("keys", "moments", "seals")}).encode(),
+        "one tensor less": json.dumps({name: good[name] for name in good if name != "seals"}).encode(),
+        "one tensor more": json.dumps({**good, "more": good["seals"]}).encode(),
+        "an entry is a list": json.dumps({**good, "keys": []}).encode(),
+        "another format": json.dumps({**good, "__metadata__": {**metadata, "format": "2"}}).encode(),
+        "a bool as length": changed("keys", shape=[True, 32]),
+        "a float as length": changed("keys", shape=[1.0, 32]),
+        "a negative shape": changed("moments", shape=[-1, 2, 2, 1]),
+        "an endless number": text.replace("[1, 32]", "[" + "9" * 5000 + ", 32]").encode(),
+        "a large number": text.replace("[1, 32]", "[" + "9" * 4000 + ", 32]").encode(),
+        "NaN": text.replace("[1, 32]", "[NaN, 32]").encode(),
+        "infinity": text.replace("[1, 32]", "[1e999, 32]").encode(),
+        "another type": changed("moments", dtype="BF16"),
+        "overlapping": changed("keys", data_offsets=[0, 32]),
+        "offsets reversed": changed("keys", data_offsets=[44, 12]),
+        "an unknown field": changed("keys", more=1),
+        "keys named twice": text[:-1].encode() + b', "keys": ' + json.dumps(good["keys"]).encode() + b"}",
+        "format named twice": text.replace('"format": "1"', '"format": "1", "format": "1"').encode(),
+        "surrogates": text.replace("jpg", "\\ud800").replace('"1"', '"\\ud800"').encode(),
+        "many small things": b'{"a":[' + b"[]," * 340_000 + b"[]]}",
+    }
+
+
+HOSTILE = sorted(hostile_headers({name: {} for name in ("__metadata__", "keys", "moments", "seals")}))
+
+
+@pytest.mark.parametrize("which", HOSTILE)
+def test_a_hostile_header_is_a_reported_miss(tmp_path, which):
+    path = stored(tmp_path, [0])
+    with_header(path, hostile_headers(header_of(path))[which])
+    start = time.process_time()
+    cache = reader(tmp_path)
+    assert time.process_time() - start < 1
+    assert found_rows(cache, [0]) == []
+    assert len(cache.problems) == 1
+    assert len(cache.problems[0]) < len(str(path)) + 160
+    assert verify(cache, [key(0)]).missing == [key(0)]
+    assert spaces(tmp_path).keys() <= {SPACE.id}
+
+
+@pytest.mark.parametrize("length", [1, 2**31, 2**62, 2**64 - 1])
+def test_a_header_length_that_cannot_be_is_a_miss(tmp_path, length):
+    path = stored(tmp_path, [0])
+    with_header(path, b"{}", length=length)
+    assert found_rows(reader(tmp_path), [0]) == []
+
+
+def test_a_huge_header_is_refused_unread(tmp_path):
+    path = stored(tmp_path, [0])
+    path.write_bytes((100 << 20).to_bytes(8, "little"))
+    os.truncate(path, 101 << 20)
+    tracemalloc.start()
+    assert found_rows(reader(tmp_path), [0]) == []
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_a_shard_mangled_at_random_never_gives_a_wrong_row(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("mangled")
+    path = stored(folder, range(3))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        begin = data.draw(st.integers(0, len(content)))
+        end = data.draw(st.integers(begin, min(len(content), begin + 40)))
+        content[begin:end] = data.draw(st.binary(max_size=40))
+    overwrite(path, content)
+    cache = reader(folder)
+    found_rows(cache, range(3))
+    assert not cache.read(strangers(cache, range(3)))[1].any()
+    verify(cache, [key(0)])
+    spaces(folder)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=200))
+def test_any_bytes_named_like_a_shard_are_no_more_than_a_problem(tmp_path, content):
+    path = tmp_path / SPACE.id / f"{'0' * 32}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    overwrite(path, content)
+    cache = reader(tmp_path)
+    assert cache.keys() == []
+    assert len(cache.problems) == 1
+
+
+def test_what_is_not_a_file_but_named_like_a_shard_is_reported_and_skipped(tmp_path):
+    stored(tmp_path, [0])
+    folder = tmp_path / SPACE.id
+    (folder / f"{'a' * 32}.safetensors").mkdir()
+    (folder / f"{'b' * 32}.safetensors").symlink_to(f"{'b' * 32}.safetensors")
+    (folder / f"{'c' * 32}.safetensors").symlink_to("nowhere")
+    os.mkfifo(folder / f"{'d' * 32}.safetensors")
+    cache = reader(tmp_path)
+    assert found_rows(cache, [0]) == [0]
+    assert [Path(line.split(": ")[0]).name[0] for line in cache.problems] == ["a", "b", "d"]
+
+
+def test_other_names_do_not_exist_for_the_cache(tmp_path):
+    path = stored(tmp_path, [0])
+    for name in (".tmp-x", "x.safetensors", f"{'A' * 32}.safetensors", path.name + ".bak", f"{'a' * 31}.safetensors"):
+        (path.parent / name).write_bytes(b"x")
+    cache = reader(tmp_path)
+    assert cache.problems == []
+    assert len(cache.shard_paths()) == 1
+    (tmp_path / "file").write_bytes(b"")
+    assert LatentCache(tmp_path / "file", SPACE, writable=False).keys() == []
+
+
+def test_an_empty_shard_is_valid_and_has_no_rows(tmp_path):
+    stored(tmp_path, [0])
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+    cache._publish_shard({})
+    assert found_rows(reader(tmp_path), [0]) == [0]
+    assert reader(tmp_path).problems == []
+    cache.merge()
+    assert len(reader(tmp_path).shard_paths()) == 1
+    assert found_rows(reader(tmp_path), [0]) == [0]
+
+
+def test_a_damaged_row_can_be_put_again(tmp_path):
+    path = stored(tmp_path, range(3))
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1  # in the last row
+    overwrite(path, data)
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+    assert found_rows(cache, range(3)) == [0, 1]
+    assert cache.problems == [f"{path}: 1 of 3 rows are damaged and count as missing"]
+    assert key(2) not in cache
+    put(cache, [2])
+    assert found_rows(cache, range(3)) == [0, 1, 2]
+    cache.flush()
+    assert found_rows(cache, range(3)) == [0, 1, 2]
+    assert found_rows(reader(tmp_path), range(3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_shard_that_cannot_be_read_is_a_reported_miss(tmp_path, number):
+    path = stored(tmp_path, range(3))
+    cache = reader(tmp_path)
+    with fault_at(-1, raising(number), only=("open",)):
+        assert found_rows(cache, range(3)) == []
+        assert os.strerror(number) in cache.problems[0]
+        assert os.strerror(number) in reader(tmp_path).problems[0]
+    assert str(path) in cache.problems[0]
+
+
+# --- several copies, several processes ---------------------------------------------------------------------
+
+
+def two_copies(folder: Path) -> tuple[list[Path], list[np.ndarray]]:
+    """Stores two different rows under one key; returns the shards in the order of their names, and their rows."""
+    rows = [row(10), row(11)]
+    for moments in rows:
+        cache = LatentCache(folder, SPACE, writable=True)
+        cache.put([key(0)], moments[None], ["x"], RECORD)
+        cache.flush()
+    paths = reader(folder).shard_paths()
+    return paths, [safetensors.numpy.load_file(path)["moments"][0] for path in paths]
+
+
+def test_of_several_copies_the_first_by_name_counts_whatever_the_times(tmp_path):
+    paths, rows = two_copies(tmp_path)
+    for times in ((1, 2e9), (2e9, 1)):
+        for path, when in zip(paths, times, strict=True):
+            os.utime(path, (when, when))
+        assert np.array_equal(reader(tmp_path).read([key(0)])[0][0], rows[0])
+    assert len(reader(tmp_path)) == 1
+
+
+def test_the_next_valid_copy_counts_when_the_first_is_damaged(tmp_path):
+    paths, rows = two_copies(tmp_path)
+    data = bytearray(paths[0].read_bytes())
+    data[-33] ^= 0x10
+    paths[0].write_bytes(data)
+    cache = reader(tmp_path)
+    moments, found = cache.read([key(0), key(0)])
+    assert found.all()
+    assert np.array_equal(moments[1], rows[1])
+    report = verify(cache, [key(0)])
+    assert (report.good, report.damaged) == ([key(0)], [])
+
+
+def write_in_rounds(folder: Path, numbers: list[int]) -> None:
+    cache = LatentCache(folder, SPACE, writable=True)
+    for i in numbers:
+        put(cache, [i, i + 1])
+        cache.flush()
+
+
+def test_writers_on_one_folder_lose_nothing_and_readers_see_whole_rows(tmp_path):
+    numbers = [list(range(start, start + 20)) for start in (0, 10, 20)]
+    children = [fork(lambda some=some: write_in_rounds(tmp_path, some)) for some in numbers]
+    cache = reader(tmp_path)
+    for _ in range(20):
+        cache.refresh()
+        found_rows(cache, range(41))
+    assert [wait_for(child) for child in children] == [0, 0, 0]
+    assert cache.problems == []
+    assert found_rows(reader(tmp_path), range(41)) == [*range(41)]
+    assert not list(tmp_path.rglob(".tmp*"))
+
+
+def test_a_merge_while_others_write_and_merge_loses_nothing(tmp_path):
+    def write_and_merge(numbers: list[int]) -> None:
+        for i in numbers:
+            cache = LatentCache(tmp_path, SPACE, writable=True)
+            put(cache, [i, i + 1])
+            cache.merge()
+
+    children = [fork(lambda: write_and_merge(list(range(15)))), fork(lambda: write_and_merge(list(range(10, 25))))]
+    old = reader(tmp_path)
+    found_so_far: set[int] = set()
+    for _ in range(20):
+        now = set(found_rows(old, range(26)))
+        assert found_so_far <= now
+        found_so_far = now
+        old.refresh()
+    assert [wait_for(child) for child in children] == [0, 0]
+    assert old.problems == []
+    assert found_rows(reader(tmp_path), range(26)) == [*range(26)]
+
+
+def test_a_forked_child_reads_through_the_same_object(tmp_path):
+    stored(tmp_path, range(3))
+    cache = reader(tmp_path)
+
+    def read() -> None:
+        assert found_rows(cache, range(3)) == [0, 1, 2]
+
+    assert forked(read) == 0
+    read()
+
+
+# --- merging -----------------------------------------------------------------------------------------------
+
+
+def test_merge_joins_small_shards_and_keeps_rows_names_and_records(tmp_path):
+    for i in range(4):
+        stored(tmp_path, [2 * i, 2 * i + 1])
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+    put(cache, [8], {"precision": "float16"})
+    cache.merge()
+    (path,) = (tmp_path / SPACE.id).iterdir()
+    assert cache.shard_paths() == [path]
+    assert found_rows(cache, range(9)) == [*range(9)]
+    assert found_rows(reader(tmp_path), range(9)) == [*range(9)]
+    report = verify(cache, [key(i) for i in range(8)])
+    assert report.orphaned == {key(8): "ID_8/8.jpg"}
+    precisions = [record["precision"] for count, record in report.shards[0].records for _ in range(count)]
+    assert sorted(precisions) == ["float16"] + ["float32"] * 8
+    before = files(tmp_path)
+    cache.merge()
+    assert files(tmp_path) == before
+
+
+def test_merge_fills_shards_up_to_their_size_and_leaves_full_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_cache, "SHARD_BYTES", 5 * 8)
+    full = stored(tmp_path, range(5))
+    before = full.stat()
+    for i in (5, 7, 9):
+        stored(tmp_path, [i, i + 1])
+    stored(tmp_path, [11])
+    LatentCache(tmp_path, SPACE, writable=True).merge()
+    sizes = [len(safetensors.numpy.load_file(path)["keys"]) for path in reader(tmp_path).shard_paths()]
+    assert sorted(sizes) == [2, 5, 5]
+    assert full.stat().st_mtime_ns == before.st_mtime_ns
+    assert found_rows(reader(tmp_path), range(12)) == [*range(12)]
+
+
+def test_a_reader_with_an_older_view_finds_merged_rows(tmp_path):
+    for i in range(3):
+        stored(tmp_path, [i])
+    old = reader(tmp_path)
+    assert found_rows(old, [0]) == [0]
+    LatentCache(tmp_path, SPACE, writable=True).merge()
+    assert found_rows(old, range(3)) == [0, 1, 2]
+    assert old.problems == []
+    for path in old.shard_paths():
+        path.unlink()
+    assert found_rows(old, range(3)) == []
+
+
+def test_a_stale_handle_is_looked_for_again(tmp_path):
+    stored(tmp_path, range(3))
+    cache = reader(tmp_path)
+    with fault_at(0, raising(errno.ESTALE), only=("fstat",)):
+        assert found_rows(cache, range(3)) == [0, 1, 2]
+    assert cache.problems == []
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_merge_killed_at_any_call_loses_nothing(tmp_path, after):
+    def merge_and_die(folder: Path, index: int) -> None:
+        cache = LatentCache(folder, SPACE, writable=True)
+        with fault_at(index, killing(after=after), only=("fsync", "rename", "unlink")):
+            cache.merge()
+
+    num_kills = 0
+    for index in range(100):
+        folder = tmp_path / str(index)
+        for i in range(3):
+            stored(folder, [i, i + 1])
+        killed = forked(lambda folder=folder, index=index: merge_and_die(folder, index)) == -9
+        assert found_rows(reader(folder), range(4)) == [0, 1, 2, 3]
+        cache = LatentCache(folder, SPACE, writable=True)
+        cache.merge()
+        assert len(list((folder / SPACE.id).iterdir())) == 1
+        assert found_rows(reader(folder), range(4)) == [0, 1, 2, 3]
+        if not killed:
+            break
+        num_kills += 1
+    assert num_kills == 7
+
+
+def test_a_merge_that_cannot_publish_leaves_everything_as_it_was(tmp_path):
+    for i in range(3):
+        stored(tmp_path, [i])
+    before = files(tmp_path / SPACE.id)
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+    with fault_at(-1, raising(errno.ENOSPC), only=("write",)), pytest.raises(OSError):
+        cache.merge()
+    assert {name: files(tmp_path / SPACE.id)[name] for name in before} == before
+    assert found_rows(cache, range(3)) == [0, 1, 2]
+
+
+def test_merge_carries_good_rows_only_and_other_spaces_are_not_touched(tmp_path):
+    other = make_space(weights="other")
+    stored(tmp_path, range(2), other)
+    stored(tmp_path, range(2, 4), other)
+    paths = [stored(tmp_path, range(3)), stored(tmp_path, range(3, 6))]
+    data = bytearray(paths[0].read_bytes())
+    data[-100] ^= 1  # in the last row
+    paths[0].write_bytes(data)
+    (tmp_path / SPACE.id / f"{'0' * 32}.safetensors").write_bytes(b"damaged")
+    before = files(tmp_path / other.id)
+    LatentCache(tmp_path, SPACE, writable=True).merge()
+    assert files(tmp_path / other.id) == before
+    assert found_rows(reader(tmp_path), range(6)) == [0, 1, 3, 4, 5]
+    assert verify(reader(tmp_path), [key(2)]).missing == [key(2)]
+
+
+def test_a_merge_whose_result_is_one_of_its_sources_keeps_it(tmp_path):
+    def name_of(numbers) -> str:
+        cache = LatentCache(tmp_path / "elsewhere", SPACE, writable=True)
+        put(cache, numbers)
+        cache.flush()
+        return max(cache.shard_paths(), key=lambda path: path.stat().st_mtime_ns).name
+
+    # The shard whose name comes first holds every row of the second, so that merging gives its content again.
+    whole = next(n for n in range(2, 50) if name_of(range(n)) < name_of([0]))
+    stored(tmp_path, range(whole))
+    stored(tmp_path, [0])
+    LatentCache(tmp_path, SPACE, writable=True).merge()
+    assert [path.name for path in reader(tmp_path).shard_paths()] == [name_of(range(whole))]
+    assert found_rows(reader(tmp_path), range(whole)) == [*range(whole)]
+
+
+def test_a_shard_that_cannot_be_read_is_not_removed_by_a_merge(tmp_path):
+    paths = [stored(tmp_path, [i]) for i in range(3)]
+    cache = LatentCache(tmp_path, SPACE, writable=True)
+
+    def fail_one(name, real, args):
+        if str(args[0]) == str(paths[1]):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args)
+
+    with fault_at(-1, fail_one, only=("open",)):
+        cache._merge([cache._shards[path.name] for path in sorted(paths)])
+    assert paths[1].exists()
+    assert found_rows(reader(tmp_path), range(3)) == [0, 1, 2]
+    assert len(reader(tmp_path).shard_paths()) == 2
+
+
+def test_opening_for_writing_clears_up_after_dead_writers(tmp_path):
+    stored(tmp_path, [0])
+    process = fork(lambda: None)
+    wait_for(process)
+    for folder in (tmp_path, tmp_path / SPACE.id):
+        (folder / f"{durable.TEMPORARY_PREFIX}{durable._host()}-{process}-x").write_bytes(b"half")
+    LatentCache(tmp_path, SPACE, writable=True)
+    assert not list(tmp_path.rglob(".tmp*"))
+
+
+# --- manifest, spaces, verify ------------------------------------------------------------------------------
+
+
+SETTINGS = {"data_path": "/数据/gait", "odd": os.fsdecode(b"/x\xff"), "images_per_user": 50, "lr": 1e-4, "none": None}
+
+
+def test_the_manifest_comes_back_and_is_readable(tmp_path):
+    assert read_manifest(tmp_path) is None
+    assert read_manifest(tmp_path / "absent") is None
+    write_manifest(tmp_path, SETTINGS, SPACE, {"num_images": 3})
+    manifest = read_manifest(tmp_path)
+    assert manifest is not None
+    assert (manifest.settings, manifest.space, manifest.record) == (SETTINGS, SPACE, {"num_images": 3})
+    assert manifest.space.id == SPACE.id
+    assert '\n  "format": 1,\n' in (tmp_path / "manifest.json").read_text(errors="surrogateescape")
+    assert "/数据/gait" in (tmp_path / "manifest.json").read_text(errors="surrogateescape")
+
+
+def test_no_flipped_bit_of_the_manifest_gives_another_one(tmp_path):
+    write_manifest(tmp_path, {"seed": 42, "path": "/a b"}, SPACE, {"scale_factor": 0.18215})
+    original = read_manifest(tmp_path)
+    path = tmp_path / "manifest.json"
+    refused = num_flips = 0
+    for _ in each_flipped_bit(path):
+        num_flips += 1
+        try:
+            assert read_manifest(tmp_path) == original
+        except UserError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 0.99 * num_flips > 3000
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\0" * 300, b"[" * 100_000, b'{"format": 1}', b"\xff"])
+def test_a_damaged_manifest_is_a_user_error_that_says_what_to_do(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged or was edited.*remove it"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_of_another_format_number_is_a_user_error(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format": 2, "spec": {}}')
+    with pytest.raises(UserError, match="has format 2, and this version reads 1"):
+        read_manifest(tmp_path)
+
+
+def test_a_folder_named_like_the_manifest_is_a_user_error(tmp_path):
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        read_manifest(tmp_path)
+
+
+def test_spaces_lists_those_with_a_readable_shard(tmp_path):
+    other = make_space((4, 2, 2))
+    stored(tmp_path, [0])
+    broken = stored(tmp_path, [0], other)
+    (broken.parent / f"{'0' * 32}.safetensors").write_bytes(b"")
+    (tmp_path / ("0" * 16)).mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    assert spaces(tmp_path) == {SPACE.id: SPACE.spec, other.id: other.spec}
+    assert spaces(tmp_path / "absent") == {}
+    broken.write_bytes(b"")
+    assert spaces(tmp_path) == {SPACE.id: SPACE.spec}
+
+
+def test_verify_tells_good_damaged_missing_and_orphaned_rows_and_other_spaces(tmp_path):
+    other = make_space(weights="other")
+    stored(tmp_path, [0], other)
+    path = stored(tmp_path, range(4))
+    data = bytearray(path.read_bytes())
+    data[-129] ^= 1  # in the last row
+    overwrite(path, data)
+    (tmp_path / SPACE.id / f"{'0' * 32}.safetensors").write_bytes(b"")
+    report = verify(reader(tmp_path), [key(i) for i in (3, 1, 0, 7, 1)])
+    assert report.good == [key(1), key(0)]
+    assert report.damaged == [key(3)]
+    assert report.missing == [key(7)]
+    assert report.orphaned == {key(2): "ID_2/2.jpg"}
+    assert report.other_spaces == {other.id: ['vae.weights: "w" vs "other"']}
+    (shard,) = report.shards
+    assert (shard.path, shard.num_rows, shard.num_good, shard.num_bytes) == (path, 4, 3, len(data))
+    assert shard.records == [(4, RECORD)]
+    assert len(report.problems) == 3
+    assert "it is empty" in report.problems[0]
+    assert "not the one that its name stands for" in report.problems[1]
+    assert "1 of 4 rows are damaged" in report.problems[2]
+
+
+def test_verify_of_a_sound_cache_finds_nothing_wrong(tmp_path):
+    stored(tmp_path, range(4))
+    report = verify(reader(tmp_path), [key(i) for i in range(4)])
+    assert report.good == [key(i) for i in range(4)]
+    assert (report.damaged, report.missing, report.orphaned, report.problems) == ([], [], {}, [])
+
+
+def test_verify_notices_a_name_changed_by_the_disk(tmp_path):
+    path = stored(tmp_path, range(2))
+    path.write_bytes(path.read_bytes().replace(b"ID_1", b"ID_9"))
+    report = verify(reader(tmp_path), [key(0), key(1)])
+    assert len(report.good) == 2
+    assert "not the one that its name stands for" in report.problems[0]
+
+
+def test_the_cache_does_not_import_torch():
+    code = "import sys, latent_cache; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
