@@ -1,0 +1,331 @@
+"""The diffusion model on latents: the library's U-Net and noise schedule, our guidance, samplers and EMA.
+
+Shapes: B samples, C latent channels, S the latent's height and width, T timesteps of training.
+A noisy latent is alpha * latent + sigma * noise, with alpha^2 + sigma^2 = 1 and lambda = log(alpha / sigma).
+"""
+
+import copy
+import importlib.metadata
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from config import UserError
+
+LIBRARY = "denoising-diffusion-pytorch"
+LIBRARY_MODULE = "denoising_diffusion_pytorch"
+LIBRARY_OLDEST = (2, 3, 4)
+
+# Where the signal is weaker than this, a network that predicts noise says next to nothing about the latent (its
+# error is divided by alpha), so sampling from it starts at the noisiest timestep above.
+NOISE_START_LAMBDA = -5.1
+
+# Timesteps of sampling are even in time ** (1 / SPACING_POWER). At 1, twenty steps leave the last denoising to a
+# noise level of 0.09 and lose half the spread of detail that is 0.05 wide; at 2, coarse structure suffers.
+SPACING_POWER = 1.5
+
+
+def check_library() -> None:
+    """Raises UserError, with version and place, unless Python would import a new enough diffusion library."""
+    spec = importlib.util.find_spec(LIBRARY_MODULE)
+    wanted = ".".join(map(str, LIBRARY_OLDEST))
+    remedy = f'pip install "{LIBRARY}>={wanted}"'
+    if spec is None:
+        raise UserError(f"{LIBRARY} is not installed; {remedy}")
+    folder = Path(spec.origin or LIBRARY_MODULE).resolve().parent
+    version = _library_version(folder)
+    if version is None or _release(version) < LIBRARY_OLDEST:
+        raise UserError(
+            f"Python imports {LIBRARY} {version or '(version unknown)'} from {folder}, but {wanted} or newer is"
+            f" needed; move that folder away if it is a copy, then {remedy}"
+        )
+
+
+def _library_version(folder: Path) -> str | None:
+    """Reads the version of the very folder that is imported, which may hide the installed one."""
+    own = folder / "version.py"
+    if own.is_file():
+        text = own.read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"""__version__\s*=\s*['"]([^'"]+)""", text)
+        return found[1] if found else None
+    try:
+        installed = importlib.metadata.distribution(LIBRARY)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    same = Path(str(installed.locate_file(LIBRARY_MODULE))).resolve() == folder
+    return installed.version if same else None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+check_library()  # first: an old copy may pass the import below and fail much later, with a puzzling message
+
+from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet  # noqa: E402
+
+
+class LatentUnet(Unet):
+    """The library's U-Net: from noisy latents [B C S S], times [B] and classes [B] to float32 [B C S S]."""
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        classes: Tensor,
+        cond_drop_prob: float | None = None,
+        cond_keep_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Runs the network; under autocast its output still comes back in float32."""
+        return super().forward(x, time, classes, cond_drop_prob, cond_keep_mask).float()
+
+    def guided(self, x: Tensor, time: Tensor, classes: Tensor, cond_scale: float) -> Tensor:
+        """Gives uncond + cond_scale * (cond - uncond), so that 1 is no guidance and 0 unconditional."""
+        if cond_scale == 1:
+            return self(x, time, classes, cond_drop_prob=0.0)
+        if cond_scale == 0:
+            return self(x, time, classes, cond_drop_prob=1.0)
+        batch = len(x)
+        keep = torch.arange(2 * batch, device=x.device) < batch  # 2B: with the class, then without
+        both = self(x.repeat(2, 1, 1, 1), time.repeat(2), classes.repeat(2), cond_keep_mask=keep)  # 2B C S S
+        cond, uncond = both[:batch], both[batch:]  # each B C S S
+        return uncond + cond_scale * (cond - uncond)
+
+    def forward_with_cond_scale(self, *args, **kwargs):
+        """Refuses, and with it the library's samplers: its guidance projects, rescales and returns a pair or not."""
+        raise NotImplementedError("use LatentUnet.guided and LatentDiffusion.sample")
+
+
+class Level(NamedTuple):
+    """A place on the way from noise to a latent: timestep (-1 at the end), signal and noise amplitudes."""
+
+    time: int
+    alpha: float
+    sigma: float
+
+    @property
+    def log_snr(self) -> float:
+        """Lambda: half the logarithm of the signal-to-noise ratio."""
+        return math.log(self.alpha) - math.log(self.sigma)
+
+
+CLEAN = Level(time=-1, alpha=1.0, sigma=0.0)
+
+# A solver goes from x [B C S S] at the first level to the clean last one; `denoise` gives the expected latent,
+# `draw` fresh unit noise. The coefficients are Python floats, so nothing waits for the device.
+Denoise = Callable[[Tensor, Level], Tensor]
+Draw = Callable[[], Tensor]
+
+
+def solve_dpmpp(denoise: Denoise, draw: Draw, levels: Sequence[Level], x: Tensor) -> Tensor:
+    """Follows DPM-Solver++(2M), the multistep solver of second order (Lu et al. 2022, algorithm 2)."""
+    clean, h_before, clean_before = x, math.nan, None
+    for here, there in pairwise(levels):
+        clean = denoise(x, here)
+        if there is CLEAN:  # no noise left to keep: the sample is the expected latent
+            break
+        h = there.log_snr - here.log_snr
+        slope = 0.0 if clean_before is None else (clean - clean_before) * (0.5 * h / h_before)
+        x = (there.sigma / here.sigma) * x - (there.alpha * math.expm1(-h)) * (clean + slope)
+        clean_before, h_before = clean, h
+    return clean
+
+
+def solve_ddim(denoise: Denoise, draw: Draw, levels: Sequence[Level], x: Tensor) -> Tensor:
+    """Follows deterministic DDIM (Song et al. 2020, equation 12 with sigma 0)."""
+    for here, there in pairwise(levels):
+        clean = denoise(x, here)
+        noise = (x - here.alpha * clean) / here.sigma
+        x = there.alpha * clean + there.sigma * noise
+    return x
+
+
+def solve_ddpm(denoise: Denoise, draw: Draw, levels: Sequence[Level], x: Tensor) -> Tensor:
+    """Samples each step's posterior, whose variance is beta-tilde (Ho et al. 2020, equations 6 and 7)."""
+    for here, there in pairwise(levels):
+        kept = (here.alpha / there.alpha) ** 2  # the product of 1 - beta over the timesteps between
+        clean = denoise(x, here)
+        mean_clean = there.alpha * (1 - kept) / here.sigma**2
+        mean_noisy = math.sqrt(kept) * there.sigma**2 / here.sigma**2
+        x = mean_clean * clean + mean_noisy * x
+        if there is not CLEAN:
+            x = x + (there.sigma / here.sigma * math.sqrt(1 - kept)) * draw()
+    return x
+
+
+SAMPLERS = {"dpm++": solve_dpmpp, "ddim": solve_ddim, "ddpm": solve_ddpm}
+
+
+class LatentDiffusion(GaussianDiffusion):
+    """Trains the U-Net on latents and samples from it, with no map to [-1, 1], clamp or random call of its own."""
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        latent_channels: int,
+        latent_size: int,
+        dim: int,
+        dim_mults: Sequence[int],
+        attn_dim_head: int,
+        attn_heads: int,
+        cond_drop_prob: float,
+        timesteps: int,
+        objective: str,
+        beta_schedule: str,
+        min_snr_loss_weight: bool,
+        min_snr_gamma: float,
+    ):
+        """Builds network and schedule; raises UserError where sizes or timesteps do not fit them."""
+        _check_sizes(latent_size, dim, dim_mults)
+        unet = LatentUnet(
+            dim=dim,
+            num_classes=num_classes,
+            cond_drop_prob=cond_drop_prob,
+            dim_mults=tuple(dim_mults),
+            channels=latent_channels,
+            attn_dim_head=attn_dim_head,
+            attn_heads=attn_heads,
+        )
+        super().__init__(
+            unet,
+            image_size=latent_size,
+            timesteps=timesteps,
+            objective=objective,
+            beta_schedule=beta_schedule,
+            min_snr_loss_weight=min_snr_loss_weight,
+            min_snr_gamma=min_snr_gamma,  # pyright: ignore[reportArgumentType]  # any number will do
+        )
+        self.latent_shape = (latent_channels, latent_size, latent_size)
+        if not 0 < self.get_buffer("alphas_cumprod")[-1] < 1:
+            raise UserError(
+                f"timesteps is {timesteps}, too few for beta_schedule {beta_schedule}; raise it or use cosine"
+            )
+
+    def forward(
+        self, latents: Tensor, classes: Tensor, *, times: Tensor, noise: Tensor, cond_keep_mask: Tensor
+    ) -> Tensor:
+        """Gives the weighted losses [B] of latents [B C S S], noised with `noise` [B C S S] to `times` [B]."""
+        if latents.shape[1:] != self.latent_shape:
+            raise ValueError(f"latents {list(latents.shape)} do not have the shape {self.latent_shape}")
+        return self.p_losses(
+            latents, times, classes=classes, noise=noise, cond_keep_mask=cond_keep_mask, loss_reduction="none"
+        )
+
+    @torch.inference_mode()
+    def sample(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        classes: Tensor,
+        generators: Sequence[torch.Generator],
+        *,
+        cond_scale: float,
+        sampler: str,
+        sampling_timesteps: int,
+        progress: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """Makes a sample [B C S S] per class [B], each from its own CPU generator whatever else is in the batch.
+
+        `sampler` is a key of SAMPLERS; `progress`, where given, is called after every step.
+        """
+        if len(generators) != len(classes):
+            raise ValueError(f"{len(classes)} classes, but {len(generators)} generators")
+        levels = self.levels(sampling_timesteps)
+        device = self.get_buffer("betas").device
+        classes = classes.to(device)
+
+        def draw() -> Tensor:
+            rows = [torch.randn(self.latent_shape, generator=own, dtype=torch.float32) for own in generators]
+            return torch.stack(rows).to(device)  # B C S S
+
+        def denoise(x: Tensor, level: Level) -> Tensor:
+            time = torch.full((len(x),), level.time, device=device)
+            clean = self._clean(x, level, self.model.guided(x, time, classes, cond_scale))
+            if progress is not None:
+                progress()
+            return clean
+
+        was_training = self.training
+        self.eval()
+        try:
+            return SAMPLERS[sampler](denoise, draw, levels, draw())
+        finally:
+            self.train(was_training)
+
+    def levels(self, sampling_timesteps: int) -> list[Level]:
+        """Gives the levels that sampling visits, from the noisiest usable one (see NOISE_START_LAMBDA) to clean.
+
+        They get denser towards clean (see SPACING_POWER) and never repeat: T steps are all the timesteps.
+        """
+        if not 1 <= sampling_timesteps <= self.num_timesteps:
+            raise UserError(
+                f"sampling_timesteps is {sampling_timesteps}, but the model was trained with"
+                f" {self.num_timesteps} timesteps; give a number from 1 to {self.num_timesteps}"
+            )
+        alphas = self.get_buffer("sqrt_alphas_cumprod").tolist()
+        sigmas = self.get_buffer("sqrt_one_minus_alphas_cumprod").tolist()
+        usable = [Level(*level) for level in zip(range(self.num_timesteps), alphas, sigmas, strict=True)]
+        if self.objective == "pred_noise":
+            usable = [level for level in usable if level.log_snr >= NOISE_START_LAMBDA]
+        steps = min(sampling_timesteps, len(usable))
+        spaced = [round(len(usable) * (1 - step / steps) ** SPACING_POWER) - 1 for step in range(steps)]
+        return [*(usable[max(time, steps - 1 - step)] for step, time in enumerate(spaced)), CLEAN]
+
+    def _clean(self, x: Tensor, level: Level, output: Tensor) -> Tensor:
+        """Turns the network's output into the expected latent."""
+        output = output.float()
+        if self.objective == "pred_noise":
+            return (x - level.sigma * output) / level.alpha
+        if self.objective == "pred_v":  # Salimans & Ho 2022, appendix D
+            return level.alpha * x - level.sigma * output
+        return output
+
+
+def _check_sizes(latent_size: int, dim: int, dim_mults: Sequence[int]) -> None:
+    step = 2 ** (len(dim_mults) - 1)
+    if latent_size % step:
+        raise UserError(
+            f"latents are {latent_size} x {latent_size}, but the {len(dim_mults)} dim_mults halve them"
+            f" {len(dim_mults) - 1} times, which needs a multiple of {step}; use fewer dim_mults or another image_size"
+        )
+    if dim < 4 or dim % 2:
+        raise UserError(f"dim is {dim}; the time embedding needs an even number of at least 4")
+
+
+class EMA:
+    """Keeps a moving average of a model's weights; its decay is a function of the step, so it has no other state."""
+
+    WARMUP_STEPS = 100
+
+    def __init__(self, model: nn.Module, *, decay: float, update_every: int):
+        """Starts from a copy of the model, in eval mode and without gradients."""
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.update_every = update_every
+
+    def decay_at(self, step: int) -> float:
+        """Gives the share of the average that survives this step's update: 0 at first, `decay` in the end."""
+        if step < self.WARMUP_STEPS:
+            return 0.0
+        return min(self.decay, 1.0 - (1 + step - self.WARMUP_STEPS) ** (-2 / 3))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Moves towards the model after optimiser step number `step`, if that is a multiple of `update_every`."""
+        if step % self.update_every:
+            return
+        averaged: list[Tensor] = list(self.model.parameters())
+        current: list[Tensor] = list(model.parameters())
+        decay = self.decay_at(step)
+        if decay == 0:
+            torch._foreach_copy_(averaged, current)
+        else:
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+        for kept, new in zip(self.model.buffers(), model.buffers(), strict=True):
+            kept.copy_(new)

@@ -1,0 +1,122 @@
+"""The pictures that training makes along the way: sample grids with class names, and the loss curve."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import pictures
+from config import UserError
+from draws import sample_generator
+from run_folder import Metrics
+from sampling import BATCH_SIZE, Decoder, nearest_class, num_solver_steps, sample_padded
+from script import say, warn
+
+if TYPE_CHECKING:
+    from train_latent_cfg import Trainer
+
+_MAX_ROWS = 16  # classes shown
+_IMAGES_PER_MEAN = 32  # training images that a class mean is measured on
+
+
+class GridMaker:
+    """Samples the first classes with the averaged network, scores them, and draws them when the VAE is at hand."""
+
+    def __init__(self, trainer: "Trainer", folder: Path, metrics: Metrics) -> None:
+        self.trainer, self.folder, self.metrics = trainer, folder, metrics
+        self.settings, self.dataset = trainer.settings, trainer.dataset
+        self.names = list(trainer.data.split.classes)[:_MAX_ROWS]
+        self.decoder = Decoder(self.settings.vae_path, self.dataset.norm, trainer.device)  # type: ignore[arg-type]
+        self.class_means: Tensor | None = None
+        self.can_draw = True
+
+    def rehearse(self) -> None:
+        """Takes one sampler step of a grid and decodes one image, so that what cannot work shows at once."""
+        if not self.settings.num_samples:
+            return
+        self._decode(self._sample_batch([0], [0], steps=1))
+
+    def make(self) -> None:
+        """Makes the grid of this step: one figure in metrics.jsonl, and the picture."""
+        if not self.settings.num_samples:
+            return
+        cells = self._cells()
+        samples = torch.cat(
+            [self._sample(cells[start : start + BATCH_SIZE]) for start in range(0, len(cells), BATCH_SIZE)]
+        )
+        step = self.trainer.finished_steps
+        score = self._score(samples, [label for label, _ in cells])
+        self.metrics.add(step=step, nearest_class_mean=round(score, 4))
+        message = f"step {step:,}: {score:.0%} of {len(cells)} samples are nearest to the mean of their own class"
+        images = self._decode(samples)
+        if images:
+            path = self.folder / f"grid-{step:08d}.png"
+            columns = self.settings.num_samples
+            rows = [images[start : start + columns] for start in range(0, len(images), columns)]
+            pictures.save_picture(pictures.labelled_grid(rows, self.names), path)
+            message += f"; see {path}"
+        say(message)
+
+    def draw_loss(self) -> None:
+        """Draws the loss curve from the metrics."""
+        steps, losses = self.metrics.series("loss")
+        if steps:
+            pictures.save_picture(pictures.loss_curve(steps, losses), self.folder / "loss.png")
+
+    def _cells(self) -> list[tuple[int, int]]:
+        """Lists (label, column) of the cells, row by row."""
+        return [(label, column) for label in range(len(self.names)) for column in range(self.settings.num_samples)]
+
+    def _sample(self, cells: list[tuple[int, int]]) -> Tensor:
+        settings = self.settings
+        steps = num_solver_steps(settings.sampler, settings.sampling_timesteps, settings.timesteps)
+        return self._sample_batch([label for label, _ in cells], [column for _, column in cells], steps=steps)
+
+    def _sample_batch(self, labels: list[int], columns: list[int], *, steps: int) -> Tensor:
+        settings = self.settings
+        return sample_padded(
+            self.trainer.ema.model,  # type: ignore[arg-type]
+            labels,
+            [
+                sample_generator(settings.seed, "grid", self.names[label], column)
+                for label, column in zip(labels, columns, strict=True)
+            ],
+            dtype=self.trainer.dtype,
+            cond_scale=settings.cond_scale,
+            sampler=settings.sampler,
+            sampling_timesteps=steps,
+        )
+
+    def _score(self, samples: Tensor, labels: list[int]) -> float:
+        if self.class_means is None:
+            self.class_means = measure_class_means(self.dataset, len(self.trainer.data.split.classes))
+        found = nearest_class(samples, self.class_means).cpu()
+        return (found == torch.tensor(labels)).double().mean().item()
+
+    def _decode(self, samples: Tensor) -> list[np.ndarray]:
+        """Decodes samples to images; gives none, and says so once, when there is no VAE."""
+        if not self.can_draw:
+            return []
+        try:
+            return self.decoder(samples)
+        except UserError as error:
+            self.can_draw = False
+            warn(f"sample grids are scored, but not drawn: {error}")
+            return []
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "the GPU has too little memory for the VAE decoder; --num_samples 0 makes no grids"
+            ) from error
+        finally:
+            self.decoder.close()
+
+
+def measure_class_means(dataset, num_classes: int) -> Tensor:
+    """Returns the mean normalised latent of each class [K C h w], over its first training images."""
+    means = []
+    for label in range(num_classes):
+        positions = (dataset.labels == label).nonzero()[:_IMAGES_PER_MEAN, 0]
+        means.append(dataset.mean_latents(positions).mean(0))
+    return torch.stack(means)

@@ -1,0 +1,106 @@
+"""From an averaged network and classes to samples, and from samples to pictures; shared by grids and generate.py."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import hardware
+import pictures
+import vae
+from config import UserError
+from diffusion import LatentDiffusion
+from latent_norm import LatentNorm
+
+BATCH_SIZE = 16  # samples per sampler call, always: a sample's bits must not depend on how many are asked for
+
+# Solver steps where sampling_timesteps is "auto"; a sampler that is not here takes every training timestep.
+_AUTO_STEPS = {"dpm++": 20, "ddim": 250}
+
+
+def num_solver_steps(sampler: str, sampling_timesteps: int | str, timesteps: int) -> int:
+    """Returns the number of solver steps that the settings mean for a model of `timesteps` timesteps.
+
+    Raises:
+        UserError: when more are asked for than there are timesteps.
+    """
+    if sampling_timesteps == "auto":
+        return min(_AUTO_STEPS.get(sampler, timesteps), timesteps)
+    if int(sampling_timesteps) > timesteps:
+        raise UserError(
+            f"--sampling_timesteps is {sampling_timesteps}, but the model has {timesteps} timesteps; "
+            f"give a number from 1 to {timesteps}, or auto"
+        )
+    return int(sampling_timesteps)
+
+
+def sample_padded(
+    diffusion: LatentDiffusion,
+    labels: Sequence[int],
+    generators: Sequence[torch.Generator],
+    *,
+    dtype: torch.dtype,
+    cond_scale: float,
+    sampler: str,
+    sampling_timesteps: int,
+    progress: Callable[[], None] | None = None,
+) -> Tensor:
+    """Makes one sample [B C h w] per label, in a call of exactly BATCH_SIZE, padded where short.
+
+    Args:
+        labels: at most BATCH_SIZE class labels.
+        generators: one CPU generator per label; all noise of a sample comes from its own.
+        dtype: number format of the network.
+    """
+    padding = BATCH_SIZE - len(labels)
+    device = next(diffusion.parameters()).device
+    padded = torch.tensor([*labels, *[labels[0]] * padding], device=device)
+    spare = [torch.Generator().manual_seed(0) for _ in range(padding)]
+    with torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else nullcontext():
+        samples = diffusion.sample(
+            padded,
+            [*generators, *spare],
+            cond_scale=cond_scale,
+            sampler=sampler,
+            sampling_timesteps=sampling_timesteps,
+            progress=progress,
+        )
+    return samples[: len(labels)]
+
+
+class Decoder:
+    """The VAE's decoder, built when first needed and freed by `close`.
+
+    Each sample is decoded by itself, so that an image does not depend on the images beside it.
+    """
+
+    def __init__(self, vae_path: str, norm: LatentNorm, device: torch.device) -> None:
+        self.vae_path, self.norm, self.device = vae_path, norm.to(device), device
+        self.vae = None
+
+    @torch.inference_mode()
+    def __call__(self, samples: Tensor) -> list[np.ndarray]:
+        """Decodes samples [B C h w] to uint8 images [S S 3]; raises UserError when there is no VAE."""
+        decoder = self.open()
+        unscaled = self.norm.to_unscaled(samples.to(self.device))
+        return [pictures.to_uint8(decoder.decode(latent[None]))[0] for latent in unscaled]
+
+    def open(self) -> vae.VAE:
+        """Builds the decoder if there is none yet; raises UserError when there is no VAE."""
+        if self.vae is None:
+            hardware.allow_tf32()
+            self.vae = vae.load_vae(self.vae_path, self.device, parts="decoder")
+        return self.vae
+
+    def close(self) -> None:
+        """Frees the VAE; a later call builds it again."""
+        self.vae = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def nearest_class(samples: Tensor, class_means: Tensor) -> Tensor:
+    """Returns for each sample [B C h w] the index of the class mean [K C h w] at the least Euclidean distance."""
+    return torch.cdist(samples.flatten(1).float(), class_means.flatten(1).float()).argmin(1)

@@ -1,0 +1,600 @@
+"""Trains a class-conditional latent diffusion model with classifier-free guidance.
+
+    python train_latent_cfg.py
+
+It reads the cache that preprocess_latents.py made, and encodes and caches what is missing there when it is first
+needed. The same command goes on with a run that was stopped.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import config
+import script
+from config import TrainSettings, UserError
+
+if __name__ == "__main__":
+    script.check_command_line(TrainSettings, __doc__)
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import durable
+import hardware
+import latent_cache
+import prepare
+import run_folder
+from diffusion import EMA, LatentDiffusion
+from draws import draw_step, visited
+from images import BadImage, Split, shown
+from latent_cache import LatentCache, Space
+from latent_dataset import SPLIT_NAME, LatentDataset, read_split
+from latent_norm import LatentNorm
+from prepare import ChosenSpace
+from run_folder import Metrics, SavedState
+from sample_grid import GridMaker
+from sampling import num_solver_steps
+from script import DONE, Failed, Progress, Stopped, StopSignals, say, warn
+
+_FORECAST_STEPS = 50  # steps after which the length of the run is told
+_NOT_INHERITED = ("results_folder", "resume_from")  # settings that say where this run is, not what it is
+
+
+@script.command
+def main(argv: Sequence[str] | None) -> int:
+    """Runs the script; returns its exit code."""
+    plan = make_plan(argv)
+    if plan.state is not None and plan.state.step >= plan.settings.train_num_steps:
+        say(
+            f"the run in {plan.origin} is finished ({plan.state.step:,} steps); a larger --train_num_steps goes further"
+        )
+        return DONE
+    device = hardware.pick_device(plan.settings.device)
+    _check_results_folder(plan)
+    try:
+        data = open_data(plan, device)
+        trainer = Trainer(plan.settings, data, device)
+        write_cache_defaults(plan, data)
+        trainer.start(plan)
+        return run(trainer, plan)
+    except BadImage as error:
+        raise Failed(
+            f"{error}; this run needs that image as it was: put it back, or start another run with another "
+            "--results_folder"
+        ) from error
+
+
+# --- what to do --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings, and the run that goes on if there is one."""
+
+    settings: TrainSettings
+    sources: dict[str, str]
+    origin: Path | None  # run folder that `state` comes from
+    state: SavedState | None
+    manifest: latent_cache.Manifest | None
+
+    @property
+    def results(self) -> Path:
+        """Where this run writes."""
+        return Path(self.settings.results_folder)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where the latents are."""
+        return Path(self.settings.latents_cache_folder)
+
+
+def make_plan(argv: Sequence[str] | None) -> Plan:
+    """Puts together flags, file, the run being resumed, the manifest and the defaults."""
+    layers = config.read_command_line(TrainSettings, argv, description=__doc__)
+    typed = config.resolve(TrainSettings, layers).settings
+    origin, state = find_run(Path(typed.results_folder), typed.resume_from)
+    stored = {} if state is None else {k: v for k, v in state.meta["settings"].items() if k not in _NOT_INHERITED}
+    layers.append(config.stored_layer(TrainSettings, f"run {origin}", stored))
+    folder = config.resolve(TrainSettings, layers).settings.latents_cache_folder
+    manifest = latent_cache.read_manifest(folder)
+    about_cache = {} if manifest is None else manifest.settings
+    layers.append(config.stored_layer(TrainSettings, f"manifest of {folder}", about_cache, only_about_cache=True))
+    resolved = config.resolve(TrainSettings, layers)
+    for line in resolved.changes():
+        say(line)
+    _refuse_changes(stored, resolved.settings, origin)
+    _refuse_impossible(resolved.settings)
+    return Plan(resolved.settings, resolved.sources, origin, state, manifest)
+
+
+def find_run(results: Path, resume_from: str | None) -> tuple[Path | None, SavedState | None]:
+    """Finds the run to go on with: the one in the results folder, else the one that --resume_from names."""
+    place = None if resume_from is None else Path(resume_from)
+    if place is not None and not place.exists():
+        raise UserError(f"--resume_from {place} does not exist; give a run folder, or a state-*.safetensors in one")
+    if run_folder.has_state(results):
+        if place is not None and results.resolve() not in (place.resolve(), place.resolve().parent):
+            say(f"{results} holds a run already, which goes on; --resume_from {place} is not used")
+        return results, _say_warnings(run_folder.newest_state(results))
+    if place is None:
+        return None, None
+    if place.is_file():
+        state = run_folder.read_state(place)
+        if not state.is_full:
+            raise UserError(f"--resume_from {place} holds averaged weights only; give a state-*.safetensors")
+        return place.parent, state
+    if not place.is_dir() or not run_folder.has_state(place):
+        raise UserError(f"--resume_from {place} is neither a checkpoint nor a folder with state-*.safetensors")
+    return place, _say_warnings(run_folder.newest_state(place))
+
+
+def _say_warnings(state: SavedState | None) -> SavedState | None:
+    for line in state.warnings if state is not None else ():
+        warn(line)
+    return state
+
+
+def _refuse_changes(stored: dict[str, Any], settings: TrainSettings, origin: Path | None) -> None:
+    changed = config.differences_on_resume(stored, settings)
+    if changed:
+        name, old, new = changed[0]
+        raise UserError(
+            f"--{name} is {config.show(new)}, but the run in {origin} was started with {config.show(old)}; "
+            f"leave it at {config.show(old)}, or start another run with another --results_folder"
+        )
+
+
+def _refuse_impossible(settings: TrainSettings) -> None:
+    """Raises for what would only fail at the first grid, hours later."""
+    num_solver_steps(settings.sampler, settings.sampling_timesteps, settings.timesteps)
+
+
+def _check_results_folder(plan: Plan) -> None:
+    script.check_writable(plan.results, "results_folder")
+    durable.remove_stale_temporaries(plan.results)
+
+
+# --- the data ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """The training images of the run: split, space and dataset."""
+
+    split: Split
+    chosen: ChosenSpace
+    dataset: LatentDataset
+
+
+def open_data(plan: Plan, device: torch.device) -> Data:
+    """Opens the dataset of the run, and refuses what would only fail later.
+
+    Raises:
+        UserError: when something that is needed is not at hand, or differs from what the run was started with.
+        Failed: when images cannot be read, after each was named.
+    """
+    settings, folder = plan.settings, plan.cache_folder
+    goes_on = plan.state is not None  # the split is the run's own, so that nothing else can be meant
+    at_hand = prepare.images_at_hand(settings, plan.sources, may_lack=goes_on)
+    split = _run_split(plan, at_hand)
+    prepare.warn_of_shared_content(split)
+    chosen = prepare.choose_space(settings, plan.sources, _known_space(plan), may_lack=goes_on)
+    _check_same_space(plan, chosen)
+    writable = durable.can_write(folder)
+    if not writable:
+        say(f"{folder} is read-only: what is encoded in this run stays in memory")
+    cache = LatentCache(folder, chosen.space, writable=writable)
+    for problem in cache.problems:
+        warn(problem)
+
+    def open_over(split: Split) -> LatentDataset:
+        return prepare.open_dataset(
+            settings,
+            split,
+            list(split.train),
+            cache=cache,
+            vae_at_hand=chosen.vae_at_hand,
+            images_at_hand=at_hand,
+            device=device,
+            on_store_error=_go_on_in_memory,
+        )
+
+    dataset = open_over(split)
+    if at_hand and chosen.vae_at_hand and plan.state is None:
+        mended = _without_bad_images(plan, split, dataset)
+        if mended is not split:
+            split, dataset = mended, open_over(mended)
+    _report_missing(plan, dataset)
+    if plan.state is not None:
+        _check_same_data(plan, split, dataset)
+    return Data(split, chosen, dataset)
+
+
+def _run_split(plan: Plan, at_hand: bool) -> Split:
+    """Returns the run's own split when it goes on, else draws it; content keys are fresh where images are at hand."""
+    if plan.origin is not None and (plan.origin / SPLIT_NAME).is_file():
+        split = run_folder.read_plan_split(plan.origin)
+        return prepare.with_fresh_keys(split, plan.settings.data_path) if at_hand else split
+    stored = read_split(plan.cache_folder)
+    split = prepare.choose_images(plan.settings, at_hand=at_hand, stored=stored, where=str(plan.cache_folder))
+    if plan.settings.skip_bad_images and stored is not None:
+        split = split.without(stored.skipped)
+    return split
+
+
+def _known_space(plan: Plan) -> ChosenSpace | None:
+    """Returns the space that the run or the cache already knows, for when the VAE is not at hand."""
+    if plan.state is not None:
+        meta = plan.state.meta
+        return ChosenSpace(Space(meta["space"]), meta["scale_factor"], meta["shift_factor"], vae_at_hand=False)
+    return None if plan.manifest is None else prepare.space_of_manifest(plan.manifest)
+
+
+def _without_bad_images(plan: Plan, split: Split, dataset: LatentDataset) -> Split:
+    entries = [split.train[position] for position in dataset.missing()]
+    bad = prepare.find_bad_images(entries, data_path=plan.settings.data_path, image_size=plan.settings.image_size)
+    if not bad:
+        return split
+    for skipped in bad:
+        say(f"    {shown(f'{skipped.class_name}/{skipped.name}')}: {skipped.reason}")
+    if not plan.settings.skip_bad_images:
+        raise Failed(
+            f"{len(bad)} of {len(split.train):,} training images cannot be read; mend or remove them, or give "
+            "--skip_bad_images to train without them"
+        )
+    return split.without(bad)
+
+
+def _report_missing(plan: Plan, dataset: LatentDataset) -> None:
+    missing = dataset.missing()
+    say(
+        f"{len(dataset):,} images asked, {len(dataset) - len(missing):,} cached, {len(missing):,} to encode"
+        f"{' when first needed' if missing else ''} ({dataset.place} holds the latents)"
+    )
+    if missing and not dataset.can_encode:
+        what = plan.settings.vae_path if dataset.encode is None else plan.settings.data_path
+        raise UserError(
+            f"{len(missing):,} of {len(dataset):,} images are not in {plan.cache_folder} (the first is "
+            f"{dataset.names[missing[0]]}), and {what}, which is needed to encode them, is not there"
+        )
+
+
+def _check_same_space(plan: Plan, chosen: ChosenSpace) -> None:
+    known = _known_space(plan)
+    if plan.state is not None and known is not None and chosen.space.id != known.space.id:
+        raise UserError(
+            f"--vae_path {plan.settings.vae_path} makes other latents than the run in {plan.origin} was started with "
+            f"({'; '.join(chosen.space.differing_fields(known.space))}); give the VAE of that run, or start another "
+            "run with another --results_folder"
+        )
+
+
+def _check_same_data(plan: Plan, split: Split, dataset: LatentDataset) -> None:
+    meta = plan.state.meta  # type: ignore[union-attr]
+    if dataset.digest() != meta["data_digest"]:
+        raise UserError(
+            f"the images are not those that the run in {plan.origin} was started with: {_what_changed(plan, split)}; "
+            "put them back, or start another run with another --results_folder"
+        )
+    now = dataset.moments_digest()
+    if now is not None and meta["moments_digest"] not in (None, now):
+        say("the same images were encoded again since the last save; the run goes on with the new latents")
+
+
+def _what_changed(plan: Plan, split: Split) -> str:
+    """Names the training images whose content or class is not what the split of the run says."""
+    before = read_split(plan.origin) if plan.origin is not None else None
+    if before is None:
+        return f"the run had {', '.join(plan.state.meta['classes'])}"  # type: ignore[union-attr]
+    then = before.keys()
+    names = [f"{e.class_name}/{e.name}" for e in split.train if then.get((e.class_name, e.name)) != e.key]
+    if not names:
+        return f"{SPLIT_NAME} there is of another run"
+    return f"{len(names):,} of {len(split.train):,} have another content, the first is {shown(names[0])}"
+
+
+def write_cache_defaults(plan: Plan, data: Data) -> None:
+    """Gives a cache that training alone fills the same manifest and split as preprocessing would."""
+    if plan.manifest is None and data.dataset.cache.writable and data.dataset.missing():
+        durable.publish(plan.cache_folder / SPLIT_NAME, data.split.to_bytes())
+        prepare.record_manifest(plan.cache_folder, plan.settings, data.chosen, len(data.dataset))
+
+
+def _go_on_in_memory(error: OSError) -> None:
+    warn(f"the cache cannot be written to ({error.strerror or error}); what is encoded from now on stays in memory")
+
+
+# --- the training step -------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """The state that a step changes: network, average, optimiser, loss scaler; and how a step changes it."""
+
+    def __init__(self, settings: TrainSettings, data: Data, device: torch.device) -> None:
+        self.settings, self.data, self.device = settings, data, device
+        self.dataset = data.dataset
+        self.batch = settings.train_batch_size * settings.gradient_accumulate_every
+        if settings.deterministic:
+            hardware.make_deterministic()
+        hardware.allow_tf32()
+        self.dtype, self.precision_reason = hardware.pick_precision(settings.precision, device)
+        torch.manual_seed(settings.seed)  # the first weights; a step never looks at this generator
+        self.diffusion: LatentDiffusion = run_folder.build_diffusion(
+            config.to_dict(settings),
+            num_classes=len(data.split.classes),
+            latent_shape=self.dataset.latent_shape,
+        ).to(device)
+        self.ema = EMA(self.diffusion, decay=settings.ema_decay, update_every=settings.ema_update_every)
+        self.optimizer = torch.optim.Adam(
+            self.diffusion.parameters(), lr=settings.train_lr, betas=(0.9, 0.99), fused=True
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.finished_steps = 0
+        self.losses: list[Tensor] = []  # of the steps since the last log line, left on the device
+        self.grad_norm = torch.zeros((), device=device)
+        self.first_bad_step = torch.full((), -1, device=device)
+
+    def start(self, plan: Plan) -> None:
+        """Takes up a saved state, or measures the normalisation of a new run; writes down the run's plan."""
+        if plan.state is None:
+            self._fit_norm()
+        else:
+            self._restore(plan.state)
+        run_folder.write_plan(plan.results, config.to_yaml(self.settings), self.data.split)
+        parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
+        say(f"U-Net of {parameters:.2f} M parameters, {len(self.data.split.classes)} classes, batch {self.batch}")
+        precision = str(self.dtype).removeprefix("torch.")
+        say(f"{precision} ({self.precision_reason}) on {hardware.describe(self.device)}")
+        if plan.state is not None:
+            say(f"going on from step {self.finished_steps:,} of {plan.state.path}")
+
+    def _fit_norm(self) -> None:
+        settings, chosen = self.settings, self.data.chosen
+        if settings.latent_norm == "scale_factor":
+            channels = self.dataset.latent_shape[0]
+            self.dataset.set_norm(LatentNorm.from_scale_factor(channels, chosen.scale_factor, chosen.shift_factor))
+        else:
+            self.dataset.fit_norm(seed=settings.seed, num_images=settings.latent_norm_images)
+
+    def train_step(self) -> None:
+        """Takes one optimiser step on one effective batch; leaves its loss on the device."""
+        step, settings = self.finished_steps, self.settings
+        draws = draw_step(
+            settings.seed,
+            step,
+            batch=self.batch,
+            size=len(self.dataset),
+            latent_shape=self.dataset.latent_shape,
+            timesteps=settings.timesteps,
+            cond_drop_prob=settings.cond_drop_prob,
+        )
+        self.dataset.ensure(draws.positions, self._upcoming(step + 1))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.device)
+        for start in range(0, self.batch, settings.train_batch_size):
+            part = draws.slice(start, start + settings.train_batch_size).to(self.device)
+            latents, labels = self.dataset.batch(part.positions, part.posterior_noise)
+            with self.autocast():
+                losses = self.diffusion(
+                    latents, labels, times=part.times, noise=part.noise, cond_keep_mask=part.cond_keep_mask
+                )
+            share = losses.sum() / self.batch
+            self.scaler.scale(share).backward()
+            loss = loss + share.detach()
+        self._update(loss, step)
+
+    def _update(self, loss: Tensor, step: int) -> None:
+        self.scaler.unscale_(self.optimizer)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.diffusion.parameters(), self.settings.max_grad_norm)
+        sick = ~torch.isfinite(loss)
+        if not self.scaler.is_enabled():  # the scaler brings its own; fused Adam skips the step on the device
+            sick = sick | ~torch.isfinite(self.grad_norm)
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, sick.float()  # type: ignore[attr-defined]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.first_bad_step = torch.where(sick & (self.first_bad_step < 0), step, self.first_bad_step)
+        self.losses.append(loss)
+        self.finished_steps = step + 1
+        self.ema.update(self.diffusion, self.finished_steps)
+
+    def autocast(self) -> Any:
+        """Returns the context in which the network runs in its number format."""
+        reduced = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype) if reduced else nullcontext()
+
+    def _upcoming(self, step: int) -> Iterator[int]:
+        """Yields the positions that the steps from `step` on will visit, for an epoch."""
+        size, chunk = len(self.dataset), 256
+        for offset in range(0, size, chunk):
+            yield from visited(self.settings.seed, step * self.batch + offset, min(chunk, size - offset), size).tolist()
+
+    def names_of_step(self, step: int) -> list[str]:
+        """Returns the names of the images that a step sees."""
+        positions = visited(self.settings.seed, step * self.batch, self.batch, len(self.dataset))
+        return [self.dataset.names[position] for position in positions.tolist()]
+
+    # --- saving ---
+
+    def save(self, folder: Path, *, with_average: bool = True) -> None:
+        """Publishes the full state, and the averaged weights alone; then drops older full states."""
+        tensors, optimizer_meta = checkpoint.pack_training_state(
+            self.diffusion, self.ema.model, self.optimizer, self.scaler
+        )
+        tensors["log.losses"] = torch.stack(self.losses) if self.losses else torch.zeros(0)
+        meta = self._meta()
+        try:
+            checkpoint.save(
+                folder / checkpoint.full_name(self.finished_steps),
+                tensors,
+                {**meta, "training": optimizer_meta},
+            )
+            if with_average:
+                average = {name: value for name, value in tensors.items() if name.startswith("ema.")}
+                checkpoint.save(folder / checkpoint.ema_name(self.finished_steps), average, meta)
+        except OSError as error:
+            raise Failed(
+                f"the checkpoint of step {self.finished_steps:,} could not be saved in {folder}: "
+                f"{error.strerror or error}; earlier ones are whole"
+            ) from error
+        checkpoint.prune(folder, step=self.finished_steps)
+
+    def _meta(self) -> dict[str, Any]:
+        chosen, dataset = self.data.chosen, self.dataset
+        return {
+            "step": self.finished_steps,
+            "settings": config.to_dict(self.settings),
+            "classes": list(self.data.split.classes),
+            "latent_shape": list(dataset.latent_shape),
+            "latent_norm": dataset.norm.to_json(),  # type: ignore[union-attr]
+            "space": chosen.space.spec,
+            "scale_factor": chosen.scale_factor,
+            "shift_factor": chosen.shift_factor,
+            "data_digest": dataset.digest(),
+            "moments_digest": dataset.moments_digest(),
+            "image_suffix": prepare.common_suffix(self.data.split),
+            "torch": torch.__version__,
+        }
+
+    def _restore(self, state: SavedState) -> None:
+        self.dataset.set_norm(LatentNorm.from_json(state.meta["latent_norm"]))
+        losses = state.tensors.pop("log.losses")
+        checkpoint.unpack_training_state(
+            state.tensors, state.meta["training"], self.diffusion, self.ema.model, self.optimizer, self.scaler
+        )
+        self.losses = list(losses.to(self.device))
+        self.finished_steps = state.step
+
+
+# --- the loop ----------------------------------------------------------------------------------------------
+
+
+def run(trainer: Trainer, plan: Plan) -> int:
+    """Trains to the end, the time budget or a signal; saves in every case, and says how it ended."""
+    settings = plan.settings
+    metrics = Metrics(plan.results, step=trainer.finished_steps, earlier=plan.origin)
+    grids = GridMaker(trainer, plan.results, metrics)
+    clock = Clock(settings.max_hours, trainer)
+    fresh = plan.state is None
+    try:
+        with StopSignals() as signals, _bar(trainer, settings) as bar:
+            while trainer.finished_steps < settings.train_num_steps:
+                trainer.train_step()
+                clock.forecast(settings.train_num_steps)
+                if fresh:  # a full disk or too little memory shows now, not hours later
+                    fresh = _rehearse(trainer, grids, plan.results)
+                done = trainer.finished_steps
+                if done % settings.log_every == 0:
+                    log(trainer, metrics, bar, clock)
+                bar.advance()
+                if done % settings.save_and_sample_every == 0 or done == settings.train_num_steps:
+                    started = time.monotonic()
+                    save_and_sample(trainer, grids, plan.results)
+                    clock.note_save(time.monotonic() - started)
+                if signals.received is not None or clock.is_up():
+                    return _stop(trainer, plan, signals)
+    finally:
+        trainer.dataset.cache_flush()
+        trainer.dataset.close_encoder()
+    say(f"done: {trainer.finished_steps:,} steps; peak memory {hardware.peak_memory(trainer.device)}")
+    say(f"next: python generate.py --checkpoint {settings.results_folder}")
+    return DONE
+
+
+def _bar(trainer: Trainer, settings: TrainSettings) -> Any:
+    return script.progress(total=settings.train_num_steps, unit="steps", label="train", initial=trainer.finished_steps)
+
+
+def _rehearse(trainer: Trainer, grids: GridMaker, folder: Path) -> bool:
+    trainer.save(folder, with_average=False)
+    grids.rehearse()
+    return False
+
+
+def log(trainer: Trainer, metrics: Metrics, bar: Progress, clock: "Clock") -> None:
+    """Writes a line of figures; this is where the device is waited for."""
+    bad = int(trainer.first_bad_step)
+    if bad >= 0:
+        names = ", ".join(trainer.names_of_step(bad))
+        raise Failed(
+            f"the loss of step {bad + 1:,} is not finite; the step was not taken, the last save is in "
+            f"{metrics.path.parent}; its images are {names}"
+        )
+    losses = torch.stack(trainer.losses).tolist()
+    trainer.losses = []
+    loss, pace = math.fsum(losses) / len(losses), clock.steps_per_second()
+    metrics.add(
+        step=trainer.finished_steps,
+        loss=loss,
+        lr=trainer.settings.train_lr,
+        grad_norm=float(trainer.grad_norm),
+        steps_per_second=round(pace, 3),
+        images_per_second=round(pace * trainer.batch, 2),
+        hours=round(clock.seconds() / 3600, 4),
+    )
+    bar.advance(0, loss=f"{loss:.4f}")
+
+
+def save_and_sample(trainer: Trainer, grids: GridMaker, folder: Path) -> None:
+    """Saves the state, then makes the grid and the loss curve."""
+    trainer.save(folder)
+    grids.make()
+    grids.draw_loss()
+
+
+def _stop(trainer: Trainer, plan: Plan, signals: StopSignals) -> int:
+    if not (plan.results / checkpoint.full_name(trainer.finished_steps)).exists():
+        trainer.save(plan.results, with_average=False)
+    why = "by signal" if signals.received is not None else f"after --max_hours {plan.settings.max_hours:g}"
+    say(f"stopped {why} at step {trainer.finished_steps:,}; saved, and the same command goes on from there")
+    if signals.received is not None:
+        raise Stopped(signals.received)
+    return DONE
+
+
+class Clock:
+    """The pace of the run, and its time budget counted from the start of the process."""
+
+    def __init__(self, max_hours: float | None, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.limit = math.inf if max_hours is None else 3600 * max_hours  # seconds
+        self.started = self.marked = time.monotonic()
+        self.first_step = self.marked_step = trainer.finished_steps
+        self.longest_save = 0.0
+
+    def seconds(self) -> float:
+        """Returns the seconds since the first step of this process."""
+        return time.monotonic() - self.started
+
+    def steps_per_second(self) -> float:
+        """Returns the pace since this was last asked."""
+        now, done = time.monotonic(), self.trainer.finished_steps
+        pace = (done - self.marked_step) / max(now - self.marked, 1e-9)
+        self.marked, self.marked_step = now, done
+        return pace
+
+    def forecast(self, num_steps: int) -> None:
+        """Says once, after the first steps, how long the rest will take."""
+        taken = self.trainer.finished_steps - self.first_step
+        left = num_steps - self.trainer.finished_steps
+        if taken == _FORECAST_STEPS and left > 0:
+            say(f"{left:,} steps to go will take about {script.duration(self.seconds() / taken * left)}")
+
+    def note_save(self, seconds: float) -> None:
+        """Remembers how long a save took, so that the last one fits into the budget."""
+        self.longest_save = max(self.longest_save, seconds)
+
+    def is_up(self) -> bool:
+        """Says whether the budget is used up, room for the last save left."""
+        reserve = min(2 * self.longest_save + 5, self.limit / 2)
+        return time.monotonic() - script.PROCESS_START + reserve >= self.limit
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))
