@@ -1,0 +1,290 @@
+"""Generates images of each class with a trained model, one folder per class.
+
+    python generate.py --checkpoint results --images_per_class 50
+
+An image depends on the checkpoint, the settings, its class and its number alone. Running it again makes only what
+is missing.
+"""
+
+import csv
+import difflib
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import config
+import script
+from config import GenerateSettings, UserError
+
+if __name__ == "__main__":
+    script.check_command_line(GenerateSettings, __doc__)
+
+import numpy as np
+import torch
+from PIL import Image
+
+import durable
+import hardware
+import pictures
+import run_folder
+import vae
+from diffusion import LatentDiffusion
+from draws import sample_generator
+from images import RECIPE
+from latent_cache import Space
+from latent_norm import LatentNorm
+from run_folder import SavedState
+from sampling import BATCH_SIZE, Decoder, num_solver_steps, sample_padded
+from script import DONE, StopSignals, say, warn
+
+_RECORD_NAME, _LABELS_NAME = "settings.json", "labels.csv"
+_OVERVIEW_NAME, _STRIP_NAME = "overview.png", "strip.png"
+_OVERVIEW_ROWS, _OVERVIEW_COLUMNS = 16, 6
+
+
+@script.command
+def main(argv: Sequence[str] | None) -> int:
+    """Runs the script; returns its exit code."""
+    layers = config.read_command_line(GenerateSettings, argv, description=__doc__)
+    state = read_averages(Path(config.resolve(GenerateSettings, layers).settings.checkpoint))
+    for line in state.warnings:
+        warn(line)
+    trained_with = {k: v for k, v in state.meta["settings"].items() if k in _FROM_RUN}
+    layers.append(config.stored_layer(GenerateSettings, f"run {state.path.parent}", trained_with))
+    resolved = config.resolve(GenerateSettings, layers)
+    settings: GenerateSettings = resolved.settings
+    for line in resolved.changes():
+        say(line)
+    generator = Generator(settings, state, hardware.pick_device(settings.device))
+    return generator.make_strip() if settings.strip else generator.make_images()
+
+
+_FROM_RUN = ("vae_path", "seed", "cond_scale", "sampler", "sampling_timesteps", "precision")
+
+
+def read_averages(place: Path) -> SavedState:
+    """Reads the newest averaged weights of a run folder, or those of one checkpoint file."""
+    if place.is_file():
+        return run_folder.read_state(place)
+    state = run_folder.newest_averages(place) if place.is_dir() else None
+    if state is None:
+        raise UserError(f"--checkpoint {place} is neither a checkpoint nor a folder of a run that has saved one")
+    return state
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One image to make."""
+
+    label: int
+    class_name: str
+    index: int
+    path: Path
+
+
+class Generator:
+    """The averaged network of a checkpoint, ready to make images."""
+
+    def __init__(self, settings: GenerateSettings, state: SavedState, device: torch.device) -> None:
+        self.settings, self.meta, self.device = settings, state.meta, device
+        self.all_classes: list[str] = state.meta["classes"]
+        self.classes = _chosen_classes(settings.classes, self.all_classes)
+        self.folder = Path(settings.output_folder)
+        self.suffix = _suffix(settings.image_format, state.meta["image_suffix"])
+        trained = state.meta["settings"]
+        self.steps = num_solver_steps(settings.sampler, settings.sampling_timesteps, trained["timesteps"])
+        vae_path = _checked_vae(settings.vae_path, state.meta)
+        self.vae_name = Path(vae_path).name
+        self.decoder = Decoder(vae_path, LatentNorm.from_json(state.meta["latent_norm"]), device)
+        weights = {n.removeprefix("ema."): t for n, t in state.tensors.items() if n.startswith("ema.")}
+        self.weights_digest = vae.weights_digest(weights)
+        self.diffusion = _build_network(state.meta, weights).to(device)
+        self.dtype, reason = hardware.pick_precision(settings.precision, device)
+        say(
+            f"{state.path} (step {state.step:,}), {len(self.classes)} of {len(self.all_classes)} classes, guidance "
+            f"{settings.cond_scale:g}, {self.steps} steps of {settings.sampler}, "
+            f"{str(self.dtype).removeprefix('torch.')} ({reason}) on {hardware.describe(device)}"
+        )
+
+    # --- one folder per class ---
+
+    def make_images(self) -> int:
+        """Makes the images that are missing in the output folder; writes labels.csv and settings.json."""
+        cells = [cell for cell in self._cells() if not cell.path.is_file()]
+        if cells:
+            self.decoder.open()  # before anything is written
+        self._check_output_folder()
+        there = len(self.classes) * self.settings.images_per_class - len(cells)
+        if there:
+            say(f"{there:,} of the images are already there")
+        with (
+            StopSignals() as signals,
+            script.progress(total=len(cells), unit="images", label="generate") as bar,
+        ):
+            try:
+                for start in range(0, len(cells), BATCH_SIZE):
+                    batch = cells[start : start + BATCH_SIZE]
+                    self._make_batch(batch)
+                    bar.advance(len(batch))
+                    signals.raise_if_received()
+            finally:
+                self._write_labels()
+        say(
+            f"{len(cells):,} images made in {self.folder} ({self.suffix[1:]}, {_LABELS_NAME}); "
+            f"peak memory {hardware.peak_memory(self.device)}"
+        )
+        say(f"the first of each class: {self._draw_overview()}")
+        return DONE
+
+    def _draw_overview(self) -> Path:
+        names = list(self.classes.values())[:_OVERVIEW_ROWS]
+        shown = [cell for cell in self._cells() if cell.index < _OVERVIEW_COLUMNS]
+        rows = [[np.asarray(Image.open(c.path).convert("RGB")) for c in shown if c.class_name == n] for n in names]
+        path = self.folder / _OVERVIEW_NAME
+        pictures.save_picture(pictures.labelled_grid(rows, names), path)
+        return path
+
+    def _make_batch(self, cells: list[Cell]) -> None:
+        samples = self.sample([c.label for c in cells], [c.index for c in cells], self.settings.cond_scale)
+        for cell, image in zip(cells, self.decoder(samples), strict=True):
+            durable.publish(cell.path, pictures.encode_image(Image.fromarray(image), self.suffix))
+
+    def sample(self, labels: list[int], indices: list[int], cond_scale: float) -> torch.Tensor:
+        return sample_padded(
+            self.diffusion,
+            labels,
+            [
+                sample_generator(self.settings.seed, "image", self.all_classes[label], index)
+                for label, index in zip(labels, indices, strict=True)
+            ],
+            dtype=self.dtype,
+            cond_scale=cond_scale,
+            sampler=self.settings.sampler,
+            sampling_timesteps=self.steps,
+        )
+
+    def _cells(self) -> list[Cell]:
+        return [
+            Cell(label, name, index, self.folder / name / f"{name}_{index:06d}{self.suffix}")
+            for label, name in self.classes.items()
+            for index in range(self.settings.images_per_class)
+        ]
+
+    def _check_output_folder(self) -> None:
+        """Refuses a folder whose images were made in another way, and writes down how these are made."""
+        script.check_writable(self.folder, "output_folder")
+        record, path = self._record(), self.folder / _RECORD_NAME
+        if path.is_file():
+            before = _read_record(path)
+            for name, value in record.items():
+                if before.get(name) != value:
+                    raise UserError(
+                        f"{self.folder} holds images made with {name} {before.get(name)}, now it is {value}; "
+                        "give another --output_folder"
+                    )
+        durable.publish(path, (json.dumps(record, indent=2) + "\n").encode())
+
+    def _record(self) -> dict[str, Any]:
+        """Returns all that the images of the folder have in common."""
+        return {
+            "weights": self.weights_digest,
+            "step": self.meta["step"],
+            "cond_scale": self.settings.cond_scale,
+            "sampler": self.settings.sampler,
+            "sampling_timesteps": self.steps,
+            "seed": self.settings.seed,
+            "precision": str(self.dtype).removeprefix("torch."),
+            "image_format": self.suffix[1:],
+            "vae": self.vae_name,
+        }
+
+    def _write_labels(self) -> None:
+        """Lists every image of the folder with its class and label."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(["file", "class", "label"])
+        for label, name in enumerate(self.all_classes):
+            for path in sorted((self.folder / name).glob(f"*{self.suffix}")):
+                writer.writerow([f"{name}/{path.name}", name, label])
+        durable.publish(self.folder / _LABELS_NAME, buffer.getvalue().encode("utf-8", "surrogateescape"))
+
+    # --- a picture to choose the guidance by ---
+
+    def make_strip(self) -> int:
+        """Draws one image per class and guidance scale, with the same noise along a row."""
+        script.check_writable(self.folder, "output_folder")
+        scales, columns = self.settings.strip, []
+        labels = list(self.classes)
+        with script.progress(total=len(scales) * len(labels), unit="images", label="strip") as bar:
+            for scale in scales:
+                column = []
+                for start in range(0, len(labels), BATCH_SIZE):
+                    part = labels[start : start + BATCH_SIZE]
+                    column += self.decoder(self.sample(part, [0] * len(part), scale))
+                    bar.advance(len(part))
+                columns.append(column)
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        path = self.folder / _STRIP_NAME
+        picture = pictures.labelled_grid(rows, list(self.classes.values()), [f"{scale:g}" for scale in scales])
+        pictures.save_picture(picture, path)
+        say(f"classes from top to bottom, guidance scales from left to right: {path}")
+        return DONE
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is damaged; give another --output_folder")
+    return record
+
+
+def _chosen_classes(asked: Sequence[str], known: list[str]) -> dict[int, str]:
+    """Returns label -> name of the classes asked for, in the order of their labels."""
+    if tuple(asked) == ("all",):
+        return dict(enumerate(known))
+    for name in asked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known[:40])}"
+            raise UserError(f"--classes: the model has no class {name}; {hint}")
+    return {label: name for label, name in enumerate(known) if name in asked}
+
+
+def _suffix(image_format: str, trained_on: str) -> str:
+    if image_format != "auto":
+        return f".{image_format}"
+    return ".jpg" if trained_on in (".jpg", ".jpeg", ".jpe", ".jfif") else ".png"
+
+
+def _checked_vae(vae_path: str | None, meta: dict[str, Any]) -> str:
+    """Returns the path of the VAE; refuses one whose encoder did not make the latents that the model learnt."""
+    if vae_path is None:
+        raise UserError("--vae_path is needed: the checkpoint does not name a VAE")
+    identity = vae.read_identity(vae_path)
+    trained = Space(meta["space"])
+    space = Space.of(identity.fingerprint, meta["settings"]["image_size"], RECIPE, trained.moments_shape)
+    if space.spec["vae"] != trained.spec["vae"]:
+        raise UserError(
+            f"--vae_path {vae_path} is not the VAE that the model was trained with: "
+            + "; ".join(space.differing_fields(trained))
+        )
+    return vae_path
+
+
+def _build_network(meta: dict[str, Any], weights: dict[str, torch.Tensor]) -> LatentDiffusion:
+    diffusion = run_folder.build_diffusion(
+        meta["settings"], num_classes=len(meta["classes"]), latent_shape=tuple(meta["latent_shape"])
+    )
+    diffusion.load_state_dict(weights)
+    return diffusion.eval().requires_grad_(False)
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))
