@@ -1,0 +1,196 @@
+"""Prints the settings of the scripts as Markdown tables, or writes them into both READMEs.
+
+    python settings_table.py                   # English
+    python settings_table.py --language zh     # Chinese
+    python settings_table.py --write           # replaces the tables in README.md and README.zh-CN.md
+
+Names, defaults and limits come from config.py. The Chinese help stands here under the English one that it
+translates, so that a help text that was changed asks for its translation.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import config
+from config import Spec
+
+READMES = {"en": Path("README.md"), "zh": Path("README.zh-CN.md")}
+BEGIN, END = "<!-- settings: begin (python settings_table.py --write) -->", "<!-- settings: end -->"
+
+_HEADS = {"en": ("setting", "default", "takes", "what it does"), "zh": ("设置", "默认值", "取值", "作用")}
+_KINDS = {
+    "en": {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"},
+    "zh": {int: "整数", float: "数", bool: "`true`, `false`", str: "文本"},
+}
+_PATHS = {"en": "path", "zh": "路径"}
+_SEVERAL = {"en": "one or more: {}", "zh": "一个或多个：{}"}
+_OR = {"en": " or ", "zh": "或 "}
+_FREE_NOTES = {"en": "\\* may change when a run goes on.", "zh": "\\* 续训时可以更改。"}
+_NOTHING = {"en": "(none)", "zh": "（空）"}
+
+GROUPS_ZH = {
+    config.DATA: "图像",
+    config.CACHE: "缓存与 VAE",
+    config.NETWORK: "网络",
+    config.DIFFUSION: "扩散",
+    config.TRAINING: "训练",
+    config.SAVING: "保存与日志",
+    config.SAMPLING: "采样",
+    config.MACHINE: "机器",
+}
+
+HELP_ZH = {
+    "seed of the split and of every random draw": "划分训练/测试集以及一切随机抽样所用的种子",
+    "auto, cpu, cuda or cuda:N": "`auto`、`cpu`、`cuda` 或 `cuda:N`",
+    "KL-VAE: a .pt, .pth or .safetensors file, a diffusers folder, or a hub id": (
+        "KL-VAE：.pt、.pth 或 .safetensors 文件，diffusers 文件夹，或 Hugging Face hub 上的名称"
+    ),
+    "folder with one sub-folder of images per class": "数据文件夹，其中每个类别一个子文件夹",
+    "side of the square images, in pixels": "正方形图像的边长（像素）",
+    "number of classes, in natural order": "类别数，按自然顺序取前几个",
+    "training images per class": "每个类别的训练图像数",
+    "how training images are chosen in a class; contiguous suits overlapping windows of one recording": (
+        "类内如何选取训练图像；contiguous（连续）适合同一段录制的重叠窗口"
+    ),
+    "images left out between training and test of a contiguous split": "连续划分时训练与测试之间空出的图像数",
+    "go on without images that cannot be read, and record them": "跳过无法读取的图像继续运行，并记录在案",
+    "images per encoder call; every call has this shape": "编码器每次处理的图像数；每次调用的形状都相同",
+    "number format of the encoder; what is stored is float16 moments in any case": (
+        "编码器的数值格式；无论选哪种，存盘的都是 float16 的 moments（均值与对数方差）"
+    ),
+    "the cache folder": "缓存文件夹",
+    "which images to encode: train, or train test": "编码哪些图像：`train`，或 `train test`",
+    "check a cache instead of filling it: every seal, and a few images decoded": (
+        "不编码，只检查缓存：核对每一行的校验和，并解码几张图像"
+    ),
+    "guidance scale s in uncond + s * (cond - uncond); 1 is off": (
+        "引导强度 s，公式为 uncond + s * (cond - uncond)；1 表示关闭"
+    ),
+    "solver: dpm++ is DPM-Solver++(2M)": "求解器；dpm++ 即 DPM-Solver++(2M)",
+    "solver steps; auto is 20 for dpm++, 250 for ddim, every step for ddpm": (
+        "求解步数；auto 时 dpm++ 为 20，ddim 为 250，ddpm 为全部步数"
+    ),
+    "number format of the network: auto is bfloat16 or float16 on a GPU, whichever is native, float32 on a CPU": (
+        "网络的数值格式；auto 在 GPU 上取其原生支持的 bfloat16 或 float16，在 CPU 上取 float32"
+    ),
+    "where checkpoints, grids and logs go": "存放检查点、样本网格图和日志的文件夹",
+    "run folder or checkpoint file to go on from, when results_folder is empty; may be read-only": (
+        "results_folder 为空时，从这个训练文件夹或检查点文件继续；可以是只读的"
+    ),
+    "moments: per-channel shift and scale measured on training images; scale_factor: the VAE's own constant": (
+        "moments：在训练图像上逐通道测得的平移与缩放；scale_factor：VAE 自带的常数"
+    ),
+    "training images that the measured normalisation looks at": "测量归一化时使用的训练图像数",
+    "width of the U-Net's first level, in channels": "U-Net 第一级的通道数",
+    "width of each level, as multiples of dim": "各级通道数，以 dim 的倍数表示",
+    "channels per attention head": "每个注意力头的通道数",
+    "attention heads": "注意力头数",
+    "probability that a training latent loses its class, for guidance": (
+        "训练时以此概率丢弃 latent 的类别条件，供引导使用"
+    ),
+    "diffusion timesteps": "扩散的时间步数",
+    "what the network predicts": "网络预测的量",
+    "noise schedule": "噪声日程",
+    "weigh the loss by min-SNR": "用 min-SNR 给损失加权",
+    "gamma of min-SNR": "min-SNR 的 gamma",
+    "latents per forward pass": "每次前向传播的 latent 数",
+    "forward passes per step; a step sees train_batch_size times this": (
+        "每个训练步包含的前向传播次数；每步共用 train_batch_size 乘以此数个 latent"
+    ),
+    "learning rate of Adam": "Adam 的学习率",
+    "steps in all": "总步数",
+    "gradients are clipped to this norm": "梯度裁剪的范数上限",
+    "decay of the averaged weights": "平均权重（EMA）的衰减率",
+    "steps between updates of the average": "每隔多少步更新一次平均权重",
+    "save and stop before this many hours after the start of the process": (
+        "从进程启动算起，在达到这么多小时之前保存并停止"
+    ),
+    "steps between checkpoints and grids": "每隔多少步保存检查点并生成样本网格图",
+    "columns of the sample grid; 0 makes no grid": "样本网格图的列数；0 表示不生成",
+    "steps between lines of metrics.jsonl": "每隔多少步在 metrics.jsonl 中写一行",
+    "bit-exact resume on a GPU, at some cost in speed": "在 GPU 上续训时逐位一致，速度略有损失",
+    "run folder, or one checkpoint file in it": "训练文件夹，或其中的一个检查点文件",
+    "class names, or all": "类别名，或 all",
+    "images per class": "每个类别生成的图像数",
+    "the VAE that decodes; none takes the run's own": "用于解码的 VAE；none 表示用训练时的那个",
+    "where the images go": "存放生成图像的文件夹",
+    "auto is the format of the training images": "auto 表示与训练图像的格式相同",
+    "make only a picture of classes x these guidance scales": "只画一张图：各类别 × 这些引导强度",
+}
+
+
+def help_texts() -> set[str]:
+    """Returns every English help text that a table shows."""
+    return {spec.help for cls in config.SCRIPTS.values() for spec in config.specs(cls).values()}
+
+
+def tables(language: str) -> str:
+    """Returns one folded Markdown table per script, in "en" or "zh"."""
+    parts = []
+    for script, cls in config.SCRIPTS.items():
+        lines = _table(cls, language)
+        summary = f"<summary><code>{script}</code></summary>"
+        parts.append("\n".join(["<details>", summary, "", *lines, "", "</details>"]))
+    return "\n\n".join(parts)
+
+
+def _table(cls: type, language: str) -> list[str]:
+    rows = [_HEADS[language], ("---",) * 4, *_rows(cls, language)]
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return [*lines, "", _FREE_NOTES[language]] if _can_resume(cls) else lines
+
+
+def _rows(cls: type, language: str) -> Iterator[tuple[str, ...]]:
+    specs, standard = config.specs(cls), config.defaults(cls)
+    order = list(GROUPS_ZH)
+    names = sorted(specs, key=lambda name: order.index(specs[name].group))
+    for group, members in groupby(names, key=lambda name: specs[name].group):
+        yield f"**{GROUPS_ZH[group] if language == 'zh' else group}**", "", "", ""
+        for name in members:
+            spec, mark = specs[name], " \\*" if specs[name].free and _can_resume(cls) else ""
+            shown = f"`{config.show(standard[name])}`" if standard[name] != () else _NOTHING[language]
+            help_text = HELP_ZH[spec.help] if language == "zh" else spec.help
+            yield f"`{name}`{mark}", shown, _takes(spec, language), help_text.replace("*", "\\*").replace("|", "\\|")
+
+
+def _takes(spec: Spec, language: str) -> str:
+    if spec.choices:
+        listed = ", ".join(f"`{choice}`" for choice in spec.choices)
+        return _SEVERAL[language].format(listed) if spec.many else listed
+    kind = _PATHS[language] if spec.path else _KINDS[language][spec.kind]
+    texts = [_SEVERAL[language].format(kind) if spec.many else kind, *(f"`{word}`" for word in spec.words)]
+    return _OR[language].join(texts)
+
+
+def _can_resume(cls: type) -> bool:
+    return "resume_from" in config.specs(cls)
+
+
+def with_tables(text: str, language: str) -> str:
+    """Returns the text of a README with the tables between its markers made anew."""
+    before, found_begin, rest = text.partition(BEGIN)
+    _, found_end, after = rest.partition(END)
+    if not (found_begin and found_end):
+        raise config.UserError(f"the README has no {BEGIN} ... {END}")
+    return f"{before}{BEGIN}\n\n{tables(language)}\n\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None) -> int:
+    """Prints the tables, or writes them into both READMEs; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--language", choices=sorted(READMES), default="en", help="language of what is printed")
+    parser.add_argument("--write", action="store_true", help="write both READMEs instead of printing")
+    arguments = parser.parse_args(argv)
+    if not arguments.write:
+        print(tables(arguments.language))
+        return 0
+    for language, path in READMES.items():
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), language), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))
