@@ -181,9 +181,9 @@ class LatentDataset(Dataset):
     def _read_rows(self, rows: list[int]) -> Tensor:
         moments, found = self.cache.read([self._row_keys[row] for row in rows])
         if not found.all():  # a row went bad since it was indexed
-            lost = [row for row, good in zip(rows, found, strict=True) if not good]
+            lost = list(dict.fromkeys(row for row, good in zip(rows, found, strict=True) if not good))
             self._have[lost] = False
-            self._encode_rows(lost)
+            self._encode_or_raise(lost)
             moments, found = self.cache.read([self._row_keys[row] for row in rows])
         return torch.from_numpy(moments)
 
@@ -244,7 +244,10 @@ class LatentDataset(Dataset):
         if get_worker_info() is not None:
             raise RuntimeError("an image is not encoded yet, and a DataLoader worker cannot do it: call dataset.fill()")
         ahead = (row for row in self._missing_rows(upcoming) if row not in wanted)
-        bad = self._encode_rows([*wanted, *islice(ahead, -len(wanted) % self.encode_batch_size)])
+        self._encode_or_raise([*wanted, *islice(ahead, -len(wanted) % self.encode_batch_size)])
+
+    def _encode_or_raise(self, rows: list[int]) -> None:
+        bad = self._encode_rows(rows)
         if bad:
             position, reason = bad[0]
             raise BadImage(f"{self.names[position]}: {reason}")
@@ -269,9 +272,11 @@ class LatentDataset(Dataset):
             advance: called after each batch with the number of images that it settled.
 
         Returns:
-            (position, reason) of each image that could not be encoded.
+            (position, reason) of each image that could not be encoded, equal ones included.
         """
-        bad = self._encode_rows(list(self._missing_rows(self.missing())), advance)
+        reasons = dict(self._encode_rows(list(self._missing_rows(self.missing())), advance))
+        first = [self._first_position[row] for row in self._row_of.tolist()]
+        bad = [(position, reasons[first[position]]) for position in range(len(self)) if first[position] in reasons]
         self._complete = bool(self._have.all())
         self.cache_flush()
         self.close_encoder()

@@ -62,6 +62,8 @@ def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | Non
     if not at_hand and stored is None:
         also = f", and {where} holds no split of earlier images"
         raise UserError(no_images_message(settings.data_path, also=also))
+    if not at_hand:
+        _check_classes_known(settings, stored, where)  # type: ignore[arg-type]
     index = images.list_images(settings.data_path) if at_hand else stored.index()  # type: ignore[union-attr]
     notice = images.missing_classes_warning(index, settings.num_users)
     if notice:
@@ -78,6 +80,15 @@ def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | Non
         return with_fresh_keys(split, settings.data_path)
     known = stored.keys()  # type: ignore[union-attr]
     return split.with_keys({place: known.get(place, _key_of_no_content(*place)) for place in _places(split)})
+
+
+def _check_classes_known(settings: ImageSettings, stored: Split, where: str) -> None:
+    """Raises UserError when more classes are asked for than the stored split was given of the images."""
+    known, asked = stored.rule["num_users"], settings.num_users
+    was_cut = known == len(stored.classes)
+    if was_cut and (asked == "all" or int(asked) > int(known)):
+        also = f"--num_users is {asked}, but {where} knows {known} classes, and "
+        raise UserError(also + no_images_message(settings.data_path))
 
 
 def with_fresh_keys(split: Split, data_path: str) -> Split:

@@ -27,7 +27,7 @@ import latent_cache
 import pictures
 import prepare
 import vae
-from images import Entry, Split, shown
+from images import BadImage, Entry, Split, shown
 from latent_cache import LatentCache
 from latent_dataset import SPLIT_NAME, LatentDataset, read_split
 from script import DONE, FAILED, Failed, StopSignals, say, warn
@@ -85,7 +85,7 @@ def encode(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     bad = fill(dataset, len(missing))
     cache.merge()
     _record(settings, split, entries, bad, chosen, folder)
-    _account(settings, dataset, bad, newly=len(missing) - len(bad), seconds=time.monotonic() - started)
+    _account(settings, dataset, bad, newly=len(missing) - len(dataset.missing()), seconds=time.monotonic() - started)
     _preview(settings, dataset, entries, device, folder / "preview.png", fresh=bool(missing))
     return _end(settings, bad)
 
@@ -165,7 +165,10 @@ def _preview(
     if not present:
         return []
     chosen = [present[i] for i in np.linspace(0, len(present) - 1, min(_NUM_PREVIEWS, len(present))).astype(int)]
-    originals = [prepare.read_image(settings.data_path, entries[i], image_size=settings.image_size) for i in chosen]
+    pairs = [(i, image) for i in chosen if (image := _read_or_none(settings, entries[i])) is not None]
+    if not pairs:
+        return []
+    chosen, originals = [i for i, _ in pairs], [image for _, image in pairs]
     try:
         decoded = decode_means(dataset, chosen, settings.vae_path, device)
     except UserError as error:  # the latents are good all the same
@@ -178,6 +181,13 @@ def _preview(
         f"round trip      PSNR {np.mean(scores):.1f} dB over {len(scores)} images (worst {min(scores):.1f}); see {path}"
     )
     return scores
+
+
+def _read_or_none(settings: PreprocessSettings, entry: Entry) -> np.ndarray | None:
+    try:
+        return prepare.read_image(settings.data_path, entry, image_size=settings.image_size)
+    except BadImage:  # its latent outlives it
+        return None
 
 
 @torch.inference_mode()

@@ -113,7 +113,7 @@ def read_state(path: Path) -> SavedState:
     try:
         return SavedState(path, *checkpoint.load(path), [])
     except checkpoint.DamagedCheckpoint as error:
-        raise UserError(f"not a whole checkpoint: {error}") from error
+        raise UserError(f"not a whole checkpoint: {error}; give another, or the folder of the run") from error
 
 
 def write_plan(folder: Path, settings_yaml: str, split: Split) -> None:

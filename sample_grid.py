@@ -1,34 +1,49 @@
 """The pictures that training makes along the way: sample grids with class names, and the loss curve."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import pictures
-from config import UserError
+from config import TrainSettings, UserError
+from diffusion import LatentDiffusion
 from draws import sample_generator
+from latent_dataset import LatentDataset
 from run_folder import Metrics
 from sampling import BATCH_SIZE, Decoder, nearest_class, num_solver_steps, sample_padded
 from script import say, warn
-
-if TYPE_CHECKING:
-    from train_latent_cfg import Trainer
 
 _MAX_ROWS = 16  # classes shown
 _IMAGES_PER_MEAN = 32  # training images that a class mean is measured on
 
 
 class GridMaker:
-    """Samples the first classes with the averaged network, scores them, and draws them when the VAE is at hand."""
+    """Samples the first classes with the averaged network, scores them, and draws them when the VAE is at hand.
 
-    def __init__(self, trainer: "Trainer", folder: Path, metrics: Metrics) -> None:
-        self.trainer, self.folder, self.metrics = trainer, folder, metrics
-        self.settings, self.dataset = trainer.settings, trainer.dataset
-        self.names = list(trainer.data.split.classes)[:_MAX_ROWS]
-        self.decoder = Decoder(self.settings.vae_path, self.dataset.norm, trainer.device)  # type: ignore[arg-type]
+    Args:
+        network: the averaged network, looked at anew for each grid.
+        dtype: the number format that it samples in.
+        dataset: the training data, with its normalisation.
+        classes: all class names, in label order.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        network: LatentDiffusion,
+        dtype: torch.dtype,
+        dataset: LatentDataset,
+        classes: Sequence[str],
+        folder: Path,
+        metrics: Metrics,
+    ) -> None:
+        self.settings, self.network, self.dtype, self.dataset = settings, network, dtype, dataset
+        self.folder, self.metrics = folder, metrics
+        self.num_classes, self.names = len(classes), list(classes)[:_MAX_ROWS]
+        self.decoder = Decoder(settings.vae_path, dataset.norm, dataset.device)  # type: ignore[arg-type]
         self.class_means: Tensor | None = None
         self.can_draw = True
 
@@ -38,15 +53,14 @@ class GridMaker:
             return
         self._decode(self._sample_batch([0], [0], steps=1))
 
-    def make(self) -> None:
-        """Makes the grid of this step: one figure in metrics.jsonl, and the picture."""
+    def make(self, step: int) -> None:
+        """Makes the grid of a step: one figure in metrics.jsonl, and the picture."""
         if not self.settings.num_samples:
             return
         cells = self._cells()
         samples = torch.cat(
             [self._sample(cells[start : start + BATCH_SIZE]) for start in range(0, len(cells), BATCH_SIZE)]
         )
-        step = self.trainer.finished_steps
         score = self._score(samples, [label for label, _ in cells])
         self.metrics.add(step=step, nearest_class_mean=round(score, 4))
         message = f"step {step:,}: {score:.0%} of {len(cells)} samples are nearest to the mean of their own class"
@@ -77,13 +91,13 @@ class GridMaker:
     def _sample_batch(self, labels: list[int], columns: list[int], *, steps: int) -> Tensor:
         settings = self.settings
         return sample_padded(
-            self.trainer.ema.model,  # type: ignore[arg-type]
+            self.network,
             labels,
             [
                 sample_generator(settings.seed, "grid", self.names[label], column)
                 for label, column in zip(labels, columns, strict=True)
             ],
-            dtype=self.trainer.dtype,
+            dtype=self.dtype,
             cond_scale=settings.cond_scale,
             sampler=settings.sampler,
             sampling_timesteps=steps,
@@ -91,7 +105,7 @@ class GridMaker:
 
     def _score(self, samples: Tensor, labels: list[int]) -> float:
         if self.class_means is None:
-            self.class_means = measure_class_means(self.dataset, len(self.trainer.data.split.classes))
+            self.class_means = measure_class_means(self.dataset, self.num_classes)
         found = nearest_class(samples, self.class_means).cpu()
         return (found == torch.tensor(labels)).double().mean().item()
 
@@ -113,7 +127,7 @@ class GridMaker:
             self.decoder.close()
 
 
-def measure_class_means(dataset, num_classes: int) -> Tensor:
+def measure_class_means(dataset: LatentDataset, num_classes: int) -> Tensor:
     """Returns the mean normalised latent of each class [K C h w], over its first training images."""
     means = []
     for label in range(num_classes):

@@ -44,7 +44,7 @@ from sampling import num_solver_steps
 from script import DONE, Failed, Progress, Stopped, StopSignals, say, warn
 
 _FORECAST_STEPS = 50  # steps after which the length of the run is told
-_NOT_INHERITED = ("results_folder", "resume_from")  # settings that say where this run is, not what it is
+_NOT_INHERITED = ("results_folder", "resume_from", "device")  # settings that say where a run is, not what it is
 
 
 @script.command
@@ -158,6 +158,11 @@ def _refuse_impossible(settings: TrainSettings) -> None:
 
 def _check_results_folder(plan: Plan) -> None:
     script.check_writable(plan.results, "results_folder")
+    if plan.state is None and any(plan.results.glob("ema-*.safetensors")):
+        raise UserError(
+            f"--results_folder {plan.results} holds averaged weights of an earlier run, but no state-*.safetensors to "
+            "go on from; move them away, or give another folder"
+        )
     durable.remove_stale_temporaries(plan.results)
 
 
@@ -238,7 +243,8 @@ def _known_space(plan: Plan) -> ChosenSpace | None:
 
 
 def _without_bad_images(plan: Plan, split: Split, dataset: LatentDataset) -> Split:
-    entries = [split.train[position] for position in dataset.missing()]
+    missing = {dataset.keys[position] for position in dataset.missing()}
+    entries = [entry for entry in split.train if entry.key in missing]
     bad = prepare.find_bad_images(entries, data_path=plan.settings.data_path, image_size=plan.settings.image_size)
     if not bad:
         return split
@@ -479,7 +485,15 @@ def run(trainer: Trainer, plan: Plan) -> int:
     """Trains to the end, the time budget or a signal; saves in every case, and says how it ended."""
     settings = plan.settings
     metrics = Metrics(plan.results, step=trainer.finished_steps, earlier=plan.origin)
-    grids = GridMaker(trainer, plan.results, metrics)
+    grids = GridMaker(
+        settings,
+        trainer.ema.model,  # type: ignore[arg-type]
+        trainer.dtype,
+        trainer.dataset,
+        trainer.data.split.classes,
+        plan.results,
+        metrics,
+    )
     clock = Clock(settings.max_hours, trainer)
     fresh = plan.state is None
     try:
@@ -544,7 +558,7 @@ def log(trainer: Trainer, metrics: Metrics, bar: Progress, clock: "Clock") -> No
 def save_and_sample(trainer: Trainer, grids: GridMaker, folder: Path) -> None:
     """Saves the state, then makes the grid and the loss curve."""
     trainer.save(folder)
-    grids.make()
+    grids.make(trainer.finished_steps)
     grids.draw_loss()
 
 

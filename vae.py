@@ -12,6 +12,9 @@ import hashlib
 import json
 import math
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -525,6 +528,9 @@ def _check_architecture(found: Found, network: KLVAE, halves: Sequence[str]) -> 
     prefixes = tuple(prefix for half in halves for prefix in HALVES[half])
     wanted = {k: tuple(v.shape) for k, v in network.state_dict().items() if k.startswith(prefixes)}
     given = {k: tuple(v.shape) for k, v in found.tensors.items() if k.startswith(prefixes)}
+    for half in halves:
+        if not found.half(half):
+            raise UserError(f"{found.path} holds no {half} of a KL-VAE; give the whole checkpoint")
     problems = [f"{k} is {given[k]}, not {wanted[k]}" for k in wanted if k in given and given[k] != wanted[k]]
     problems += [f"{k} {given[k]} has no place" for k in given if k not in wanted]
     problems += [f"{k} {wanted[k]} is missing" for k in wanted if k not in given]
@@ -750,16 +756,18 @@ def _locate(path_or_id: str | Path) -> Path:
 def _download(hub_id: str) -> Path:
     """Returns the local folder of "owner/name" or "owner/name/subfolder" on the Hugging Face hub."""
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
     except ImportError as error:
         raise UserError(
             f"the VAE {hub_id} is no file or folder here; for the Hugging Face hub, pip install diffusers"
         ) from error
     owner, name, *subfolder = hub_id.split("/")
+    is_online = _can_reach(constants.ENDPOINT)  # else the hub's library tries again and again for half a minute
 
     def fetch(file: str) -> Path:
-        return Path(hf_hub_download(f"{owner}/{name}", file, subfolder="/".join(subfolder) or None))
+        place = "/".join(subfolder) or None
+        return Path(hf_hub_download(f"{owner}/{name}", file, subfolder=place, local_files_only=not is_online))
 
     try:
         folder = fetch("config.json").parent
@@ -768,11 +776,24 @@ def _download(hub_id: str) -> Path:
         except EntryNotFoundError:
             fetch(WEIGHT_FILES[1])
     except (EntryNotFoundError, OSError, ValueError) as error:
+        reason = _first_line(error) if is_online else f"{constants.ENDPOINT} cannot be reached"
         raise UserError(
-            f"the VAE {hub_id} is no file or folder here, and the Hugging Face hub did not give it: "
-            f"{_first_line(error)}"
+            f"the VAE {hub_id} is no file or folder in {Path.cwd()}, and the Hugging Face hub did not give it: "
+            f"{reason}; check --vae_path, or the network"
         ) from error
     return folder
+
+
+def _can_reach(url: str) -> bool:
+    """Says whether the host of a URL takes connections; where a proxy is set, that is left to the proxy."""
+    place = urllib.parse.urlsplit(url)
+    if urllib.request.getproxies().get(place.scheme):
+        return True
+    try:
+        with socket.create_connection((place.hostname, place.port or 443), timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def _first_line(error: Exception) -> str:

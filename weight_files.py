@@ -148,9 +148,9 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
         )
     unpickler = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
     if unpickler or str(error).startswith("Weights only load failed"):  # torch advises to run whatever is in it
-        what = printable(unpickler[1]) if unpickler else "it holds more than weights"
+        what = f" ({printable(unpickler[1])})" if unpickler else ""
         return (
-            f"{path} is a pickle that cannot be read safely ({what}); "
+            f"{path} cannot be read as a PyTorch checkpoint{what}: it is damaged, or holds more than weights; "
             "where it was made, save the weights alone: torch.save(model.state_dict(), 'vae.pt')"
         )
     reason = printable((str(error).splitlines() or [""])[0])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import diffusion as diffusion_module
 from config import UserError
-from diffusion import CLEAN, EMA, NOISE_START_LAMBDA, LatentDiffusion, check_library, solve_dpmpp
+from diffusion import CLEAN, EMA, START_LAMBDA, TIME_SHARE, LatentDiffusion, Level, check_library, solve_dpmpp
 from draws import draw_step, sample_generator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -334,20 +334,41 @@ def test_the_samplers_of_the_library_are_out_of_reach():
 # ---- levels
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10, 20, 25, 250, 999, 1000])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_levels_fall_from_the_last_timestep_without_repeating(schedule, steps):
+def test_levels_start_at_the_noisiest_timestep_that_can_be_trusted(schedule, objective):
+    share = signal_share(schedule)
+    lambdas = 0.5 * (share / (1 - share)).log()
+    noisiest = (lambdas >= START_LAMBDA).nonzero().max().item()
+    assert noisiest == {"linear": 999, "cosine": 995}[schedule]
+    assert tiny(beta_schedule=schedule, objective=objective).levels(20)[0].time == noisiest
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20, 25, 250, 500, 995])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_levels_fall_to_the_first_timestep_without_repeating(schedule, steps):
     *levels, last = tiny(beta_schedule=schedule).levels(steps)
     times = [level.time for level in levels]
     assert last is CLEAN
-    assert times[0] == 999
     assert len(times) == steps
     assert times == sorted(set(times), reverse=True)
-    assert times[-1] >= 0
+    assert times[-1] == 0 or steps == 1
 
 
-def test_all_the_steps_are_all_the_timesteps():
-    assert [level.time for level in tiny(timesteps=30).levels(30)] == [*range(29, -1, -1), -1]
+def test_steps_are_even_in_the_mix_of_lambda_and_time():
+    *levels, _ = tiny(timesteps=20_000).levels(12)
+    first, last = levels[0], levels[-1]
+    ways = [
+        (level.time - first.time) / (last.time - first.time) * TIME_SHARE
+        + (level.log_snr - first.log_snr) / (last.log_snr - first.log_snr) * (1 - TIME_SHARE)
+        for level in levels
+    ]
+    assert ways == pytest.approx([step / 11 for step in range(12)], abs=0.02)
+
+
+@pytest.mark.parametrize("steps", [996, 1000])
+def test_as_many_steps_as_timesteps_are_all_of_them(steps):
+    assert [level.time for level in tiny().levels(steps)] == [*range(995, -1, -1), -1]
 
 
 def test_levels_carry_the_amplitudes_of_their_timestep():
@@ -357,15 +378,6 @@ def test_levels_carry_the_amplitudes_of_their_timestep():
         assert level.sigma == pytest.approx(math.sqrt(1 - share[level.time]), rel=1e-6)
         expected = 0.5 * math.log(share[level.time] / (1 - share[level.time]))
         assert level.log_snr == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_noise_prediction_starts_at_the_noisiest_level_it_can_be_trusted_with(schedule):
-    first, *_ = tiny(objective="pred_noise", beta_schedule=schedule).levels(20)
-    share = signal_share(schedule)
-    usable = (0.5 * (share / (1 - share)).log() >= NOISE_START_LAMBDA).nonzero().max().item()
-    assert first.time == usable
-    assert tiny(objective="pred_noise").levels(1000)[0].time < 999  # the cosine schedule goes further than that
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
@@ -426,11 +438,10 @@ def test_deterministic_samplers_are_the_multistep_solvers_of_diffusers(objective
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_ddim_over_every_timestep_is_that_of_diffusers(objective):
     model = with_formula(smooth, objective=objective, timesteps=40, beta_schedule="linear")
-    steps = len(timesteps_of(model, 40))
     ours = model.sample(torch.zeros(2), generators(2), cond_scale=1.0, sampler="ddim", sampling_timesteps=40)
     scheduler = DDIMScheduler(**scheduler_settings(model), clip_sample=False, set_alpha_to_one=True)
     scheduler.set_timesteps(40)
-    scheduler.timesteps = scheduler.timesteps[40 - steps :]
+    scheduler.timesteps = scheduler.timesteps[40 - len(timesteps_of(model, 40)) :]  # the noisiest may be left out
     theirs = sample_with_diffusers(scheduler, smooth, initial_noise(generators(2)))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
@@ -489,19 +500,20 @@ def test_samples_have_the_distribution_that_the_exact_network_knows(objective, s
     low = samples[samples < sum(CENTERS) / 2]
     high = samples[samples >= sum(CENTERS) / 2]
     for part, center, spread in zip((low, high), CENTERS, SPREADS, strict=True):
-        assert part.mean().item() == pytest.approx(center, abs=0.06)
+        assert part.mean().item() == pytest.approx(center, abs=4 * tolerance)
         assert part.std().item() == pytest.approx(spread, rel=0.12)
 
 
-def test_a_one_percent_error_of_noise_prediction_is_harmless_where_we_start_and_ruinous_at_the_end():
+def test_a_one_percent_error_of_noise_prediction_is_harmless_from_where_we_start_and_ruinous_from_the_end():
     model = with_formula(exact("pred_noise", error=0.01), objective="pred_noise", latent_size=32)
     samples = model.sample(torch.zeros(2), generators(2), cond_scale=1.0, sampler="dpm++", sampling_timesteps=20)
     assert samples.std().item() == pytest.approx(MIXTURE_STD, rel=0.1)
-    from_the_last = tiny().levels(20)
+    share = signal_share("cosine")
+    even_in_time = [Level(time, math.sqrt(share[time]), math.sqrt(1 - share[time])) for time in range(999, 0, -50)]
     ruined = solve_dpmpp(
         lambda x, level: model._clean(x, level, model.model.guided(x, torch.full((2,), level.time), x, 1.0)),
         lambda: randn(2, 2, 32, 32),
-        from_the_last,
+        [*even_in_time, CLEAN],
         randn(2, 2, 32, 32),
     )
     assert ruined.std() > 2 * MIXTURE_STD
@@ -731,10 +743,10 @@ def test_updating_the_average_never_reads_a_value_from_the_device():
 
 def test_a_short_training_learns_which_class_is_which():
     means = torch.stack([torch.full((1, 4, 4), value) for value in (-1.0, 1.0)])
-    model = tiny(num_classes=2, latent_channels=1, latent_size=4, cond_drop_prob=0.2)
+    model = tiny(num_classes=2, latent_channels=1, latent_size=4, dim_mults=(1,), cond_drop_prob=0.2)
     ema = EMA(model, decay=0.95, update_every=1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
-    for step in range(150):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(40):
         draws = draw_step(0, step, batch=16, size=64, latent_shape=(1, 4, 4), timesteps=1000, cond_drop_prob=0.2)
         classes = draws.positions % 2
         latents = means[classes] + 0.2 * draws.posterior_noise
@@ -744,7 +756,7 @@ def test_a_short_training_learns_which_class_is_which():
         optimizer.step()
         ema.update(model, step + 1)
     classes = torch.arange(16) % 2
-    samples = ema.model.sample(classes, generators(16), cond_scale=1.0, sampler="dpm++", sampling_timesteps=20)
+    samples = ema.model.sample(classes, generators(16), cond_scale=1.0, sampler="dpm++", sampling_timesteps=10)
     distances = (samples[:, None] - means).flatten(2).norm(dim=2)  # 16 2
     assert (distances.argmin(dim=1) == classes).float().mean() > 0.9
 

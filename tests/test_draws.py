@@ -31,8 +31,8 @@ def test_shapes_types_and_ranges():
     assert draws.cond_keep_mask.dtype == torch.bool
     assert draws.noise.shape == draws.posterior_noise.shape == (16, *SHAPE)
     assert draws.noise.dtype == draws.posterior_noise.dtype == torch.float32
-    assert 0 <= draws.positions.min() and draws.positions.max() < 100
-    assert 0 <= draws.times.min() and draws.times.max() < 1000
+    assert draws.positions.min() >= 0 and draws.positions.max() < 100
+    assert draws.times.min() >= 0 and draws.times.max() < 1000
 
 
 def test_another_default_dtype_changes_nothing():

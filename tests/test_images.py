@@ -428,7 +428,7 @@ def torchvision_square(image: Image.Image, image_size: int) -> np.ndarray:
 def test_pixels_equal_torchvisions_bit_for_bit():
     draw = random.Random(0)
     sizes = [(32, 32), (33, 32), (32, 35), (1, 1), (1, 30), (64, 64), (31, 97), (640, 480), (257, 256), (100, 101)]
-    sizes += [(draw.randint(1, 150), draw.randint(1, 150)) for _ in range(150)]
+    sizes += [(draw.randint(1, 150), draw.randint(1, 150)) for _ in range(70)]
     for case, size in enumerate(sizes):
         image = smooth(*size, seed=case)
         for image_size in (32, draw.randint(1, 70)):
@@ -483,6 +483,13 @@ def test_broken_exif_does_not_cost_the_image(exif):
     plain = encoded(smooth(), "JPEG", quality=90)
     data = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
     np.testing.assert_array_equal(decode(data, image_size=16), decode(plain, image_size=16))
+
+
+def test_exif_data_in_text_that_is_no_text_do_not_cost_the_image():
+    data = png(2, 2, 8, 0, b"\0\1\2\0\3\4", (b"tEXt", b"Raw profile type exif\0\nexif\n 9\nno hex"))
+    with pytest.raises(ValueError, match="hex"), Image.open(io.BytesIO(data)) as image:
+        image.getexif()
+    assert decode(data, image_size=2)[..., 0].tolist() == [[1, 2], [3, 4]]
 
 
 def test_the_recipe_is_raised_when_the_pixels_change():
@@ -703,7 +710,7 @@ def test_a_truncated_jpeg_is_refused_whatever_others_have_switched_on(share, mon
 def test_damaged_files_are_never_anything_but_bad_images():
     draw = random.Random(0)
     outcomes = {"read": 0, "refused": 0}
-    for _ in range(3000):
+    for _ in range(1200):
         data = bytearray(SAMPLES[draw.choice(list(SAMPLES))])
         for _ in range(draw.choice((1, 3, 10))):
             position = draw.randrange(min(len(data), draw.choice((40, 400, 10**6))))
@@ -715,7 +722,7 @@ def test_damaged_files_are_never_anything_but_bad_images():
         except BadImage as error:
             assert str(error).isprintable()
             outcomes["refused"] += 1
-    assert min(outcomes.values()) > 500
+    assert min(outcomes.values()) > 200
 
 
 def test_bombs_cost_neither_time_nor_memory(tmp_path):

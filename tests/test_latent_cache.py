@@ -408,7 +408,8 @@ def test_no_flipped_bit_of_a_shard_gives_a_wrong_row(tmp_path):
     for position in each_flipped_bit(path):
         cache = reader(tmp_path)
         good = found_rows(cache, range(2))
-        assert not cache.read(strangers(cache, range(2)))[1].any()
+        claimed = strangers(cache, range(2))
+        assert not claimed or not cache.read(claimed)[1].any()
         assert good != [0, 1] or position in informative, f"the flip of byte {position} was not noticed"
         assert good == [] or position >= start or position in informative
         assert good == [0, 1] or str(path) in cache.problems[0]
@@ -527,7 +528,6 @@ def hostile_headers(good: dict) -> dict[str, bytes]:
         "keys named twice": text[:-1].encode() + b', "keys": ' + json.dumps(good["keys"]).encode() + b"}",
         "format named twice": text.replace('"format": "1"', '"format": "1", "format": "1"').encode(),
         "surrogates": text.replace("jpg", "\\ud800").replace('"1"', '"\\ud800"').encode(),
-        "many small things": b'{"a":[' + b"[]," * 340_000 + b"[]]}",
     }
 
 
@@ -546,6 +546,14 @@ def test_a_hostile_header_is_a_reported_miss(tmp_path, which):
     assert len(cache.problems[0]) < len(str(path)) + 160
     assert verify(cache, [key(0)]).missing == [key(0)]
     assert spaces(tmp_path).keys() <= {SPACE.id}
+
+
+def test_a_header_of_very_many_things_costs_little(tmp_path):
+    path = stored(tmp_path, [0])
+    with_header(path, b'{"a":[' + b"[]," * 340_000 + b"[]]}")
+    start = time.process_time()
+    assert len(reader(tmp_path).problems) == 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("length", [1, 2**31, 2**62, 2**64 - 1])

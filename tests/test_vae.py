@@ -384,7 +384,7 @@ def test_an_encoder_alone_in_a_file_is_enough_to_encode(tmp_path):
     torch.save(half, tmp_path / "encoder.pt")
     loaded = load_vae(tmp_path / "encoder.pt", "cpu", parts="encoder")
     assert torch.equal(loaded.encode(IMAGES), whole.encode(IMAGES))
-    with pytest.raises(UserError, match=r"decoder\.conv_in\.weight .* is missing"):
+    with pytest.raises(UserError, match=r"encoder.pt holds no decoder of a KL-VAE"):
         load_vae(tmp_path / "encoder.pt", "cpu")
 
 
@@ -827,5 +827,5 @@ def test_a_hub_id_is_served_from_the_local_hub_cache(hub_cache):
 
 
 def test_a_failed_download_names_the_id(hub_cache):
-    with pytest.raises(UserError, match="someone/absent is no file or folder here, and the Hugging Face hub did"):
+    with pytest.raises(UserError, match="someone/absent is no file or folder in .*, and the Hugging Face hub did"):
         read_identity("someone/absent")
