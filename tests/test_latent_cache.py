@@ -134,6 +134,17 @@ def test_rows_of_another_space_are_never_served(tmp_path):
     assert cache.problems == [f"{moved}: it belongs to another space; its rows count as missing"]
 
 
+def test_the_seal_knows_the_space_even_where_a_header_lies(tmp_path):
+    here, there = make_space(weights="one"), make_space(weights="two")
+    path = stored(tmp_path, range(2), here)
+    forged = tmp_path / there.id / path.name
+    forged.parent.mkdir()
+    forged.write_bytes(path.read_bytes().replace(b"one", b"two"))
+    cache = reader(tmp_path, there)
+    assert len(cache) == 2
+    assert found_rows(cache, range(2)) == []
+
+
 # --- writing and reading -----------------------------------------------------------------------------------
 
 
