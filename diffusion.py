@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ START_LAMBDA = -5.1
 # cosine schedule in one stride and flattens what is wide in latents (layout, brightness), and stops too noisy to give
 # their detail its spread; even in lambda alone, strong guidance suffers. An exact network shows all three.
 TIME_SHARE = 0.25
+
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def check_library() -> None:
@@ -313,12 +316,12 @@ def _check_sizes(latent_size: int, dim: int, dim_mults: Sequence[int]) -> None:
         raise UserError(f"dim is {dim}; the time embedding needs an even number of at least 4")
 
 
-class EMA:
+class EMA(Generic[Model]):
     """Keeps a moving average of a model's weights; its decay is a function of the step, so it has no other state."""
 
     WARMUP_STEPS = 100
 
-    def __init__(self, model: nn.Module, *, decay: float, update_every: int):
+    def __init__(self, model: Model, *, decay: float, update_every: int):
         """Starts from a copy of the model, in eval mode and without gradients."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay

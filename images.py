@@ -523,10 +523,7 @@ def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
 def _grey16_to_rgb(image: Any) -> Image.Image:
     bits = image.tag_v2[_TIFF_BITS_PER_SAMPLE][0] if image.format == "TIFF" else 16
     white = 2**bits - 1
-    grey = np.asarray(image)
-    if grey.min() < 0 or grey.max() > white:
-        raise BadImage(f"its greys lie between {grey.min()} and {grey.max()}, outside of {bits} bits")
-    grey = grey.astype(np.uint32)  # from here in place, for these arrays can be large
+    grey = np.asarray(image).astype(np.uint32)  # from here in place, for these arrays can be large
     grey *= 255
     grey += white // 2
     grey //= white  # 0 to 255, to the nearest

@@ -343,6 +343,7 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.finished_steps = 0
+        self.saved_step = -1
         self.losses: list[Tensor] = []  # of the steps since the last log line, left on the device
         self.grad_norm = torch.zeros((), device=device)
         self.first_bad_step = torch.full((), -1, device=device)
@@ -426,10 +427,20 @@ class Trainer:
         positions = visited(self.settings.seed, step * self.batch, self.batch, len(self.dataset))
         return [self.dataset.names[position] for position in positions.tolist()]
 
+    def check_finite(self) -> None:
+        """Raises Failed, naming the step and its images, if a step was skipped since its loss was not finite."""
+        bad = int(self.first_bad_step)
+        if bad >= 0:
+            raise Failed(
+                f"the loss of step {bad + 1:,} is not finite; the step was not taken, the last save is in "
+                f"{self.settings.results_folder}; its images are {', '.join(self.names_of_step(bad))}"
+            )
+
     # --- saving ---
 
     def save(self, folder: Path, *, with_average: bool = True) -> None:
         """Publishes the full state, and the averaged weights alone; then drops older full states."""
+        self.check_finite()  # else the next process would not know of it
         tensors, optimizer_meta = checkpoint.pack_training_state(
             self.diffusion, self.ema.model, self.optimizer, self.scaler
         )
@@ -450,6 +461,7 @@ class Trainer:
                 f"{error.strerror or error}; earlier ones are whole"
             ) from error
         checkpoint.prune(folder, step=self.finished_steps)
+        self.saved_step = self.finished_steps
 
     def _meta(self) -> dict[str, Any]:
         chosen, dataset = self.data.chosen, self.dataset
@@ -501,11 +513,11 @@ def run(trainer: Trainer, plan: Plan) -> int:
             while trainer.finished_steps < settings.train_num_steps:
                 trainer.train_step()
                 clock.forecast(settings.train_num_steps)
+                done = trainer.finished_steps
+                if done % settings.log_every == 0:  # before a save, which holds the losses not told yet
+                    log(trainer, metrics, bar, clock)
                 if fresh:  # a full disk or too little memory shows now, not hours later
                     fresh = _rehearse(trainer, grids, plan.results)
-                done = trainer.finished_steps
-                if done % settings.log_every == 0:
-                    log(trainer, metrics, bar, clock)
                 bar.advance()
                 if done % settings.save_and_sample_every == 0 or done == settings.train_num_steps:
                     started = time.monotonic()
@@ -533,13 +545,7 @@ def _rehearse(trainer: Trainer, grids: GridMaker, folder: Path) -> bool:
 
 def log(trainer: Trainer, metrics: Metrics, bar: Progress, clock: "Clock") -> None:
     """Writes a line of figures; this is where the device is waited for."""
-    bad = int(trainer.first_bad_step)
-    if bad >= 0:
-        names = ", ".join(trainer.names_of_step(bad))
-        raise Failed(
-            f"the loss of step {bad + 1:,} is not finite; the step was not taken, the last save is in "
-            f"{metrics.path.parent}; its images are {names}"
-        )
+    trainer.check_finite()
     losses = torch.stack(trainer.losses).tolist()
     trainer.losses = []
     loss, pace = math.fsum(losses) / len(losses), clock.steps_per_second()
@@ -563,7 +569,7 @@ def save_and_sample(trainer: Trainer, grids: GridMaker, folder: Path) -> None:
 
 
 def _stop(trainer: Trainer, plan: Plan, signals: StopSignals) -> int:
-    if not (plan.results / checkpoint.full_name(trainer.finished_steps)).exists():
+    if trainer.saved_step != trainer.finished_steps:
         trainer.save(plan.results, with_average=False)
     why = "by signal" if signals.received is not None else f"after --max_hours {plan.settings.max_hours:g}"
     say(f"stopped {why} at step {trainer.finished_steps:,}; saved, and the same command goes on from there")

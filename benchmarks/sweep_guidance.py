@@ -63,9 +63,8 @@ def main() -> None:
         return figures
 
     print(f"{len(real)} classes x {count}, against {len(others)} others in {projection.directions.shape[1]} directions")
-    print(
-        "| guidance | Fréchet per class | Fréchet, all | nearest class mean | std | seconds |\n|---|---|---|---|---|---|"
-    )
+    print("| guidance | Fréchet per class | Fréchet, all | nearest class mean | std | seconds |")
+    print("|---|---|---|---|---|---|")
     rows = [row("real", fresh, 0.0)]
     for scale in args.scales:
         started = time.monotonic()

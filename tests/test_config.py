@@ -86,7 +86,10 @@ def test_the_manifest_speaks_only_of_the_cache():
         (["--cond_drop_prob", "1.5"], "cond_drop_prob is 1.5 in --cond_drop_prob; the largest allowed is 1"),
         (["--train_lr", "nan"], "train_lr is 'nan' in --train_lr; it takes a number"),
         (["--objective", "pred_y"], "objective is 'pred_y' in --objective; it is one of pred_v, pred_noise, pred_x0"),
-        (["--dim_mults", "1,2"], "dim_mults is '1,2' in --dim_mults; it takes a whole number, or several as separate words"),
+        (
+            ["--dim_mults", "1,2"],
+            "dim_mults is '1,2' in --dim_mults; it takes a whole number, or several as separate words",
+        ),
         (["--seed", str(2**63)], f"seed is {2**63} in --seed; the largest allowed is 9.22337e+18"),
         (["--num_users", "none"], "num_users is 'none' in --num_users; it takes a whole number or all"),
         (["--deterministic", "maybe"], "deterministic is 'maybe' in --deterministic; it takes true or false"),

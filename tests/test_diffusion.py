@@ -638,6 +638,18 @@ def test_under_autocast_only_the_network_is_in_low_precision():
     assert not torch.equal(samples, samples.bfloat16().float())
 
 
+@torch.no_grad()
+def test_under_autocast_guidance_is_mixed_in_float32():
+    unet, inner = tiny().model, []
+    hook = unet.final_conv.register_forward_hook(lambda module, inputs, output: inner.append(output))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        guided = unet.guided(randn(2, 2, 8, 8), torch.tensor([100, 900]), torch.tensor([0, 1]), 3.0)
+    hook.remove()
+    cond, uncond = inner[0].float().chunk(2)
+    assert guided.dtype == torch.float32
+    assert torch.equal(guided, uncond + 3.0 * (cond - uncond))
+
+
 def test_the_solver_stays_in_float32_when_the_network_does_not():
     rounded = with_formula(lambda x, time: smooth(x, time).bfloat16())
     widened = with_formula(lambda x, time: smooth(x, time).bfloat16().float())

@@ -39,9 +39,14 @@ def test_shift_and_scale_are_the_mean_and_total_deviation_of_each_channel():
 
 
 def test_accumulation_survives_what_float32_would_lose():
-    moments = torch.cat([torch.full((8, 1, 16, 16), 4096.0), torch.full((8, 1, 16, 16), -20.0)], dim=1)
-    moments[::2, 0] += 32.0  # a spread of 16 on a square of 1.7e7
-    assert LatentNorm.from_moments(moments).scale.item() == pytest.approx(16.0, rel=1e-6)
+    half = 3000 * torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(2))
+    values = torch.cat([half, 0.1 - half])  # a mean far below the values that make it
+    norm = LatentNorm.from_moments(torch.cat([values, torch.full_like(values, -20.0)], dim=1))
+    exact = values.double().flatten().tolist()
+    mean = math.fsum(exact) / len(exact)
+    assert norm.shift.item() == pytest.approx(mean, rel=1e-7)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in exact) / len(exact) + math.exp(-20))
+    assert norm.scale.item() == pytest.approx(deviation, rel=1e-7)
 
 
 def test_drawn_latents_have_unit_variance_in_every_channel():

@@ -827,5 +827,5 @@ def test_a_hub_id_is_served_from_the_local_hub_cache(hub_cache):
 
 
 def test_a_failed_download_names_the_id(hub_cache):
-    with pytest.raises(UserError, match="someone/absent is no file or folder in .*, and the Hugging Face hub did"):
+    with pytest.raises(UserError, match=r"someone/absent is no file or folder in .*, and the Hugging Face hub did"):
         read_identity("someone/absent")

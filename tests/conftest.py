@@ -1,0 +1,36 @@
+"""What every test has: one thread, so that times and bits do not depend on the machine; and the tiny world."""
+
+import shutil
+from pathlib import Path
+
+import pipeline
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def _pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipeline.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def world(_pristine: Path, tmp_path: Path) -> Path:
+    """A folder of one's own with three classes of eight images in `data` and a VAE in `vae.pt`."""
+    return shutil.copytree(_pristine, tmp_path / "world")
+
+
+@pytest.fixture
+def encoder(monkeypatch: pytest.MonkeyPatch) -> pipeline.EncoderLog:
+    """Notes what the real encoder does during the test."""
+    return pipeline.EncoderLog(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def trained(_pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world after preprocessing and a whole training run; to be looked at and not to be changed."""
+    root = shutil.copytree(_pristine, tmp_path_factory.mktemp("trained") / "world")
+    assert pipeline.preprocess(root) == 0
+    assert pipeline.train(root) == 0
+    return root

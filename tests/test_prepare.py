@@ -1,0 +1,196 @@
+"""What preprocessing and training do first: which images, and which space of the cache."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pipeline
+import pytest
+import tiny
+import tiny_vae
+
+import config
+import images
+import latent_cache
+import prepare
+import vae
+from config import ImageSettings, PreprocessSettings, UserError
+from images import BadImage, Entry, Split
+
+FLAG = dict.fromkeys(config.specs(PreprocessSettings), "flag")
+MANIFEST = dict.fromkeys(config.specs(PreprocessSettings), "manifest of latents_cache")
+
+
+def settings_of(root: Path, **changes) -> ImageSettings:
+    standard = {"data_path": str(root / "data"), "vae_path": str(root / "vae.pt"), "image_size": 16}
+    return dataclasses.replace(PreprocessSettings(), **{**standard, "images_per_user": 5, **changes})
+
+
+def choose(root: Path, stored: Split | None = None, *, at_hand: bool = True, **changes) -> Split:
+    return prepare.choose_images(settings_of(root, **changes), at_hand=at_hand, stored=stored, where="here")
+
+
+def place_and_key(split: Split) -> list[tuple[str, str, str]]:
+    return [(entry.class_name, entry.name, entry.key) for entry in (*split.train, *split.test)]
+
+
+# --- which images ------------------------------------------------------------------------------------------
+
+
+def test_every_chosen_image_has_the_key_of_its_file(world):
+    split = choose(world)
+    assert len(split.train) == 15 and len(split.test) == 9
+    for entry in (*split.train, *split.test):
+        assert entry.key == images.image_key(images.image_path(world / "data", entry).read_bytes())
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"images_per_user": 3}, {"num_users": 2}, {"seed": 7}, {"split": "contiguous"}]
+)
+def test_a_stored_split_stands_in_for_the_images(world, changes):
+    stored = Split.from_bytes(choose(world).to_bytes(), "here")
+    assert place_and_key(choose(world, stored, at_hand=False, **changes)) == place_and_key(choose(world, **changes))
+
+
+def test_skipped_images_of_a_stored_split_have_a_key_that_is_never_cached(world):
+    split = choose(world, images_per_user="all")
+    first = split.train[0]
+    stored = split.without([images.Skipped(first.class_name, first.name, "it is broken")])
+    again = choose(world, stored, at_hand=False, images_per_user="all")
+    assert [(e.class_name, e.name) for e in again.train] == [(e.class_name, e.name) for e in split.train]
+    assert len(again.train[0].key) == 64 and again.train[0].key != first.key
+
+
+def test_a_file_that_cannot_be_read_costs_nobody_else_a_thing(world):
+    (world / "data" / "ID_2" / "walk_3.jpg").unlink()
+    (world / "data" / "ID_2" / "walk_3.jpg").symlink_to("nowhere")
+    (world / "data" / "ID_2" / "walk_4.jpg").unlink()
+    (world / "data" / "ID_2" / "walk_4.jpg").symlink_to("nowhere either")
+    split = choose(world, images_per_user="all")
+    keys = {entry.name: entry.key for entry in split.train if entry.class_name == "ID_2"}
+    assert len(split.train) == 24 and len(set(keys.values())) == 8
+    bad = prepare.find_bad_images(split.train, data_path=str(world / "data"), image_size=16)
+    assert [(item.name, item.reason) for item in bad] == [
+        ("walk_3.jpg", "cannot be read: No such file or directory"),
+        ("walk_4.jpg", "cannot be read: No such file or directory"),
+    ]
+
+
+def test_a_file_that_is_gone_keeps_its_key_and_a_new_content_has_a_new_one(world):
+    split = choose(world)
+    gone, changed, *others = split.train
+    images.image_path(world / "data", gone).unlink()
+    images.image_path(world / "data", changed).write_bytes(b"other")
+    fresh = prepare.with_fresh_keys(split, str(world / "data")).train
+    assert fresh[0] == gone
+    assert fresh[1].key == images.image_key(b"other")
+    assert list(fresh[2:]) == others
+
+
+def test_an_image_is_read_only_while_it_has_the_content_of_its_key(world):
+    entry = choose(world).train[0]
+    path = images.image_path(world / "data", entry)
+    pixels = prepare.read_image(str(world / "data"), entry, image_size=16)
+    assert pixels.shape == (16, 16, 3)
+    tiny.make_image(99).save(path)
+    with pytest.raises(BadImage, match="changed since"):
+        prepare.read_image(str(world / "data"), entry, image_size=16)
+    assert prepare.read_image(str(world / "data"), Entry(entry.class_name, entry.name), image_size=16) is not None
+    path.unlink()
+    with pytest.raises(BadImage, match="cannot be read: No such file"):
+        prepare.read_image(str(world / "data"), entry, image_size=16)
+
+
+def test_fewer_class_folders_than_asked_for_is_a_warning_that_lists_them(world, capsys):
+    assert choose(world, num_users=31).classes == pipeline.CLASSES
+    assert "warning: num_users is 31 but there are only 3 class folders: ID_1, ID_2, ID_10" in capsys.readouterr().err
+
+
+def test_more_classes_than_a_stored_split_knows_need_the_images(world):
+    stored = choose(world, num_users=2)
+    with pytest.raises(UserError, match=r"--num_users is 3, but here knows 2 classes"):
+        choose(world, stored, at_hand=False, num_users=3)
+    assert choose(world, stored, at_hand=False, num_users=1).classes == ("ID_1",)
+
+
+def test_the_same_content_in_training_and_test_is_a_warning(world, capsys):
+    split = choose(world)
+    prepare.warn_of_shared_content(split)
+    assert capsys.readouterr().err == ""
+    train, test = split.train[0], next(entry for entry in split.test if entry.class_name == "ID_10")
+    shutil.copy(images.image_path(world / "data", train), images.image_path(world / "data", test))
+    prepare.warn_of_shared_content(choose(world))
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: 1 test image(s) have the same content as a training image")
+    assert f"{test.class_name}/{test.name} and {train.class_name}/{train.name}" in warning
+
+
+def test_the_commonest_ending_counts(world):
+    assert prepare.common_suffix(choose(world)) == ".jpg"
+    tiny.make_images(world / "data", {"A": 8, "B": 8, "C": 8, "D": 8}, suffix=".PNG")
+    assert prepare.common_suffix(choose(world)) == ".png"
+
+
+def test_a_folder_without_class_folders_counts_as_no_images_only_where_they_may_lack(world):
+    shutil.rmtree(world / "data")
+    (world / "data").mkdir()
+    assert not prepare.images_at_hand(settings_of(world), FLAG, may_lack=True)
+    assert not prepare.images_at_hand(settings_of(world), MANIFEST, may_lack=False)
+
+
+# --- which space -------------------------------------------------------------------------------------------
+
+
+def space_of(root: Path, known: prepare.ChosenSpace | None = None, sources: dict[str, str] = FLAG, **changes):
+    return prepare.choose_space(settings_of(root, **changes), sources, known, may_lack=False)
+
+
+def test_the_space_follows_encoder_and_image_size_and_nothing_else(world):
+    chosen = space_of(world)
+    assert chosen.vae_at_hand and chosen.space.moments_shape == (8, 8, 8)
+    assert space_of(world, seed=1, images_per_user="all", encode_precision="float16").space == chosen.space
+    assert space_of(world, image_size=32).space.id != chosen.space.id
+    tiny_vae.save_tiny_vae(world / "other.pt", seed=1)
+    assert space_of(world, vae_path=str(world / "other.pt")).space.id != chosen.space.id
+    tiny_vae.save_tiny_vae(world / "same.safetensors", wrapped=True)
+    assert space_of(world, vae_path=str(world / "same.safetensors")).space.id == chosen.space.id
+
+
+def test_choosing_a_space_builds_no_vae(world, monkeypatch):
+    monkeypatch.setattr(vae, "load_vae", lambda *args, **kwargs: pytest.fail("built"))
+    assert space_of(world).vae_at_hand
+
+
+def test_without_a_vae_the_known_space_is_taken(world, capsys):
+    known = space_of(world)
+    (world / "vae.pt").unlink()
+    chosen = space_of(world, known, MANIFEST)
+    assert chosen == known
+    assert "no VAE at hand" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--image_size is 32, but the cached latents are of images of 16"):
+        space_of(world, known, MANIFEST, image_size=32)
+    with pytest.raises(UserError, match=r"vae\.pt"):
+        space_of(world, known, FLAG)
+    with pytest.raises(UserError, match=r"vae\.pt"):
+        space_of(world, None, MANIFEST)
+
+
+def test_another_space_than_the_known_one_is_told_field_by_field(world, capsys):
+    known = space_of(world)
+    space_of(world, known)
+    assert capsys.readouterr().out == ""
+    space_of(world, known, image_size=32)
+    said = capsys.readouterr().out
+    assert "image_size: 32 vs 16" in said and "vae" not in said.partition(":")[2].replace("moments_shape", "")
+    tiny_vae.save_tiny_vae(world / "vae.pt", seed=1)
+    space_of(world, known)
+    assert "vae.weights" in capsys.readouterr().out
+
+
+def test_the_manifest_gives_the_space_back(world):
+    chosen = space_of(world)
+    prepare.record_manifest(world / "cache", settings_of(world), chosen, 15)
+    manifest = latent_cache.read_manifest(world / "cache")
+    assert manifest is not None
+    assert prepare.space_of_manifest(manifest) == dataclasses.replace(chosen, vae_at_hand=False)
+    assert manifest.settings["data_path"] == str(world / "data")
