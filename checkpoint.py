@@ -257,10 +257,11 @@ def prune(folder: str | os.PathLike[str], *, step: int) -> None:
 
 
 def _saved(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
-    """Returns (step, path) of the files in `folder` whose name fits, newest first."""
+    """Returns (step, path) of the files in `folder` whose name fits, newest first; of one step, the averages first."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     steps = {name: int(match[1]) for name in names if (match := pattern.fullmatch(name))}
-    return sorted(((step, folder / name) for name, step in steps.items()), reverse=True)
+    newest_first = sorted(steps, key=lambda name: (-steps[name], name))
+    return [(steps[name], folder / name) for name in newest_first]
 
 
 # --- training state ----------------------------------------------------------------------------------------

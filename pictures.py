@@ -27,9 +27,10 @@ def labelled_grid(
 ) -> Image.Image:
     """Draws rows of images, each with its name at the left, under optional column names."""
     side = rows[0][0].shape[0]
-    font = ImageFont.load_default(size=max(11, min(18, side // 8)))
+    font_size = max(11, min(18, side // 8))
+    font = ImageFont.load_default(size=font_size)
     left = 2 * _MARGIN + max(math.ceil(font.getlength(_one_line(name))) for name in row_names)
-    top = _MARGIN + (round(font.size * 1.5) if column_names else 0)
+    top = _MARGIN + (round(font_size * 1.5) if column_names else 0)
     step = side + _MARGIN
     canvas = Image.new("RGB", (left + step * max(map(len, rows)), top + step * len(rows)), _WHITE)
     draw = ImageDraw.Draw(canvas)

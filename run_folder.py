@@ -91,21 +91,8 @@ def newest_state(folder: Path) -> SavedState | None:
 
 def newest_averages(folder: Path) -> SavedState | None:
     """Reads the newest valid averaged weights in a run folder, from either kind of file; None when there are none."""
-    paths = [*folder.glob("ema-*.safetensors"), *folder.glob("state-*.safetensors")]
-    warnings: list[str] = []
-    for path in sorted(paths, key=_step_and_size, reverse=True):
-        try:
-            return SavedState(path, *checkpoint.load(path), warnings)
-        except checkpoint.DamagedCheckpoint as error:
-            warnings.append(f"{error}; taking the one before")
-    if warnings:
-        raise UserError(f"no checkpoint in {folder} is whole ({warnings[0].partition(';')[0]})")
-    return None
-
-
-def _step_and_size(path: Path) -> tuple[str, bool]:
-    kind, _, step = path.stem.partition("-")
-    return step.zfill(20), kind == "ema"  # of one step, the smaller file is enough
+    found = checkpoint.newest_averages(folder)
+    return None if found is None else SavedState(*found)
 
 
 def read_state(path: Path) -> SavedState:

@@ -527,7 +527,7 @@ class Loud(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 2, stride=2)
         nn.init.constant_(self.conv.weight, 2e4)
-        nn.init.zeros_(self.conv.bias)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from draws import StepDraws
 from train_latent_cfg import Clock, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-NO_IMAGE_FLAGS: dict[str, object] = dict.fromkeys(("vae_path", "data_path", "image_size", "images_per_user"))
+NO_IMAGE_FLAGS: dict[str, object] = {"vae_path": None, "data_path": None, "image_size": None, "images_per_user": None}
 
 
 @pytest.fixture
