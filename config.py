@@ -244,7 +244,7 @@ class TrainSettings(SamplingSettings, ImageSettings):
     )
     beta_schedule: str = _setting("cosine", str, DIFFUSION, "noise schedule", choices=("cosine", "linear"))
     min_snr_loss_weight: bool = _setting(True, bool, DIFFUSION, "weigh the loss by min-SNR")
-    min_snr_gamma: float = _setting(5.0, float, DIFFUSION, "gamma of min-SNR", low=0.0)
+    min_snr_gamma: float = _setting(5.0, float, DIFFUSION, "gamma of min-SNR", low=0.01)
     train_batch_size: int = _setting(8, int, TRAINING, "latents per forward pass", low=1)
     gradient_accumulate_every: int = _setting(
         2, int, TRAINING, "forward passes per step; a step sees train_batch_size times this", low=1

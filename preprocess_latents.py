@@ -176,10 +176,12 @@ def _preview(
         return []
     scores = [pictures.psnr(a, b) for a, b in zip(originals, decoded, strict=True)]
     names = [dataset.names[i].split("/")[0] for i in chosen]
-    pictures.save_picture(pictures.labelled_grid([originals, decoded], ["image", "decoded"], names), path)
-    say(
-        f"round trip      PSNR {np.mean(scores):.1f} dB over {len(scores)} images (worst {min(scores):.1f}); see {path}"
-    )
+    try:
+        pictures.save_picture(pictures.labelled_grid([originals, decoded], ["image", "decoded"], names), path)
+        where = f"see {path}"
+    except OSError as error:  # a cache may be checked where it is read-only
+        where = f"{path.name} cannot be written ({error.strerror or error})"
+    say(f"round trip      PSNR {np.mean(scores):.1f} dB over {len(scores)} images (worst {min(scores):.1f}); {where}")
     return scores
 
 
