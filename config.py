@@ -497,10 +497,22 @@ def _node_words(name: str, node: yaml.Node, path: str) -> list[str]:
     return [item.value for item in items]
 
 
+# The cache folder has two names: in preprocess_latents.py it is what comes out.
+_OTHER_NAMES = {"output_folder": "latents_cache_folder", "latents_cache_folder": "output_folder"}
+
+
 def _unknown_message(name: str, known: Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), list(known), n=1)
-    hint = f"; did you mean {prefix}{near[0]}?" if near else "; --help lists the settings"
-    return f"there is no setting {name}{hint}"
+    plain, known = name.lstrip("-").replace("-", "_"), list(known)
+    near = [other for other in (_OTHER_NAMES.get(plain),) if other in known]
+    near += difflib.get_close_matches(plain, known, n=1)
+    elsewhere = [script for script, cls in SCRIPTS.items() if plain in specs(cls)]
+    if near:
+        hint = f"did you mean {prefix}{near[0]}?"
+    elif elsewhere:
+        hint = f"it is one of {' and '.join(elsewhere)}"
+    else:
+        hint = "--help lists the settings"
+    return f"there is no setting {name}; {hint}"
 
 
 class _Parser(argparse.ArgumentParser):

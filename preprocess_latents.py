@@ -107,6 +107,12 @@ def fill(dataset: LatentDataset, num_missing: int) -> list[tuple[int, str]]:
             kept = num_missing - len(dataset.missing())
             say(f"stopped; {kept:,} new latents are kept, and the same command goes on from there")
             raise
+        except torch.OutOfMemoryError as error:
+            dataset.cache.flush()
+            raise Failed(
+                f"the GPU has too little memory for --encode_batch_size {dataset.encode_batch_size}; give a smaller one: "
+                "what is encoded already is kept"
+            ) from error
         except OSError as error:
             raise Failed(
                 f"a shard could not be written to {dataset.cache.folder}: {error.strerror or error}; "

@@ -69,6 +69,11 @@ def main(argv: Sequence[str] | None) -> int:
             f"{error}; this run needs that image as it was: put it back, or start another run with another "
             "--results_folder"
         ) from error
+    except torch.OutOfMemoryError as error:
+        raise Failed(
+            f"the GPU has too little memory for --train_batch_size {plan.settings.train_batch_size}; halve it and double "
+            "--gradient_accumulate_every: that is the same training, and the run goes on"
+        ) from error
 
 
 # --- what to do --------------------------------------------------------------------------------------------

@@ -226,8 +226,6 @@ def test_sigterm_stops_a_real_process_cleanly(cached):
     assert "stopped by signal" in out
     steps = int(state_digests(cached / "results")["step"])
     assert 1 <= steps < 10_000
-    assert train(cached, results_folder=cached / "whole", train_num_steps=steps, save_and_sample_every=10_000) == 0
-    assert state_digests(cached / "results") == state_digests(cached / "whole")
     assert train(cached, train_num_steps=steps + 2) == 0
     assert train(cached, results_folder=cached / "whole", train_num_steps=steps + 2) == 0
     assert_same_run(cached, cached, "whole")

@@ -1,0 +1,300 @@
+"""generate.py and the sampling below it: an image depends on its class and number alone, and none is made twice."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pipeline
+import pytest
+import tiny
+import torch
+from PIL import Image
+from pipeline import CLASSES, STEPS, generate
+
+import checkpoint
+import generate as generate_script
+import pictures
+import run_folder
+import sampling
+import train_latent_cfg
+import vae
+from config import UserError
+from draws import sample_generator
+from latent_norm import LatentNorm
+from sampling import BATCH_SIZE, Decoder, nearest_class, num_solver_steps, sample_padded
+
+
+@pytest.fixture
+def make(trained: Path, tmp_path: Path):
+    """Runs generate.py on the finished run, into a folder of this name; returns the exit code."""
+
+    def run(folder: str = "synthetic", **changes: object) -> int:
+        return generate(trained, output_folder=tmp_path / folder, **changes)
+
+    return run
+
+
+def image_files(folder: Path) -> dict[str, bytes]:
+    """Returns the content of each image by its name below the folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("*/*"))}
+
+
+def labels_of(folder: Path) -> list[list[str]]:
+    return list(csv.reader(io.StringIO((folder / "labels.csv").read_text())))
+
+
+# --- one folder of images per class ------------------------------------------------------------------------
+
+
+def test_each_class_has_its_folder_of_images_and_a_row_in_the_labels(make, tmp_path, capsys):
+    assert make() == 0
+    folder = tmp_path / "synthetic"
+    names = [f"{name}/{name}_{number:06d}.jpg" for name in sorted(CLASSES) for number in range(2)]
+    assert list(image_files(folder)) == names
+    for name in names:
+        with Image.open(folder / name) as image:
+            assert image.size == (16, 16) and image.format == "JPEG" and image.mode == "RGB"
+    rows = [["file", "class", "label"]]
+    rows += [[f"{name}/{name}_{i:06d}.jpg", name, str(label)] for label, name in enumerate(CLASSES) for i in range(2)]
+    assert labels_of(folder) == rows
+    record = json.loads((folder / "settings.json").read_text())
+    assert record["step"] == STEPS and record["cond_scale"] == 2.0 and record["seed"] == 42
+    assert record["sampling_timesteps"] == 2 and record["image_format"] == "jpg"  # as the run had them
+    blank = [[np.zeros((16, 16, 3), dtype=np.uint8)] * 2] * 3
+    assert Image.open(folder / "overview.png").size == pictures.labelled_grid(blank, CLASSES).size
+    assert "6 images made in" in capsys.readouterr().out
+
+
+def test_an_image_does_not_depend_on_what_else_is_asked_for(make, tmp_path):
+    assert make("whole", images_per_class=5) == 0
+    assert make("grown", images_per_class=2) == 0
+    first = image_files(tmp_path / "grown")
+    assert make("grown", images_per_class=5) == 0
+    assert make("chosen", images_per_class=3, classes=["ID_10", "ID_2"]) == 0
+    whole = image_files(tmp_path / "whole")
+    assert len(whole) == 15 and len(set(whole.values())) == 15
+    assert image_files(tmp_path / "grown") == whole and first.items() < whole.items()
+    chosen = image_files(tmp_path / "chosen")
+    assert set(chosen) == {f"{name}/{name}_{i:06d}.jpg" for name in ("ID_2", "ID_10") for i in range(3)}
+    assert chosen.items() < whole.items()
+    assert labels_of(tmp_path / "grown") == labels_of(tmp_path / "whole")
+    assert [row[2] for row in labels_of(tmp_path / "chosen")[1:]] == ["1"] * 3 + ["2"] * 3
+
+
+def test_a_rerun_makes_only_what_is_missing(make, tmp_path, monkeypatch, capsys):
+    assert make() == 0
+    folder = tmp_path / "synthetic"
+    before = image_files(folder)
+    (folder / "ID_2" / "ID_2_000001.jpg").unlink()
+    kept = folder / "ID_1" / "ID_1_000000.jpg"
+    time_kept = kept.stat().st_mtime_ns
+    capsys.readouterr()
+    assert make() == 0
+    said = capsys.readouterr().out
+    assert "5 of the images are already there" in said and "1 images made in" in said
+    assert image_files(folder) == before and kept.stat().st_mtime_ns == time_kept
+    monkeypatch.setattr(sampling, "sample_padded", lambda *a, **k: pytest.fail("sampled"))
+    monkeypatch.setattr(generate_script, "sample_padded", lambda *a, **k: pytest.fail("sampled"))
+    assert make() == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"cond_scale": 1}, "cond_scale 2.0, now it is 1.0"),
+        ({"seed": 1}, "seed 42, now it is 1"),
+        ({"sampling_timesteps": 3}, "sampling_timesteps 2, now it is 3"),
+        ({"sampler": "ddim"}, "sampler dpm++, now it is ddim"),
+        ({"image_format": "png"}, "image_format jpg, now it is png"),
+        ({"precision": "bfloat16"}, "precision float32, now it is bfloat16"),
+    ],
+)
+def test_other_settings_into_the_same_folder_are_refused(make, tmp_path, capsys, changes, word):
+    assert make(images_per_class=1, classes="ID_1") == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "synthetic").rglob("*") if path.is_file()}
+    assert make(images_per_class=1, classes="ID_1", **changes) == 2
+    error = pipeline.one_error(capsys)
+    assert f"holds images made with {word}" in error and "give another --output_folder" in error
+    assert {path: path.read_bytes() for path in (tmp_path / "synthetic").rglob("*") if path.is_file()} == before
+
+
+def test_images_of_another_checkpoint_are_refused_in_the_same_folder(trained, make, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(trained / "results", other)
+    for path in other.glob(f"*-{STEPS:08d}.safetensors"):
+        path.unlink()
+    assert make() == 0
+    assert make(checkpoint=other) == 2
+    assert "holds images made with weights" in pipeline.one_error(capsys)
+
+
+def test_an_interrupted_run_keeps_its_images_and_goes_on(make, tmp_path, monkeypatch):
+    assert make("whole", images_per_class=7) == 0
+    make_batch = generate_script.Generator._make_batch
+
+    def interrupted(self, cells) -> None:
+        make_batch(self, cells)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_script.Generator, "_make_batch", interrupted)
+        assert make("part", images_per_class=7) == 130
+    part = image_files(tmp_path / "part")
+    assert len(part) == BATCH_SIZE == len(labels_of(tmp_path / "part")) - 1
+    assert make("part", images_per_class=7) == 0
+    assert image_files(tmp_path / "part") == image_files(tmp_path / "whole")
+
+
+# --- what to make them from --------------------------------------------------------------------------------
+
+
+def test_the_state_and_the_average_of_a_step_and_the_folder_give_the_same_images(trained, make, tmp_path):
+    results = trained / "results"
+    places = [results, results / checkpoint.ema_name(STEPS), results / checkpoint.full_name(STEPS)]
+    made = []
+    for number, place in enumerate(places):
+        assert make(str(number), checkpoint=place, images_per_class=1) == 0
+        made.append(image_files(tmp_path / str(number)))
+    assert made[0] == made[1] == made[2]
+
+
+def test_a_damaged_average_falls_back_and_says_so(trained, make, tmp_path, capsys):
+    results = tmp_path / "results"
+    shutil.copytree(trained / "results", results)
+    damaged = results / checkpoint.ema_name(STEPS)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert make(checkpoint=results, images_per_class=1) == 0
+    captured = capsys.readouterr()
+    assert damaged.name in captured.err and "taking the one before" in captured.err
+    assert f"{checkpoint.full_name(STEPS)} (step {STEPS})" in captured.out  # holds the same average
+
+
+def test_the_images_are_what_the_averaged_network_and_the_decoder_give(trained, make, tmp_path):
+    assert make(image_format="png", images_per_class=1, sampler="ddim", sampling_timesteps=3, cond_scale=3) == 0
+    state = run_folder.newest_averages(trained / "results")
+    assert state is not None
+    network = run_folder.build_diffusion(state.meta["settings"], num_classes=3, latent_shape=(4, 8, 8))
+    network.load_state_dict({name.removeprefix("ema."): tensor for name, tensor in state.tensors.items()})
+    norm, decoder = LatentNorm.from_json(state.meta["latent_norm"]), vae.load_vae(trained / "vae.pt", "cpu")
+    for label, name in enumerate(CLASSES):
+        sample = network.sample(
+            torch.tensor([label]),
+            [sample_generator(42, "image", name, 0)],
+            cond_scale=3.0,
+            sampler="ddim",
+            sampling_timesteps=3,
+        )
+        expected = decoder.decode(norm.to_unscaled(sample))[0].permute(1, 2, 0).numpy() * 255
+        found = np.asarray(Image.open(tmp_path / "synthetic" / name / f"{name}_000000.png"))
+        assert np.abs(found - expected).max() < 0.51  # rounded, and of a batch of another size
+
+
+def test_guidance_one_and_zero_run_and_differ_from_two(make, tmp_path):
+    for scale in (0, 1, 2):
+        assert make(str(scale), cond_scale=scale, images_per_class=1, image_format="png") == 0
+    made = [image_files(tmp_path / str(scale)) for scale in (0, 1, 2)]
+    assert made[0] != made[1] != made[2] != made[0]
+
+
+def test_another_seed_gives_other_images(make, tmp_path):
+    assert make("a", images_per_class=1, seed=1) == 0
+    assert make("b", images_per_class=1, seed=2) == 0
+    assert not set(image_files(tmp_path / "a").values()) & set(image_files(tmp_path / "b").values())
+
+
+def test_the_format_follows_the_training_images_unless_another_is_asked_for(world, tmp_path):
+    shutil.rmtree(world / "data")
+    tiny.make_images(world / "data", dict.fromkeys(CLASSES, 5), suffix=".png")
+    assert pipeline.train(world, train_num_steps=1, num_samples=0) == 0
+    assert generate(world, images_per_class=1) == 0
+    assert {Path(name).suffix for name in image_files(world / "synthetic")} == {".png"}
+    assert [row[0] for row in labels_of(world / "synthetic")[1:]] == [f"{n}/{n}_000000.png" for n in CLASSES]
+    assert generate(world, images_per_class=1, image_format="jpg", output_folder=tmp_path / "jpg") == 0
+    assert {Path(name).suffix for name in image_files(tmp_path / "jpg")} == {".jpg"}
+
+
+def test_without_the_vae_nothing_is_made_and_the_error_says_why(trained, make, tmp_path, capsys):
+    assert make(vae_path=tmp_path / "gone.pt") == 2
+    error = pipeline.one_error(capsys)
+    assert "gone.pt" in error
+    assert not (tmp_path / "synthetic").exists()
+
+
+def test_the_encoder_and_the_training_images_are_not_needed(world, encoder):
+    assert pipeline.train(world, train_num_steps=1, num_samples=0) == 0
+    shutil.rmtree(world / "data")
+    shutil.rmtree(world / "latents_cache")
+    encoder.forget()
+    assert generate(world, images_per_class=1) == 0
+    assert encoder.built == ["decoder"]
+
+
+# --- the strip ---------------------------------------------------------------------------------------------
+
+
+def test_the_strip_shows_classes_by_guidance_scales_and_makes_nothing_else(make, tmp_path):
+    assert make("strip", strip=[0, 2, 4], classes=["ID_1", "ID_10"]) == 0
+    assert [path.name for path in (tmp_path / "strip").iterdir()] == ["strip.png"]
+    strip = np.asarray(Image.open(tmp_path / "strip" / "strip.png"))
+    assert make("images", image_format="png", images_per_class=1) == 0
+    blank = [[np.zeros((16, 16, 3), dtype=np.uint8)] * 3] * 2
+    empty = pictures.labelled_grid(blank, ["ID_1", "ID_10"], ["0", "2", "4"])
+    assert strip.shape == (empty.height, empty.width, 3)
+    for row, name in enumerate(["ID_1", "ID_10"]):
+        top, left = empty.height - 20 * (2 - row), empty.width - 20 * 2  # of the second column: guidance 2
+        image = np.asarray(Image.open(tmp_path / "images" / name / f"{name}_000000.png"))
+        assert np.array_equal(strip[top : top + 16, left : left + 16], image)
+
+
+# --- sampling ----------------------------------------------------------------------------------------------
+
+
+def test_a_sample_does_not_depend_on_how_many_are_asked_for(trained):
+    plan = train_latent_cfg.make_plan(pipeline.train_flags(trained))
+    assert plan.state is not None
+    network = run_folder.build_diffusion(plan.state.meta["settings"], num_classes=3, latent_shape=(4, 8, 8))
+    how = {"dtype": torch.float32, "cond_scale": 2.0, "sampler": "dpm++", "sampling_timesteps": 2}
+
+    def sample(labels: list[int]) -> torch.Tensor:
+        return sample_padded(network, labels, [sample_generator(0, "sample", label) for label in labels], **how)
+
+    together = sample([2, 0, 1])
+    assert together.shape == (3, 4, 8, 8)
+    for row, label in enumerate([2, 0, 1]):
+        assert torch.equal(sample([label])[0], together[row])
+    assert torch.equal(sample([0] * BATCH_SIZE)[7], together[1])
+
+
+def test_the_nearest_class_is_the_one_of_the_least_distance():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(7, 2, 3, 3, generator=generator)
+    means = torch.randn(4, 2, 3, 3, generator=generator)
+    distances = [[float(((s - m) ** 2).sum()) for m in means] for s in samples]
+    assert nearest_class(samples, means).tolist() == [row.index(min(row)) for row in distances]
+
+
+def test_the_number_of_solver_steps():
+    assert [num_solver_steps(sampler, "auto", 1000) for sampler in ("dpm++", "ddim", "ddpm")] == [20, 250, 1000]
+    assert [num_solver_steps(sampler, "auto", 10) for sampler in ("dpm++", "ddim", "ddpm")] == [10, 10, 10]
+    assert num_solver_steps("ddim", 7, 1000) == 7
+    with pytest.raises(UserError, match="the model has 10 timesteps"):
+        num_solver_steps("ddim", 11, 10)
+
+
+def test_the_decoder_is_built_when_needed_and_each_image_is_decoded_by_itself(trained, encoder):
+    norm = LatentNorm(torch.full((4,), 0.5), torch.full((4,), 2.0))
+    decoder = Decoder(str(trained / "vae.pt"), norm, torch.device("cpu"))
+    assert encoder.built == []
+    samples = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole = decoder(samples)
+    assert [np.array_equal(decoder(samples[i : i + 1])[0], whole[i]) for i in range(3)] == [True] * 3
+    assert encoder.built == ["decoder"]
+    decoder.close()
+    assert np.array_equal(decoder(samples[:1])[0], whole[0]) and encoder.built == ["decoder"] * 2
+    expected = vae.load_vae(trained / "vae.pt", "cpu").decode(samples[:1] * 2 + 0.5)
+    assert np.abs(whole[0] - expected[0].permute(1, 2, 0).numpy() * 255).max() < 0.51
