@@ -39,7 +39,7 @@ from latent_cache import Space
 from latent_norm import LatentNorm
 from run_folder import SavedState
 from sampling import BATCH_SIZE, Decoder, num_solver_steps, sample_padded
-from script import DONE, StopSignals, say, warn
+from script import DONE, Failed, StopSignals, say, warn
 
 _RECORD_NAME, _LABELS_NAME = "settings.json", "labels.csv"
 _OVERVIEW_NAME, _STRIP_NAME = "overview.png", "strip.png"
@@ -60,7 +60,10 @@ def main(argv: Sequence[str] | None) -> int:
     for line in resolved.changes():
         say(line)
     generator = Generator(settings, state, hardware.pick_device(settings.device))
-    return generator.make_strip() if settings.strip else generator.make_images()
+    try:
+        return generator.make_strip() if settings.strip else generator.make_images()
+    except torch.OutOfMemoryError as error:
+        raise Failed("the GPU has too little memory; end what else uses it, or give --device cpu") from error
 
 
 _FROM_RUN = ("vae_path", "seed", "cond_scale", "sampler", "sampling_timesteps", "precision")

@@ -110,8 +110,8 @@ def fill(dataset: LatentDataset, num_missing: int) -> list[tuple[int, str]]:
         except torch.OutOfMemoryError as error:
             dataset.cache.flush()
             raise Failed(
-                f"the GPU has too little memory for --encode_batch_size {dataset.encode_batch_size}; give a smaller one: "
-                "what is encoded already is kept"
+                f"the GPU has too little memory for --encode_batch_size {dataset.encode_batch_size}; give a smaller "
+                "one: what is encoded already is kept"
             ) from error
         except OSError as error:
             raise Failed(

@@ -203,8 +203,8 @@ def progress(*, total: int, unit: str, label: str, initial: int = 0) -> Iterator
 
 def duration(seconds: float) -> str:
     """Writes a time as 42 s, 3 min 20 s or 4 h 05 min."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
@@ -214,7 +214,7 @@ def duration(seconds: float) -> str:
 def size(count: float) -> str:
     """Writes a number of bytes as 512 B, 25.4 MB or 1.2 GB."""
     for unit in ("B", "kB", "MB"):
-        if count < 1000:
+        if count < 999.95:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"

@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None) -> int:
         ) from error
     except torch.OutOfMemoryError as error:
         raise Failed(
-            f"the GPU has too little memory for --train_batch_size {plan.settings.train_batch_size}; halve it and double "
-            "--gradient_accumulate_every: that is the same training, and the run goes on"
+            f"the GPU has too little memory for --train_batch_size {plan.settings.train_batch_size}; halve it and "
+            "double --gradient_accumulate_every, which is the same training, or lower --encode_batch_size"
         ) from error
 
 

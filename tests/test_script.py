@@ -1,0 +1,226 @@
+"""What the scripts share: exit codes, signals, progress, the words for times and sizes; and the device."""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import hardware
+import script
+from config import UserError
+from script import Failed, Stopped, StopSignals
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("preprocess_latents.py", "train_latent_cfg.py", "generate.py")
+
+
+# --- how a script ends -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("dim is 3;\n  use 4"), 2, "error: dim is 3; use 4\n"),
+        (Failed("no room"), 1, "error: no room\n"),
+        (OSError(28, "No space left on device", "/a/b"), 1, "error: /a/b: No space left on device\n"),
+        (OSError("odd"), 1, "error: odd\n"),
+        (Stopped(signal.SIGTERM), 143, ""),
+        (Stopped(signal.SIGINT), 130, ""),
+        (KeyboardInterrupt(), 130, "\nstopped by Ctrl-C\n"),
+    ],
+)
+def test_every_way_to_end_has_its_exit_code_and_at_most_one_line(capsys, error, code, line):
+    @script.command
+    def main(argv):
+        raise error
+
+    assert main([]) == code
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", line)
+
+
+def test_a_script_that_ends_well_keeps_its_exit_code_and_its_name():
+    @script.command
+    def main(argv):
+        """Does nothing."""
+        return len(argv)
+
+    assert main(["a", "b"]) == 2 and main.__doc__ == "Does nothing."
+
+
+def test_a_mistake_of_ours_is_not_hidden():
+    @script.command
+    def main(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        main([])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_comes_before_torch_is_imported(name):
+    code = f"import runpy, sys; sys.argv = ['{name}', '--help']; sys.modules['torch'] = None; "
+    code += f"runpy.run_path('{name}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("usage: ") and "--seed INT" in done.stdout
+
+
+# --- signals -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_only_sets_a_flag_and_the_second_one_ends_the_program(number):
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        signals.raise_if_received()
+        os.kill(os.getpid(), number)
+        assert signals.received == number
+        with pytest.raises(Stopped) as stopped:
+            signals.raise_if_received()
+        assert stopped.value.exit_code == 128 + number
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(number) == before
+
+
+def test_signals_are_left_alone_outside_the_main_thread():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with StopSignals():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+# --- what is shown -----------------------------------------------------------------------------------------
+
+
+def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(capsys, monkeypatch):
+    with script.progress(total=30, unit="images", label="encode", initial=10) as bar:
+        bar.advance(5)
+        bar.advance(5, loss="0.25")
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(bar, "last_line", time.monotonic() - 31)
+        bar.advance(5)
+        assert re.match(r"encode: +83%\|.*\| 25/30 \[.*, loss=0\.25\]\n$", capsys.readouterr().err)
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "25/30" in captured.err and captured.out == ""
+
+
+def test_nothing_is_shown_of_work_that_never_began(capsys):
+    with pytest.raises(UserError), script.progress(total=3, unit="images", label="encode"):
+        raise UserError("no")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with script.progress(total=2, unit="steps", label="train") as bar:
+        bar.advance(2)
+    assert "\r" in terminal.getvalue() and "2/2" in terminal.getvalue()
+
+
+def test_lines_and_warnings_go_to_their_own_streams(capsys):
+    script.say("done")
+    script.say()
+    script.warn("look")
+    captured = capsys.readouterr()
+    assert captured.out == "done\n\n" and captured.err == "warning: look\n"
+
+
+def test_what_the_output_cannot_show_is_escaped(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    script.say("步态 \udcff")
+    assert raw.getvalue() == b"\\u6b65\\u6001 \\udcff\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (3599.6, "1 h 00 min"),
+        (4 * 3600 + 300, "4 h 05 min"),
+        (100 * 3600, "100 h 00 min"),
+    ],
+)
+def test_times_in_words(seconds, words):
+    assert script.duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (999_960, "1.0 MB"),
+        (25_400_000, "25.4 MB"),
+        (1_240_000_000, "1.2 GB"),
+        (5_000_000_000_000, "5000.0 GB"),
+    ],
+)
+def test_sizes_in_words(count, words):
+    assert script.size(count) == words
+
+
+# --- the device --------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def test_the_number_format_and_its_reason(monkeypatch):
+    assert hardware.pick_precision("auto", CPU) == (torch.float32, "a CPU")
+    assert hardware.pick_precision("bfloat16", CPU) == (torch.bfloat16, "as asked")
+    gpu = torch.device("cuda")
+    for capability, dtype in (((6, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        picked, reason = hardware.pick_precision("auto", gpu)
+        assert picked == dtype and f"capability {capability[0]}.{capability[1]}" in reason
+    assert hardware.pick_precision("float32", gpu)[0] == torch.float32
+
+
+def test_a_gpu_without_kernels_is_told_in_one_sentence(monkeypatch):
+    def no_kernels(*args, **kwargs):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P100-PCIE-16GB")
+    monkeypatch.setattr(torch, "ones", no_kernels)
+    for name in ("auto", "cuda", "cuda:0"):
+        with pytest.raises(UserError, match=r"cannot compute on this GPU \(Tesla P100-PCIE-16GB\); on Kaggle switch"):
+            hardware.pick_device(name)
+    with pytest.raises(UserError, match="--device cuda:1 does not exist; this machine has 1 GPU"):
+        hardware.pick_device("cuda:1")
+    assert hardware.pick_device("cpu") == CPU
+
+
+def test_memory_is_told_in_bytes():
+    assert 2**26 < hardware.free_memory_bytes(CPU) < 2**45
+    assert re.fullmatch(r"\d+\.\d\d GB host", hardware.peak_memory(CPU))
+    assert hardware.describe(CPU) == "CPU (1 threads)"
