@@ -146,7 +146,7 @@ class Generator:
     def _draw_overview(self) -> Path:
         names = list(self.classes.values())[:_OVERVIEW_ROWS]
         shown = [cell for cell in self._cells() if cell.index < _OVERVIEW_COLUMNS]
-        rows = [[np.asarray(Image.open(c.path).convert("RGB")) for c in shown if c.class_name == n] for n in names]
+        rows = [[_read_made(cell.path) for cell in shown if cell.class_name == name] for name in names]
         path = self.folder / _OVERVIEW_NAME
         pictures.save_picture(pictures.labelled_grid(rows, names), path)
         return path
@@ -236,6 +236,13 @@ class Generator:
         pictures.save_picture(picture, path)
         say(f"classes from top to bottom, guidance scales from left to right: {path}")
         return DONE
+
+
+def _read_made(path: Path) -> np.ndarray:
+    try:
+        return np.asarray(Image.open(path).convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for files that were cut or exchanged
+        raise Failed(f"{path} is damaged; remove it, and the same command makes it again") from error
 
 
 def _read_record(path: Path) -> dict[str, Any]:
