@@ -399,6 +399,39 @@ def test_an_image_that_vanishes_from_a_lazy_run_ends_it_in_one_line(world, capsy
     assert f"{gone.class_name}/{gone.name}: cannot be read: No such file" in error
 
 
+@pytest.mark.parametrize("change", ["content", "class"])
+def test_other_images_or_labels_stop_a_resume_and_leave_the_run_alone(cached, capsys, change):
+    assert train(cached, train_num_steps=2, num_samples=0) == 0
+    split = latent_dataset.read_split(cached / "results")
+    assert split is not None
+    first, other = split.train[0], split.train[-1]
+    path, other_path = (images.image_path(cached / "data", entry) for entry in (first, other))
+    if change == "content":
+        tiny.make_image(600).save(path)
+    else:  # the two swap places, and with them their labels
+        path.rename(cached / "kept.jpg")
+        other_path.rename(path)
+        (cached / "kept.jpg").rename(other_path)
+    before = {path: path.read_bytes() for path in (cached / "results").iterdir()}
+    capsys.readouterr()
+    assert train(cached) == 2
+    error = pipeline.one_error(capsys)
+    assert f"{first.class_name}/{first.name}" in error and "--results_folder" in error
+    assert {path: path.read_bytes() for path in (cached / "results").iterdir()} == before
+
+
+def test_an_average_that_lags_behind_the_weights_goes_on_as_it_was(cached):
+    flags = {"ema_update_every": 3, "num_samples": 0}
+    assert train(cached, train_num_steps=4, **flags) == 0
+    assert train(cached, train_num_steps=5, **flags) == 0
+    assert train(cached, train_num_steps=5, results_folder=cached / "whole", **flags) == 0
+    assert state_digests(cached / "results") == state_digests(cached / "whole")
+    state = run_folder.newest_state(cached / "results")
+    assert state is not None
+    averages = [name for name in state.tensors if name.startswith("ema.")]
+    assert any(not torch.equal(state.tensors[name], state.tensors[f"model.{name[4:]}"]) for name in averages)
+
+
 # --- saving ------------------------------------------------------------------------------------------------
 
 
