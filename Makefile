@@ -1,5 +1,6 @@
 # make demo    install, then preprocess, train and generate on the ready-made data in demo/ (CPU, about three minutes)
 # make test    install what the tests need, and run them
+# make faults  the long form of the fault suite in tests/faults
 # make check   lint and type-check
 # make clean   remove the environment and what the demo made
 
@@ -8,7 +9,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RUN := demo_run
 
-.PHONY: demo test check format clean
+.PHONY: demo test faults check format clean
 
 demo: $(VENV)/installed
 	$(PY) preprocess_latents.py --config configs/demo.yaml --output_folder $(RUN)/latents_cache
@@ -17,6 +18,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(PY) -m pytest
+
+faults: $(VENV)/installed-dev
+	$(PY) -m pytest tests/faults --long
 
 check: $(VENV)/installed-dev
 	$(PY) -m ruff format --check .

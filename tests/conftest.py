@@ -10,6 +10,11 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --long: the fault suite with many more cases (`make faults`)."""
+    parser.addoption("--long", action="store_true", help="run the long form of tests/faults")
+
+
 @pytest.fixture(scope="session")
 def _pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipeline.make_world(tmp_path_factory.mktemp("world"))

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from os_faults import ERRORS, each_flipped_bit, fault_at, forked, killing, overwrite, raising
+from tiny_checkpoint import same, saved, tiny_tensors
 from torch import nn
 
 import checkpoint
@@ -19,26 +20,6 @@ from checkpoint import DamagedCheckpoint
 from config import UserError
 
 META = {"step": 4, "settings": {"lr": 1e-4, "dims": [1, 2]}, "classes": ["ID_1", "步态", "\udcff"], "norm": 0.1 + 0.2}
-
-
-def tiny(value: float = 1.0) -> dict[str, torch.Tensor]:
-    return {"model.w": torch.full((2, 2), value), "ema.w": torch.full((2,), value % 1000, dtype=torch.float16)}
-
-
-def saved(folder: Path, step: int) -> Path:
-    path = folder / checkpoint.full_name(step)
-    checkpoint.save(path, tiny(step), {"step": step})
-    return path
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Says whether two dictionaries hold the same tensors, bit for bit."""
-
-    def facts(tensor: torch.Tensor) -> tuple:
-        raw = tensor.contiguous().reshape(-1)
-        return tensor.dtype, tensor.shape, raw.view(torch.uint8).tolist() if tensor.numel() else []
-
-    return one.keys() == other.keys() and all(facts(one[name]) == facts(other[name]) for name in one)
 
 
 def test_same_tells_types_shapes_and_bits_apart():
@@ -95,10 +76,10 @@ def test_the_file_is_plain_safetensors_with_aligned_tensors(tmp_path):
 
 
 def test_loaded_tensors_may_be_changed(tmp_path):
-    checkpoint.save(tmp_path / "x", tiny(), {})
+    checkpoint.save(tmp_path / "x", tiny_tensors(), {})
     tensors, _ = checkpoint.load(tmp_path / "x")
     tensors["model.w"] += 1
-    assert same(checkpoint.load(tmp_path / "x")[0], tiny())
+    assert same(checkpoint.load(tmp_path / "x")[0], tiny_tensors())
 
 
 def test_the_tensors_and_the_callers_meta_are_not_changed_by_saving(tmp_path):
@@ -127,11 +108,11 @@ def test_what_cannot_be_read_back_is_refused(tmp_path):
         ({"t": META.keys()}, TypeError),
     ):
         with pytest.raises(error):
-            checkpoint.save(tmp_path / "x", tiny(), meta)
+            checkpoint.save(tmp_path / "x", tiny_tensors(), meta)
     with pytest.raises(ValueError, match="complex64"):
         checkpoint.save(tmp_path / "x", {"c": torch.zeros(1, dtype=torch.complex64)}, {})
     with pytest.raises(ValueError, match="can be read back"):
-        checkpoint.save(tmp_path / "x", tiny(), {"log": "x" * (5 << 20)})
+        checkpoint.save(tmp_path / "x", tiny_tensors(), {"log": "x" * (5 << 20)})
     assert not list(tmp_path.iterdir())
 
 
@@ -151,7 +132,7 @@ def test_for_every_flipped_bit_the_state_before_is_taken_and_the_damaged_file_na
         assert len(warnings) == 1
         assert warnings[0].startswith(f"{newer}: ")
         assert warnings[0].endswith("; taking the one before")
-        assert same(tensors, tiny(2))
+        assert same(tensors, tiny_tensors(2))
     assert num_flips > 2000
     found = checkpoint.newest(tmp_path)
     assert found is not None
@@ -246,8 +227,8 @@ def test_a_hostile_file_is_a_damaged_checkpoint(tmp_path, which):
 
 @pytest.mark.parametrize("text", ["[1]", "7", "{", "[" * 100_000])
 def test_meta_that_are_no_object_are_damage_even_with_a_checksum(tmp_path, text):
-    facts = {"format": "1", "meta": text, "sha256": checkpoint._checksum(tiny(), text)}
-    (tmp_path / "x").write_bytes(safetensors.torch.save(tiny(), facts))
+    facts = {"format": "1", "meta": text, "sha256": checkpoint._checksum(tiny_tensors(), text)}
+    (tmp_path / "x").write_bytes(safetensors.torch.save(tiny_tensors(), facts))
     with pytest.raises(DamagedCheckpoint, match="its meta"):
         checkpoint.load(tmp_path / "x")
 
@@ -265,7 +246,7 @@ def test_a_file_mangled_at_random_is_damaged_or_unchanged(tmp_path_factory, data
         tensors, meta = checkpoint.load(path)
     except (DamagedCheckpoint, UserError):
         return
-    assert same(tensors, tiny(3))
+    assert same(tensors, tiny_tensors(3))
     assert meta == {"step": 3}
 
 
@@ -273,7 +254,7 @@ def test_another_format_number_is_a_user_error(tmp_path):
     path = saved(tmp_path, 2)
     saved(tmp_path, 1)
     header = {"format": "2", "meta": "other", "sha256": "other"}
-    overwrite(path, safetensors.torch.save(tiny(), header))
+    overwrite(path, safetensors.torch.save(tiny_tensors(), header))
     for use in (lambda: checkpoint.load(path), lambda: checkpoint.newest(tmp_path)):
         with pytest.raises(UserError, match="has format 2, and this version reads 1"):
             use()
@@ -376,7 +357,7 @@ def test_a_save_that_fails_leaves_the_old_states(tmp_path, number):
         found = checkpoint.newest(tmp_path)
         assert found is not None
         assert found[2]["step"] in (2, 4)
-        assert same(found[1], tiny(found[2]["step"]))
+        assert same(found[1], tiny_tensors(found[2]["step"]))
         assert found[3] == []
         assert not list(tmp_path.glob(".tmp*"))
         (tmp_path / checkpoint.full_name(4)).unlink(missing_ok=True)
@@ -388,7 +369,7 @@ def test_a_save_that_fails_leaves_the_old_states(tmp_path, number):
 def test_a_save_killed_at_any_point_leaves_a_whole_newest_state(tmp_path, after):
     def save_and_die(index: int) -> None:
         with fault_at(index, killing(after=after), only=("write", "fsync", "rename")):
-            checkpoint.save(tmp_path / checkpoint.full_name(4), tiny(40), {"step": 4})
+            checkpoint.save(tmp_path / checkpoint.full_name(4), tiny_tensors(40), {"step": 4})
 
     saved(tmp_path, 2)
     saved(tmp_path, 4)
@@ -398,7 +379,7 @@ def test_a_save_killed_at_any_point_leaves_a_whole_newest_state(tmp_path, after)
         assert found is not None
         assert found[2] == {"step": 4}
         assert found[3] == []
-        assert same(found[1], tiny(4)) or same(found[1], tiny(40))
+        assert same(found[1], tiny_tensors(4)) or same(found[1], tiny_tensors(40))
         num_kills += 1
     assert num_kills == 7
 

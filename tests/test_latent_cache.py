@@ -1,5 +1,4 @@
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -15,71 +14,12 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from os_faults import ERRORS, each_flipped_bit, fault_at, fork, forked, killing, overwrite, raising, wait_for
+from tiny_cache import RECORD, SPACE, found_rows, key, make_space, put, reader, row, stored, strangers
 
 import durable
 import latent_cache
 from config import UserError
 from latent_cache import LatentCache, Space, read_manifest, spaces, verify, write_manifest
-
-RECORD = {"precision": "float32", "device": "a CPU"}
-
-
-def make_space(shape: tuple[int, int, int] = (2, 2, 1), **fingerprint: object) -> Space:
-    return Space.of({"weights": "w", **fingerprint}, 256, {"version": 1}, shape)
-
-
-SPACE = make_space()
-
-
-def key(i: int) -> str:
-    return hashlib.sha256(str(i).encode()).hexdigest()
-
-
-@functools.cache
-def values(i: int, shape: tuple[int, int, int]) -> np.ndarray:
-    return np.random.default_rng(i).standard_normal(shape).astype(np.float16)
-
-
-def row(i: int, space: Space = SPACE) -> np.ndarray:
-    """The one right row of key(i)."""
-    return values(i, space.moments_shape)
-
-
-def put(cache: LatentCache, numbers, record: dict = RECORD) -> None:
-    numbers = list(numbers)
-    rows = np.stack([row(i, cache.space) for i in numbers])
-    cache.put([key(i) for i in numbers], rows, [f"ID_{i}/{i}.jpg" for i in numbers], record)
-
-
-def stored(folder: Path, numbers, space: Space = SPACE) -> Path:
-    """Publishes rows as one shard and returns its path."""
-    cache = LatentCache(folder, space, writable=True)
-    before = set(cache.shard_paths())
-    put(cache, numbers)
-    cache.flush()
-    (path,) = set(cache.shard_paths()) - before
-    return path
-
-
-def reader(folder: Path, space: Space = SPACE) -> LatentCache:
-    return LatentCache(folder, space, writable=False)
-
-
-def found_rows(cache: LatentCache, numbers) -> list[int]:
-    """Reads the rows and returns the numbers of those found; each of them must be right."""
-    numbers = list(numbers)
-    moments, found = cache.read([key(i) for i in numbers])
-    for i, moment, is_found in zip(numbers, moments, found, strict=True):
-        if is_found:
-            assert np.array_equal(moment, row(i, cache.space)), f"row {i} is wrong"
-        else:
-            assert np.isnan(moment).all()
-    return [i for i, is_found in zip(numbers, found, strict=True) if is_found]
-
-
-def strangers(cache: LatentCache, numbers) -> list[str]:
-    """Returns the keys that the cache claims to have besides those of `numbers`."""
-    return sorted(set(cache.keys()) - {key(i) for i in numbers})
 
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
