@@ -93,11 +93,6 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     return tensors, _checked_meta(path, tensors, header.get("__metadata__") or {})
 
 
-def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the meta of a checkpoint, checked like everything in it; raises as `load` does."""
-    return load(path)[1]
-
-
 def _header(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:
     """Builds the start of a safetensors file that holds the tensors one after the other."""
     table: dict[str, Any] = {"__metadata__": facts}

@@ -52,7 +52,7 @@ class SavedState:
     @property
     def is_full(self) -> bool:
         """Says whether training can go on from it; otherwise it holds averaged weights alone."""
-        return "training" in self.meta
+        return checkpoint.is_full(self.meta)
 
     @property
     def step(self) -> int:

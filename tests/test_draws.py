@@ -5,8 +5,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 
 from draws import StepDraws, draw_step, sample_generator, visited
 

@@ -5,9 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from os_faults import ERRORS, fault_at, fork, forked, killing, raising, wait_for
+from properties import given, settings, st
 
 import durable
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from os_faults import ERRORS, each_flipped_bit, fault_at, fork, forked, killing, overwrite, raising, wait_for
+from properties import HealthCheck, given, settings, st
 from tiny_cache import RECORD, SPACE, found_rows, key, make_space, put, reader, row, stored, strangers
 
 import durable

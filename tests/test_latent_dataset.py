@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import tiny_vae
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from os_faults import fault_at, raising
+from properties import given, settings, st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

@@ -701,7 +701,7 @@ def test_a_folder_with_only_the_half_precision_variant_loads_as_float32(tmp_path
 
 
 def tiny_of(class_name):
-    import diffusers
+    diffusers = pytest.importorskip("diffusers")
 
     two, three = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
     both = {"down_block_types": two, "up_block_types": three}

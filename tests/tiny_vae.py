@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -55,8 +56,8 @@ def save_tiny_vae(path: str | Path, *, seed: int = 0, wrapped: bool = False, **a
 
 
 def save_tiny_diffusers_vae(folder: str | Path, *, seed: int = 0, **config: Any) -> Any:
-    """Writes a tiny diffusers AutoencoderKL (2x down, 4 channels) with `save_pretrained` and returns it."""
-    from diffusers import AutoencoderKL
+    """Writes a tiny diffusers AutoencoderKL (2x down, 4 channels) and returns it; skips a test without diffusers."""
+    diffusers = pytest.importorskip("diffusers")
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -67,6 +68,6 @@ def save_tiny_diffusers_vae(folder: str | Path, *, seed: int = 0, **config: Any)
             "layers_per_block": 1,
             "latent_channels": 4,
         }
-        model = AutoencoderKL(**{**settings, **config}).eval()
+        model = diffusers.AutoencoderKL(**{**settings, **config}).eval()
     model.save_pretrained(folder)
     return model
