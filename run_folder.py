@@ -141,8 +141,12 @@ class Metrics:
     def add(self, **row: Any) -> None:
         """Appends one line."""
         self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            error.filename = str(self.path)  # a write does not say where
+            raise
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Returns the steps and values of one figure, over the lines that have it."""
