@@ -6,11 +6,12 @@ import itertools
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -28,7 +29,7 @@ import durable
 import latent_cache
 import run_folder
 from latent_cache import LatentCache, Space
-from latent_dataset import read_split
+from latent_dataset import SPLIT_NAME, LatentDataset, read_split
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -220,6 +221,16 @@ def forget_run(root: Path) -> None:
         shutil.rmtree(root / name, ignore_errors=True)
 
 
+def _quick(command: Callable[[Tell], object], is_long: bool) -> Callable[[Tell], object]:
+    """In the short form lets a command not wait for the disk, which tells it nothing when it is only killed."""
+
+    def run(tell: Tell) -> None:
+        with nothing_synced() if not is_long else nullcontext():
+            command(tell)
+
+    return run
+
+
 def _encode(root: Path, tell: Tell) -> None:
     """Preprocesses with a publish for every image, and merges of four shards into one."""
     row_bytes = 2 * 8 * 8 * 8
@@ -232,7 +243,8 @@ def _encode(root: Path, tell: Tell) -> None:
 
 
 def test_kills_at_random_while_encoding(world, account, is_long):
-    seconds, told = _timed(functools.partial(_encode, world))
+    command = _quick(functools.partial(_encode, world), is_long)
+    seconds, told = _timed(command)
     cache = pipeline.open_cache(world / "latents_cache")
     reference = Reference(cache.space, pipeline.stored_moments(world / "latents_cache"), {})
     split = read_split(world / "latents_cache")
@@ -246,7 +258,7 @@ def test_kills_at_random_while_encoding(world, account, is_long):
         return tally
 
     tally = kill_at_random(
-        functools.partial(_encode, world),
+        command,
         end,
         functools.partial(reference.check, world),
         num_kills=200 if is_long else 20,
@@ -273,19 +285,19 @@ def trained(root: Path) -> tuple:
     return pipeline.state_digests(results), averages(results), pipeline.losses(results), rows
 
 
-@pytest.fixture
-def reference(world: Path) -> Reference:
-    """What training in the world of this test must be equal to at each step; nothing of it stays there."""
-    _, told = _timed(functools.partial(_train, world, 1))
-    folder = world / "latents_cache"
+@pytest.fixture(scope="module")
+def reference(_pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """What training must be equal to at each step."""
+    root = shutil.copytree(_pristine, tmp_path_factory.mktemp("reference") / "world")
+    _, told = _timed(functools.partial(_train, root, 1))
+    folder = root / "latents_cache"
     assert len(told.saved) == 2 * STEPS and len(told.published) == 15
-    found = Reference(pipeline.open_cache(folder).space, pipeline.stored_moments(folder), told.saved)
-    forget_run(world)
-    return found
+    return Reference(pipeline.open_cache(folder).space, pipeline.stored_moments(folder), told.saved)
 
 
 def test_kills_at_random_while_training(world, reference, account, is_long):
-    seconds, _ = _timed(functools.partial(_train, world, 2))
+    command = _quick(functools.partial(_train, world, 2), is_long)
+    seconds, _ = _timed(command)
     expected = trained(world)
 
     def end() -> Tally:
@@ -295,7 +307,7 @@ def test_kills_at_random_while_training(world, reference, account, is_long):
 
     assert end() == Tally()
     tally = kill_at_random(
-        functools.partial(_train, world, 2),
+        command,
         end,
         functools.partial(reference.check, world),
         num_kills=200 if is_long else 20,
@@ -320,8 +332,8 @@ def test_kills_while_a_run_saves(world, reference, account, is_long):
             _train(world, HALF, tell)
 
     names = (checkpoint.full_name(HALF), checkpoint.ema_name(HALF), checkpoint.full_name(STEPS), "loss.png")
-    calls = ("write", "fsync", "rename") if is_long else ("rename",)
-    for name, call, after in itertools.product(names, calls, (False, True)):
+    calls, sides = (("write", "fsync", "rename"), (False, True)) if is_long else (("rename",), (True,))
+    for name, call, after in itertools.product(names, calls, sides):
         forget_run(world)
         code, lines = Child(functools.partial(train_and_die, name, call, after)).end()
         assert code == -9
@@ -329,6 +341,59 @@ def test_kills_while_a_run_saves(world, reference, account, is_long):
         _train(world, HALF, lambda line: None)
         tally += _count_of_an_end(world, is_equal=trained(world) == expected)
     account.add("SIGKILL while training", "inside a save", **vars(tally))
+
+
+def test_kills_while_generating(trained, tmp_path, account):
+    """The same command makes the rest, and takes away what the killed one had begun."""
+    folder, publish, places = tmp_path / "synthetic", durable.publish, itertools.count()
+
+    def run(tell: Tell) -> None:
+        assert pipeline.generate(trained, output_folder=folder, classes=["ID_1"]) == 0
+
+    def run_and_die(place: int, tell: Tell) -> None:
+        def deadly_publish(path: Path, data: bytes) -> None:
+            with fault_at(0 if next(places) == place else None, killing(after=False), only=("rename",)):
+                publish(path, data)
+
+        with nothing_synced(), mock.patch.object(durable, "publish", deadly_publish):
+            run(tell)
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    run(lambda line: None)
+    expected, tally = files(), Tally()
+    for place in range(len(expected)):
+        shutil.rmtree(folder)
+        assert Child(functools.partial(run_and_die, place)).end()[0] == -9
+        is_right = all(files()[path.name] == expected[path.name] for path in folder.rglob("[!.]*.*") if path.is_file())
+        run(lambda line: None)
+        tally += Tally(1, 0, int(not is_right) + (files() != expected))
+    account.add("SIGKILL while generating", "inside each publish", **vars(tally))
+
+
+def test_a_kill_before_the_manifest_and_a_training_run(world, account):
+    """A cache that has no manifest, since the preprocess was killed before it, gets one from training."""
+
+    def encode_and_die(before: str, tell: Tell) -> None:
+        publish = durable.publish
+
+        def deadly_publish(path: Path, data: bytes) -> None:
+            if path.name == before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            publish(path, data)
+
+        with nothing_synced(), mock.patch.object(durable, "publish", deadly_publish):
+            pipeline.preprocess(world)
+
+    tally = Tally()
+    for name in (SPLIT_NAME, latent_cache.MANIFEST_NAME):
+        forget_run(world)
+        assert Child(functools.partial(encode_and_die, name)).end()[0] == -9
+        assert pipeline.train(world, train_num_steps=2, num_samples=0) == 0
+        dataset = LatentDataset.open(world / "latents_cache")
+        tally += verdict(lost=len(dataset) != 15, wrong=bool(dataset.missing()))
+    account.add("SIGKILL while encoding", "before split and manifest", **vars(tally))
 
 
 # --- the real commands, in the long form -------------------------------------------------------------------
