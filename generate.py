@@ -249,7 +249,8 @@ def _read_made(path: Path) -> np.ndarray:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        with durable.naming(path):
+            record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):

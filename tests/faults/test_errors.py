@@ -32,12 +32,13 @@ from os_faults import (
 )
 from pipeline import HALF
 from publishings import NEW, OLD, WORKS, Work, check_rows, done_again, temporaries, verdict
-from test_kill import Reference, Told, forget_run, telling
+from test_kill import Reference, Told, averages, forget_run, telling
 from tiny_cache import SPACE, put, reader, stored
 
 import checkpoint
 import durable
 import latent_cache
+import run_folder
 from latent_cache import LatentCache
 from latent_dataset import read_split
 
@@ -330,6 +331,43 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+UNREADABLE = Path("/proc/self/mem")  # a file whose first byte gives EIO
+
+
+def _cannot_read(path: Path) -> None:
+    if not UNREADABLE.exists():
+        pytest.skip(f"this system has no {UNREADABLE}")
+    path.unlink()
+    path.symlink_to(UNREADABLE)
+
+
+def test_a_file_that_cannot_be_read_is_named(trained, tmp_path, account):
+    """No run begins anew, or goes on with something else, because of a disk that fails."""
+    names = ["results/split.json", "results/metrics.jsonl", "latents_cache/manifest.json"]
+    tally = Tally()
+    for i, name in enumerate(names):
+        root = shutil.copytree(trained, tmp_path / str(i))
+        _cannot_read(root / name)
+        before = averages(root / "results")
+        code, text = said(lambda root=root: _train(root, train_num_steps=pipeline.STEPS + 1))
+        is_kept = averages(root / "results") == before and run_folder.newest_state(root / "results") is not None
+        tally += Tally(1, int(not is_kept), sum([code == 0, not is_one_sentence(code, text, root / name)]))
+    account.add("a file that cannot be read", "EIO at its first byte", **vars(tally))
+
+
+def test_a_state_that_cannot_be_read_is_no_new_start(trained, tmp_path, account):
+    root = shutil.copytree(trained, tmp_path / "world")
+    expected = _trained(root)
+    newest = root / "results" / checkpoint.full_name(pipeline.STEPS)
+    _cannot_read(newest)
+    code, text = said(lambda: _train(root))
+    is_told = f"warning: {newest}: Input/output error; taking the one before" in text
+    tally = verdict(
+        lost="going on from step 4" not in text, wrong=code != 0 or not is_told or _trained(root) != expected
+    )
+    account.add("a file that cannot be read", "EIO at its first byte", **vars(tally))
+
+
 # --- a limit to the size of files, and a small disk --------------------------------------------------------
 
 
@@ -481,7 +519,8 @@ def test_a_small_disk_for_the_results(world, account, is_long):
 
     def work() -> Tally:
         disk = SmallDisk(world / "disk")
-        found = [train_into(disk, room) for room in (range(0, 1 << 20, 1 << 15) if is_long else (0, 1 << 13, 1 << 20))]
+        rooms = (0, 1 << 13, *(range(1 << 15, 1 << 20, 1 << 15) if is_long else ()), 1 << 20)
+        found = [train_into(disk, room) for room in rooms]
         assert "--results_folder" in found[0][1] and "metrics.jsonl" in found[1][1]
         assert "the checkpoint of step 4 could not be saved" in found[-1][1]
         return sum((tally for tally, _ in found), Tally())
