@@ -117,7 +117,7 @@ class _Unreadable(Exception):
 
 
 def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with durable.naming(path), path.open("rb") as file:
         start = file.read(8)
         if len(start) < 8 or _header_length(start) > _HEADER_BYTES:
             raise DamagedCheckpoint(f"{path}: it does not begin like a checkpoint")

@@ -12,8 +12,8 @@ import hashlib
 import os
 import socket
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -153,6 +153,16 @@ def _sync_if_allowed(folder: Path) -> None:
 def _discard(path: Path) -> None:
     with suppress(OSError):
         os.unlink(path)
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Gives an error of the block the name of the file: one of a read or a write, unlike one of an open, has none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 # --- temporaries -------------------------------------------------------------------------------------------

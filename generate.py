@@ -180,6 +180,8 @@ class Generator:
     def _check_output_folder(self) -> None:
         """Refuses a folder whose images were made in another way, and writes down how these are made."""
         script.check_writable(self.folder, "output_folder")
+        for place in (self.folder, *(self.folder / name for name in self.classes.values())):
+            durable.remove_stale_temporaries(place)
         record, path = self._record(), self.folder / _RECORD_NAME
         if path.is_file():
             before = _read_record(path)
@@ -247,7 +249,8 @@ def _read_made(path: Path) -> np.ndarray:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        with durable.naming(path):
+            record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):

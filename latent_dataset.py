@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 import config
+import durable
 import hardware
 import latent_cache
 from config import UserError
@@ -435,4 +436,7 @@ SPLIT_NAME = "split.json"
 def read_split(folder: Path) -> Split | None:
     """Reads the split stored in a cache or run folder; None when there is none."""
     path = folder / SPLIT_NAME
-    return Split.from_bytes(path.read_bytes(), str(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    with durable.naming(path):
+        return Split.from_bytes(path.read_bytes(), str(path))

@@ -83,7 +83,7 @@ def encode(settings: PreprocessSettings, sources: dict[str, str]) -> int:
         f"on {hardware.describe(device)}"
     )
     bad = fill(dataset, len(missing))
-    cache.merge()
+    _merge(cache)
     _record(settings, split, entries, bad, chosen, folder)
     _account(settings, dataset, bad, newly=len(missing) - len(dataset.missing()), seconds=time.monotonic() - started)
     _preview(settings, dataset, entries, device, folder / "preview.png", fresh=bool(missing))
@@ -118,6 +118,17 @@ def fill(dataset: LatentDataset, num_missing: int) -> list[tuple[int, str]]:
                 f"a shard could not be written to {dataset.cache.folder}: {error.strerror or error}; "
                 "what was written before is kept"
             ) from error
+
+
+def _merge(cache: LatentCache) -> None:
+    """Joins the shards into few; where there is no room for both, they stay as they are."""
+    try:
+        cache.merge()
+    except OSError as error:
+        warn(
+            f"the shards in {cache.folder} could not be joined ({error.strerror or error}) and stay as they are, "
+            "which costs nothing but their number"
+        )
 
 
 def _record(

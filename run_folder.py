@@ -66,7 +66,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with durable.naming(path):
+            stored = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); restore it from a copy") from error
     if not isinstance(stored, dict):
@@ -141,7 +142,7 @@ class Metrics:
     def add(self, **row: Any) -> None:
         """Appends one line."""
         self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
+        with durable.naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
@@ -153,7 +154,9 @@ class Metrics:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Reads the lines that are whole; a kill may leave a torn last one."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+    with durable.naming(path):
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
             row = json.loads(line)
         except ValueError:

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -85,13 +85,18 @@ def _explain_import(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def _interrupted() -> int:
-    print("\nstopped by Ctrl-C", file=sys.stderr)
+    _print_error("\nstopped by Ctrl-C")
     return 128 + signal.SIGINT
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    _print_error(f"error: {' '.join(str(message).split())}")
     return code
+
+
+def _print_error(text: str) -> None:
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _describe_os_error(error: OSError) -> str:
@@ -109,13 +114,15 @@ def check_writable(folder: Path, setting: str) -> None:
 def say(text: str = "") -> None:
     """Prints one line for the user, above any progress bar; what the output cannot show is escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
-    sys.stdout.flush()
+    with suppress(OSError):  # a closed terminal, or a full disk below the log, does not end the work
+        tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+        sys.stdout.flush()
 
 
 def warn(text: str) -> None:
     """Prints one line that the user should not miss."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    with suppress(OSError):
+        tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 class StopSignals:
@@ -179,7 +186,7 @@ class Progress:
 
     def _print_line(self) -> None:
         facts = dict(self.bar.format_dict, ncols=100, ascii=True)
-        print(self.bar.format_meter(**facts), file=sys.stderr, flush=True)
+        _print_error(self.bar.format_meter(**facts))
         self.last_line = time.monotonic()
 
 

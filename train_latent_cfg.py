@@ -51,6 +51,7 @@ _NOT_INHERITED = ("results_folder", "resume_from", "device")  # settings that sa
 def main(argv: Sequence[str] | None) -> int:
     """Runs the script; returns its exit code."""
     plan = make_plan(argv)
+    durable.remove_stale_temporaries(plan.results)
     if plan.state is not None and plan.state.step >= plan.settings.train_num_steps:
         say(
             f"the run in {plan.origin} is finished ({plan.state.step:,} steps); a larger --train_num_steps goes further"
@@ -168,7 +169,6 @@ def _check_results_folder(plan: Plan) -> None:
             f"--results_folder {plan.results} holds averaged weights of an earlier run, but no state-*.safetensors to "
             "go on from; move them away, or give another folder"
         )
-    durable.remove_stale_temporaries(plan.results)
 
 
 # --- the data ----------------------------------------------------------------------------------------------
@@ -197,10 +197,10 @@ def open_data(plan: Plan, device: torch.device) -> Data:
     prepare.warn_of_shared_content(split)
     chosen = prepare.choose_space(settings, plan.sources, _known_space(plan), may_lack=goes_on)
     _check_same_space(plan, chosen)
-    writable = durable.can_write(folder)
-    if not writable:
-        say(f"{folder} is read-only: what is encoded in this run stays in memory")
-    cache = LatentCache(folder, chosen.space, writable=writable)
+    reason = durable.why_not_writable(folder)
+    if reason is not None:
+        say(f"{folder} takes no files ({reason}): what is encoded in this run stays in memory")
+    cache = LatentCache(folder, chosen.space, writable=reason is None)
     for problem in cache.problems:
         warn(problem)
 
@@ -313,9 +313,15 @@ def _what_changed(plan: Plan, split: Split) -> str:
 
 def write_cache_defaults(plan: Plan, data: Data) -> None:
     """Gives a cache that training alone fills the same manifest and split as preprocessing would."""
-    if plan.manifest is None and data.dataset.cache.writable and data.dataset.missing():
+    cache = data.dataset.cache
+    if plan.manifest is not None or not cache.writable:
+        return
+    try:
         durable.publish(plan.cache_folder / SPLIT_NAME, data.split.to_bytes())
         prepare.record_manifest(plan.cache_folder, plan.settings, data.chosen, len(data.dataset))
+    except OSError as error:
+        _go_on_in_memory(error)
+        cache.writable = False
 
 
 def _go_on_in_memory(error: OSError) -> None:
@@ -444,7 +450,7 @@ class Trainer:
     # --- saving ---
 
     def save(self, folder: Path, *, with_average: bool = True) -> None:
-        """Publishes the full state, and the averaged weights alone; then drops older full states."""
+        """Publishes the averaged weights alone, and the full state; then drops older full states."""
         self.check_finite()  # else the next process would not know of it
         tensors, optimizer_meta = checkpoint.pack_training_state(
             self.diffusion, self.ema.model, self.optimizer, self.scaler
@@ -452,14 +458,14 @@ class Trainer:
         tensors["log.losses"] = torch.stack(self.losses) if self.losses else torch.zeros(0)
         meta = self._meta()
         try:
+            if with_average:  # first: a run that goes on from the full state does not make it again
+                average = {name: value for name, value in tensors.items() if name.startswith("ema.")}
+                checkpoint.save(folder / checkpoint.ema_name(self.finished_steps), average, meta)
             checkpoint.save(
                 folder / checkpoint.full_name(self.finished_steps),
                 tensors,
                 {**meta, "training": optimizer_meta},
             )
-            if with_average:
-                average = {name: value for name, value in tensors.items() if name.startswith("ema.")}
-                checkpoint.save(folder / checkpoint.ema_name(self.finished_steps), average, meta)
         except OSError as error:
             raise Failed(
                 f"the checkpoint of step {self.finished_steps:,} could not be saved in {folder}: "

@@ -1,11 +1,18 @@
 """Ways to harm storage: file-system calls that fail or kill, children that may be killed, files that are damaged."""
 
+import ctypes
 import errno
+import io
 import os
+import select
 import signal
+import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +20,7 @@ CALLS = ("open", "write", "fsync", "fstat", "close", "rename", "unlink", "mkdir"
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR)
 
 Fault = Callable[[str, Callable, tuple], object]
+Tell = Callable[[str], object]  # gives one line to the parent of a child
 
 
 class Calls:
@@ -106,6 +114,9 @@ def fork(work: Callable[[], object]) -> int:
     try:
         work()
         code = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(code)
 
@@ -113,6 +124,104 @@ def fork(work: Callable[[], object]) -> int:
 def wait_for(process: int) -> int:
     """Waits for a forked child and returns its exit code."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+class Child:
+    """A forked child that tells lines to its parent, which stay told whatever then becomes of it."""
+
+    def __init__(self, work: Callable[[Tell], object]) -> None:
+        self._pipe, end = os.pipe()
+        write = os.write  # that of now, which no fault takes the place of later
+
+        def tell(line: str) -> None:
+            write(end, f"{line}\n".encode())  # whole: shorter than what a pipe takes at once
+
+        self.process = fork(lambda: work(tell))
+        os.close(end)
+
+    def end(self, *, kill_after: float | None = None) -> tuple[int, list[str]]:
+        """Waits for its end, or kills it after so many seconds; returns its exit code and the lines told."""
+        limit = None if kill_after is None else time.monotonic() + kill_after
+        data = bytearray()
+        while select.select([self._pipe], [], [], limit and max(0.0, limit - time.monotonic()))[0]:
+            some = os.read(self._pipe, 1 << 16)
+            if not some:
+                break
+            data += some
+        else:
+            os.kill(self.process, signal.SIGKILL)
+        code = wait_for(self.process)
+        while some := os.read(self._pipe, 1 << 16):  # told between the last look and the kill
+            data += some
+        os.close(self._pipe)
+        return code, data.decode().splitlines()
+
+
+def said(command: Callable[[], int]) -> tuple[int, str]:
+    """Runs one of our commands and returns its exit code and all that it printed."""
+    output = io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output):
+        code = command()
+    return code, output.getvalue()
+
+
+@contextmanager
+def nothing_synced() -> Iterator[None]:
+    """Makes fsync return at once, for tests of kills and errors: only a power cut can tell the difference."""
+    with mock.patch.object(os, "fsync", lambda descriptor: None):
+        yield
+
+
+@dataclass
+class Tally:
+    """What a check has seen: how many cases, and in how many something was lost or wrong."""
+
+    cases: int = 0
+    lost: int = 0
+    wrong: int = 0
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(self.cases + other.cases, self.lost + other.lost, self.wrong + other.wrong)
+
+
+class MayNotMount(OSError):
+    """This system lets nobody mount anything."""
+
+
+def own_mounts() -> None:
+    """Gives this process, which should be a forked child, mounts of its own; raises MayNotMount."""
+    new_mounts, new_users, recursive, private = 0x00020000, 0x10000000, 16384, 1 << 18
+    user = os.geteuid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(new_mounts):
+        _checked(libc.unshare(new_mounts | new_users))
+        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
+    mount(None, "/", None, recursive | private)
+
+
+def mount(source: str | None, folder: str | Path, kind: str | None, flags: int, options: str | None = None) -> None:
+    """Mounts `source` on a folder, as mount(2) does; raises MayNotMount."""
+    words = [None if word is None else os.fsencode(word) for word in (source, folder, kind, options)]
+    libc = ctypes.CDLL(None, use_errno=True)
+    _checked(libc.mount(words[0], words[1], words[2], ctypes.c_ulong(flags), words[3]))
+
+
+def _checked(result: int) -> None:
+    if result:
+        raise MayNotMount(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def mount_small_disk(folder: Path, num_bytes: int) -> None:
+    """Mounts an empty file system of this size on a folder, for this process alone; raises MayNotMount."""
+    own_mounts()
+    folder.mkdir(exist_ok=True)
+    mount("tmpfs", folder, "tmpfs", 0, f"size={num_bytes}")
+
+
+def resize_small_disk(folder: Path, num_bytes: int) -> None:
+    """Gives such a file system another size."""
+    remount = 32
+    mount("tmpfs", folder, "tmpfs", remount, f"size={num_bytes}")
 
 
 def each_flipped_bit(path: Path) -> Iterator[int]:

@@ -1,11 +1,10 @@
 """The three scripts on a tiny world, by calling their `main(argv)`, and what to look at afterwards."""
 
-import ctypes
 import hashlib
 import json
-import os
 from pathlib import Path
 
+import os_faults
 import pytest
 import tiny
 import tiny_vae
@@ -131,19 +130,7 @@ def mount_read_only(folder: Path) -> None:
 
     Permission bits would prove nothing where the tests run as root.
     """
-    new_mounts, new_users = 0x00020000, 0x10000000
-    bind, remount, read_only, recursive, private = 4096, 32, 1, 16384, 1 << 18
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def check(result: int) -> None:
-        if result:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-    user = os.geteuid()
-    if libc.unshare(new_mounts):
-        check(libc.unshare(new_mounts | new_users))
-        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
-    check(libc.mount(None, b"/", None, recursive | private, None))
-    name = os.fsencode(folder)
-    check(libc.mount(name, name, None, bind, None))
-    check(libc.mount(None, name, None, bind | remount | read_only, None))
+    bind, remount, read_only = 4096, 32, 1
+    os_faults.own_mounts()
+    os_faults.mount(str(folder), folder, None, bind)
+    os_faults.mount(None, folder, None, bind | remount | read_only)

@@ -5,13 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
-from os_faults import ERRORS, fault_at, fork, forked, killing, raising, wait_for
+from os_faults import fault_at, fork, raising, wait_for
 from properties import given, settings, st
 
 import durable
 
 OLD, NEW = b"old content", b"new content, and longer"
-RENAME = 5  # place of the rename among the calls of a publish
 
 
 @pytest.fixture
@@ -27,12 +26,6 @@ def names_in(folder: Path) -> list[str]:
 
 def leftovers(folder: Path) -> list[str]:
     return [name for name in names_in(folder) if name.startswith(durable.TEMPORARY_PREFIX)]
-
-
-def num_calls_of_publish(path: Path) -> int:
-    with fault_at(None) as calls:
-        durable.publish(path, OLD)
-    return len(calls.log)
 
 
 def label(calls, path: Path) -> list[str]:
@@ -109,55 +102,6 @@ def test_names_may_be_any_that_the_file_system_knows(tmp_path):
 
 
 # --- what happens when something fails ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", ERRORS)
-def test_an_error_at_any_call_leaves_the_old_file_or_the_new_one_and_no_temporary(path, number):
-    num_cases = num_calls_of_publish(path)
-    for index in range(num_cases):
-        durable.publish(path, OLD)
-        with fault_at(index, raising(number)) as calls:
-            with pytest.raises(OSError) as caught:
-                durable.publish(path, NEW)
-        assert caught.value.errno == number
-        assert caught.value.filename == str(path)
-        assert path.read_bytes() == (NEW if index > RENAME else OLD)
-        assert leftovers(path.parent) == []
-        assert calls.synced_twice == []
-        durable.publish(path, NEW)
-        assert path.read_bytes() == NEW
-    assert num_cases == 12
-
-
-@pytest.mark.parametrize("number", ERRORS)
-def test_an_error_while_folders_are_made_is_reported_and_a_retry_succeeds(tmp_path, number):
-    with fault_at(None) as calls:
-        durable.publish(tmp_path / "whole" / "sub" / "file", NEW)
-    num_cases = len(calls.log)
-    for index in range(num_cases):
-        path = tmp_path / str(index) / "sub" / "file"
-        with fault_at(index, raising(number)), pytest.raises(OSError):
-            durable.publish(path, NEW)
-        durable.publish(path, NEW)
-        assert path.read_bytes() == NEW
-    assert num_cases == 26
-
-
-@pytest.mark.parametrize("after", [False, True])
-def test_a_kill_at_any_call_leaves_one_whole_file(path, after):
-    kills = 0
-    for index in range(num_calls_of_publish(path)):
-        durable.publish(path, OLD)
-
-        def publish_and_die(index: int = index) -> None:
-            with fault_at(index, killing(after=after)):
-                durable.publish(path, NEW)
-
-        kills += forked(publish_and_die) == -9
-        assert path.read_bytes() == (NEW if index > RENAME or (index == RENAME and after) else OLD)
-        durable.remove_stale_temporaries(path.parent)
-        assert leftovers(path.parent) == []
-    assert kills == 12
 
 
 def test_a_write_that_takes_nothing_is_an_error_and_not_an_endless_loop(path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from os_faults import ERRORS, each_flipped_bit, fault_at, fork, forked, killing, overwrite, raising, wait_for
+from os_faults import each_flipped_bit, fault_at, fork, forked, overwrite, raising, wait_for
 from properties import HealthCheck, given, settings, st
 from tiny_cache import RECORD, SPACE, found_rows, key, make_space, put, reader, row, stored, strangers
 
@@ -259,71 +259,6 @@ def test_rows_wait_until_a_shard_is_full_or_a_minute_is_over(tmp_path, monkeypat
     cache.flush()
     assert [len(safetensors.numpy.load_file(path)["keys"]) for path in cache.shard_paths()].count(5) == 2
     assert found_rows(reader(tmp_path), range(14)) == [*range(14)]
-
-
-@pytest.mark.parametrize("number", ERRORS)
-def test_after_an_error_at_any_call_the_rows_are_kept_and_served_and_published_later(tmp_path, number):
-    num_cases = 0
-    while True:
-        folder = tmp_path / str(num_cases)
-        stored(folder, [0, 1])
-        cache = LatentCache(folder, SPACE, writable=True)
-        put(cache, [2, 3])
-        with fault_at(num_cases, raising(number)) as calls:
-            try:
-                cache.flush()
-            except OSError as error:
-                assert error.errno == number
-        if len(calls.log) <= num_cases:
-            break
-        assert (cache.pending, cache.acknowledged) == (2, 0)
-        assert calls.synced_twice == []
-        assert found_rows(cache, range(4)) == [0, 1, 2, 3]
-        assert found_rows(reader(folder), range(4)) in ([0, 1], [0, 1, 2, 3])
-        cache.flush()
-        assert found_rows(reader(folder), range(4)) == [0, 1, 2, 3]
-        assert not list(folder.rglob(".tmp*"))
-        num_cases += 1
-    assert num_cases > 10
-
-
-@pytest.mark.parametrize("after", [False, True])
-def test_a_kill_at_any_call_keeps_old_rows_and_publishes_all_or_none_of_the_new(tmp_path, after):
-    def flush_and_die(folder: Path, index: int) -> None:
-        cache = LatentCache(folder, SPACE, writable=True)
-        put(cache, [2, 3])
-        with fault_at(index, killing(after=after)):
-            cache.flush()
-
-    outcomes = []
-    for index in range(100):
-        folder = tmp_path / str(index)
-        stored(folder, [0, 1])
-        killed = forked(lambda folder=folder, index=index: flush_and_die(folder, index)) == -9
-        outcomes.append(found_rows(reader(folder), range(4)))
-        cache = LatentCache(folder, SPACE, writable=True)
-        assert not list(folder.rglob(".tmp*"))
-        put(cache, [2, 3])
-        cache.flush()
-        assert found_rows(reader(folder), range(4)) == [0, 1, 2, 3]
-        if not killed:
-            break
-    assert len(outcomes) > 10
-    assert all(outcome in ([0, 1], [0, 1, 2, 3]) for outcome in outcomes)
-    assert outcomes[-1] == [0, 1, 2, 3]
-
-
-def test_a_disk_found_full_can_be_given_up_and_rows_stay_in_memory(tmp_path):
-    cache = LatentCache(tmp_path, SPACE, writable=True)
-    with fault_at(-1, raising(errno.ENOSPC), only=("write",)):
-        put(cache, [0])
-        with pytest.raises(OSError):
-            cache.flush()
-    cache.writable = False
-    put(cache, [1])
-    cache.flush()
-    assert found_rows(cache, [0, 1]) == [0, 1]
-    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_cache_that_is_not_writable_writes_nothing_at_all(tmp_path, monkeypatch):
@@ -756,41 +691,6 @@ def test_a_stale_handle_is_looked_for_again(tmp_path):
     with fault_at(0, raising(errno.ESTALE), only=("fstat",)):
         assert found_rows(cache, range(3)) == [0, 1, 2]
     assert cache.problems == []
-
-
-@pytest.mark.parametrize("after", [False, True])
-def test_a_merge_killed_at_any_call_loses_nothing(tmp_path, after):
-    def merge_and_die(folder: Path, index: int) -> None:
-        cache = LatentCache(folder, SPACE, writable=True)
-        with fault_at(index, killing(after=after), only=("fsync", "rename", "unlink")):
-            cache.merge()
-
-    num_kills = 0
-    for index in range(100):
-        folder = tmp_path / str(index)
-        for i in range(3):
-            stored(folder, [i, i + 1])
-        killed = forked(lambda folder=folder, index=index: merge_and_die(folder, index)) == -9
-        assert found_rows(reader(folder), range(4)) == [0, 1, 2, 3]
-        cache = LatentCache(folder, SPACE, writable=True)
-        cache.merge()
-        assert len(list((folder / SPACE.id).iterdir())) == 1
-        assert found_rows(reader(folder), range(4)) == [0, 1, 2, 3]
-        if not killed:
-            break
-        num_kills += 1
-    assert num_kills == 7
-
-
-def test_a_merge_that_cannot_publish_leaves_everything_as_it_was(tmp_path):
-    for i in range(3):
-        stored(tmp_path, [i])
-    before = files(tmp_path / SPACE.id)
-    cache = LatentCache(tmp_path, SPACE, writable=True)
-    with fault_at(-1, raising(errno.ENOSPC), only=("write",)), pytest.raises(OSError):
-        cache.merge()
-    assert {name: files(tmp_path / SPACE.id)[name] for name in before} == before
-    assert found_rows(cache, range(3)) == [0, 1, 2]
 
 
 def test_merge_carries_good_rows_only_and_other_spaces_are_not_touched(tmp_path):

@@ -1,6 +1,5 @@
 """preprocess_latents.py from end to end: what is encoded, what never is again, and what is told about it."""
 
-import errno
 import os
 import re
 import shutil
@@ -15,11 +14,9 @@ import pytest
 import tiny
 import tiny_vae
 import torch
-from os_faults import fault_at, forked, raising
 from PIL import Image
 from pipeline import open_cache, preprocess, stored_moments
 
-import durable
 import images
 import latent_cache
 import latent_dataset
@@ -28,7 +25,7 @@ import preprocess_latents
 import vae
 from config import UserError
 from images import Split
-from latent_dataset import BatchEncoder, LatentDataset
+from latent_dataset import LatentDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -379,49 +376,6 @@ def test_ctrl_c_keeps_what_is_encoded_and_the_same_command_goes_on(world, encode
     assert preprocess(world, **settings) == 0
     assert account(capsys) == (84 - kept, kept, 0)
     assert encoder.num_images == 84 - kept
-
-
-def test_after_a_kill_nothing_that_was_published_is_encoded_again(world, encoder, monkeypatch):
-    real, done = BatchEncoder.__call__, []
-
-    def deadly(self: BatchEncoder, pixels: torch.Tensor) -> torch.Tensor:
-        if len(done) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        done.append(len(pixels))
-        return real(self, pixels)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BatchEncoder, "__call__", deadly)
-        patch.setattr(latent_cache, "SHARD_SECONDS", 0.0)  # publish each batch
-        assert forked(lambda: preprocess(world, encode_batch_size=3)) == -signal.SIGKILL
-    temporary = next((world / "latents_cache").glob("*/")) / durable._temporary_name()
-    temporary.write_bytes(b"half a shard")
-    assert len(list((world / "latents_cache").rglob("*.safetensors"))) == 3
-    encoder.forget()
-    assert preprocess(world, encode_batch_size=3) == 0
-    assert encoder.num_images == 15 - 9
-    assert shard(world).exists() and len(open_cache(world / "latents_cache")) == 15
-
-
-def test_a_full_disk_is_told_in_one_line_and_loses_nothing(world, encoder, monkeypatch, capsys):
-    publish, shards = durable.publish, []
-
-    def publish_until_full(path, data) -> None:
-        shards.extend([path] if path.suffix == ".safetensors" else [])
-        if len(shards) < 3:
-            return publish(path, data)
-        with fault_at(-1, raising(errno.ENOSPC), only=("write",)):
-            return publish(path, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(durable, "publish", publish_until_full)
-        patch.setattr(latent_cache, "SHARD_SECONDS", 0.0)  # publish each batch
-        assert preprocess(world) == 1
-    line = pipeline.one_error(capsys)
-    assert "a shard could not be written to" in line and "No space left" in line
-    encoder.forget()
-    assert preprocess(world) == 0
-    assert encoder.num_images == 15 - 8
 
 
 # --- the round trip ----------------------------------------------------------------------------------------
