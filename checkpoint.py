@@ -4,6 +4,7 @@ A checkpoint is one safetensors file. Its header holds a format number, `meta` a
 all tensors. Reading one never executes anything from it.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -79,15 +80,17 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         OSError: when it cannot be read.
     """
     path = Path(path)
-    data = _read(path)
     tensors = {}
     try:
+        data = _read(path)
         entries = safetensors.deserialize(data)
         while entries:  # frees one copy of a tensor as it makes the next
             name, entry = entries.pop()
             tensors[name] = _tensor(entry)
     except (safetensors.SafetensorError, _Unreadable) as error:
         raise DamagedCheckpoint(f"{path}: {str(error)[:100]}") from None
+    except MemoryError:
+        raise OSError(errno.ENOMEM, "it is larger than the memory that is free", str(path)) from None
     # Safe to parse: safetensors has found it well-formed, and flat.
     header = json.loads(data[8 : 8 + _header_length(data)])
     return tensors, _checked_meta(path, tensors, header.get("__metadata__") or {})
@@ -113,15 +116,30 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class _Unreadable(Exception):
-    """A tensor of a kind that `save` does not write."""
+    """The reason why a file is none that `save` wrote."""
 
 
 def _read(path: Path) -> bytes:
+    """Reads a file whose length is that of the tensors that it lists: a few bytes may claim to be terabytes."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a named pipe would wait; a folder is an OSError
+        raise _Unreadable("it is not a file")
     with path.open("rb") as file:
         start = file.read(8)
         if len(start) < 8 or _header_length(start) > _HEADER_BYTES:
-            raise DamagedCheckpoint(f"{path}: it does not begin like a checkpoint")
-        return start + file.read()
+            raise _Unreadable("it does not begin like a checkpoint")
+        if _listed_bytes(file.read(_header_length(start))) != path.stat().st_size - file.tell():
+            raise _Unreadable("its length is not that of the tensors that it lists")
+        file.seek(0)
+        return file.read()
+
+
+def _listed_bytes(header: bytes) -> int:
+    """Returns how many bytes of tensors follow a header, -1 where it cannot be read."""
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        return max(ends, default=0)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return -1
 
 
 def _header_length(data: bytes) -> int:
@@ -133,9 +151,16 @@ def _tensor(entry: Mapping[str, Any]) -> Tensor:
     if dtype is None:
         raise _Unreadable(f"it holds a tensor of type {entry['dtype']}")
     if not entry["data"]:
-        return torch.empty(entry["shape"], dtype=dtype)
+        return _no_numbers(entry["shape"], dtype)
     # Cloned, so that the memory is aligned as torch aligns its own.
     return torch.frombuffer(entry["data"], dtype=dtype).reshape(entry["shape"]).clone()
+
+
+def _no_numbers(shape: list[int], dtype: torch.dtype) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except (RuntimeError, TypeError):  # sides whose product is more than torch can count, beside a 0
+        raise _Unreadable("it holds a tensor of an impossible shape") from None
 
 
 def _checked_meta(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> dict[str, Any]:
@@ -297,8 +322,22 @@ def unpack_training_state(
         model, ema_model, optimizer, scaler: where it goes.
 
     Raises:
-        UserError: when names or shapes are not those of this model; nothing is then changed.
+        UserError: when names, shapes or values are not those of this model; nothing is then changed.
     """
+    try:
+        _unpack(tensors, training, model, ema_model, optimizer, scaler)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint holds no state of this optimizer ({type(error).__name__}: {error})") from error
+
+
+def _unpack(
+    tensors: Mapping[str, Tensor],
+    training: Mapping[str, Any],
+    model: nn.Module,
+    ema_model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
@@ -346,8 +385,21 @@ def _optimizer_state(
         if isinstance(value, Tensor) and value.dim() and value.shape != parameters[int(number)].shape:
             raise UserError(f"the checkpoint is of another network: optimizer.{name} is {list(value.shape)} in it")
         state.setdefault(int(number), {})[rest] = value
-    groups = [
-        {name: tuple(value) if isinstance(group.get(name), tuple) else value for name, value in saved.items()}
-        for group, saved in zip(optimizer.param_groups, stored["param_groups"], strict=True)
-    ]
-    return {"state": state, "param_groups": groups}
+    pairs = zip(optimizer.state_dict()["param_groups"], stored["param_groups"], strict=True)
+    return {"state": state, "param_groups": [_param_group(own, saved) for own, saved in pairs]}
+
+
+def _param_group(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a saved group with the types that the optimizer's own has; raises for other names, types or lengths."""
+    group = {name: tuple(value) if isinstance(own[name], tuple) else value for name, value in saved.items()}
+    for name, value in own.items():
+        if _kinds(group[name]) != _kinds(value):
+            raise ValueError(f"{name} is {group[name]!r:.50}")
+    return group
+
+
+def _kinds(value: object) -> object:
+    """Returns the types in a plain value; the two kinds of number are one."""
+    if isinstance(value, list | tuple):
+        return type(value), [_kinds(item) for item in value]
+    return float if type(value) is int else type(value)

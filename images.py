@@ -42,6 +42,7 @@ RECIPE: dict[str, object] = {
     "crop": "centre",
 }
 
+MAX_FILE_BYTES = 2**29 + 2**24  # 16-bit colours and alpha of so many pixels, not compressed
 MAX_PIXELS = 2**26  # of the file as it claims, and of the resized image before it is cropped: 256 MiB in memory
 
 
@@ -370,14 +371,24 @@ def _split_of(document: dict[str, Any]) -> Split:
 
 def _name(value: object) -> str:
     # A file name and no path: nothing in a split may lead out of the data folder.
+    if not is_file_name(value):
+        raise ValueError(f"{value!r:.100} is not the name of a file or folder")
+    return value  # type: ignore[return-value]
+
+
+def is_file_name(value: object) -> bool:
+    """Says whether a value out of a file can be the name of one file or folder, and leads nowhere else."""
     if not isinstance(value, str) or value in ("", ".", "..") or "/" in value or "\0" in value:
-        raise ValueError(f"{value!r} is not the name of a file or folder")
-    return value
+        return False
+    try:
+        return bool(os.fsencode(value))
+    except UnicodeEncodeError:
+        return False
 
 
 def _key(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"([0-9a-f]{64})?", value):
-        raise ValueError(f"{value!r} is not a content key")
+        raise ValueError(f"{value!r:.100} is not a content key")
     return value
 
 

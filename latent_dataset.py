@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 import config
+import durable
 import hardware
 import latent_cache
 from config import UserError
@@ -430,9 +431,20 @@ class LatentDataset(Dataset):
 
 
 SPLIT_NAME = "split.json"
+_LARGEST_SPLIT_BYTES = 1 << 30
 
 
 def read_split(folder: Path) -> Split | None:
-    """Reads the split stored in a cache or run folder; None when there is none."""
+    """Reads the split stored in a cache or run folder; None when there is none.
+
+    Raises:
+        UserError: when it cannot be read, or is not as it was written.
+    """
     path = folder / SPLIT_NAME
-    return Split.from_bytes(path.read_bytes(), str(path)) if path.is_file() else None
+    try:
+        data = durable.read_whole(path, at_most=_LARGEST_SPLIT_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; restore it or remove it") from error
+    return Split.from_bytes(data, str(path))
