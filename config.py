@@ -368,9 +368,10 @@ _LARGEST_INT = 2**63 - 1  # what torch can count
 def _can_be_path(text: str) -> bool:
     """Says whether the system can be asked about this name; an escape in YAML or JSON may stand for anything."""
     try:
-        return b"\0" not in os.fsencode(text)
+        name = os.fsencode(text)
     except UnicodeEncodeError:
         return False
+    return b"\0" not in name and len(name) < 4096 and all(len(part) < 256 for part in name.split(b"/"))
 
 
 def _convert(word: str, kind: type) -> Any:

@@ -775,13 +775,13 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
         sealed = False
     if not sealed:
         raise UserError(_damage(path))
+    settings, record = document.get("settings"), document.get("record")
+    if not isinstance(settings, dict) or not isinstance(record, dict):
+        raise UserError(_damage(path, "it has no settings"))
     try:
-        manifest = Manifest(Space.stored(document.get("spec")), document.get("settings"), document.get("record"))
+        return Manifest(Space.stored(document.get("spec")), settings, record)
     except ValueError as error:
         raise UserError(_damage(path, str(error))) from None
-    if not isinstance(manifest.settings, dict) or not isinstance(manifest.record, dict):
-        raise UserError(_damage(path, "it has no settings"))
-    return manifest
 
 
 def _damage(path: Path, what: str = "its content does not match its checksum") -> str:

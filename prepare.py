@@ -227,13 +227,14 @@ def _without_vae(settings: ImageSettings, known: ChosenSpace) -> ChosenSpace:
 
 def space_of_manifest(manifest: Manifest) -> ChosenSpace:
     """Returns the space that the manifest of a cache names."""
-    factors = [manifest.record.get(name) for name in ("scale_factor", "shift_factor")]
-    if not all(type(factor) in (int, float) and abs(factor) < _LARGEST_FACTOR for factor in factors):
+    scale, shift = (_factor(manifest.record.get(name)) for name in ("scale_factor", "shift_factor"))
+    return ChosenSpace(manifest.space, scale, shift, vae_at_hand=False)
+
+
+def _factor(value: object) -> float:
+    if type(value) not in (int, float) or not -1e30 < value < 1e30:  # type: ignore[operator]
         raise UserError("the manifest of the cache names no scale_factor and shift_factor; run preprocess_latents.py")
-    return ChosenSpace(manifest.space, factors[0], factors[1], vae_at_hand=False)
-
-
-_LARGEST_FACTOR = 1e30
+    return value  # type: ignore[return-value]
 
 
 def record_manifest(folder: Path, settings: ImageSettings, chosen: ChosenSpace, num_images: int) -> None:

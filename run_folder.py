@@ -159,7 +159,11 @@ def build_diffusion(
     Raises:
         UserError: when the sizes do not fit the latents, or the weights do not fit into memory.
     """
-    facts = {"num_classes": num_classes, "latent_channels": latent_shape[0], "latent_size": latent_shape[1]}
+    facts: dict[str, Any] = {
+        "num_classes": num_classes,
+        "latent_channels": latent_shape[0],
+        "latent_size": latent_shape[1],
+    }
     facts |= {name: settings[name] for name in _NETWORK_SETTINGS}
     needed, free = network_bytes(**facts), hardware.free_memory_bytes(torch.device("cpu"))
     if needed > free:
