@@ -338,7 +338,7 @@ def test_checkpoints(tmp_path: Path, account: Account, is_long: bool) -> None:
 
 
 def test_sealed_checkpoints(trained: Path, tmp_path: Path, account: Account, is_long: bool) -> None:
-    meta = checkpoint.read_meta(next((trained / "results").glob("state-*")))
+    _, meta = checkpoint.load(next((trained / "results").glob("state-*")))
     path = tmp_path / checkpoint.full_name(8)
     tensors = tiny_tensors()
 

@@ -34,9 +34,11 @@ from tiny_vae import save_tiny_diffusers_vae, save_tiny_vae, tiny_vae
 import checkpoint
 import durable
 import generate as generate_script
+import images
 import latent_cache
 import preprocess_latents
 import train_latent_cfg
+import weight_files
 from checkpoint import DamagedCheckpoint
 from config import UserError
 from images import Split
@@ -1025,7 +1027,12 @@ def test_the_network_is_named_in_one_place() -> None:
     assert re.findall(r"socket\.\w+", (ROOT / "durable.py").read_text()) == ["socket.gethostname"]
 
 
-def test_nothing_connects_to_anything_without_a_hub_id(world: Path, account: Account) -> None:
+@pytest.mark.parametrize("kind", ["vae.pt", "diffusers"])
+def test_nothing_connects_to_anything_without_a_hub_id(world: Path, account: Account, kind: str) -> None:
+    if kind == "diffusers":
+        save_tiny_diffusers_vae(world / kind)
+    settings = {"vae_path": world / kind}
+
     def refuse(*arguments: object, **_: object) -> None:
         os.write(2, f"a connection was tried: {arguments}\n".encode())
         os._exit(9)
@@ -1033,12 +1040,26 @@ def test_nothing_connects_to_anything_without_a_hub_id(world: Path, account: Acc
     def run_all() -> list[int]:
         socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = refuse  # type: ignore[method-assign, assignment]
         socket.getaddrinfo = socket.gethostbyname = socket.create_connection = refuse  # type: ignore[assignment]
-        save_tiny_diffusers_vae(world / "diffusers")
-        codes = [preprocess(world), train(world, train_num_steps=1), generate(world, images_per_class=1)]
-        codes += [preprocess(world, vae_path=world / "diffusers", output_folder=world / "other")]
+        codes = [preprocess(world, **settings), train(world, train_num_steps=1, **settings)]
+        codes.append(generate(world, images_per_class=1, **settings))
         return [*codes, preprocess(world, vae_path=world / "absent.pt", output_folder=world / "another")]
 
     codes, _ = in_child(run_all)
     account.add(
         "no network", "every connection ends the process", cases=len(codes), wrong=int(codes != [0, 0, 0, 0, 2])
     )
+
+
+def test_the_limits_that_are_promised_are_those_of_the_code() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    promised = {
+        f"headers above {weight_files.MAX_HEADER_BYTES // 10**6} MB": weight_files.MAX_HEADER_BYTES % 10**6,
+        f"headers above {latent_cache._HEADER_BYTES >> 20} MiB": latent_cache._HEADER_BYTES % (1 << 20),
+        f"files above {latent_cache._LARGEST_SHARD_BYTES >> 30} GiB": latent_cache._LARGEST_SHARD_BYTES % (1 << 30),
+        f"above {latent_cache._LARGEST_MANIFEST_BYTES >> 20} MiB": latent_cache._LARGEST_MANIFEST_BYTES % (1 << 20),
+        f"headers above {checkpoint._HEADER_BYTES >> 20} MiB": checkpoint._HEADER_BYTES % (1 << 20),
+        f"files above {images.MAX_FILE_BYTES >> 20} MiB": images.MAX_FILE_BYTES % (1 << 20),
+        f"{images.MAX_PIXELS:,} pixels": 0,
+    }
+    assert [words for words, rest in promised.items() if rest or words not in text] == []
+    assert len(images._FORMATS) == 7 and "seven formats" in text
