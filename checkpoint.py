@@ -349,6 +349,8 @@ def _unpack(
     optimizer.load_state_dict(_optimizer_state(optimizer, parts["optimizer"], training["optimizer"]))
     model.load_state_dict(parts["model"])
     ema_model.load_state_dict(parts["ema"])
+    if not all(type(value) in (int, float) for value in training["scaler"].values()):
+        raise ValueError("the loss scale is no number")
     if scaler is not None and scaler.is_enabled() and training["scaler"]:
         scaler.load_state_dict(training["scaler"])
 
@@ -385,8 +387,23 @@ def _optimizer_state(
         if isinstance(value, Tensor) and value.dim() and value.shape != parameters[int(number)].shape:
             raise UserError(f"the checkpoint is of another network: optimizer.{name} is {list(value.shape)} in it")
         state.setdefault(int(number), {})[rest] = value
+    _check_moments(optimizer, state, len(parameters))
     pairs = zip(optimizer.state_dict()["param_groups"], stored["param_groups"], strict=True)
     return {"state": state, "param_groups": [_param_group(own, saved) for own, saved in pairs]}
+
+
+_ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]], count: int) -> None:
+    """Raises ValueError unless every parameter, or none, has its step and its moments."""
+    for values in state.values():
+        if isinstance(optimizer, torch.optim.Adam) and values.keys() != _ADAM_STATE:
+            raise ValueError(f"of {', '.join(sorted(_ADAM_STATE))} there is {', '.join(sorted(values))!r:.100}")
+        if not isinstance(step := values.get("step", 0), Tensor | float | int) or torch.as_tensor(step).numel() != 1:
+            raise ValueError("a step is no number")
+    if state and state.keys() != set(range(count)):
+        raise ValueError(f"it is of {len(state)} of {count} parameters")
 
 
 def _param_group(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ RECIPE: dict[str, object] = {
 }
 
 MAX_FILE_BYTES = 2**29 + 2**24  # 16-bit colours and alpha of so many pixels, not compressed
+MAX_SCANS = 100  # of a JPEG
 MAX_PIXELS = 2**26  # of the file as it claims, and of the resized image before it is cropped: 256 MiB in memory
 
 
@@ -415,6 +416,8 @@ def decode(data: bytes, *, image_size: int) -> np.ndarray:
         BadImage: with the reason, for whatever is not a whole image of a reasonable size.
     """
     _refuse_strangers(data)
+    if data.startswith(b"\xff\xd8") and _num_scans(data) > MAX_SCANS:
+        raise BadImage(f"a JPEG of more than {MAX_SCANS} scans, each of which costs the time of a picture")
     with _strict_pillow:
         try:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
@@ -423,6 +426,22 @@ def decode(data: bytes, *, image_size: int) -> np.ndarray:
                 return _square(_upright(_to_rgb(image), _orientation(image)), image_size)
         except _PILLOW_ERRORS as error:
             raise BadImage(_reason(error)) from error
+
+
+_MARKER = re.compile(rb"\xff+[^\0\xff\xd0-\xd7]")  # within a scan, these bytes stand for anything but a marker
+
+
+def _num_scans(data: bytes) -> int:
+    """Counts the scans of a JPEG: about ten where it is progressive, one where it is not."""
+    count = position = 0
+    while found := _MARKER.search(data, position):
+        marker, position = found[0][-1], found.end()
+        count += marker == 0xDA
+        if marker == 0xD9 or count > MAX_SCANS:  # its end; further pictures may follow
+            return count
+        if marker not in (0x01, 0xD8):  # these two have no content
+            position += int.from_bytes(data[position : position + 2], "big")
+    return count
 
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")

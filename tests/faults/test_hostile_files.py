@@ -444,6 +444,7 @@ TRAINING_STATES: dict[str, Change] = {  # what only a run that goes on looks at
     "parameters are text": lambda m: m["training"]["optimizer"]["param_groups"][0].update(params="x"),
     "betas are a number": lambda m: m["training"]["optimizer"]["param_groups"][0].update(betas=5),
     "another way to compute": lambda m: m["training"]["optimizer"]["param_groups"][0].update(foreach=True),
+    "loss scale is text": lambda m: m["training"].update(scaler={"scale": "x"}),
     "values of no parameter": lambda m: m["training"]["optimizer"].update(values={"x.y": 1}),
 }
 
@@ -479,6 +480,30 @@ def test_a_sealed_checkpoint_of_nonsense_is_refused_and_writes_nothing(
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         wrong += code != 2 or contents(finished.parent) != before
     account.add("hostile meta of a checkpoint", "sealed anew", cases=len(cases), wrong=wrong)
+
+
+def test_an_optimizer_without_all_its_moments_is_refused(
+    finished: Path, account: Account, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = finished / "results" / checkpoint.full_name(STEPS)
+    tensors, meta = checkpoint.load(path)
+    changes: list[Callable[[dict[str, torch.Tensor]], object]] = [
+        lambda t: t.pop("optimizer.0.exp_avg"),
+        lambda t: t.pop("optimizer.1.step"),
+        lambda t: [t.pop(f"optimizer.2.{name}") for name in ("step", "exp_avg", "exp_avg_sq")],
+        lambda t: t.update({"optimizer.0.step": torch.zeros(3)}),
+        lambda t: t.update({"optimizer.0.more": torch.zeros(())}),
+        lambda t: t.update({"optimizer.x.step": torch.zeros(())}),
+        lambda t: t.update({"log.losses": torch.zeros(2, 2)}),
+    ]
+    for change in changes:
+        changed = dict(tensors)
+        change(changed)
+        checkpoint.save(path, changed, meta)
+        capsys.readouterr()
+        assert train(finished, train_num_steps=STEPS + 1) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    account.add("hostile meta of a checkpoint", "a state of another optimizer", cases=len(changes))
 
 
 def test_weights_of_another_network_than_the_meta_say_are_refused(
@@ -1045,9 +1070,7 @@ def test_nothing_connects_to_anything_without_a_hub_id(world: Path, account: Acc
         return [*codes, preprocess(world, vae_path=world / "absent.pt", output_folder=world / "another")]
 
     codes, _ = in_child(run_all)
-    account.add(
-        "no network", "every connection ends the process", cases=len(codes), wrong=int(codes != [0, 0, 0, 0, 2])
-    )
+    account.add("no network", "every connection ends the process", cases=len(codes), wrong=int(codes != [0, 0, 0, 2]))
 
 
 def test_the_limits_that_are_promised_are_those_of_the_code() -> None:
@@ -1060,6 +1083,7 @@ def test_the_limits_that_are_promised_are_those_of_the_code() -> None:
         f"headers above {checkpoint._HEADER_BYTES >> 20} MiB": checkpoint._HEADER_BYTES % (1 << 20),
         f"files above {images.MAX_FILE_BYTES >> 20} MiB": images.MAX_FILE_BYTES % (1 << 20),
         f"{images.MAX_PIXELS:,} pixels": 0,
+        f"{images.MAX_SCANS} scans": 0,
     }
     assert [words for words, rest in promised.items() if rest or words not in text] == []
     assert len(images._FORMATS) == 7 and "seven formats" in text

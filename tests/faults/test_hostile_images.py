@@ -183,8 +183,16 @@ def bombs() -> dict[str, bytes]:
         "WEBP": b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0\xff\xff\x00\xff\xff\x00",
         "JPEG": jpeg.replace(struct.pack(">HH", 30, 40), struct.pack(">HH", 65_000, 65_000), 1),
         "20,000 frames": many_frames(20_000),
+        "1,000 scans": many_scans(),
         "a profile in 255 parts": jpeg[:2] + icc + jpeg[2:],
     }
+
+
+def many_scans() -> bytes:
+    """Returns a progressive JPEG of 8,192 x 8,192 pixels whose last scan stands in it a thousand times."""
+    data = encoded(Image.new("L", (8_192, 8_192)), "JPEG", progressive=True)
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + 1000 * data[last:end] + data[end:]
 
 
 READABLE = {"20,000 frames", "rows beyond the end", "a profile in 255 parts"}  # odd, and read at no cost
