@@ -384,7 +384,8 @@ def _optimizer_state(
     state: dict[int, dict[str, Any]] = {}
     for name, value in (dict(tensors) | stored["values"]).items():
         number, _, rest = name.partition(".")
-        if isinstance(value, Tensor) and value.dim() and value.shape != parameters[int(number)].shape:
+        # Also where it is a single number: fused Adam would write beyond it.
+        if isinstance(value, Tensor) and rest != "step" and value.shape != parameters[int(number)].shape:
             raise UserError(f"the checkpoint is of another network: optimizer.{name} is {list(value.shape)} in it")
         state.setdefault(int(number), {})[rest] = value
     _check_moments(optimizer, state, len(parameters))

@@ -69,8 +69,11 @@ def _parse_json(text: bytes | str) -> object:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not a number")
 
+    def finite(number: str) -> float:
+        return float(number) if math.isfinite(float(number)) else refuse(number)  # type: ignore[return-value]
+
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -159,7 +159,7 @@ def twisted(document: Any, draw: random.Random) -> Any:
                     other = other[name] if isinstance(other, dict | list) and _has(other, name) else other
                 holder[last] = copy.deepcopy(other)
             case _:
-                holder[last] = draw.choice(NASTY)
+                holder[last] = copy.deepcopy(draw.choice(NASTY))
     return document
 
 

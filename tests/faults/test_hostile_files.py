@@ -106,6 +106,9 @@ def hostile_headers(good: dict[str, Any]) -> dict[str, bytes]:
         "one tensor more": json.dumps({**good, "more": good["seals"]}).encode(),
         "an entry is a list": json.dumps({**good, "keys": []}).encode(),
         "another format": json.dumps({**good, "__metadata__": {**metadata, "format": "2"}}).encode(),
+        "a space beyond floats": json.dumps(
+            {**good, "__metadata__": {**metadata, "space": metadata["space"].replace("256", "1e999")}}
+        ).encode(),
         "a bool as length": changed("keys", shape=[True, 32]),
         "a float as length": changed("keys", shape=[1.0, 32]),
         "a negative shape": changed("moments", shape=[-1, 2, 2, 1]),
@@ -492,6 +495,9 @@ def test_an_optimizer_without_all_its_moments_is_refused(
         lambda t: t.pop("optimizer.1.step"),
         lambda t: [t.pop(f"optimizer.2.{name}") for name in ("step", "exp_avg", "exp_avg_sq")],
         lambda t: t.update({"optimizer.0.step": torch.zeros(3)}),
+        lambda t: t.update({"optimizer.0.exp_avg": torch.zeros(())}),
+        lambda t: t.update({"optimizer.0.exp_avg_sq": torch.zeros(1)}),
+        lambda t: t.update({"optimizer.-1.exp_avg": t["optimizer.1.exp_avg"]}),
         lambda t: t.update({"optimizer.0.more": torch.zeros(())}),
         lambda t: t.update({"optimizer.x.step": torch.zeros(())}),
         lambda t: t.update({"log.losses": torch.zeros(2, 2)}),
