@@ -497,7 +497,7 @@ def test_an_optimizer_without_all_its_moments_is_refused(
         lambda t: t.update({"optimizer.0.step": torch.zeros(3)}),
         lambda t: t.update({"optimizer.0.exp_avg": torch.zeros(())}),
         lambda t: t.update({"optimizer.0.exp_avg_sq": torch.zeros(1)}),
-        lambda t: t.update({"optimizer.-1.exp_avg": t["optimizer.1.exp_avg"]}),
+        lambda t: t.update({"optimizer.-1.exp_avg": t["optimizer.1.exp_avg"].clone()}),
         lambda t: t.update({"optimizer.0.more": torch.zeros(())}),
         lambda t: t.update({"optimizer.x.step": torch.zeros(())}),
         lambda t: t.update({"log.losses": torch.zeros(2, 2)}),
