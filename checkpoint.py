@@ -7,6 +7,7 @@ all tensors. Reading one never executes anything from it.
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -408,16 +409,16 @@ def _check_moments(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping
 
 
 def _param_group(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a saved group with the types that the optimizer's own has; raises for other names, types or lengths."""
-    group = {name: tuple(value) if isinstance(own[name], tuple) else value for name, value in saved.items()}
-    for name, value in own.items():
-        if _kinds(group[name]) != _kinds(value):
-            raise ValueError(f"{name} is {group[name]!r:.50}")
-    return group
+    """Returns the optimizer's own group with the numbers of a saved one: the rest says how this torch computes.
 
-
-def _kinds(value: object) -> object:
-    """Returns the types in a plain value; the two kinds of number are one."""
-    if isinstance(value, list | tuple):
-        return type(value), [_kinds(item) for item in value]
-    return float if type(value) is int else type(value)
+    Raises:
+        ValueError: for other parameters or what are no numbers; moments of other shapes would be written beyond.
+    """
+    if saved["params"] != own["params"] or any(type(number) is not int for number in saved["params"]):
+        raise ValueError("a group is of other parameters")
+    numbers = {name: saved[name] for name in ("lr", "eps", "weight_decay") if name in saved}
+    first, second = saved["betas"]
+    for value in (*numbers.values(), first, second):
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise ValueError(f"{value!r:.50} is no number of an optimizer")
+    return {**own, **numbers, "betas": (first, second)}

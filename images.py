@@ -362,6 +362,8 @@ def _split_of(document: dict[str, Any]) -> Split:
     images = [(item.class_name, item.name) for items in (*parts.values(), skipped) for item in items]
     if len(set(classes)) < len(classes) or len(set(images)) < len(images):
         raise ValueError("a class or an image stands in it twice")
+    if not parts["train"]:
+        raise ValueError("it has no training image")
     if not {class_name for class_name, _ in images} <= set(classes):
         raise ValueError("an image of a class that is not listed")
     rule = {name: document["rule"][name] for name in _RULE_FIELDS}

@@ -122,6 +122,9 @@ class LatentDataset(Dataset):
         self.encode, self.read_image, self.encode_batch_size = encode, read_image, encode_batch_size
         self.device = device
         self.keys = list(keys)
+        if "" in self.keys:  # a split may say so of images that were never read
+            first = self.names[self.keys.index("")]
+            raise UserError(f"the split has no content key of {first}; run preprocess_latents.py again")
         self.labels = torch.tensor(list(labels), dtype=torch.long)  # N
         self._device_labels = self.labels.to(device)
         self.norm: LatentNorm | None = None

@@ -43,7 +43,7 @@ from checkpoint import DamagedCheckpoint
 from config import UserError
 from images import Split
 from latent_cache import LatentCache, read_manifest, spaces, verify
-from latent_dataset import SPLIT_NAME, read_split
+from latent_dataset import SPLIT_NAME, LatentDataset, read_split
 from prepare import space_of_manifest
 from run_folder import METRICS_NAME, SETTINGS_NAME, Metrics, read_state
 from vae import load_vae, read_identity
@@ -446,7 +446,10 @@ TRAINING_STATES: dict[str, Change] = {  # what only a run that goes on looks at
     "lr is text": lambda m: m["training"]["optimizer"]["param_groups"][0].update(lr="x"),
     "parameters are text": lambda m: m["training"]["optimizer"]["param_groups"][0].update(params="x"),
     "betas are a number": lambda m: m["training"]["optimizer"]["param_groups"][0].update(betas=5),
-    "another way to compute": lambda m: m["training"]["optimizer"]["param_groups"][0].update(foreach=True),
+    "parameters exchanged": lambda m: m["training"]["optimizer"]["param_groups"][0]["params"].reverse(),
+    "a parameter twice": lambda m: m["training"]["optimizer"]["param_groups"][0]["params"].__setitem__(0, 1),
+    "a parameter is true": lambda m: m["training"]["optimizer"]["param_groups"][0]["params"].__setitem__(1, True),
+    "lr below 0": lambda m: m["training"]["optimizer"]["param_groups"][0].update(lr=-1),
     "loss scale is text": lambda m: m["training"].update(scaler={"scale": "x"}),
     "values of no parameter": lambda m: m["training"]["optimizer"].update(values={"x.y": 1}),
 }
@@ -558,6 +561,7 @@ SPLITS = [
     ('"train": [', '"train": null, "tram": ['),
     ('"train": [', '"train": [[1, 2, 3],'),
     ('"classes": [', '"classes": ["ID_1",'),
+    ('"train": [', '"train": [], "tram": ['),
     ('"format": 1', '"format": {}'),
     ('"format": 1', '"format": 2'),
 ]
@@ -569,6 +573,15 @@ def test_a_sealed_split_of_nonsense_is_refused(account: Account) -> None:
             Split.from_bytes(sealed_split(old, new), "split.json")
         assert str(caught.value).isprintable() and len(str(caught.value)) < 250
     account.add("hostile split", "sealed anew", cases=len(SPLITS))
+
+
+def test_a_split_without_content_keys_is_a_clear_error(finished: Path, account: Account) -> None:
+    path = finished / "latents_cache" / SPLIT_NAME
+    split = Split.from_bytes(path.read_bytes(), "")
+    overwrite(path, split.with_keys(dict.fromkeys(split.keys(), "")).to_bytes())
+    with pytest.raises(UserError, match="no content key of ID_"):
+        LatentDataset.open(finished / "latents_cache")
+    account.add("hostile split", "no content keys", cases=1)
 
 
 def test_what_is_no_file_named_like_a_manifest_or_a_split_is_an_error(tmp_path: Path, account: Account) -> None:
