@@ -4,10 +4,13 @@ Where a file ends in a checksum it is mangled twice: as bytes, which nothing may
 with a checksum that fits, which is what somebody would do on purpose.
 """
 
+import contextlib
 import copy
 import hashlib
+import io
 import json
 import random
+import shutil
 import time
 import warnings
 import zipfile
@@ -22,6 +25,7 @@ import torch
 from bounds import in_child
 from fault_account import Account
 from os_faults import overwrite
+from pipeline import STEPS, generate, preprocess, train
 from tiny_cache import SPACE, key, reader, row, stored, strangers
 from tiny_checkpoint import same, saved, tiny_tensors
 from tiny_images import SAMPLES, small_split
@@ -33,6 +37,7 @@ from checkpoint import DamagedCheckpoint
 from config import UserError
 from images import BadImage, Split, decode
 from latent_cache import MANIFEST_NAME, read_manifest, spaces, verify, write_manifest
+from latent_dataset import SPLIT_NAME
 from pictures import loss_curve
 from prepare import space_of_manifest
 from run_folder import METRICS_NAME, Metrics, read_state
@@ -172,6 +177,17 @@ def compact(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
+def sealed_manifest(document: dict[str, Any]) -> bytes:
+    """Returns a manifest with a checksum that fits whatever it holds."""
+    return compact({**document, "sha256": hashlib.sha256(compact(document).encode()).hexdigest()}).encode()
+
+
+def sealed_split(document: dict[str, Any]) -> bytes:
+    """Returns a split with a checksum that fits whatever it holds."""
+    body = (compact(document).removesuffix("}") + ",\n").encode("utf-8", "surrogatepass")
+    return body + f'  "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+
+
 def test_mangling_changes_what_it_is_given() -> None:
     data, document = bytes(range(256)) * 4, {"a": [1, {"b": "c"}], "d": 2}
     changed = [mangled(data, random.Random(number)) != data for number in range(200)]
@@ -275,10 +291,7 @@ def test_sealed_manifests(manifest: Path, account: Account, is_long: bool) -> No
     del document["sha256"]
 
     def attempt(draw: random.Random) -> bool:
-        changed = twisted(document, draw)
-        if isinstance(changed, dict):
-            changed["sha256"] = hashlib.sha256(compact(changed).encode()).hexdigest()
-        overwrite(manifest, compact(changed).encode())
+        overwrite(manifest, sealed_manifest(twisted(document, draw)))
         read_all_of_manifest(manifest.parent)
         return False
 
@@ -305,10 +318,8 @@ def test_sealed_splits(account: Account, is_long: bool) -> None:
     del document["sha256"]
 
     def attempt(draw: random.Random) -> bool:
-        body = (compact(twisted(document, draw)).removesuffix("}") + ",\n").encode("utf-8", "surrogatepass")
-        seal = f'  "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
         try:
-            split = Split.from_bytes(body + seal, "split.json")
+            split = Split.from_bytes(sealed_split(twisted(document, draw)), "split.json")
         except UserError:
             return False
         split.labels(split.train)
@@ -467,3 +478,69 @@ def test_metrics(tmp_path: Path, account: Account, is_long: bool) -> None:
         return any(row["step"] > 4 for row in metrics.rows)
 
     fuzz(account, "metrics.jsonl", "bytes, rows", attempt, is_long=is_long, cases=CASES // 3)
+
+
+# --- the scripts -------------------------------------------------------------------------------------------
+
+
+class Sealed:
+    """The documents of a world's cache and run, written anew with other values and checksums that fit."""
+
+    def __init__(self, root: Path) -> None:
+        self.cache, self.results = root / "latents_cache", root / "results"
+        self.state = self.results / checkpoint.full_name(STEPS)
+        self.tensors, self.meta = checkpoint.load(self.state)
+        self.split = json.loads((self.results / SPLIT_NAME).read_bytes())
+        self.manifest = json.loads((self.cache / MANIFEST_NAME).read_bytes())
+        del self.split["sha256"], self.manifest["sha256"]
+
+    def twist_split(self, draw: random.Random) -> None:
+        """Changes the split of both."""
+        content = sealed_split(twisted(self.split, draw))
+        for folder in (self.cache, self.results):
+            overwrite(folder / SPLIT_NAME, content)
+
+    def twist_manifest(self, draw: random.Random) -> None:
+        """Changes the manifest of the cache."""
+        overwrite(self.cache / MANIFEST_NAME, sealed_manifest(twisted(self.manifest, draw)))
+
+    def twist_state(self, draw: random.Random) -> None:
+        """Changes the meta of the last state of the run, and leaves it the only one."""
+        for path in self.results.glob("*.safetensors"):
+            path.unlink()
+        text = json.dumps(twisted(self.meta, draw))
+        facts = {"format": "1", "meta": text, "sha256": checkpoint._checksum(self.tensors, text)}
+        overwrite(self.state, safetensors.torch.save(self.tensors, facts))
+
+
+def test_the_scripts_on_documents_of_nonsense(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, account: Account, is_long: bool
+) -> None:
+    monkeypatch.setattr("durable.os.fsync", lambda _: None)  # a thousand folders are made and thrown away
+    whole, root = shutil.copytree(trained, tmp_path / "whole"), tmp_path / "world"
+    nothing = dict.fromkeys(("images_per_user", "data_path", "vae_path", "image_size"))
+    quick: dict[str, Any] = {"num_samples": 0}
+    runs: list[Callable[[], int]] = [
+        lambda: train(root, train_num_steps=STEPS + 1, **quick),
+        lambda: train(root, train_num_steps=1, results_folder=root / "new", **quick, **nothing),
+        lambda: generate(root, images_per_class=1),
+        lambda: preprocess(root, verify=True),
+        lambda: preprocess(root),
+    ]
+
+    def attempt(draw: random.Random) -> bool:
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(whole, root)
+        sealed = Sealed(root)
+        draw.choice((sealed.twist_split, sealed.twist_manifest, sealed.twist_state))(draw)
+        if draw.random() < 0.3:
+            shutil.rmtree(root / "data")
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+            codes = [run() for run in draw.sample(runs, 2)]
+        is_wrong = not set(codes) <= {0, 1, 2} or "Traceback" in said.getvalue()
+        made = {path.name for path in root.iterdir()} - {path.name for path in whole.iterdir()}
+        return (
+            is_wrong or not made <= {"new", "synthetic"} or {p.name for p in tmp_path.iterdir()} != {"whole", "world"}
+        )
+
+    fuzz(account, "the scripts", "documents sealed anew", attempt, is_long=is_long, cases=12)
