@@ -98,6 +98,8 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
         raise ValueError("its scale_factor or shift_factor is no number")
     if not all(isinstance(meta[name], str) for name in ("data_digest", "image_suffix")):
         raise ValueError("its data_digest or image_suffix is no text")
+    if not isinstance(meta["moments_digest"], str | None):
+        raise ValueError("its moments_digest is no text")
 
 
 def _check_settings(settings: Any) -> None:

@@ -437,6 +437,8 @@ METAS_OF_A_RUN: dict[str, Change] = {
     "space is nested": lambda m: m.update(space={**m["space"], "vae": nested(400)}),
     "space has no VAE": lambda m: m["space"].pop("vae"),
     "scale is text": lambda m: m.update(scale_factor="x"),
+    "no moments_digest": lambda m: m.pop("moments_digest"),
+    "data_digest is a number": lambda m: m.update(data_digest=5),
     "suffix is a number": lambda m: m.update(image_suffix=5),
 }
 TRAINING_STATES: dict[str, Change] = {  # what only a run that goes on looks at
