@@ -9,6 +9,7 @@ import copy
 import hashlib
 import io
 import json
+import os
 import random
 import shutil
 import time
@@ -460,7 +461,8 @@ def test_config_files(tmp_path: Path, account: Account, is_long: bool) -> None:
             return False
         settings = config.resolve(config.TrainSettings, [layer]).settings
         again = config.stored_layer(config.TrainSettings, "again", config.to_dict(settings)).values
-        return any(b"\0" in str(value).encode("utf-8", "surrogateescape") for value in again.values())
+        paths = [again[name] for name, spec in config.specs(config.TrainSettings).items() if spec.path and again[name]]
+        return any(b"\0" in os.fsencode(path) for path in paths)
 
     fuzz(account, "--config", "bytes, values", attempt, is_long=is_long)
 
