@@ -2,6 +2,7 @@
 # make test    install what the tests need, and run them
 # make faults  the long form of the fault suite in tests/faults
 # make check   lint and type-check
+# make audit   look the pinned packages up among the known vulnerabilities (needs the network)
 # make clean   remove the environment and what the demo made
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RUN := demo_run
 
-.PHONY: demo test faults check format clean
+.PHONY: demo test faults check audit format clean
 
 demo: $(VENV)/installed
 	$(PY) preprocess_latents.py --config configs/demo.yaml --output_folder $(RUN)/latents_cache
@@ -26,6 +27,10 @@ check: $(VENV)/installed-dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pyright
+
+audit: $(VENV)/installed
+	$(PY) -m pip install --quiet pip-audit
+	$(PY) -m pip_audit -r constraints.txt --no-deps --disable-pip
 
 format: $(VENV)/installed-dev
 	$(PY) -m ruff format .

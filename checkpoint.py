@@ -4,8 +4,10 @@ A checkpoint is one safetensors file. Its header holds a format number, `meta` a
 all tensors. Reading one never executes anything from it.
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -79,15 +81,17 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         OSError: when it cannot be read.
     """
     path = Path(path)
-    data = _read(path)
     tensors = {}
     try:
+        data = _read(path)
         entries = safetensors.deserialize(data)
         while entries:  # frees one copy of a tensor as it makes the next
             name, entry = entries.pop()
             tensors[name] = _tensor(entry)
     except (safetensors.SafetensorError, _Unreadable) as error:
         raise DamagedCheckpoint(f"{path}: {str(error)[:100]}") from None
+    except MemoryError:
+        raise OSError(errno.ENOMEM, "it is larger than the memory that is free", str(path)) from None
     # Safe to parse: safetensors has found it well-formed, and flat.
     header = json.loads(data[8 : 8 + _header_length(data)])
     return tensors, _checked_meta(path, tensors, header.get("__metadata__") or {})
@@ -113,15 +117,30 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class _Unreadable(Exception):
-    """A tensor of a kind that `save` does not write."""
+    """The reason why a file is none that `save` wrote."""
 
 
 def _read(path: Path) -> bytes:
+    """Reads a file whose length is that of the tensors that it lists: a few bytes may claim to be terabytes."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a named pipe would wait; a folder is an OSError
+        raise _Unreadable("it is not a file")
     with durable.naming(path), path.open("rb") as file:
         start = file.read(8)
         if len(start) < 8 or _header_length(start) > _HEADER_BYTES:
-            raise DamagedCheckpoint(f"{path}: it does not begin like a checkpoint")
-        return start + file.read()
+            raise _Unreadable("it does not begin like a checkpoint")
+        if _listed_bytes(file.read(_header_length(start))) != path.stat().st_size - file.tell():
+            raise _Unreadable("its length is not that of the tensors that it lists")
+        file.seek(0)
+        return file.read()
+
+
+def _listed_bytes(header: bytes) -> int:
+    """Returns how many bytes of tensors follow a header, -1 where it cannot be read."""
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        return max(ends, default=0)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return -1
 
 
 def _header_length(data: bytes) -> int:
@@ -133,9 +152,16 @@ def _tensor(entry: Mapping[str, Any]) -> Tensor:
     if dtype is None:
         raise _Unreadable(f"it holds a tensor of type {entry['dtype']}")
     if not entry["data"]:
-        return torch.empty(entry["shape"], dtype=dtype)
+        return _no_numbers(entry["shape"], dtype)
     # Cloned, so that the memory is aligned as torch aligns its own.
     return torch.frombuffer(entry["data"], dtype=dtype).reshape(entry["shape"]).clone()
+
+
+def _no_numbers(shape: list[int], dtype: torch.dtype) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except (RuntimeError, TypeError):  # sides whose product is more than torch can count, beside a 0
+        raise _Unreadable("it holds a tensor of an impossible shape") from None
 
 
 def _checked_meta(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> dict[str, Any]:
@@ -297,8 +323,22 @@ def unpack_training_state(
         model, ema_model, optimizer, scaler: where it goes.
 
     Raises:
-        UserError: when names or shapes are not those of this model; nothing is then changed.
+        UserError: when names, shapes or values are not those of this model; nothing is then changed.
     """
+    try:
+        _unpack(tensors, training, model, ema_model, optimizer, scaler)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint holds no state of this optimizer ({type(error).__name__}: {error})") from error
+
+
+def _unpack(
+    tensors: Mapping[str, Tensor],
+    training: Mapping[str, Any],
+    model: nn.Module,
+    ema_model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
@@ -310,6 +350,8 @@ def unpack_training_state(
     optimizer.load_state_dict(_optimizer_state(optimizer, parts["optimizer"], training["optimizer"]))
     model.load_state_dict(parts["model"])
     ema_model.load_state_dict(parts["ema"])
+    if not all(type(value) in (int, float) for value in training["scaler"].values()):
+        raise ValueError("the loss scale is no number")
     if scaler is not None and scaler.is_enabled() and training["scaler"]:
         scaler.load_state_dict(training["scaler"])
 
@@ -343,11 +385,40 @@ def _optimizer_state(
     state: dict[int, dict[str, Any]] = {}
     for name, value in (dict(tensors) | stored["values"]).items():
         number, _, rest = name.partition(".")
-        if isinstance(value, Tensor) and value.dim() and value.shape != parameters[int(number)].shape:
+        # Also where it is a single number: fused Adam would write beyond it.
+        if isinstance(value, Tensor) and rest != "step" and value.shape != parameters[int(number)].shape:
             raise UserError(f"the checkpoint is of another network: optimizer.{name} is {list(value.shape)} in it")
         state.setdefault(int(number), {})[rest] = value
-    groups = [
-        {name: tuple(value) if isinstance(group.get(name), tuple) else value for name, value in saved.items()}
-        for group, saved in zip(optimizer.param_groups, stored["param_groups"], strict=True)
-    ]
-    return {"state": state, "param_groups": groups}
+    _check_moments(optimizer, state, len(parameters))
+    pairs = zip(optimizer.state_dict()["param_groups"], stored["param_groups"], strict=True)
+    return {"state": state, "param_groups": [_param_group(own, saved) for own, saved in pairs]}
+
+
+_ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]], count: int) -> None:
+    """Raises ValueError unless every parameter, or none, has its step and its moments."""
+    for values in state.values():
+        if isinstance(optimizer, torch.optim.Adam) and values.keys() != _ADAM_STATE:
+            raise ValueError(f"of {', '.join(sorted(_ADAM_STATE))} there is {', '.join(sorted(values))!r:.100}")
+        if not isinstance(step := values.get("step", 0), Tensor | float | int) or torch.as_tensor(step).numel() != 1:
+            raise ValueError("a step is no number")
+    if state and state.keys() != set(range(count)):
+        raise ValueError(f"it is of {len(state)} of {count} parameters")
+
+
+def _param_group(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the optimizer's own group with the numbers of a saved one: the rest says how this torch computes.
+
+    Raises:
+        ValueError: for other parameters or what are no numbers; moments of other shapes would be written beyond.
+    """
+    if saved["params"] != own["params"] or any(type(number) is not int for number in saved["params"]):
+        raise ValueError("a group is of other parameters")
+    numbers = {name: saved[name] for name in ("lr", "eps", "weight_decay") if name in saved}
+    first, second = saved["betas"]
+    for value in (*numbers.values(), first, second):
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise ValueError(f"{value!r:.50} is no number of an optimizer")
+    return {**own, **numbers, "betas": (first, second)}

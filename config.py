@@ -8,8 +8,10 @@ through the same text parser, so `1e-4` means the same in both. Nothing here imp
 import argparse
 import difflib
 import math
+import os
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -238,7 +240,7 @@ class TrainSettings(SamplingSettings, ImageSettings):
         low=0.0,
         high=1.0,
     )
-    timesteps: int = _setting(1000, int, DIFFUSION, "diffusion timesteps", low=2)
+    timesteps: int = _setting(1000, int, DIFFUSION, "diffusion timesteps", low=2, high=1_000_000)
     objective: str = _setting(
         "pred_v", str, DIFFUSION, "what the network predicts", choices=("pred_v", "pred_noise", "pred_x0")
     )
@@ -352,9 +354,24 @@ def _parse_word(name: str, text: str, spec: Spec, where: str) -> Any:
         raise UserError(f"{name} is {text!r} in {where}; it is one of {', '.join(spec.choices)}")
     if spec.low is not None and value < spec.low:
         raise UserError(f"{name} is {text} in {where}; the smallest allowed is {spec.low:g}")
-    if spec.high is not None and value > spec.high:
-        raise UserError(f"{name} is {text} in {where}; the largest allowed is {spec.high:g}")
+    high = _LARGEST_INT if spec.high is None and spec.kind is int else spec.high
+    if high is not None and value > high:
+        raise UserError(f"{name} is {text} in {where}; the largest allowed is {high:g}")
+    if spec.path and not _can_be_path(value):
+        raise UserError(f"{name} is {text!r} in {where}; that can be no path")
     return str(Path(value).expanduser()) if spec.path and value.startswith("~") else value
+
+
+_LARGEST_INT = 2**63 - 1  # what torch can count
+
+
+def _can_be_path(text: str) -> bool:
+    """Says whether the system can be asked about this name; an escape in YAML or JSON may stand for anything."""
+    try:
+        name = os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return b"\0" not in name and len(name) < 4096 and all(len(part) < 256 for part in name.split(b"/"))
 
 
 def _convert(word: str, kind: type) -> Any:
@@ -433,10 +450,15 @@ def stored_layer(cls: type, source: str, values: Mapping[str, Any], *, only_abou
     Names that this version does not know are left out: an older or newer file still gives what it can.
     """
     known = {name: spec for name, spec in specs(cls).items() if spec.about_cache or not only_about_cache}
-    return Layer(
-        source,
-        {name: parse(name, to_words(values[name]), spec, source) for name, spec in known.items() if name in values},
-    )
+    found = {name: values[name] for name in known if name in values}
+    for name, value in found.items():
+        if not all(item is None or isinstance(item, str | int | float) for item in _items(value)):
+            raise UserError(f"{name} in {source} is neither a value nor a list of values")
+    return Layer(source, {name: parse(name, to_words(value), known[name], source) for name, value in found.items()})
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def read_command_line(cls: type, argv: Sequence[str] | None, *, description: str | None) -> list[Layer]:
@@ -483,10 +505,9 @@ def _read_pairs(path: str) -> list[tuple[str, list[str]]]:
     if not isinstance(root, yaml.MappingNode) or not all(isinstance(key, yaml.ScalarNode) for key, _ in root.value):
         raise UserError(f"--config {path} must hold lines of the form 'name: value'")
     pairs = [(key.value, _node_words(key.value, node, path)) for key, node in root.value]
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{name} stands {names.count(name)} times in {path}")
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise UserError(f"{name} stands {count} times in {path}")
     return pairs
 
 

@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -190,12 +190,12 @@ class LatentDiffusion(GaussianDiffusion):
     ):
         """Builds network and schedule; raises UserError where sizes or timesteps do not fit them."""
         _check_sizes(latent_size, dim, dim_mults)
-        unet = LatentUnet(
+        unet = _unet(
             dim=dim,
             num_classes=num_classes,
             cond_drop_prob=cond_drop_prob,
-            dim_mults=tuple(dim_mults),
-            channels=latent_channels,
+            dim_mults=dim_mults,
+            latent_channels=latent_channels,
             attn_dim_head=attn_dim_head,
             attn_heads=attn_heads,
         )
@@ -305,8 +305,44 @@ def _spread(usable: Sequence[Level], steps: int) -> list[Level]:
     return chosen
 
 
+def _unet(
+    *,
+    dim: int,
+    num_classes: int,
+    cond_drop_prob: float,
+    dim_mults: Sequence[int],
+    latent_channels: int,
+    attn_dim_head: int,
+    attn_heads: int,
+    **_schedule: Any,
+) -> LatentUnet:
+    return LatentUnet(
+        dim=dim,
+        num_classes=num_classes,
+        cond_drop_prob=cond_drop_prob,
+        dim_mults=tuple(dim_mults),
+        channels=latent_channels,
+        attn_dim_head=attn_dim_head,
+        attn_heads=attn_heads,
+    )
+
+
+def network_bytes(**settings: Any) -> float:
+    """Returns the size of the weights of a `LatentDiffusion` of these settings, infinity where torch cannot count it.
+
+    Raises:
+        UserError: where sizes do not fit.
+    """
+    _check_sizes(settings["latent_size"], settings["dim"], settings["dim_mults"])
+    try:
+        with torch.device("meta"):
+            return sum(parameter.nbytes for parameter in _unet(**settings).parameters())
+    except (RuntimeError, OverflowError, TypeError):  # "Storage size calculation overflowed", in several ways
+        return math.inf
+
+
 def _check_sizes(latent_size: int, dim: int, dim_mults: Sequence[int]) -> None:
-    step = 2 ** (len(dim_mults) - 1)
+    step = 2 ** min(len(dim_mults) - 1, 64)
     if latent_size % step:
         raise UserError(
             f"latents are {latent_size} x {latent_size}, but the {len(dim_mults)} dim_mults halve them"

@@ -1,4 +1,4 @@
-"""Publishing: a file appears under its name whole and on the disk, or not at all.
+"""Publishing: a file appears under its name whole and on the disk, or not at all; and reading one with care.
 
 Every file-system call is `os.<name>`, looked up when it is made, so that a test can make any of them fail.
 """
@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import socket
+import stat
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -155,6 +156,9 @@ def _discard(path: Path) -> None:
         os.unlink(path)
 
 
+# --- reading -----------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Gives an error of the block the name of the file: one of a read or a write, unlike one of an open, has none."""
@@ -163,6 +167,22 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         error.filename = str(path)
         raise
+
+
+def read_whole(path: str | os.PathLike[str], *, at_most: int) -> bytes:
+    """Reads a file of no more than `at_most` bytes.
+
+    Raises:
+        OSError: when it cannot be read, is longer, or is no file: a named pipe would wait, a device never end.
+    """
+    path = Path(path)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    if status.st_size > at_most:
+        raise OSError(errno.EFBIG, f"it is larger than {at_most:,} bytes", str(path))
+    with naming(path):
+        return path.read_bytes()
 
 
 # --- temporaries -------------------------------------------------------------------------------------------

@@ -29,12 +29,13 @@ from PIL import Image
 
 import durable
 import hardware
+import images
 import pictures
 import run_folder
 import vae
 from diffusion import LatentDiffusion
 from draws import sample_generator
-from images import RECIPE
+from images import RECIPE, BadImage
 from latent_cache import Space
 from latent_norm import LatentNorm
 from run_folder import SavedState
@@ -43,6 +44,7 @@ from script import DONE, Failed, StopSignals, say, warn
 
 _RECORD_NAME, _LABELS_NAME = "settings.json", "labels.csv"
 _OVERVIEW_NAME, _STRIP_NAME = "overview.png", "strip.png"
+_LARGEST_RECORD_BYTES = 1 << 20
 _OVERVIEW_ROWS, _OVERVIEW_COLUMNS = 16, 6
 
 
@@ -146,7 +148,8 @@ class Generator:
     def _draw_overview(self) -> Path:
         names = list(self.classes.values())[:_OVERVIEW_ROWS]
         shown = [cell for cell in self._cells() if cell.index < _OVERVIEW_COLUMNS]
-        rows = [[_read_made(cell.path) for cell in shown if cell.class_name == name] for name in names]
+        side = self.meta["settings"]["image_size"]
+        rows = [[_read_made(cell.path, side) for cell in shown if cell.class_name == name] for name in names]
         path = self.folder / _OVERVIEW_NAME
         pictures.save_picture(pictures.labelled_grid(rows, names), path)
         return path
@@ -183,13 +186,14 @@ class Generator:
         for place in (self.folder, *(self.folder / name for name in self.classes.values())):
             durable.remove_stale_temporaries(place)
         record, path = self._record(), self.folder / _RECORD_NAME
-        if path.is_file():
+        if path.exists():
             before = _read_record(path)
             for name, value in record.items():
                 if before.get(name) != value:
+                    then = str(before.get(name))[:100]
                     raise UserError(
-                        f"{self.folder} holds images made with {name} {before.get(name)}, now it is {value}; "
-                        "give another --output_folder"
+                        f"{self.folder} holds images made with {name} {then}, now it is {value}; give another "
+                        "--output_folder"
                     )
         durable.publish(path, (json.dumps(record, indent=2) + "\n").encode())
 
@@ -240,18 +244,19 @@ class Generator:
         return DONE
 
 
-def _read_made(path: Path) -> np.ndarray:
+def _read_made(path: Path, image_size: int) -> np.ndarray:
     try:
-        return np.asarray(Image.open(path).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for files that were cut or exchanged
-        raise Failed(f"{path} is damaged; remove it, and the same command makes it again") from error
+        return images.decode(durable.read_whole(path, at_most=images.MAX_FILE_BYTES), image_size=image_size)
+    except (OSError, BadImage) as error:
+        raise Failed(
+            f"{path} is damaged; remove it, and the same command makes it again ({getattr(error, 'strerror', error)})"
+        ) from error
 
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        with durable.naming(path):
-            record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        record = json.loads(durable.read_whole(path, at_most=_LARGEST_RECORD_BYTES))
+    except (OSError, ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
         raise UserError(f"{path} is damaged; give another --output_folder")
@@ -281,7 +286,7 @@ def _checked_vae(vae_path: str | None, meta: dict[str, Any]) -> str:
     if vae_path is None:
         raise UserError("--vae_path is needed: the checkpoint does not name a VAE")
     identity = vae.read_identity(vae_path)
-    trained = Space(meta["space"])
+    trained = Space.stored(meta["space"])
     space = Space.of(identity.fingerprint, meta["settings"]["image_size"], RECIPE, trained.moments_shape)
     if space.spec["vae"] != trained.spec["vae"]:
         raise UserError(
@@ -295,7 +300,12 @@ def _build_network(meta: dict[str, Any], weights: dict[str, torch.Tensor]) -> La
     diffusion = run_folder.build_diffusion(
         meta["settings"], num_classes=len(meta["classes"]), latent_shape=tuple(meta["latent_shape"])
     )
-    diffusion.load_state_dict(weights)
+    try:
+        diffusion.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"the checkpoint holds other weights than those of its network: {' '.join(str(error).split())[:300]}"
+        ) from error
     return diffusion.eval().requires_grad_(False)
 
 

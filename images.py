@@ -42,6 +42,8 @@ RECIPE: dict[str, object] = {
     "crop": "centre",
 }
 
+MAX_FILE_BYTES = 2**29 + 2**24  # 16-bit colours and alpha of so many pixels, not compressed
+MAX_SCANS = 100  # of a JPEG
 MAX_PIXELS = 2**26  # of the file as it claims, and of the resized image before it is cropped: 256 MiB in memory
 
 
@@ -360,6 +362,8 @@ def _split_of(document: dict[str, Any]) -> Split:
     images = [(item.class_name, item.name) for items in (*parts.values(), skipped) for item in items]
     if len(set(classes)) < len(classes) or len(set(images)) < len(images):
         raise ValueError("a class or an image stands in it twice")
+    if not parts["train"]:
+        raise ValueError("it has no training image")
     if not {class_name for class_name, _ in images} <= set(classes):
         raise ValueError("an image of a class that is not listed")
     rule = {name: document["rule"][name] for name in _RULE_FIELDS}
@@ -370,14 +374,24 @@ def _split_of(document: dict[str, Any]) -> Split:
 
 def _name(value: object) -> str:
     # A file name and no path: nothing in a split may lead out of the data folder.
+    if not is_file_name(value):
+        raise ValueError(f"{value!r:.100} is not the name of a file or folder")
+    return value  # type: ignore[return-value]
+
+
+def is_file_name(value: object) -> bool:
+    """Says whether a value out of a file can be the name of one file or folder, and leads nowhere else."""
     if not isinstance(value, str) or value in ("", ".", "..") or "/" in value or "\0" in value:
-        raise ValueError(f"{value!r} is not the name of a file or folder")
-    return value
+        return False
+    try:
+        return bool(os.fsencode(value))
+    except UnicodeEncodeError:
+        return False
 
 
 def _key(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"([0-9a-f]{64})?", value):
-        raise ValueError(f"{value!r} is not a content key")
+        raise ValueError(f"{value!r:.100} is not a content key")
     return value
 
 
@@ -404,6 +418,8 @@ def decode(data: bytes, *, image_size: int) -> np.ndarray:
         BadImage: with the reason, for whatever is not a whole image of a reasonable size.
     """
     _refuse_strangers(data)
+    if data.startswith(b"\xff\xd8") and _num_scans(data) > MAX_SCANS:
+        raise BadImage(f"a JPEG of more than {MAX_SCANS} scans, each of which costs the time of a picture")
     with _strict_pillow:
         try:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
@@ -412,6 +428,22 @@ def decode(data: bytes, *, image_size: int) -> np.ndarray:
                 return _square(_upright(_to_rgb(image), _orientation(image)), image_size)
         except _PILLOW_ERRORS as error:
             raise BadImage(_reason(error)) from error
+
+
+_MARKER = re.compile(rb"\xff+[^\0\xff\xd0-\xd7]")  # within a scan, these bytes stand for anything but a marker
+
+
+def _num_scans(data: bytes) -> int:
+    """Counts the scans of a JPEG: about ten where it is progressive, one where it is not."""
+    count = position = 0
+    while found := _MARKER.search(data, position):
+        marker, position = found[0][-1], found.end()
+        count += marker == 0xDA
+        if marker == 0xD9 or count > MAX_SCANS:  # its end; further pictures may follow
+            return count
+        if marker not in (0x01, 0xD8):  # these two have no content
+            position += int.from_bytes(data[position : position + 2], "big")
+    return count
 
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import stat
@@ -36,6 +37,8 @@ SHARD_BYTES = 64 << 20  # moments in a full shard
 SHARD_SECONDS = 60.0  # how long a row may wait in memory
 MANIFEST_NAME = "manifest.json"
 _HEADER_BYTES = 1 << 20  # a larger header is refused unread: parsing takes twenty times its memory
+_LARGEST_SHARD_BYTES = 16 * SHARD_BYTES  # what is larger is no shard: its seals and keys alone could fill the memory
+_LARGEST_MANIFEST_BYTES = 16 << 20
 _READ_BYTES = 8 << 20  # at most this much of neighbouring rows in one read
 _SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 _SPACE_NAME = re.compile(r"[0-9a-f]{16}")
@@ -66,8 +69,11 @@ def _parse_json(text: bytes | str) -> object:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not a number")
 
+    def finite(number: str) -> float:
+        return float(number) if math.isfinite(float(number)) else refuse(number)  # type: ignore[return-value]
+
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -95,6 +101,18 @@ class Space:
         }
         return cls(json.loads(_canonical(spec)))
 
+    @classmethod
+    def stored(cls, spec: object) -> "Space":
+        """Takes a spec out of a file; raises ValueError unless it could be one that `of` made."""
+        if not isinstance(spec, dict) or spec.keys() != _SPEC_FIELDS or not _is_shallow(spec):
+            raise ValueError("it does not describe a space")
+        shape, size = spec["moments_shape"], spec["image_size"]
+        if not (_are_counts(shape, 3) and shape[0] % 2 == 0 and math.prod(shape) <= _MAX_ROW_VALUES):
+            raise ValueError("it has moments of an impossible shape")
+        if not _are_counts([size], 1) or not isinstance(spec["vae"], dict):
+            raise ValueError("it describes no VAE or no image size")
+        return cls(spec)
+
     @cached_property
     def text(self) -> str:
         """The spec as canonical JSON."""
@@ -119,6 +137,22 @@ class Space:
         return [
             re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", line) for line in lines
         ]  # the start of a digest will do
+
+
+_SPEC_FIELDS = {"format", "quantity", "dtype", "moments_shape", "image_size", "recipe", "vae"}
+_MAX_ROW_VALUES = 1 << 28
+
+
+def _are_counts(values: object, number: int) -> bool:
+    """Says whether this is a list of so many whole numbers, each above 0 and none absurd."""
+    is_list = isinstance(values, list) and len(values) == number
+    return is_list and all(type(value) is int and 0 < value < 1 << 20 for value in values)  # type: ignore[union-attr]
+
+
+def _is_shallow(value: object, depth: int = 20) -> bool:
+    """Says whether no more than `depth` objects or lists lie in each other, so that a recursion over them ends."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in inner)
 
 
 def _flat(value: object, name: str = "") -> dict[str, str]:
@@ -253,6 +287,8 @@ def _read_header(descriptor: int, size: int) -> bytes:
 def _open_shard(path: Path, space: Space) -> tuple[_Shard, dict[str, str]]:
     """Reads and checks all of a shard but its moments; raises _Invalid or OSError."""
     with _opened(path) as (descriptor, size):
+        if size > max(_LARGEST_SHARD_BYTES, 2 * _row_bytes(space)):
+            raise _Invalid("it is larger than any shard")
         text = _read_header(descriptor, size)
         start = 8 + len(text)
         metadata, count = _check_header(text, size - start, space)
@@ -721,7 +757,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
     """
     path = Path(folder) / MANIFEST_NAME
     try:
-        document = _parse_json(path.read_bytes())
+        document = _parse_json(durable.read_whole(path, at_most=_LARGEST_MANIFEST_BYTES))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -742,13 +778,19 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
         sealed = False
     if not sealed:
         raise UserError(_damage(path))
-    return Manifest(Space(document["spec"]), document["settings"], document["record"])
+    settings, record = document.get("settings"), document.get("record")
+    if not isinstance(settings, dict) or not isinstance(record, dict):
+        raise UserError(_damage(path, "it has no settings"))
+    try:
+        return Manifest(Space.stored(document.get("spec")), settings, record)
+    except ValueError as error:
+        raise UserError(_damage(path, str(error))) from None
 
 
-def _damage(path: Path) -> str:
+def _damage(path: Path, what: str = "its content does not match its checksum") -> str:
     return (
-        f"{path} is damaged or was edited: its content does not match its checksum; remove it and run "
-        "preprocess_latents.py again (the images encoded so far are kept)"
+        f"{path} is damaged or was edited: {what}; remove it and run preprocess_latents.py again (the images encoded "
+        "so far are kept)"
     )
 
 
@@ -848,17 +890,16 @@ def spaces(folder: str | os.PathLike[str]) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for space_folder in sorted(Path(folder).glob("*")):
         specs = (_stored_spec(path) for path in _shard_paths(space_folder))
-        own = (spec for spec in specs if isinstance(spec, dict) and Space(spec).id == space_folder.name)
-        spec = next(own, None)
+        spec = next((spec for spec in specs if spec is not None and Space(spec).id == space_folder.name), None)
         if spec is not None:
             found[space_folder.name] = spec
     return found
 
 
-def _stored_spec(path: Path) -> object:
+def _stored_spec(path: Path) -> dict | None:
     try:
         with _opened(path) as (descriptor, size):
             header = _parse_json(_read_header(descriptor, size))
-        return _parse_json(header["__metadata__"]["space"])  # type: ignore[index]
+        return Space.stored(_parse_json(header["__metadata__"]["space"])).spec  # type: ignore[index]
     except (_Invalid, OSError, ValueError, KeyError, TypeError):
         return None

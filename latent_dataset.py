@@ -122,6 +122,9 @@ class LatentDataset(Dataset):
         self.encode, self.read_image, self.encode_batch_size = encode, read_image, encode_batch_size
         self.device = device
         self.keys = list(keys)
+        if "" in self.keys:  # a split may say so of images that were never read
+            first = self.names[self.keys.index("")]
+            raise UserError(f"the split has no content key of {first}; run preprocess_latents.py again")
         self.labels = torch.tensor(list(labels), dtype=torch.long)  # N
         self._device_labels = self.labels.to(device)
         self.norm: LatentNorm | None = None
@@ -431,12 +434,20 @@ class LatentDataset(Dataset):
 
 
 SPLIT_NAME = "split.json"
+_LARGEST_SPLIT_BYTES = 1 << 30
 
 
 def read_split(folder: Path) -> Split | None:
-    """Reads the split stored in a cache or run folder; None when there is none."""
+    """Reads the split stored in a cache or run folder; None when there is none.
+
+    Raises:
+        UserError: when it cannot be read, or is not as it was written.
+    """
     path = folder / SPLIT_NAME
-    if not path.is_file():
+    try:
+        data = durable.read_whole(path, at_most=_LARGEST_SPLIT_BYTES)
+    except FileNotFoundError:
         return None
-    with durable.naming(path):
-        return Split.from_bytes(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; restore it or remove it") from error
+    return Split.from_bytes(data, str(path))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import config
+import durable
 import hardware
 import images
 import vae
@@ -96,7 +97,7 @@ def with_fresh_keys(split: Split, data_path: str) -> Split:
 
     def key_of(entry: Entry) -> str:
         try:
-            return images.image_key(images.image_path(data_path, entry).read_bytes())
+            return images.image_key(_read_file(data_path, entry))
         except OSError:
             return entry.key or _key_of_no_content(entry.class_name, entry.name)
 
@@ -155,12 +156,16 @@ def skipped(entries: list[Entry], bad: Iterable[tuple[int, str]]) -> tuple[Skipp
 def read_image(data_path: str, entry: Entry, *, image_size: int) -> Any:
     """Reads one image as uint8 [S S 3]; refuses it when the file no longer has the content of its key."""
     try:
-        data = images.image_path(data_path, entry).read_bytes()
+        data = _read_file(data_path, entry)
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror or error}") from error
     if entry.key and images.image_key(data) != entry.key:
         raise BadImage("changed since this program looked at it first; start again")
     return images.decode(data, image_size=image_size)
+
+
+def _read_file(data_path: str, entry: Entry) -> bytes:
+    return durable.read_whole(images.image_path(data_path, entry), at_most=images.MAX_FILE_BYTES)
 
 
 # --- which space -------------------------------------------------------------------------------------------
@@ -222,8 +227,14 @@ def _without_vae(settings: ImageSettings, known: ChosenSpace) -> ChosenSpace:
 
 def space_of_manifest(manifest: Manifest) -> ChosenSpace:
     """Returns the space that the manifest of a cache names."""
-    record = manifest.record
-    return ChosenSpace(manifest.space, record["scale_factor"], record["shift_factor"], vae_at_hand=False)
+    scale, shift = (_factor(manifest.record.get(name)) for name in ("scale_factor", "shift_factor"))
+    return ChosenSpace(manifest.space, scale, shift, vae_at_hand=False)
+
+
+def _factor(value: object) -> float:
+    if type(value) not in (int, float) or not -1e30 < value < 1e30:  # type: ignore[operator]
+        raise UserError("the manifest of the cache names no scale_factor and shift_factor; run preprocess_latents.py")
+    return value  # type: ignore[return-value]
 
 
 def record_manifest(folder: Path, settings: ImageSettings, chosen: ChosenSpace, num_images: int) -> None:

@@ -245,7 +245,8 @@ def verify(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     at_hand = prepare.images_at_hand(settings, sources, may_lack=False)
     split = prepare.with_fresh_keys(stored, settings.data_path) if at_hand else stored
     cache = LatentCache(folder, manifest.space, writable=False)
-    parts = manifest.settings.get("splits", ["train"])  # a cache that training made has its training images
+    stored_parts = {"splits": manifest.settings.get("splits", ["train"])}  # training makes a cache of its images alone
+    parts = config.stored_layer(PreprocessSettings, "manifest", stored_parts).values["splits"]
     entries = [entry for name in parts for entry in getattr(split, name)]
     report = latent_cache.verify(cache, [entry.key for entry in entries])
     for problem in report.problems:

@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 from torch import Tensor
 
 import checkpoint
+import config
 import durable
-from config import UserError
-from diffusion import LatentDiffusion
-from images import Split
-from latent_dataset import SPLIT_NAME, read_split
+import hardware
+from config import TrainSettings, UserError
+from diffusion import LatentDiffusion, network_bytes
+from images import Split, is_file_name
+from latent_cache import Space
+from latent_dataset import SPLIT_NAME
+from latent_norm import LatentNorm
 
 SETTINGS_NAME, METRICS_NAME = "settings.yaml", "metrics.jsonl"
 
@@ -60,19 +64,58 @@ class SavedState:
         return self.meta["step"]
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Reads the settings of the run in `folder`; empty when there is no run."""
-    path = folder / SETTINGS_NAME
-    if not path.is_file():
-        return {}
+def _saved_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], warnings: list[str]) -> SavedState:
+    """Takes what was read from a file; its checksum says that it is whole, but not who wrote it.
+
+    Raises:
+        UserError: when its meta are not those of a training run.
+    """
     try:
-        with durable.naming(path):
-            stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); restore it from a copy") from error
-    if not isinstance(stored, dict):
-        raise UserError(f"{path} is damaged: it holds no settings; restore it from a copy")
-    return stored
+        _check_meta(meta)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
+        what = f"{type(error).__name__}: {error}"[:200]
+        raise UserError(f"{path} is no checkpoint of a training run that can be gone on with ({what})") from error
+    return SavedState(path, tensors, meta, warnings)
+
+
+def _check_meta(meta: Mapping[str, Any]) -> None:
+    """Raises for meta that `Trainer` did not write: values of other types, or that lead out of the folders."""
+    step, classes, factors = meta["step"], meta["classes"], [meta["scale_factor"], meta["shift_factor"]]
+    if type(step) is not int or not 0 <= step < 10**18:
+        raise ValueError("its step is no number of steps")
+    if not isinstance(classes, list) or not classes or len(set(classes)) < len(classes):
+        raise ValueError("its classes are no list of names")
+    for name in classes:
+        if not is_file_name(name):  # generate.py makes folders of these names
+            raise ValueError(f"{name!r:.100} is not the name of a class")
+    _check_settings(meta["settings"])
+    channels, height, width = Space.stored(meta["space"]).moments_shape
+    if meta["latent_shape"] != [channels // 2, height, width] or height != width:
+        raise ValueError("its latents have another shape than its space")
+    if len(LatentNorm.from_json(meta["latent_norm"]).shift) != channels // 2:
+        raise ValueError("its normalisation is of other latents")
+    if not all(_is_number(factor) for factor in factors):
+        raise ValueError("its scale_factor or shift_factor is no number")
+    if not all(isinstance(meta[name], str) for name in ("data_digest", "image_suffix")):
+        raise ValueError("its data_digest or image_suffix is no text")
+    if not isinstance(meta["moments_digest"], str | None):
+        raise ValueError("its moments_digest is no text")
+
+
+def _check_settings(settings: Any) -> None:
+    if not isinstance(settings, dict):
+        raise ValueError("its settings are no table")
+    parsed = config.stored_layer(TrainSettings, "its settings", settings).values
+    for name in (*_NETWORK_SETTINGS, "image_size"):
+        if name not in parsed:
+            raise ValueError(f"its settings lack {name}")
+    for name, value in parsed.items():  # "8" is a number in a file of settings, and none for the network
+        stored = settings[name]
+        if (
+            stored != (list(value) if isinstance(value, tuple) else value)
+            and not config.specs(TrainSettings)[name].path
+        ):
+            raise ValueError(f"{name} in its settings is {stored!r:.100}")
 
 
 def has_state(folder: Path) -> bool:
@@ -87,19 +130,19 @@ def newest_state(folder: Path) -> SavedState | None:
         UserError: when there are full states but none is valid.
     """
     found = checkpoint.newest(folder)
-    return None if found is None else SavedState(*found)
+    return None if found is None else _saved_state(*found)
 
 
 def newest_averages(folder: Path) -> SavedState | None:
     """Reads the newest valid averaged weights in a run folder, from either kind of file; None when there are none."""
     found = checkpoint.newest_averages(folder)
-    return None if found is None else SavedState(*found)
+    return None if found is None else _saved_state(*found)
 
 
 def read_state(path: Path) -> SavedState:
     """Reads one checkpoint file."""
     try:
-        return SavedState(path, *checkpoint.load(path), [])
+        return _saved_state(path, *checkpoint.load(path), [])
     except checkpoint.DamagedCheckpoint as error:
         raise UserError(f"not a whole checkpoint: {error}; give another, or the folder of the run") from error
 
@@ -110,24 +153,28 @@ def write_plan(folder: Path, settings_yaml: str, split: Split) -> None:
     durable.publish(folder / SPLIT_NAME, split.to_bytes())
 
 
-def read_plan_split(folder: Path) -> Split:
-    """Reads the split that a run owns; raises UserError when it is missing or damaged."""
-    split = read_split(folder)
-    if split is None:
-        raise UserError(f"{folder / SPLIT_NAME} is missing: without it the run cannot know its training images")
-    return split
-
-
 def build_diffusion(
     settings: Mapping[str, Any], *, num_classes: int, latent_shape: tuple[int, int, int]
 ) -> LatentDiffusion:
-    """Builds the network and the schedule that the settings of a run describe."""
-    return LatentDiffusion(
-        num_classes=num_classes,
-        latent_channels=latent_shape[0],
-        latent_size=latent_shape[1],
-        **{name: settings[name] for name in _NETWORK_SETTINGS},
-    )
+    """Builds the network and the schedule that the settings of a run describe.
+
+    Raises:
+        UserError: when the sizes do not fit the latents, or the weights do not fit into memory.
+    """
+    facts: dict[str, Any] = {
+        "num_classes": num_classes,
+        "latent_channels": latent_shape[0],
+        "latent_size": latent_shape[1],
+    }
+    facts |= {name: settings[name] for name in _NETWORK_SETTINGS}
+    needed, free = network_bytes(**facts), hardware.free_memory_bytes(torch.device("cpu"))
+    if needed > free:
+        raise UserError(
+            f"a network of dim {settings['dim']}, dim_mults {config.show(settings['dim_mults'])} and attn_heads "
+            f"{settings['attn_heads']} has {needed:.3g} bytes of weights, and {free:.3g} bytes of memory are free; "
+            "lower them"
+        )
+    return LatentDiffusion(**facts)
 
 
 class Metrics:
@@ -135,7 +182,7 @@ class Metrics:
 
     def __init__(self, folder: Path, *, step: int, earlier: Path | None = None) -> None:
         self.path = folder / METRICS_NAME
-        source = self.path if self.path.is_file() else (earlier or folder) / METRICS_NAME
+        source = self.path if self.path.exists() else (earlier or folder) / METRICS_NAME
         self.rows = [row for row in _read_rows(source) if row["step"] <= step]
         durable.publish(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
@@ -147,20 +194,30 @@ class Metrics:
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Returns the steps and values of one figure, over the lines that have it."""
-        rows = [row for row in self.rows if name in row]
+        rows = [row for row in self.rows if _is_number(row.get(name))]
         return [row["step"] for row in rows], [row[name] for row in rows]
+
+
+_LARGEST_METRICS_BYTES = 1 << 30
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Reads the lines that are whole; a kill may leave a torn last one."""
     rows = []
-    with durable.naming(path):
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    try:
+        text = durable.read_whole(path, at_most=_LARGEST_METRICS_BYTES).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return rows
     for line in text.splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0:
             rows.append(row)
     return rows
+
+
+def _is_number(value: object) -> bool:
+    """Says whether a value out of a file is a number that fits into a float, and is finite."""
+    return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[operator]

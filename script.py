@@ -1,6 +1,7 @@
 """What the scripts share: exit codes, the one-line error, signals, progress and log lines."""
 
 import functools
+import re
 import signal
 import sys
 import threading
@@ -90,13 +91,21 @@ def _interrupted() -> int:
 
 
 def _fail(message: object, code: int) -> int:
-    _print_error(f"error: {' '.join(str(message).split())}")
+    _print_error(f"error: {_harmless(' '.join(str(message).split()))}")
     return code
 
 
 def _print_error(text: str) -> None:
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
+
+def _harmless(text: str) -> str:
+    """Escapes what a terminal would obey: names and values may come from a file of somebody else."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def _describe_os_error(error: OSError) -> str:
@@ -115,14 +124,14 @@ def say(text: str = "") -> None:
     """Prints one line for the user, above any progress bar; what the output cannot show is escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     with suppress(OSError):  # a closed terminal, or a full disk below the log, does not end the work
-        tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+        tqdm.write(_harmless(text).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
 
 
 def warn(text: str) -> None:
     """Prints one line that the user should not miss."""
     with suppress(OSError):
-        tqdm.write(f"warning: {text}", file=sys.stderr)
+        tqdm.write(f"warning: {_harmless(text)}", file=sys.stderr)
 
 
 class StopSignals:

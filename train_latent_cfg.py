@@ -229,9 +229,9 @@ def open_data(plan: Plan, device: torch.device) -> Data:
 
 def _run_split(plan: Plan, at_hand: bool) -> Split:
     """Returns the run's own split when it goes on, else draws it; content keys are fresh where images are at hand."""
-    if plan.origin is not None and (plan.origin / SPLIT_NAME).is_file():
-        split = run_folder.read_plan_split(plan.origin)
-        return prepare.with_fresh_keys(split, plan.settings.data_path) if at_hand else split
+    own = None if plan.origin is None else read_split(plan.origin)
+    if own is not None:
+        return prepare.with_fresh_keys(own, plan.settings.data_path) if at_hand else own
     stored = read_split(plan.cache_folder)
     split = prepare.choose_images(plan.settings, at_hand=at_hand, stored=stored, where=str(plan.cache_folder))
     if plan.settings.skip_bad_images and stored is not None:
@@ -243,7 +243,7 @@ def _known_space(plan: Plan) -> ChosenSpace | None:
     """Returns the space that the run or the cache already knows, for when the VAE is not at hand."""
     if plan.state is not None:
         meta = plan.state.meta
-        return ChosenSpace(Space(meta["space"]), meta["scale_factor"], meta["shift_factor"], vae_at_hand=False)
+        return ChosenSpace(Space.stored(meta["space"]), meta["scale_factor"], meta["shift_factor"], vae_at_hand=False)
     return None if plan.manifest is None else prepare.space_of_manifest(plan.manifest)
 
 
@@ -493,7 +493,11 @@ class Trainer:
 
     def _restore(self, state: SavedState) -> None:
         self.dataset.set_norm(LatentNorm.from_json(state.meta["latent_norm"]))
-        losses = state.tensors.pop("log.losses")
+        losses = state.tensors.pop("log.losses", torch.zeros(0))
+        if losses.ndim != 1 or not losses.is_floating_point():
+            raise UserError(
+                f"{state.path} holds {list(losses.shape)} losses of {losses.dtype}, which is no list of them"
+            )
         checkpoint.unpack_training_state(
             state.tensors, state.meta["training"], self.diffusion, self.ema.model, self.optimizer, self.scaler
         )

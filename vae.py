@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import durable
 from config import UserError
 from weight_files import SUFFIXES, check_finite, check_tensor, kind_of, printable, read_weights
 
@@ -391,6 +392,7 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
 WEIGHT_KEYS = ("model_state_dict", "vae_state_dict", "state_dict", "vae", "model", "ema_state_dict", "ema")
 WRAPPERS = ("module", "_orig_mod")
 LANDMARK = "encoder.conv_in.weight"
+MOST_LEVELS = 32  # and blocks in each; what people use is four levels of two
 
 
 @dataclass(frozen=True)
@@ -420,13 +422,18 @@ class Found:
         return len({name[len(prefix) :].split(".")[0] for name in self.tensors if name.startswith(prefix)})
 
 
-def _state_dicts(tree: Mapping[Any, Any], depth: int = 2) -> Iterator[Mapping[Any, Any]]:
-    """Yields a mapping and the mappings in it, those under the usual names first."""
+def _state_dicts(tree: Mapping[Any, Any], depth: int = 2, seen: set[int] | None = None) -> Iterator[Mapping[Any, Any]]:
+    """Yields a mapping and the mappings in it, those under the usual names first, each once.
+
+    A small pickle can hold one mapping a million times in a mapping that it holds a million times.
+    """
+    seen = set() if seen is None else seen
+    seen.add(id(tree))
     yield tree
     by_rank = sorted(tree, key=lambda key: WEIGHT_KEYS.index(key) if key in WEIGHT_KEYS else len(WEIGHT_KEYS))
     for key in by_rank if depth else ():
-        if isinstance(tree[key], Mapping):
-            yield from _state_dicts(tree[key], depth - 1)
+        if isinstance(tree[key], Mapping) and id(tree[key]) not in seen:
+            yield from _state_dicts(tree[key], depth - 1, seen)
 
 
 def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Any]:
@@ -481,14 +488,20 @@ def _scale_factor(path: Path, places: Iterable[Mapping[Any, Any]]) -> float:
 
 
 def _positive(path: Path, name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
+    number = _number(value)
     if not (math.isfinite(number) and number > 0):
-        shown = repr(value) if isinstance(value, (float, int, str)) else f"a {type(value).__name__}"
+        shown = printable(repr(value)) if isinstance(value, (float, str)) else f"a {type(value).__name__}"
+        shown = str(value) if isinstance(value, int) and math.isfinite(number) else shown
         raise UserError(f"{path}: {name} is {shown}; it must be a number above 0")
     return number
+
+
+def _number(value: Any) -> float:
+    """Returns a value out of a file as a float, NaN where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return math.nan
 
 
 def _style(found: Found) -> Style:
@@ -503,7 +516,11 @@ def _empty_vae(found: Found) -> KLVAE:
     stem, z_channels = found.size(LANDMARK), found.size("encoder.conv_out.weight") // 2
     has_quant_conv = "quant_conv.weight" in found.tensors
     embed_dim = found.size("quant_conv.weight") // 2 if has_quant_conv else z_channels
-    levels = range(found.count("encoder.down."))
+    levels, num_blocks = range(found.count("encoder.down.")), found.count("encoder.down.0.block.")
+    if max(len(levels), num_blocks) > MOST_LEVELS:  # their product could be more than the memory holds
+        raise UserError(
+            f"{found.path} is not a KL-VAE of the known architecture: {len(levels)} levels, {num_blocks} blocks in each"
+        )
     widths = [found.size(f"encoder.down.{i}.block.0.conv1.weight") for i in levels]
     odd = [width for width in (stem, *widths) if width % NORM_GROUPS or width % stem]
     if odd or not widths:
@@ -515,7 +532,7 @@ def _empty_vae(found: Found) -> KLVAE:
         return KLVAE(
             width=stem,
             multipliers=[width // stem for width in widths],
-            num_blocks=found.count("encoder.down.0.block."),
+            num_blocks=num_blocks,
             embed_dim=embed_dim,
             z_channels=z_channels,
             style=_style(found),
@@ -631,19 +648,37 @@ class DiffusersVAE(VAE):
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(durable.read_whole(path, at_most=MAX_CONFIG_BYTES), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise UserError(f"{folder} is a folder without config.json, {_what_a_folder_is(folder)}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {printable(error)}") from error
     name = config.get("_class_name") if isinstance(config, dict) else None
-    if name not in DIFFUSERS_CLASSES:
+    if not isinstance(name, str) or name not in DIFFUSERS_CLASSES:
         raise UserError(
-            f"{folder} holds a {name or 'model of unknown class'}, which has no posterior for single images; "
-            f"classes that do: {', '.join(DIFFUSERS_CLASSES)}"
+            f"{folder} holds a {printable(name or 'model of unknown class')}, which has no posterior for single "
+            f"images; classes that do: {', '.join(DIFFUSERS_CLASSES)}"
         )
+    if not all(_is_setting(value) for value in config.values()):
+        raise UserError(f"{path} cannot be read: a setting is too large, or too deep a list")
     return config
+
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number")
+
+
+def _is_setting(value: Any, depth: int = 4) -> bool:
+    """Says whether this can be a setting of a model: no number or list that could fill the memory."""
+    if isinstance(value, list | dict):
+        inner = list(value.values()) if isinstance(value, dict) else value
+        return depth > 0 and len(inner) <= 1024 and all(_is_setting(item, depth - 1) for item in inner)
+    return value is None or isinstance(value, bool | str) or abs(value) <= 1_000_000
 
 
 def _what_a_folder_is(folder: Path) -> str:
@@ -681,7 +716,8 @@ def _identify_diffusers(folder: Path, halves: Sequence[str]) -> VAEIdentity:
     class_name = config["_class_name"]
     try:
         channels, downsampling = DIFFUSERS_CLASSES[class_name](config)
-    except (KeyError, TypeError) as error:
+        _check_counts(config, channels, downsampling)
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} does not say how its {class_name} is built: {error}") from error
     if (config.get("in_channels", 3), config.get("out_channels", 3)) != (3, 3):
         raise UserError(f"the {class_name} in {folder} is not for images of 3 channels")
@@ -695,8 +731,28 @@ def _identify_diffusers(folder: Path, halves: Sequence[str]) -> VAEIdentity:
         channels,
         downsampling,
         _positive(folder / "config.json", "scaling_factor", config.get("scaling_factor") or default),
-        float(config.get("shift_factor") or 0.0),
+        _shift_factor(folder / "config.json", config.get("shift_factor") or 0.0),
     )
+
+
+def _shift_factor(path: Path, value: Any) -> float:
+    number = _number(value)
+    if not math.isfinite(number):
+        raise UserError(f"{path}: shift_factor is {printable(value)}; it must be a number")
+    return number
+
+
+def _check_counts(config: Mapping[str, Any], channels: Any, downsampling: Any) -> None:
+    """Raises ValueError for sizes that no model has; one could otherwise take all the memory while it is built."""
+    for name, value, most in (("latent channels", channels, 4096), ("downsampling", downsampling, 2**MOST_LEVELS)):
+        if type(value) is not int or not 0 < value <= most:
+            raise ValueError(f"{name} {printable(value)}")
+    for name, value in config.items():
+        layers = value if isinstance(value, list) else [value]
+        if re.match(r"layers_per_|num_\w+_blocks", name) and not all(
+            type(n) is int and n <= MOST_LEVELS for n in layers
+        ):
+            raise ValueError(f"{name} {printable(value)}")
 
 
 def _diffusers_class(folder: Path) -> Any:
@@ -724,11 +780,23 @@ def _load_diffusers(folder: Path, device: torch.device | str, parts: Parts) -> D
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise UserError(f"{folder} cannot be built by diffusers: {_first_line(error)}") from error
     missing = [k for k in report["missing_keys"] if k.startswith(HALVES["encoder"] + HALVES["decoder"])]
     if missing:
         raise UserError(f"{file} lacks {len(missing)} weights of its model, such as {missing[0]}")
+    encoder = {name: t for name, t in model.state_dict().items() if name.startswith(HALVES["encoder"])}
+    if weights_digest(encoder) != identity.fingerprint["weights"]:  # as where an index beside it names other files
+        raise UserError(f"diffusers took other weights from {folder} than those in {file.name}; keep these alone")
     _leave_out(model, halves)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.to(device, copy=True)  # see _fill: diffusers leaves them mapped

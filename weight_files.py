@@ -6,6 +6,7 @@ so that only those that somebody looks at are read. Whatever is wrong is a UserE
 
 import pickle
 import re
+import stat
 import struct
 import warnings
 import zipfile
@@ -21,7 +22,7 @@ from config import UserError
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
-MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
+MAX_HEADER_BYTES = 16_000_000  # about 100,000 tensors; parsing one takes many times its size
 # What torch, zipfile and pickle raise for damaged or hostile bytes; MemoryError for sizes that are lies.
 UNREADABLE = (
     ArithmeticError,
@@ -51,6 +52,8 @@ def read_weights(path: Path) -> tuple[Any, dict[str, str]]:
 def kind_of(path: Path) -> str:
     """Returns "safetensors", "zip" or "pickle" by the first bytes; raises where the name says otherwise."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} is not a file")  # a named pipe would wait
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:

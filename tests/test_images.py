@@ -7,11 +7,8 @@ import os
 import random
 import re
 import struct
-import subprocess
-import sys
 import threading
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 from properties import given, settings, st
+from tiny_images import SAMPLES, encoded, grey16, png, reason, small_split, smooth, split_of, tiff
 from torchvision import transforms
 
 import images
@@ -27,59 +25,6 @@ from config import UserError
 from images import BadImage, Entry, Skipped, Split, decode, list_images, make_split, natural_key
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-
-
-def smooth(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
-    """Returns a picture of soft coloured blobs, different for each seed."""
-    noise = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    """Returns the bytes of an image file of this kind."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def grey16(white: int = 65535) -> np.ndarray:
-    """Returns 20 x 20 greys of 16 bits that climb from 0 to white."""
-    return np.linspace(0, white, 400).round().astype(np.uint16).reshape(20, 20)
-
-
-def tiff(
-    pixels: np.ndarray, *, photometric: int, bits: int, sample_format: int = 1, order: str = "<", data: bytes = b""
-) -> bytes:
-    """Returns an uncompressed TIFF of one channel with these header fields."""
-    data = data or pixels.tobytes()
-    height, width = pixels.shape
-    short, long = 3, 4
-    fields = [
-        *[(256, short, width), (257, short, height), (258, short, bits), (259, short, 1), (262, short, photometric)],
-        *[(273, long, 8), (277, short, 1), (278, short, height), (279, long, len(data)), (339, short, sample_format)],
-    ]
-    directory = struct.pack(order + "H", len(fields))
-    for tag, kind, value in fields:
-        directory += struct.pack(order + "HHI", tag, kind, 1)
-        directory += struct.pack(order + ("HH" if kind == short else "I"), *((value, 0) if kind == short else (value,)))
-    header = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(data))
-    return header + data + directory + struct.pack(order + "I", 0)
-
-
-def png(width: int, height: int, bit_depth: int, colour: int, rows: bytes, *extra: tuple[bytes, bytes]) -> bytes:
-    """Returns a PNG with this header, these uncompressed rows and further chunks in between."""
-    header = struct.pack(">IIBBBBB", width, height, bit_depth, colour, 0, 0, 0)
-    chunks = [(b"IHDR", header), *extra, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    body = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
-
-
-def reason(data: bytes, image_size: int = 16) -> str:
-    """Returns why these bytes are refused; fails when they are not, or in more than one printable line."""
-    with pytest.raises(BadImage) as caught:
-        decode(data, image_size=image_size)
-    assert str(caught.value) and str(caught.value).isprintable()
-    return str(caught.value)
 
 
 # --- what is in the folders --------------------------------------------------------------------------------
@@ -199,14 +144,6 @@ indexes = st.dictionaries(
     max_size=4,
 )
 kinds = st.sampled_from(["random", "contiguous"])
-
-
-def split_of(
-    index, *, num_users: int | str = "all", images_per_user: int | str = 2, seed=0, split="random", split_gap=1
-) -> Split:
-    return make_split(
-        index, num_users=num_users, images_per_user=images_per_user, seed=seed, split=split, split_gap=split_gap
-    )
 
 
 def places(entries) -> set[tuple[str, str]]:
@@ -341,12 +278,6 @@ def test_content_in_both_parts_is_found():
 # --- the stored split --------------------------------------------------------------------------------------
 
 
-def small_split() -> Split:
-    split = split_of({"ID_1": ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]}, split="contiguous", images_per_user=2)
-    keys = {(entry.class_name, entry.name): images.image_key(entry.name.encode()) for entry in split.train}
-    return split.with_keys(keys).without([Skipped("ID_1", "2.jpg", "cut short")])
-
-
 def test_a_stored_split_is_readable_with_one_image_a_line():
     data = small_split().to_bytes()
     lines = data.decode().splitlines()
@@ -355,63 +286,6 @@ def test_a_stored_split_is_readable_with_one_image_a_line():
     key = images.image_key(b"1.jpg")
     assert f'    {{"class": "ID_1", "name": "1.jpg", "key": "{key}"}}' in lines
     assert Split.from_bytes(data, "here") == small_split()
-
-
-def test_a_flip_of_any_bit_of_a_stored_split_is_refused():
-    data = small_split().to_bytes()
-    for position in range(len(data)):
-        for bit in range(8):
-            damaged = data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :]
-            with pytest.raises(UserError, match=r"results/split\.json is damaged"):
-                Split.from_bytes(damaged, "results/split.json")
-
-
-def test_a_cut_or_longer_or_other_file_is_refused():
-    data = small_split().to_bytes()
-    for damaged in (*(data[:length] for length in range(len(data))), data + b"\n", data + data, b"{}", b"\0" * 99):
-        with pytest.raises(UserError, match=r"split\.json is damaged"):
-            Split.from_bytes(damaged, "split.json")
-
-
-def sealed(old: str, new: str) -> bytes:
-    """Returns the small split with one piece of text replaced and its checksum made to fit."""
-    body = small_split().to_bytes().decode()
-    body = body[: body.index('  "sha256"')]
-    assert old in body
-    body = body.replace(old, new).encode("utf-8", "surrogatepass")
-    return body + f'  "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
-
-
-def test_another_format_is_named():
-    with pytest.raises(UserError, match=r"^split.json has format 2 but this program reads format 1; "):
-        Split.from_bytes(sealed('"format": 1', '"format": 2'), "split.json")
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ('"4.jpg"', '"../4.jpg"'),
-        ('"name": "4.jpg"', '"name": ".."'),
-        ('"4.jpg"', "4"),
-        ('"4.jpg"', '"1.jpg"'),
-        ('"4.jpg"', '"\ud800'),
-        ('"class": "ID_1"', '"class": "ID_2"'),
-        ('"key": ""', '"key": "abc"'),
-        ('"gap": [', '"gap": 5, "gop": ['),
-        ('"seed": 0', '"seed": ' + "[" * 100_000),
-        ('"seed": 0', '"seed": [0]'),
-        ('"seed": 0, ', ""),
-        ('"rule": {', '"rule": 1, "role": {'),
-        ('"train": [', '"train": null, "tram": ['),
-        ('"train": [', '"train": [[1, 2, 3],'),
-        ('"classes": [', '"classes": ["ID_1",'),
-        ('"format": 1', '"format": {}'),
-    ],
-)
-def test_a_sealed_file_that_is_no_split_is_refused(old, new):
-    with pytest.raises(UserError, match=r"^split.json (does not hold a split|has format)") as caught:
-        Split.from_bytes(sealed(old, new), "split.json")
-    assert str(caught.value).isprintable()
 
 
 # --- reading one: size, orientation ------------------------------------------------------------------------
@@ -634,145 +508,8 @@ def test_greys_of_unknown_meaning_are_refused(data, message):
 # --- reading one: refusals ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "empty"),
-        (b"\0" * 5000, "nothing but zeros"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
-        (b"\n<!DOCTYPE html><html></html>", "web page"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
-        (b"%PDF-1.7\n", "PDF"),
-        (b"PK\3\4" + b"x" * 50, "zip archive"),
-        (b"text\n" * 50, "not an image"),
-        (b"\x89PNG\r\n\x1a\n", "beginning is damaged"),
-        (encoded(smooth(), "ICO"), "not an image"),
-        (encoded(smooth(), "PDF"), "PDF"),
-        (encoded(smooth(), "TGA"), "not an image"),
-        (encoded(smooth(20_000, 10), "PNG"), "strip"),
-        (encoded(smooth(1, 5_000), "JPEG"), "strip"),
-    ],
-)
-def test_what_is_no_usable_image_is_refused_with_the_reason(data, message):
-    assert message in reason(data, image_size=256)
-
-
 def test_an_image_under_another_ending_is_read():
     np.testing.assert_array_equal(decode(encoded(smooth(32, 32), "PNG"), image_size=32), np.asarray(smooth(32, 32)))
-
-
-SAMPLES = {
-    "JPEG": encoded(smooth(), "JPEG"),
-    "progressive JPEG": encoded(smooth(), "JPEG", progressive=True),
-    "CMYK JPEG": encoded(smooth().convert("CMYK"), "JPEG"),
-    "PNG": encoded(smooth(), "PNG"),
-    "16-bit PNG": encoded(Image.fromarray(grey16()), "PNG"),
-    "palette PNG": encoded(smooth().quantize(16), "PNG", transparency=3),
-    "BMP": encoded(smooth(), "BMP"),
-    "GIF": encoded(smooth(), "GIF"),
-    "PPM": encoded(smooth(), "PPM"),
-    "16-bit PGM": encoded(Image.fromarray(grey16()), "PPM"),
-    "TIFF": encoded(smooth(), "TIFF"),
-    "deflated TIFF": encoded(smooth(), "TIFF", compression="tiff_adobe_deflate"),
-    "WEBP": encoded(smooth(), "WEBP"),
-    "lossless WEBP": encoded(smooth(), "WEBP", lossless=True),
-}
-
-
-@pytest.mark.parametrize("kind", SAMPLES)
-def test_a_file_cut_anywhere_is_refused_or_had_lost_no_pixel(kind):
-    data = SAMPLES[kind]
-    whole = decode(data, image_size=16)
-    refused = 0
-    lengths = [*range(0, len(data), 7), *range(len(data) - 40, len(data))]
-    for length in lengths:
-        try:
-            found = decode(data[:length], image_size=16)
-        except BadImage as error:
-            refused += 1
-            assert str(error).isprintable()
-        else:
-            np.testing.assert_array_equal(found, whole)
-    assert refused >= len(lengths) - 25
-
-
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.95, 0.999])
-def test_a_truncated_jpeg_is_refused_whatever_others_have_switched_on(share, monkeypatch):
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
-    data = encoded(smooth(256, 256), "JPEG", quality=90)
-    decode(data, image_size=64)
-    assert "cut short" in reason(data[: int(len(data) * share)])
-    assert ImageFile.LOAD_TRUNCATED_IMAGES is True and Image.MAX_IMAGE_PIXELS == 5
-
-
-def test_damaged_files_are_never_anything_but_bad_images():
-    draw = random.Random(0)
-    outcomes = {"read": 0, "refused": 0}
-    for _ in range(1200):
-        data = bytearray(SAMPLES[draw.choice(list(SAMPLES))])
-        for _ in range(draw.choice((1, 3, 10))):
-            position = draw.randrange(min(len(data), draw.choice((40, 400, 10**6))))
-            data[position] = draw.choice((0, 255, 127, data[position] ^ 1 << draw.randrange(8)))
-        data = data.replace(b"P6 40 30", b"P6 41 30")
-        try:
-            assert decode(bytes(data), image_size=8).shape == (8, 8, 3)
-            outcomes["read"] += 1
-        except BadImage as error:
-            assert str(error).isprintable()
-            outcomes["refused"] += 1
-    assert min(outcomes.values()) > 200
-
-
-def test_bombs_cost_neither_time_nor_memory(tmp_path):
-    huge = (40_000, 40_000)
-    gif = b"GIF89a" + struct.pack("<HH", *huge) + b"\0\0\0," + struct.pack("<HHHH", 0, 0, *huge) + b"\0\2\0;"
-    text = zlib.compress(b"\0" * 100_000_000)
-    bombs = {
-        "one-bit PNG": encoded(Image.new("1", (9_500, 9_500)), "PNG"),
-        "PNG": png(*huge, 8, 2, b"\0"),
-        "text": png(1, 1, 8, 0, b"\0\0", (b"zTXt", b"key\0\0" + text)),
-        "international text": png(1, 1, 8, 0, b"\0\0", (b"iTXt", b"key\0\1\0\0\0" + text)),
-        "profile": png(1, 1, 8, 0, b"\0\0", (b"iCCP", b"key\0\0" + text)),
-        "GIF": gif,
-        "BMP": b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, *huge, 1, 24, 0, 0, 0, 0, 0, 0),
-        "PPM": b"P6 40000 40000 255\n" + b"\0" * 99,
-        "TIFF": tiff(np.zeros((1, 1), np.uint8), photometric=1, bits=8).replace(
-            struct.pack("<HHIHH", 256, 3, 1, 1, 0), struct.pack("<HHII", 256, 4, 1, 2**30)
-        ),
-        "WEBP": b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0\xff\xff\x00\xff\xff\x00",
-        "JPEG": (jpeg := encoded(smooth(), "JPEG")).replace(
-            struct.pack(">HH", 30, 40), struct.pack(">HH", 65_000, 65_000), 1
-        ),
-    }
-    assert struct.pack(">HH", 30, 40) in jpeg
-    for name, data in bombs.items():
-        (tmp_path / name).write_bytes(data)
-    script = """
-import pathlib, resource, sys, time
-import images
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-images.decode(pathlib.Path(sys.argv[2]).read_bytes(), image_size=16)
-for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
-    data, before, start = path.read_bytes(), peak(), time.process_time()
-    try:
-        images.decode(data, image_size=16)
-        answer = "read"
-    except images.BadImage as error:
-        answer = str(error)
-    print(path.name, time.process_time() - start, peak() - before, answer, sep="|")
-"""
-    fine = tmp_path.parent / "fine.png"
-    fine.write_bytes(encoded(smooth(), "PNG"))
-    command = [sys.executable, "-W", "error", "-c", script, str(tmp_path), str(fine)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=True, cwd=Path(images.__file__).parent, timeout=60
-    )
-    answers = [line.split("|") for line in result.stdout.splitlines()]
-    assert len(answers) == len(bombs) and not result.stderr
-    for name, seconds, kibibytes, answer in answers:
-        assert answer != "read", name
-        assert float(seconds) < 0.1 and int(kibibytes) < 100_000, (name, seconds, kibibytes)
 
 
 def test_the_limit_on_pixels_lets_large_photographs_through():
@@ -833,12 +570,6 @@ def test_what_pillow_warns_of_does_not_surface():
         decode(data, image_size=16)
         with pytest.raises(UserWarning, match="mine"):
             warnings.warn("mine", stacklevel=1)
-
-
-@quick
-@given(st.binary(max_size=200))
-def test_any_bytes_are_refused_in_one_line(data):
-    reason(data)
 
 
 def test_the_key_is_the_digest_of_the_bytes():

@@ -5,7 +5,6 @@ import collections
 import hashlib
 import json
 import pathlib
-import pickle
 import struct
 import sys
 import zipfile
@@ -35,16 +34,6 @@ def test_the_comparison_used_here_sees_a_difference():
     assert_close(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
     with pytest.raises(AssertionError):
         assert_close(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 2.0]))
-
-
-def test_nothing_here_opens_a_pickle_in_any_other_way():
-    root = pathlib.Path(vae.__file__).parent
-    sources = {path.name: path.read_text(encoding="utf-8") for path in root.glob("*.py")}
-    assert len(sources) > 5
-    unsafe = ("pickle.load", "allow_pickle=True", "weights_only=False", "joblib", "import dill")
-    assert [(name, word) for name, text in sources.items() for word in unsafe if word in text] == []
-    assert [name for name, text in sources.items() if "torch.load(" in text] == ["weight_files.py"]
-    assert sources["weight_files.py"].count("torch.load(") == 1
 
 
 # --- the network of family A -------------------------------------------------------------------------------
@@ -507,25 +496,6 @@ def test_truncated_files_are_refused_wherever_they_end(tmp_path, name):
     assert len(ends) == 12
 
 
-def test_damaged_bytes_never_raise_anything_but_a_user_error(tmp_path):
-    save_tiny_vae(tmp_path / "whole.pt")
-    whole = bytearray((tmp_path / "whole.pt").read_bytes())
-    with zipfile.ZipFile(tmp_path / "whole.pt") as archive:
-        pickled = next(record for record in archive.infolist() if record.filename.endswith("data.pkl"))
-    draw = np.random.default_rng(0)
-    refused = 0
-    for _ in range(80):
-        damaged = bytearray(whole)
-        damaged[pickled.header_offset + draw.integers(60, 60 + pickled.file_size)] = draw.integers(256)
-        (tmp_path / "vae.pt").write_bytes(damaged)
-        try:
-            load_vae(tmp_path / "vae.pt", "cpu")
-        except UserError as error:
-            refused += 1
-            assert "\n" not in str(error)
-    assert refused > 25
-
-
 def test_names_from_a_file_are_shown_without_control_characters(tmp_path):
     torch.save({**tiny_vae().state_dict(), "encoder.\x1b[2J\n": torch.rand(2)}, tmp_path / "vae.pt")
     with pytest.raises(UserError, match=r"encoder\.\\x1b\[2J\\n \(2,\) has no place") as caught:
@@ -533,73 +503,13 @@ def test_names_from_a_file_are_shown_without_control_characters(tmp_path):
     assert str(caught.value).isprintable()
 
 
-# --- files made to do harm ---------------------------------------------------------------------------------
-
-
-class Harm:
-    """Runs a command where it is unpickled."""
-
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        import os
-
-        return os.system, (self.command,)
-
-
-@pytest.mark.parametrize("force", [None, "1"])
-def test_code_in_a_pickle_never_runs(tmp_path, monkeypatch, force):
-    if force:
-        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", force)
-    canary, state = tmp_path / "canary", tiny_vae().state_dict()
-    content = {"model_state_dict": state, "extra": Harm(f"touch {canary}")}
-    torch.save(content, tmp_path / "zip.pt")
-    torch.save(content, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    for protocol in range(2, 6):
-        (tmp_path / f"plain{protocol}.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
-    paths = sorted(tmp_path.glob("*.p*"))
-    for path in paths:
-        with pytest.raises(UserError) as caught:
-            load_vae(path, "cpu")
-        if path.suffix == ".pt":
-            assert "posix.system" in str(caught.value) and "torch.save(model.state_dict()" in str(caught.value)
-    assert len(paths) == 6
-    assert not canary.exists()
-    if force:  # the same file does run where nobody says weights_only
-        with pytest.warns(UserWarning, match="FORCE_NO_WEIGHTS_ONLY_LOAD"):
-            torch.load(tmp_path / "zip.pt")
-        assert canary.exists()
+# --- pickles ------------------------------------------------------------------------------------------------
 
 
 def test_a_whole_pickled_model_is_refused_by_its_class(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
     with pytest.raises(UserError, match=r"holds torch\.nn\.modules\.linear\.Linear, which is no weight"):
         load_vae(tmp_path / "model.pt", "cpu")
-
-
-@pytest.mark.parametrize("shape", [(10**12,), (32, 3, 3, 10**10)])
-@pytest.mark.parametrize("new_format", [True, False])
-def test_a_small_file_that_claims_terabytes_is_refused(tmp_path, shape, new_format):
-    huge = torch.zeros(1).expand(shape)
-    state = {"encoder.conv_in.weight": huge, "encoder.conv_out.weight": huge}
-    torch.save(state, tmp_path / "vae.pt", _use_new_zipfile_serialization=new_format)
-    assert (tmp_path / "vae.pt").stat().st_size < 2000
-    with pytest.raises(UserError, match=r"claims [0-9,]+,000,000,000 bytes, more than the file holds"):
-        load_vae(tmp_path / "vae.pt", "cpu")
-
-
-def rezipped(source, target, compression):
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
-        for record in old.infolist():
-            new.writestr(record.filename, old.read(record))
-
-
-def test_a_compressed_archive_is_refused_before_its_bytes_are_taken_for_weights(tmp_path):
-    save_tiny_vae(tmp_path / "vae.pt")
-    rezipped(tmp_path / "vae.pt", tmp_path / "zipped.pt", zipfile.ZIP_DEFLATED)
-    with pytest.raises(UserError, match="was compressed after"):
-        load_vae(tmp_path / "zipped.pt", "cpu")
 
 
 @pytest.mark.parametrize(("version", "outcome"), [("2.5.1+cu121", UserError), ("2.9.1", UserWarning)])
