@@ -57,7 +57,8 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[s
 def check_command_line(cls: type, description: str | None) -> None:
     """Answers --help and mistakes in the flags at once; a script calls this before it imports torch.
 
-    From then on the imports, too, end in one line when they fail or are interrupted.
+    From then on the imports, too, end in one line when they fail or are interrupted. Until then Ctrl-C ends the
+    process without a word, where the script has set SIGINT to its default action.
     """
 
     @command
@@ -69,6 +70,8 @@ def check_command_line(cls: type, description: str | None) -> None:
     if code != DONE:
         sys.exit(code)
     sys.excepthook = _explain_import
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _explain_import(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

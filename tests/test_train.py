@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,19 @@ import tiny
 import torch
 from os_faults import fault_at, forked, killing, raising
 from PIL import Image
-from pipeline import CLASSES, HALF, STEPS, losses, preprocess, state_digests, stored_moments, train
+from pipeline import (
+    CLASSES,
+    HALF,
+    STEPS,
+    assert_same_run,
+    at_step,
+    losses,
+    preprocess,
+    signal_self,
+    state_digests,
+    stored_moments,
+    train,
+)
 
 import checkpoint
 import config
@@ -38,35 +49,6 @@ from train_latent_cfg import Clock, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_IMAGE_FLAGS: dict[str, object] = {"vae_path": None, "data_path": None, "image_size": None, "images_per_user": None}
-
-
-@pytest.fixture
-def cached(trained: Path, world: Path) -> Path:
-    """A world whose images are all encoded already."""
-    shutil.copytree(trained / "latents_cache", world / "latents_cache")
-    return world
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
-    """Does something right before the step of this number, counted from 1, is taken."""
-    take_step = Trainer.train_step
-
-    def train_step(trainer: Trainer) -> None:
-        if trainer.finished_steps == step - 1:
-            action()
-        take_step(trainer)
-
-    monkeypatch.setattr(Trainer, "train_step", train_step)
-
-
-def signal_self(number: int) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
-
-
-def assert_same_run(world: Path, trained: Path, results: str = "results") -> None:
-    """Asserts that a run ended in the very bits of the uninterrupted one, and tells of the same losses."""
-    assert state_digests(world / results) == state_digests(trained / "results")
-    assert losses(world / results) == losses(trained / "results")
 
 
 # --- lazy and pre-encoded are one --------------------------------------------------------------------------
