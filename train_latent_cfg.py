@@ -442,12 +442,20 @@ class Trainer:
         return [self.dataset.names[position] for position in positions.tolist()]
 
     def check_finite(self) -> None:
-        """Raises Failed, naming the step and its images, if a step was skipped since its loss was not finite."""
+        """Raises Failed, naming the step and its images, if one was skipped since loss or gradient were not finite."""
         bad = int(self.first_bad_step)
         if bad >= 0:
+            loss = self.losses[bad - self.finished_steps]  # one for each step since the last log line
+            what = "the gradient of step" if loss.isfinite() else "the loss of step"
             raise Failed(
-                f"the loss of step {bad + 1:,} is not finite; the step was not taken, the last save is in "
+                f"{what} {bad + 1:,} is not finite; the step was not taken, the last save is in "
                 f"{self.settings.results_folder}; its images are {', '.join(self.names_of_step(bad))}"
+            )
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise Failed(
+                f"the gradients overflow float16 even with a loss scale of {self.scaler.get_scale():g}, at step "
+                f"{self.finished_steps:,}; no such step was taken, and the last save is in "
+                f"{self.settings.results_folder}; give another --results_folder and --precision bfloat16 or float32"
             )
 
     # --- saving ---

@@ -182,16 +182,6 @@ def test_what_is_no_key_is_refused(tmp_path, bad):
             use([bad])
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_moments_that_are_not_finite_are_refused_by_name_and_nothing_is_taken(tmp_path, value):
-    cache = LatentCache(tmp_path, SPACE, writable=True)
-    rows = np.stack([row(0), row(1)])
-    rows[1, 0, 1, 0] = value
-    with pytest.raises(ValueError, match=r"ID_7/x\.jpg are not finite"):
-        cache.put([key(0), key(1)], rows, ["ID_7/w.jpg", "ID_7/x.jpg"], RECORD)
-    assert cache.pending == 0
-
-
 def test_wrong_shapes_types_and_records_are_refused(tmp_path):
     cache = LatentCache(tmp_path, SPACE, writable=True)
     for rows in (row(0), row(0)[None].astype(np.float32), np.zeros((1, 2, 2, 2), np.float16)):
