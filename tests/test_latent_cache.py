@@ -62,18 +62,6 @@ def test_differing_fields_name_the_field_and_both_values():
     assert here.differing_fields(here) == []
 
 
-def test_rows_of_another_space_are_never_served(tmp_path):
-    path = stored(tmp_path, range(3))
-    other = make_space(weights="other")
-    assert found_rows(reader(tmp_path, other), range(3)) == []
-    moved = tmp_path / other.id / path.name
-    moved.parent.mkdir()
-    path.rename(moved)
-    cache = reader(tmp_path, other)
-    assert found_rows(cache, range(3)) == []
-    assert cache.problems == [f"{moved}: it belongs to another space; its rows count as missing"]
-
-
 def test_the_seal_knows_the_space_even_where_a_header_lies(tmp_path):
     here, there = make_space(weights="one"), make_space(weights="two")
     path = stored(tmp_path, range(2), here)
