@@ -607,15 +607,6 @@ def two_copies(folder: Path) -> tuple[list[Path], list[np.ndarray]]:
     return paths, [safetensors.numpy.load_file(path)["moments"][0] for path in paths]
 
 
-def test_of_several_copies_the_first_by_name_counts_whatever_the_times(tmp_path):
-    paths, rows = two_copies(tmp_path)
-    for times in ((1, 2e9), (2e9, 1)):
-        for path, when in zip(paths, times, strict=True):
-            os.utime(path, (when, when))
-        assert np.array_equal(reader(tmp_path).read([key(0)])[0][0], rows[0])
-    assert len(reader(tmp_path)) == 1
-
-
 def test_the_next_valid_copy_counts_when_the_first_is_damaged(tmp_path):
     paths, rows = two_copies(tmp_path)
     data = bytearray(paths[0].read_bytes())
@@ -627,46 +618,6 @@ def test_the_next_valid_copy_counts_when_the_first_is_damaged(tmp_path):
     assert np.array_equal(moments[1], rows[1])
     report = verify(cache, [key(0)])
     assert (report.good, report.damaged) == ([key(0)], [])
-
-
-def write_in_rounds(folder: Path, numbers: list[int]) -> None:
-    cache = LatentCache(folder, SPACE, writable=True)
-    for i in numbers:
-        put(cache, [i, i + 1])
-        cache.flush()
-
-
-def test_writers_on_one_folder_lose_nothing_and_readers_see_whole_rows(tmp_path):
-    numbers = [list(range(start, start + 20)) for start in (0, 10, 20)]
-    children = [fork(lambda some=some: write_in_rounds(tmp_path, some)) for some in numbers]
-    cache = reader(tmp_path)
-    for _ in range(20):
-        cache.refresh()
-        found_rows(cache, range(41))
-    assert [wait_for(child) for child in children] == [0, 0, 0]
-    assert cache.problems == []
-    assert found_rows(reader(tmp_path), range(41)) == [*range(41)]
-    assert not list(tmp_path.rglob(".tmp*"))
-
-
-def test_a_merge_while_others_write_and_merge_loses_nothing(tmp_path):
-    def write_and_merge(numbers: list[int]) -> None:
-        for i in numbers:
-            cache = LatentCache(tmp_path, SPACE, writable=True)
-            put(cache, [i, i + 1])
-            cache.merge()
-
-    children = [fork(lambda: write_and_merge(list(range(15)))), fork(lambda: write_and_merge(list(range(10, 25))))]
-    old = reader(tmp_path)
-    found_so_far: set[int] = set()
-    for _ in range(20):
-        now = set(found_rows(old, range(26)))
-        assert found_so_far <= now
-        found_so_far = now
-        old.refresh()
-    assert [wait_for(child) for child in children] == [0, 0]
-    assert old.problems == []
-    assert found_rows(reader(tmp_path), range(26)) == [*range(26)]
 
 
 def test_a_forked_child_reads_through_the_same_object(tmp_path):
@@ -714,27 +665,6 @@ def test_merge_fills_shards_up_to_their_size_and_leaves_full_ones(tmp_path, monk
     assert sorted(sizes) == [2, 5, 5]
     assert full.stat().st_mtime_ns == before.st_mtime_ns
     assert found_rows(reader(tmp_path), range(12)) == [*range(12)]
-
-
-def test_a_reader_with_an_older_view_finds_merged_rows(tmp_path):
-    for i in range(3):
-        stored(tmp_path, [i])
-    old = reader(tmp_path)
-    assert found_rows(old, [0]) == [0]
-    LatentCache(tmp_path, SPACE, writable=True).merge()
-    assert found_rows(old, range(3)) == [0, 1, 2]
-    assert old.problems == []
-    for path in old.shard_paths():
-        path.unlink()
-    assert found_rows(old, range(3)) == []
-
-
-def test_a_stale_handle_is_looked_for_again(tmp_path):
-    stored(tmp_path, range(3))
-    cache = reader(tmp_path)
-    with fault_at(0, raising(errno.ESTALE), only=("fstat",)):
-        assert found_rows(cache, range(3)) == [0, 1, 2]
-    assert cache.problems == []
 
 
 @pytest.mark.parametrize("after", [False, True])
