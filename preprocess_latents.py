@@ -8,7 +8,7 @@ Running it again encodes only what is missing; train_latent_cfg.py then reads th
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `script` takes over, Ctrl-C ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
 
 import sys
 import time

@@ -9,7 +9,7 @@ needed. The same command goes on with a run that was stopped.
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `script` takes over, Ctrl-C ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
 
 import math
 import sys

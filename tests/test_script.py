@@ -78,8 +78,8 @@ def test_help_comes_before_torch_is_imported(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize(("module", "code"), [("config", -2), ("yaml", -2), ("durable", -2), ("torch", 130)])
-def test_ctrl_c_during_the_imports_ends_without_a_traceback(name, module, code):
+@pytest.mark.parametrize("module", ["config", "durable", "torch"])
+def test_ctrl_c_during_the_imports_ends_without_a_word(name, module):
     program = f"""
 import os, runpy, signal, sys
 class Finder:
@@ -91,8 +91,7 @@ sys.argv = ["{name}", "--device", "cpu"]
 runpy.run_path("{name}", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == code and "Traceback" not in done.stderr
-    assert done.stdout == "" and done.stderr.count("\n") == (2 if code == 130 else 0)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,4 +1,4 @@
-"""train_latent_cfg.py from end to end: the same training however it is fed, stopped, killed or taken up again."""
+"""train_latent_cfg.py from end to end: the same training however it is fed; what it saves and leaves behind."""
 
 import errno
 import json

@@ -147,12 +147,12 @@ def test_clocks_that_are_ten_years_off_change_nothing(world, trained, account):
 
 def test_a_temporary_that_a_wrong_clock_makes_look_abandoned_is_written_anew(tmp_path, monkeypatch, account):
     """Another process removes it under its living writer."""
-    write_new, removed = durable._write_new, []
+    write_new, removed, long_ago = durable._write_new, [], time.time() - 1e8
 
     def aged(path: Path, chunks: list[memoryview]) -> os.stat_result:
         status = write_new(path, chunks)
         if not removed and chunks:
-            os.utime(path, (time.time() - 1e8,) * 2)
+            os.utime(path, (long_ago, long_ago))
             removed.append(durable.remove_stale_temporaries(path.parent))
         return status
 

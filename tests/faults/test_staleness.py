@@ -324,9 +324,9 @@ def test_odd_names_of_files_and_classes_are_just_names(tmp_path, encoder, accoun
 
 # --- the numbers themselves --------------------------------------------------------------------------------
 
-# For a picture without and with transparency: some pixels of what is read from it, and of each of the eight channels
-# of moments that the tiny VAE gives, the mean, the deviation and two values.
-GOLDEN_PIXELS = {"RGB": [[33, 6, 251], [46, 9, 251]], "RGBA": [[237, 234, 255], [232, 227, 255]]}
+# For a picture without and with transparency: the sum and some pixels of what is read from it, and of each of the
+# eight channels of moments that the tiny VAE gives, the mean, the deviation and two values.
+GOLDEN_PIXELS = {"RGB": [111587, 33, 6, 251, 46, 9, 251], "RGBA": [150387, 237, 234, 255, 232, 227, 255]}
 GOLDEN_MOMENTS = {
     "RGB": [
         [1.6408, 0.8779, 0.3899, 1.6074],
@@ -369,11 +369,12 @@ def test_what_is_stored_does_not_move_unnoticed(tmp_path, account, mode):
     tiny.make_image(1).save(tmp_path / "data" / "ID_2" / "other.png")
     assert preprocess(tmp_path, **ALL) == 0
     pixels = images.decode(golden_png(mode), image_size=pipeline.SIZE).astype(int)
-    moved = np.abs(pixels[0, :2] - GOLDEN_PIXELS[mode]).max()
-    assert moved <= 1, f"an image gives other pixels than before: raise the version in images.RECIPE ({pixels[0, :2]})"
+    read = [int(pixels.sum()), *pixels[0, :2].ravel().tolist()]
+    assert read == GOLDEN_PIXELS[mode], f"an image gives other pixels: raise the version in images.RECIPE ({read})"
     row = pipeline.stored_moments(tmp_path / "latents_cache")[images.image_key(golden_png(mode))]
     moments = np.frombuffer(row, "<f2").reshape(8, 8, 8).astype(float)
     found = np.stack([moments.mean((1, 2)), moments.std((1, 2), ddof=1), moments[:, 0, 0], moments[:, 4, 5]], axis=1)
-    is_same = np.allclose(found, GOLDEN_MOMENTS[mode], atol=0.005)
-    assert is_same, f"an image gives other moments than before: raise latent_cache.FORMAT ({found.round(4).tolist()})"
+    moved = np.abs(found - GOLDEN_MOMENTS[mode])
+    is_same = moved[:, :2].max() < 3e-4 and moved[:, 2:].max() < 3e-3  # single values are rounded to float16
+    assert is_same, f"equal pixels give other moments: raise latent_cache.FORMAT ({found.round(4).tolist()})"
     account.add("the code itself", "golden moments of a fixed PNG", cases=found.size)
