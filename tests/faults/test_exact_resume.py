@@ -574,7 +574,7 @@ def test_real_processes_killed_and_stopped_at_any_time_are_one_run(cached, is_lo
     num_steps, generator, ends = 1500, random.Random(5), []
     command = [sys.executable, "train_latent_cfg.py"]
     command += pipeline.train_flags(cached, train_num_steps=num_steps, save_and_sample_every=25, num_samples=0)
-    while len(ends) < 24:
+    while len(ends) < 16:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         time.sleep(generator.uniform(0.5, 9.0))
         process.send_signal(generator.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
