@@ -243,6 +243,20 @@ def newest_averages(folder: str | os.PathLike[str]) -> Found | None:
     return _newest_whole(Path(folder), _ANY_NAME)
 
 
+def newest_stamp(folder: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """Returns the name of the newest full state, whole or not, and a digest that another save would not have.
+
+    None when there is none or it cannot be read just now.
+    """
+    with suppress(OSError):
+        for _, path in _saved(Path(folder), _FULL_NAME)[:1]:
+            with path.open("rb") as file:
+                start = file.read(8)
+                start += file.read(min(_header_length(start), _HEADER_BYTES))  # holds the checksum of all the rest
+            return path.name, hashlib.sha256(start).hexdigest()
+    return None
+
+
 def is_full(meta: Mapping[str, Any]) -> bool:
     """Says whether the file with this meta holds a full state."""
     return "training" in meta

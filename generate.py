@@ -6,6 +6,11 @@ An image depends on the checkpoint, the settings, its class and its number alone
 is missing.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
+
 import csv
 import difflib
 import io

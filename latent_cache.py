@@ -39,6 +39,7 @@ MANIFEST_NAME = "manifest.json"
 _HEADER_BYTES = 1 << 20  # a larger header is refused unread: parsing takes twenty times its memory
 _LARGEST_SHARD_BYTES = 16 * SHARD_BYTES  # what is larger is no shard: its seals and keys alone could fill the memory
 _LARGEST_MANIFEST_BYTES = 16 << 20
+_LISTINGS = 5  # times to look again when a merge removes what the listing of a folder names
 _READ_BYTES = 8 << 20  # at most this much of neighbouring rows in one read
 _SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 _SPACE_NAME = re.compile(r"[0-9a-f]{16}")
@@ -426,11 +427,23 @@ class LatentCache:
     def refresh(self) -> None:
         """Looks for shards that other processes have published or merged since."""
         known, self._shards = self._shards, {}
-        with self._noting_problems(self._space_folder):
-            for path in _shard_paths(self._space_folder):
-                with self._noting_problems(path), suppress(FileNotFoundError):
-                    self._shards[path.name] = known.get(path.name) or _open_shard(path, self.space)[0]
+        with self._noting_problems(self._space_folder), suppress(FileNotFoundError):
+            for _ in range(_LISTINGS):
+                if self._open_all(_shard_paths(self._space_folder), known):
+                    break
         self._forget_index()
+
+    def _open_all(self, paths: Sequence[Path], known: Mapping[str, _Shard]) -> bool:
+        """Opens the shards that are not known yet, and says whether none was removed meanwhile."""
+        are_all_there = True
+        for path in paths:
+            try:
+                with self._noting_problems(path):
+                    opened = self._shards.get(path.name) or known.get(path.name)
+                    self._shards[path.name] = opened or _open_shard(path, self.space)[0]
+            except FileNotFoundError:
+                are_all_there = False
+        return are_all_there
 
     def shard_paths(self) -> list[Path]:
         """Returns the readable shards, in the order in which they count."""
@@ -438,9 +451,11 @@ class LatentCache:
 
     @contextmanager
     def _noting_problems(self, path: Path) -> Iterator[None]:
-        """Turns what is wrong with a file into a line in `problems`."""
+        """Turns what is wrong with a file, other than that it is gone, into a line in `problems`."""
         try:
             yield
+        except FileNotFoundError:
+            raise
         except (_Invalid, OSError) as error:
             self._note(_problem(path, error))
 
@@ -491,13 +506,14 @@ class LatentCache:
         if out.shape != shape or out.dtype != np.float16:
             raise ValueError(f"out is {out.dtype} {list(out.shape)}, but float16 {list(shape)} is needed")
         found = self._take_pending(keys, out)
+        vanished: set[str] = set()
         while True:  # each round settles a row, or rules out a copy of it
             todo = np.flatnonzero(~found)
             places = self._index.find(wanted[todo])
             todo, places = todo[places >= 0], places[places >= 0]
             if not len(todo):
                 return out, found
-            self._read_places(places, todo, out, found)
+            self._read_places(places, todo, out, found, vanished)
 
     def _take_pending(self, keys: Sequence[str], out: np.ndarray) -> np.ndarray:
         found = np.zeros(len(keys), dtype=bool)
@@ -506,21 +522,32 @@ class LatentCache:
                 out[i], found[i] = self._pending[key].moments, True
         return found
 
-    def _read_places(self, places: np.ndarray, positions: np.ndarray, out: np.ndarray, found: np.ndarray) -> None:
-        """Copies the rows at `places` [m] to `positions` [m] of `out`, and marks the good ones in `found`."""
+    def _read_places(
+        self, places: np.ndarray, positions: np.ndarray, out: np.ndarray, found: np.ndarray, vanished: set[str]
+    ) -> None:
+        """Copies the rows at `places` [m] to `positions` [m] of `out`, and marks the good ones in `found`.
+
+        Shards that are gone are looked for once more and added to `vanished`; those in it already count as damaged.
+        """
         order = np.argsort(places, kind="stable")
         places, positions = places[order], positions[order]
         numbers, begins = np.unique(places >> 32, return_index=True)
         ends = [*begins[1:], len(places)]
-        shards, vanished = self._index.shards, False
+        shards, look_again = self._index.shards, False
         for number, begin, end in zip(numbers, begins, ends, strict=True):
             shard, rows = shards[number], places[begin:end] & 0xFFFFFFFF
             try:
                 self._copy_rows(shard, rows, positions[begin:end], out, found)
-            except FileNotFoundError:  # merged by another process
+            except FileNotFoundError as error:  # merged by another process
+                if shard.path.name in vanished:  # no: a server that opens it and cannot read it
+                    self._note(_problem(shard.path, error))
+                    shard.bad[rows] = True
+                    self._forget_index()
+                    continue
+                vanished.add(shard.path.name)
                 self._shards.pop(shard.path.name, None)
-                vanished = True
-        if vanished:
+                look_again = True
+        if look_again:
             self.refresh()
 
     def _copy_rows(

@@ -5,6 +5,11 @@
 Running it again encodes only what is missing; train_latent_cfg.py then reads the cache.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
+
 import sys
 import time
 from collections import Counter

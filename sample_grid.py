@@ -1,6 +1,6 @@
 """The pictures that training makes along the way: sample grids with class names, and the loss curve."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,18 +53,23 @@ class GridMaker:
             return
         self._decode(self._sample_batch([0], [0], steps=1))
 
-    def make(self, step: int) -> None:
-        """Makes the grid of a step: one figure in metrics.jsonl, and the picture."""
+    def make(self, step: int, *, between: Callable[[], None] = lambda: None) -> None:
+        """Makes the grid of a step: one figure in metrics.jsonl, and the picture.
+
+        Args:
+            step: number of finished steps.
+            between: called between any two pieces of the work; what it raises ends the work.
+        """
         if not self.settings.num_samples:
             return
         cells = self._cells()
         samples = torch.cat(
-            [self._sample(cells[start : start + BATCH_SIZE]) for start in range(0, len(cells), BATCH_SIZE)]
+            [self._sample(cells[start : start + BATCH_SIZE], between) for start in range(0, len(cells), BATCH_SIZE)]
         )
-        score = self._score(samples, [label for label, _ in cells])
+        score = self._score(samples, [label for label, _ in cells], between)
         self.metrics.add(step=step, nearest_class_mean=round(score, 4))
         message = f"step {step:,}: {score:.0%} of {len(cells)} samples are nearest to the mean of their own class"
-        images = self._decode(samples)
+        images = self._decode(samples, between)
         if images:
             path = self.folder / f"grid-{step:08d}.png"
             columns = self.settings.num_samples
@@ -83,12 +88,15 @@ class GridMaker:
         """Lists (label, column) of the cells, row by row."""
         return [(label, column) for label in range(len(self.names)) for column in range(self.settings.num_samples)]
 
-    def _sample(self, cells: list[tuple[int, int]]) -> Tensor:
+    def _sample(self, cells: list[tuple[int, int]], between: Callable[[], None]) -> Tensor:
         settings = self.settings
         steps = num_solver_steps(settings.sampler, settings.sampling_timesteps, settings.timesteps)
-        return self._sample_batch([label for label, _ in cells], [column for _, column in cells], steps=steps)
+        labels, columns = [label for label, _ in cells], [column for _, column in cells]
+        return self._sample_batch(labels, columns, steps=steps, progress=between)
 
-    def _sample_batch(self, labels: list[int], columns: list[int], *, steps: int) -> Tensor:
+    def _sample_batch(
+        self, labels: list[int], columns: list[int], *, steps: int, progress: Callable[[], None] | None = None
+    ) -> Tensor:
         settings = self.settings
         return sample_padded(
             self.network,
@@ -101,20 +109,21 @@ class GridMaker:
             cond_scale=settings.cond_scale,
             sampler=settings.sampler,
             sampling_timesteps=steps,
+            progress=progress,
         )
 
-    def _score(self, samples: Tensor, labels: list[int]) -> float:
+    def _score(self, samples: Tensor, labels: list[int], between: Callable[[], None]) -> float:
         if self.class_means is None:
-            self.class_means = measure_class_means(self.dataset, self.num_classes)
+            self.class_means = measure_class_means(self.dataset, self.num_classes, between)
         found = nearest_class(samples, self.class_means).cpu()
         return (found == torch.tensor(labels)).double().mean().item()
 
-    def _decode(self, samples: Tensor) -> list[np.ndarray]:
+    def _decode(self, samples: Tensor, between: Callable[[], None] = lambda: None) -> list[np.ndarray]:
         """Decodes samples to images; gives none, and says so once, when there is no VAE."""
         if not self.can_draw:
             return []
         try:
-            return self.decoder(samples)
+            return self.decoder(samples, between)
         except UserError as error:
             self.can_draw = False
             warn(f"sample grids are scored, but not drawn: {error}")
@@ -127,10 +136,11 @@ class GridMaker:
             self.decoder.close()
 
 
-def measure_class_means(dataset: LatentDataset, num_classes: int) -> Tensor:
+def measure_class_means(dataset: LatentDataset, num_classes: int, between: Callable[[], None] = lambda: None) -> Tensor:
     """Returns the mean normalised latent of each class [K C h w], over its first training images."""
     means = []
     for label in range(num_classes):
+        between()
         positions = (dataset.labels == label).nonzero()[:_IMAGES_PER_MEAN, 0]
         means.append(dataset.mean_latents(positions).mean(0))
     return torch.stack(means)

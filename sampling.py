@@ -81,11 +81,17 @@ class Decoder:
         self.vae = None
 
     @torch.inference_mode()
-    def __call__(self, samples: Tensor) -> list[np.ndarray]:
-        """Decodes samples [B C h w] to uint8 images [S S 3]; raises UserError when there is no VAE."""
+    def __call__(self, samples: Tensor, between: Callable[[], None] = lambda: None) -> list[np.ndarray]:
+        """Decodes samples [B C h w] to uint8 images [S S 3]; raises UserError when there is no VAE.
+
+        `between` is called before each; what it raises ends the work.
+        """
         decoder = self.open()
-        unscaled = self.norm.to_unscaled(samples.to(self.device))
-        return [pictures.to_uint8(decoder.decode(latent[None]))[0] for latent in unscaled]
+        images = []
+        for latent in self.norm.to_unscaled(samples.to(self.device)):
+            between()
+            images.append(pictures.to_uint8(decoder.decode(latent[None]))[0])
+        return images
 
     def open(self) -> vae.VAE:
         """Builds the decoder if there is none yet; raises UserError when there is no VAE."""

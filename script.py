@@ -39,6 +39,8 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[s
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None) -> int:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it is until here, see `check_command_line`
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return main(argv)
         except UserError as error:
@@ -58,7 +60,7 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[s
 def check_command_line(cls: type, description: str | None) -> None:
     """Answers --help and mistakes in the flags at once; a script calls this before it imports torch.
 
-    From then on the imports, too, end in one line when they fail or are interrupted.
+    From then on the imports, too, end in one line when they fail. Ctrl-C ends them without a word.
     """
 
     @command
@@ -70,6 +72,8 @@ def check_command_line(cls: type, description: str | None) -> None:
     if code != DONE:
         sys.exit(code)
     sys.excepthook = _explain_import
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an import may turn KeyboardInterrupt into an error of its own
 
 
 def _explain_import(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -6,6 +6,11 @@ It reads the cache that preprocess_latents.py made, and encodes and caches what 
 needed. The same command goes on with a run that was stopped.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
+
 import math
 import sys
 import time
@@ -89,6 +94,7 @@ class Plan:
     origin: Path | None  # run folder that `state` comes from
     state: SavedState | None
     manifest: latent_cache.Manifest | None
+    newest_save: tuple[str, str] | None  # in the results folder, as `checkpoint.newest_stamp` tells it
 
     @property
     def results(self) -> Path:
@@ -105,6 +111,7 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
     """Puts together flags, file, the run being resumed, the manifest and the defaults."""
     layers = config.read_command_line(TrainSettings, argv, description=__doc__)
     typed = config.resolve(TrainSettings, layers).settings
+    newest_save = checkpoint.newest_stamp(typed.results_folder)
     origin, state = find_run(Path(typed.results_folder), typed.resume_from)
     stored = {} if state is None else {k: v for k, v in state.meta["settings"].items() if k not in _NOT_INHERITED}
     layers.append(config.stored_layer(TrainSettings, f"run {origin}", stored))
@@ -117,7 +124,7 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
         say(line)
     _refuse_changes(stored, resolved.settings, origin)
     _refuse_impossible(resolved.settings)
-    return Plan(resolved.settings, resolved.sources, origin, state, manifest)
+    return Plan(resolved.settings, resolved.sources, origin, state, manifest, newest_save)
 
 
 def find_run(results: Path, resume_from: str | None) -> tuple[Path | None, SavedState | None]:
@@ -355,12 +362,14 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.finished_steps = 0
         self.saved_step = -1
+        self.known_saves: set[tuple[str, str] | None] = {None}  # newest states that are no other process's
         self.losses: list[Tensor] = []  # of the steps since the last log line, left on the device
         self.grad_norm = torch.zeros((), device=device)
         self.first_bad_step = torch.full((), -1, device=device)
 
     def start(self, plan: Plan) -> None:
         """Takes up a saved state, or measures the normalisation of a new run; writes down the run's plan."""
+        self.known_saves.add(plan.newest_save)
         if plan.state is None:
             self._fit_norm()
         else:
@@ -439,12 +448,20 @@ class Trainer:
         return [self.dataset.names[position] for position in positions.tolist()]
 
     def check_finite(self) -> None:
-        """Raises Failed, naming the step and its images, if a step was skipped since its loss was not finite."""
+        """Raises Failed, naming the step and its images, if one was skipped since loss or gradient were not finite."""
         bad = int(self.first_bad_step)
         if bad >= 0:
+            loss = self.losses[bad - self.finished_steps]  # one for each step since the last log line
+            what = "the gradient of step" if loss.isfinite() else "the loss of step"
             raise Failed(
-                f"the loss of step {bad + 1:,} is not finite; the step was not taken, the last save is in "
+                f"{what} {bad + 1:,} is not finite; the step was not taken, the last save is in "
                 f"{self.settings.results_folder}; its images are {', '.join(self.names_of_step(bad))}"
+            )
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise Failed(
+                f"the gradients overflow float16 even with a loss scale of {self.scaler.get_scale():g}, at step "
+                f"{self.finished_steps:,}; no such step was taken, and the last save is in "
+                f"{self.settings.results_folder}; give another --results_folder and --precision bfloat16 or float32"
             )
 
     # --- saving ---
@@ -452,6 +469,7 @@ class Trainer:
     def save(self, folder: Path, *, with_average: bool = True) -> None:
         """Publishes the averaged weights alone, and the full state; then drops older full states."""
         self.check_finite()  # else the next process would not know of it
+        self._refuse_company(folder)
         tensors, optimizer_meta = checkpoint.pack_training_state(
             self.diffusion, self.ema.model, self.optimizer, self.scaler
         )
@@ -471,8 +489,18 @@ class Trainer:
                 f"the checkpoint of step {self.finished_steps:,} could not be saved in {folder}: "
                 f"{error.strerror or error}; earlier ones are whole"
             ) from error
+        self.known_saves.add(checkpoint.newest_stamp(folder))
         checkpoint.prune(folder, step=self.finished_steps)
         self.saved_step = self.finished_steps
+
+    def _refuse_company(self, folder: Path) -> None:
+        """Raises Failed when another process has saved there meanwhile; without locks, one of two goes on."""
+        newest = checkpoint.newest_stamp(folder)
+        if newest not in self.known_saves:
+            raise Failed(
+                f"another training saves in {folder} too: {newest[0]} there is not of this process, which ends unsaved "  # type: ignore[index]
+                f"at step {self.finished_steps:,}; let the other go on alone, or give each its own --results_folder"
+            )
 
     def _meta(self) -> dict[str, Any]:
         chosen, dataset = self.data.chosen, self.dataset
@@ -536,9 +564,9 @@ def run(trainer: Trainer, plan: Plan) -> int:
                 bar.advance()
                 if done % settings.save_and_sample_every == 0 or done == settings.train_num_steps:
                     started = time.monotonic()
-                    save_and_sample(trainer, grids, plan.results)
+                    save_and_sample(trainer, grids, plan.results, signals)
                     clock.note_save(time.monotonic() - started)
-                if signals.received is not None or clock.is_up():
+                if done < settings.train_num_steps and (signals.received is not None or clock.is_up()):
                     return _stop(trainer, plan, signals)
     finally:
         trainer.dataset.cache_flush()
@@ -576,10 +604,13 @@ def log(trainer: Trainer, metrics: Metrics, bar: Progress, clock: "Clock") -> No
     bar.advance(0, loss=f"{loss:.4f}")
 
 
-def save_and_sample(trainer: Trainer, grids: GridMaker, folder: Path) -> None:
-    """Saves the state, then makes the grid and the loss curve."""
+def save_and_sample(trainer: Trainer, grids: GridMaker, folder: Path, signals: StopSignals) -> None:
+    """Saves the state, then makes the grid, which a signal cuts short, and the loss curve."""
     trainer.save(folder)
-    grids.make(trainer.finished_steps)
+    try:
+        grids.make(trainer.finished_steps, between=signals.raise_if_received)
+    except Stopped:
+        say(f"step {trainer.finished_steps:,}: no sample grid, since a signal came")
     grids.draw_loss()
 
 

@@ -39,3 +39,10 @@ def trained(_pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert pipeline.preprocess(root) == 0
     assert pipeline.train(root) == 0
     return root
+
+
+@pytest.fixture
+def cached(trained: Path, world: Path) -> Path:
+    """A world whose images are all encoded already."""
+    shutil.copytree(trained / "latents_cache", world / "latents_cache")
+    return world

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import os_faults
@@ -19,6 +21,7 @@ import train_latent_cfg
 import vae
 from latent_cache import LatentCache
 from latent_dataset import BatchEncoder
+from train_latent_cfg import Trainer
 
 SIZE = 16  # pixels; the files are larger
 CLASSES = ("ID_1", "ID_2", "ID_10")
@@ -116,6 +119,29 @@ def losses(results: Path) -> dict[int, float]:
     found = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     assert len(dict(found)) == len(found)
     return dict(found)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
+    """Does something right before the step of this number, counted from 1, is taken."""
+    take_step = Trainer.train_step
+
+    def train_step(trainer: Trainer) -> None:
+        if trainer.finished_steps == step - 1:
+            action()
+        take_step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def signal_self(number: int) -> Callable[[], None]:
+    """Makes an action that sends this process a signal."""
+    return lambda: os.kill(os.getpid(), number)
+
+
+def assert_same_run(world: Path, trained: Path, results: str = "results") -> None:
+    """Asserts that a run ended in the very bits of the uninterrupted one, and tells of the same losses."""
+    assert state_digests(world / results) == state_digests(trained / "results")
+    assert losses(world / results) == losses(trained / "results")
 
 
 def one_error(capsys: pytest.CaptureFixture[str]) -> str:

@@ -60,18 +60,6 @@ def test_differing_fields_name_the_field_and_both_values():
     assert here.differing_fields(here) == []
 
 
-def test_rows_of_another_space_are_never_served(tmp_path):
-    path = stored(tmp_path, range(3))
-    other = make_space(weights="other")
-    assert found_rows(reader(tmp_path, other), range(3)) == []
-    moved = tmp_path / other.id / path.name
-    moved.parent.mkdir()
-    path.rename(moved)
-    cache = reader(tmp_path, other)
-    assert found_rows(cache, range(3)) == []
-    assert cache.problems == [f"{moved}: it belongs to another space; its rows count as missing"]
-
-
 def test_the_seal_knows_the_space_even_where_a_header_lies(tmp_path):
     here, there = make_space(weights="one"), make_space(weights="two")
     path = stored(tmp_path, range(2), here)
@@ -178,16 +166,6 @@ def test_what_is_no_key_is_refused(tmp_path, bad):
     for use in (cache.read, cache.holds, lambda keys: cache.put(keys, row(0)[None], ["x"], {})):
         with pytest.raises(ValueError):
             use([bad])
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_moments_that_are_not_finite_are_refused_by_name_and_nothing_is_taken(tmp_path, value):
-    cache = LatentCache(tmp_path, SPACE, writable=True)
-    rows = np.stack([row(0), row(1)])
-    rows[1, 0, 1, 0] = value
-    with pytest.raises(ValueError, match=r"ID_7/x\.jpg are not finite"):
-        cache.put([key(0), key(1)], rows, ["ID_7/w.jpg", "ID_7/x.jpg"], RECORD)
-    assert cache.pending == 0
 
 
 def test_wrong_shapes_types_and_records_are_refused(tmp_path):
@@ -346,15 +324,6 @@ def two_copies(folder: Path) -> tuple[list[Path], list[np.ndarray]]:
     return paths, [safetensors.numpy.load_file(path)["moments"][0] for path in paths]
 
 
-def test_of_several_copies_the_first_by_name_counts_whatever_the_times(tmp_path):
-    paths, rows = two_copies(tmp_path)
-    for times in ((1, 2e9), (2e9, 1)):
-        for path, when in zip(paths, times, strict=True):
-            os.utime(path, (when, when))
-        assert np.array_equal(reader(tmp_path).read([key(0)])[0][0], rows[0])
-    assert len(reader(tmp_path)) == 1
-
-
 def test_the_next_valid_copy_counts_when_the_first_is_damaged(tmp_path):
     paths, rows = two_copies(tmp_path)
     data = bytearray(paths[0].read_bytes())
@@ -366,46 +335,6 @@ def test_the_next_valid_copy_counts_when_the_first_is_damaged(tmp_path):
     assert np.array_equal(moments[1], rows[1])
     report = verify(cache, [key(0)])
     assert (report.good, report.damaged) == ([key(0)], [])
-
-
-def write_in_rounds(folder: Path, numbers: list[int]) -> None:
-    cache = LatentCache(folder, SPACE, writable=True)
-    for i in numbers:
-        put(cache, [i, i + 1])
-        cache.flush()
-
-
-def test_writers_on_one_folder_lose_nothing_and_readers_see_whole_rows(tmp_path):
-    numbers = [list(range(start, start + 20)) for start in (0, 10, 20)]
-    children = [fork(lambda some=some: write_in_rounds(tmp_path, some)) for some in numbers]
-    cache = reader(tmp_path)
-    for _ in range(20):
-        cache.refresh()
-        found_rows(cache, range(41))
-    assert [wait_for(child) for child in children] == [0, 0, 0]
-    assert cache.problems == []
-    assert found_rows(reader(tmp_path), range(41)) == [*range(41)]
-    assert not list(tmp_path.rglob(".tmp*"))
-
-
-def test_a_merge_while_others_write_and_merge_loses_nothing(tmp_path):
-    def write_and_merge(numbers: list[int]) -> None:
-        for i in numbers:
-            cache = LatentCache(tmp_path, SPACE, writable=True)
-            put(cache, [i, i + 1])
-            cache.merge()
-
-    children = [fork(lambda: write_and_merge(list(range(15)))), fork(lambda: write_and_merge(list(range(10, 25))))]
-    old = reader(tmp_path)
-    found_so_far: set[int] = set()
-    for _ in range(20):
-        now = set(found_rows(old, range(26)))
-        assert found_so_far <= now
-        found_so_far = now
-        old.refresh()
-    assert [wait_for(child) for child in children] == [0, 0]
-    assert old.problems == []
-    assert found_rows(reader(tmp_path), range(26)) == [*range(26)]
 
 
 def test_a_forked_child_reads_through_the_same_object(tmp_path):
@@ -453,27 +382,6 @@ def test_merge_fills_shards_up_to_their_size_and_leaves_full_ones(tmp_path, monk
     assert sorted(sizes) == [2, 5, 5]
     assert full.stat().st_mtime_ns == before.st_mtime_ns
     assert found_rows(reader(tmp_path), range(12)) == [*range(12)]
-
-
-def test_a_reader_with_an_older_view_finds_merged_rows(tmp_path):
-    for i in range(3):
-        stored(tmp_path, [i])
-    old = reader(tmp_path)
-    assert found_rows(old, [0]) == [0]
-    LatentCache(tmp_path, SPACE, writable=True).merge()
-    assert found_rows(old, range(3)) == [0, 1, 2]
-    assert old.problems == []
-    for path in old.shard_paths():
-        path.unlink()
-    assert found_rows(old, range(3)) == []
-
-
-def test_a_stale_handle_is_looked_for_again(tmp_path):
-    stored(tmp_path, range(3))
-    cache = reader(tmp_path)
-    with fault_at(0, raising(errno.ESTALE), only=("fstat",)):
-        assert found_rows(cache, range(3)) == [0, 1, 2]
-    assert cache.problems == []
 
 
 def test_merge_carries_good_rows_only_and_other_spaces_are_not_touched(tmp_path):

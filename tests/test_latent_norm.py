@@ -131,32 +131,10 @@ def test_useless_vae_constants_are_told(scale_factor, shift_factor):
         LatentNorm.from_scale_factor(4, scale_factor, shift_factor)
 
 
-@pytest.mark.parametrize("value", [0.0, 3.0, -500.0])
-def test_a_constant_channel_is_named(value):
-    moments = synthetic_moments()
-    moments[:, 1], moments[:, 4] = value, -30.0
-    with pytest.raises(UserError, match="channel 1 of the moments is constant"):
-        LatentNorm.from_moments(moments)
-
-
-def test_a_spread_that_float16_cannot_hold_is_constant():
-    moments = synthetic_moments()
-    moments[:, 2] = 1000.0 + 0.1 * torch.rand_like(moments[:, 2])
-    with pytest.raises(UserError, match="channel 2 of the moments is constant"):
-        LatentNorm.from_moments(moments)
-
-
 def test_a_channel_that_only_its_posterior_spreads_is_no_error():
     moments = synthetic_moments()
     moments[:, 0], moments[:, 3] = 0.0, 0.0
     assert LatentNorm.from_moments(moments).scale[0] == 1
-
-
-def test_moments_that_are_not_finite_are_named():
-    moments = synthetic_moments()
-    moments[5, 2, 0, 0] = math.nan
-    with pytest.raises(UserError, match="channel 2 of the moments is not finite"):
-        LatentNorm.from_moments(moments)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 6, 4), (0, 6, 4, 4)])

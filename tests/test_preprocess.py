@@ -12,13 +12,11 @@ import numpy as np
 import pipeline
 import pytest
 import tiny
-import tiny_vae
 import torch
 from PIL import Image
 from pipeline import open_cache, preprocess, stored_moments
 
 import images
-import latent_cache
 import latent_dataset
 import pictures
 import preprocess_latents
@@ -151,112 +149,6 @@ def test_a_contiguous_split_leaves_the_neighbours_out(world):
     ]
     assert first == [[f"walk_{i}.jpg" for i in numbers] for numbers in ((0, 1, 2), (3, 4), (5, 6, 7))]
     assert len(open_cache(world / "latents_cache")) == 9
-
-
-# --- identity: the content, and nothing else ---------------------------------------------------------------
-
-
-def test_the_same_file_in_two_classes_is_encoded_once_and_has_both_labels(world, encoder):
-    shutil.copy(world / "data" / "ID_1" / "walk_0.jpg", world / "data" / "ID_10" / "other name.jpg")
-    assert preprocess(world, images_per_user="all") == 0
-    assert encoder.num_images == 24
-    dataset = LatentDataset.open(world / "latents_cache")
-    both = [position for position, key in enumerate(dataset.keys) if dataset.keys.count(key) == 2]
-    assert [dataset.names[position] for position in both] == ["ID_1/walk_0.jpg", "ID_10/other name.jpg"]
-    latents = dataset.mean_latents(torch.tensor(both))
-    assert dataset.labels[both].tolist() == [0, 2] and torch.equal(latents[0], latents[1])
-
-
-def test_equal_stems_with_two_endings_are_two_images(world, encoder):
-    tiny.make_image(77).save(world / "data" / "ID_1" / "walk_0.png")
-    tiny.make_image(78).save(world / "data" / "ID_1" / "walk_0.jpeg")
-    assert preprocess(world, images_per_user="all") == 0
-    assert encoder.num_images == 26
-    dataset = LatentDataset.open(world / "latents_cache")
-    stems = [name for name in dataset.names if name.startswith("ID_1/walk_0.")]
-    assert len(stems) == 3 and len(set(dataset.keys)) == 26
-
-
-def test_a_renamed_class_hits_and_has_its_new_label(world, encoder):
-    preprocess(world, images_per_user="all")
-    before = LatentDataset.open(world / "latents_cache")
-    encoder.forget()
-    (world / "data" / "ID_10").rename(world / "data" / "ID_0")
-    (world / "data" / "ID_1" / "walk_3.jpg").rename(world / "data" / "ID_2" / "walk_33.jpg")
-    assert preprocess(world, images_per_user="all") == 0
-    assert encoder.num_images == 0
-    after = LatentDataset.open(world / "latents_cache")
-    assert after.names[:8] == [f"ID_0/walk_{number}.jpg" for number in range(8)]
-    assert after.labels[:8].tolist() == [0] * 8 and before.labels[16:].tolist() == [2] * 8
-    assert after.keys[:8] == before.keys[16:]
-    assert after.labels[after.keys.index(before.keys[3])] == 2  # moved from ID_1, label 0, to ID_2
-
-
-def test_a_moved_data_folder_hits(world, encoder):
-    preprocess(world)
-    encoder.forget()
-    (world / "data").rename(world / "elsewhere")
-    assert preprocess(world, data_path=world / "elsewhere") == 0
-    assert encoder.num_images == 0
-
-
-def test_an_edited_image_is_encoded_again_whatever_its_size_and_time_say(world, encoder):
-    preprocess(world)
-    entry = stored_split(world).train[6]
-    path = images.image_path(world / "data", entry)
-    status, data = path.stat(), bytearray(path.read_bytes())
-    place = data.rindex(b"\xff\xd9") - 20  # among the compressed pixels, far from any marker
-    data[place] ^= 1
-    path.write_bytes(data)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
-    encoder.forget()
-    assert preprocess(world) == 0
-    assert encoder.num_images == 1
-    assert stored_split(world).train[6].key == images.image_key(bytes(data)) != entry.key
-
-
-def test_another_vae_or_image_size_never_hits_and_says_which_field_differs(world, encoder, capsys):
-    preprocess(world)
-    kept = shard(world).read_bytes()
-    path = shard(world)
-    capsys.readouterr()
-    tiny_vae.save_tiny_vae(world / "vae.pt", seed=1)
-    encoder.forget()
-    assert preprocess(world) == 0
-    said = capsys.readouterr().out
-    assert encoder.num_images == 15
-    assert re.search(r"will not be used: vae\.weights: \"?[0-9a-f]+\"? vs \"?[0-9a-f]+", said)
-    assert preprocess(world, image_size=32) == 0
-    assert encoder.num_images == 30
-    assert "image_size: 32 vs 16" in capsys.readouterr().out
-    assert path.read_bytes() == kept
-    assert len(latent_cache.spaces(world / "latents_cache")) == 3
-
-
-def test_a_wrapped_or_renamed_vae_with_another_decoder_and_scale_hits(world, encoder):
-    preprocess(world)
-    network = tiny_vae.tiny_vae(scale_factor=1.0)
-    state = {
-        name: tensor + 1 if name.startswith("decoder.") else tensor for name, tensor in network.state_dict().items()
-    }
-    torch.save(
-        {"model_state_dict": {f"module.{name}": t for name, t in state.items()}, "scale_factor": 0.5}, world / "b.pth"
-    )
-    encoder.forget()
-    assert preprocess(world, vae_path=world / "b.pth") == 0
-    assert encoder.num_images == 0
-
-
-def test_another_precision_hits_and_is_recorded(world, encoder, capsys):
-    assert preprocess(world, images_per_user=2, encode_precision="bfloat16") == 0
-    assert preprocess(world, images_per_user=3) == 0
-    assert encoder.num_images == 9
-    capsys.readouterr()
-    assert preprocess(world, verify="true") == 0
-    said = capsys.readouterr().out
-    assert re.search(r"encoded +6 rows with .*precision bfloat16", said)
-    assert re.search(r"encoded +3 rows with .*precision float32", said)
 
 
 # --- bad images --------------------------------------------------------------------------------------------

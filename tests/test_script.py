@@ -77,6 +77,23 @@ def test_help_comes_before_torch_is_imported(name):
 # --- signals -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("module", ["config", "durable", "torch"])
+def test_ctrl_c_during_the_imports_ends_without_a_word(name, module):
+    program = f"""
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, wanted, path=None, target=None):
+        if wanted == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["{name}", "--device", "cpu"]
+runpy.run_path("{name}", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_only_sets_a_flag_and_the_second_one_ends_the_program(number):
     before = signal.getsignal(number)
