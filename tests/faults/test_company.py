@@ -127,9 +127,9 @@ def with_clock(offset: float, work: Callable[[], int]) -> Callable[[], None]:
     return child
 
 
-def test_clocks_that_are_ten_years_off_change_nothing(world, trained, account):
+def test_clocks_that_are_ten_years_off_change_nothing(world, trained, account, is_long):
     ten_years, folder = 10 * 365.25 * 86400, world / "latents_cache"
-    for offset in (ten_years, -ten_years):
+    for offset in (ten_years, -ten_years) if is_long else (-ten_years,):
         shutil.rmtree(folder, ignore_errors=True)
         children = [fork(with_clock(off, lambda: preprocess(world))) for off in (offset, 0.0)]
         assert [wait_for(child) for child in children] == [0, 0]
