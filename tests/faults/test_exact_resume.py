@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pipeline
@@ -498,7 +499,8 @@ def test_a_run_goes_on_with_the_same_latents_when_its_cache_was_changed(
 def test_a_row_that_is_damaged_under_a_running_training_is_encoded_again(
     cached, trained, monkeypatch, encoder, account
 ):
-    monkeypatch.setattr(hardware, "free_memory_bytes", lambda device: 0)  # so that rows stay in the shards
+    without_memory = SimpleNamespace(free_memory_bytes=lambda device: 0, describe=hardware.describe)
+    monkeypatch.setattr(latent_dataset, "hardware", without_memory)  # so that rows stay in the shards
     at_step(monkeypatch, HALF, lambda: flip_in_rows(cached, count=15))
     assert train(cached, num_samples=0) == 0
     assert 0 < encoder.num_images <= 15
