@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -69,9 +70,9 @@ class EncoderLog:
             self.batches.append(len(images))
             return encode(encoder, images)
 
-        def noted_load(path: str, device: torch.device, *, parts: vae.Parts = "both") -> object:
+        def noted_load(path: str, device: torch.device, *, parts: vae.Parts = "both", **layout: Any) -> object:
             self.built.append(parts)
-            return load(path, device, parts=parts)
+            return load(path, device, parts=parts, **layout)
 
         monkeypatch.setattr(BatchEncoder, "__call__", noted_encode)
         monkeypatch.setattr(vae, "load_vae", noted_load)
