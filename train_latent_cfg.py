@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None) -> int:
         ) from error
     except torch.OutOfMemoryError as error:
         raise Failed(
-            f"the GPU has too little memory for --train_batch_size {plan.settings.train_batch_size}: give --join_passes "
-            "false, and if that is not enough, halve it and double --gradient_accumulate_every, which is the same "
-            "training; or lower --encode_batch_size"
+            f"the GPU has too little memory for --train_batch_size {plan.settings.train_batch_size}: give "
+            "--join_passes false, and if that is not enough, halve it and double --gradient_accumulate_every, which "
+            "is the same training; or lower --encode_batch_size"
         ) from error
 
 
