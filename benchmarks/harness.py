@@ -126,8 +126,9 @@ def _figures(found: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dic
 
 def _print_table(figures: Mapping[str, Mapping[str, Any]], unit: str) -> None:
     extra = list(dict.fromkeys(name for row in figures.values() for name in row if name not in _COLUMNS))
-    print(f"| variant | s per {unit} (min to max) | speed (min to max) | GB host | GB GPU | {' | '.join(extra)} |")
-    print("|---" * (5 + len(extra)) + "|")
+    heads = ["variant", f"s per {unit} (min to max)", "speed (min to max)", "GB host", "GB GPU", *extra]
+    print("| " + " | ".join(heads) + " |")
+    print("|---" * len(heads) + "|")
     for name, row in figures.items():
         cells = [
             name,
@@ -168,3 +169,8 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def flags(settings: Mapping[str, object]) -> list[str]:
+    """Turns settings into the words of a command line."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
