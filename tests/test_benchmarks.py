@@ -7,7 +7,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_a_benchmark_prints_a_table_and_ends_in_a_line_of_json():
-    command = [sys.executable, "benchmarks/bench_train.py", "--small", "--rounds", "2", "--steps", "1"]
+    command = [
+        sys.executable,
+        "benchmarks/bench_train.py",
+        "--small",
+        "--threads",
+        "1",
+        "--rounds",
+        "2",
+        "--steps",
+        "1",
+    ]
     done = subprocess.run([*command, "--only", "float32"], cwd=ROOT, capture_output=True, text=True, check=True)
     *table, last = done.stdout.splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| baseline", "| float32"]
@@ -20,6 +30,16 @@ def test_a_benchmark_prints_a_table_and_ends_in_a_line_of_json():
 
 
 def test_a_variant_that_fails_ends_the_benchmark():
-    command = [sys.executable, "benchmarks/bench_train.py", "--small", "--rounds", "1", "--only", "no such variant"]
+    command = [
+        sys.executable,
+        "benchmarks/bench_train.py",
+        "--small",
+        "--threads",
+        "1",
+        "--rounds",
+        "1",
+        "--only",
+        "no such variant",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "the variant 'no such variant' ended with an error" in done.stderr
