@@ -1,6 +1,7 @@
 # make demo    install, then preprocess, train and generate on the ready-made data in demo/ (CPU, about three minutes)
 # make test    install what the tests need, and run them
 # make faults  the long form of the fault suite in tests/faults
+# make bench   show that the benchmarks run, at tiny sizes; without --small each measures
 # make check   lint and type-check
 # make audit   look the pinned packages up among the known vulnerabilities (needs the network)
 # make clean   remove the environment and what the demo made
@@ -10,7 +11,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RUN := demo_run
 
-.PHONY: demo test faults check audit format clean
+.PHONY: demo test faults bench check audit format clean
 
 demo: $(VENV)/installed
 	$(PY) preprocess_latents.py --config configs/demo.yaml --output_folder $(RUN)/latents_cache
@@ -22,6 +23,9 @@ test: $(VENV)/installed-dev
 
 faults: $(VENV)/installed-dev
 	$(PY) -m pytest tests/faults --long
+
+bench: $(VENV)/installed
+	for name in encode train lazy start; do $(PY) benchmarks/bench_$$name.py --small --rounds 2 || exit 1; done
 
 check: $(VENV)/installed-dev
 	$(PY) -m ruff format --check .

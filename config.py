@@ -253,6 +253,13 @@ class TrainSettings(SamplingSettings, ImageSettings):
     )
     train_lr: float = _setting(1e-4, float, TRAINING, "learning rate of Adam", low=0.0)
     train_num_steps: int = _setting(150_000, int, TRAINING, "steps in all", low=1, free=True)
+    join_passes: bool = _setting(
+        True,
+        bool,
+        TRAINING,
+        "compute the forward passes of a step as one where they are small: the same training, and faster",
+        free=True,
+    )
     max_grad_norm: float = _setting(1.0, float, TRAINING, "gradients are clipped to this norm", low=0.0)
     ema_decay: float = _setting(0.9995, float, TRAINING, "decay of the averaged weights", low=0.0, high=1.0)
     ema_update_every: int = _setting(10, int, TRAINING, "steps between updates of the average", low=1)
@@ -268,6 +275,14 @@ class TrainSettings(SamplingSettings, ImageSettings):
     save_and_sample_every: int = _setting(2000, int, SAVING, "steps between checkpoints and grids", low=1, free=True)
     num_samples: int = _setting(4, int, SAVING, "columns of the sample grid; 0 makes no grid", low=0, free=True)
     log_every: int = _setting(100, int, SAVING, "steps between lines of metrics.jsonl", low=1, free=True)
+    compile: str = _setting(
+        "auto",
+        str,
+        MACHINE,
+        "compile the network: auto does so in runs long enough to repay it, where a compiler is at hand",
+        choices=("auto", "true", "false"),
+        free=True,
+    )
     deterministic: bool = _setting(False, bool, MACHINE, "bit-exact resume on a GPU, at some cost in speed", free=True)
 
 

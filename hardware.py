@@ -1,7 +1,9 @@
 """The device, the number format, and how much memory there is; each choice comes with its reason."""
 
+import importlib.util
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from config import UserError
 
 # Native bfloat16 arithmetic starts at this CUDA compute capability; older GPUs have fast float16 only.
 _BFLOAT16_CAPABILITY = (8, 0)
+_TRITON_CAPABILITY = (7, 0)  # the oldest GPUs that torch.compile generates code for
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -75,6 +78,24 @@ def pick_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if (major, minor) >= _BFLOAT16_CAPABILITY:
         return torch.bfloat16, f"compute capability {major}.{minor}"
     return torch.float16, f"compute capability {major}.{minor} is below 8.0; with a loss scaler"
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """Returns why torch.compile cannot work on the device; None where it should."""
+    if device.type == "cpu":
+        found = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)
+        return None if found else "there is no C++ compiler"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _TRITON_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below 7.0"
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def is_compiler_error(error: BaseException) -> bool:
+    """Says whether an error comes from torch.compile, and not from what it compiled."""
+    # By name: importing the module of these classes takes a second.
+    modules = {cls.__module__ for cls in type(error).__mro__}
+    return any(module.startswith(("torch._dynamo", "torch._inductor")) for module in modules)
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -61,7 +61,7 @@ class BatchEncoder:
         padded = images.new_zeros(self.batch_size, *images.shape[1:])
         padded[: len(images)] = images
         # ToTensor divides by 255 in float32; multiplying by 1/255 gives other bits.
-        pixels = padded.to(self.device).permute(0, 3, 1, 2).to(torch.float32).contiguous() / 255  # B 3 S S
+        pixels = padded.to(self.device).permute(0, 3, 1, 2).to(torch.float32) / 255  # B 3 S S, channels last in memory
         moments = self._encode(pixels, self.dtype)
         if self.dtype != torch.float32:
             bad = ~_storable(moments)

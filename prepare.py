@@ -264,7 +264,7 @@ def open_dataset(
     """Opens the dataset over `entries`, able to encode misses where VAE and images are at hand."""
     hardware.allow_tf32()
     encoder = BatchEncoder(
-        lambda: vae.load_vae(settings.vae_path, device, parts="encoder"),
+        lambda: vae.load_vae(settings.vae_path, device, parts="encoder", memory_format=torch.channels_last),
         device=device,
         batch_size=settings.encode_batch_size,
         dtype=hardware.dtype_of(settings.encode_precision),

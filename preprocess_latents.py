@@ -217,7 +217,7 @@ def _read_or_none(settings: PreprocessSettings, entry: Entry) -> np.ndarray | No
 @torch.inference_mode()
 def decode_means(dataset: LatentDataset, positions: list[int], vae_path: str, device: torch.device) -> list[np.ndarray]:
     """Decodes the posterior means at `positions`; returns uint8 images [S S 3]."""
-    decoder = vae.load_vae(vae_path, device, parts="decoder")
+    decoder = vae.load_vae(vae_path, device, parts="decoder", memory_format=torch.channels_last)
     moments = dataset.moments(torch.tensor(positions))
     means = moments[:, : moments.shape[1] // 2]
     return [image for mean in means for image in pictures.to_uint8(decoder.decode(mean[None]))]

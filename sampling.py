@@ -97,7 +97,7 @@ class Decoder:
         """Builds the decoder if there is none yet; raises UserError when there is no VAE."""
         if self.vae is None:
             hardware.allow_tf32()
-            self.vae = vae.load_vae(self.vae_path, self.device, parts="decoder")
+            self.vae = vae.load_vae(self.vae_path, self.device, parts="decoder", memory_format=torch.channels_last)
         return self.vae
 
     def close(self) -> None:

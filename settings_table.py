@@ -73,6 +73,9 @@ HELP_ZH = {
     "solver steps; auto is 20 for dpm++, 250 for ddim, every step for ddpm": (
         "求解步数；auto 时 dpm++ 为 20，ddim 为 250，ddpm 为全部步数"
     ),
+    "compile the network: auto does so in runs long enough to repay it, where a compiler is at hand": (
+        "编译网络：auto 在训练足够长、值得编译且有编译器时编译"
+    ),
     "number format of the network: auto is bfloat16 or float16 on a GPU, whichever is native, float32 on a CPU": (
         "网络的数值格式；auto 在 GPU 上取其原生支持的 bfloat16 或 float16，在 CPU 上取 float32"
     ),
@@ -102,6 +105,9 @@ HELP_ZH = {
     ),
     "learning rate of Adam": "Adam 的学习率",
     "steps in all": "总步数",
+    "compute the forward passes of a step as one where they are small: the same training, and faster": (
+        "一步中的各次前向传播若规模不大，则合为一次计算：训练相同，但更快"
+    ),
     "gradients are clipped to this norm": "梯度裁剪的范数上限",
     "decay of the averaged weights": "平均权重（EMA）的衰减率",
     "steps between updates of the average": "每隔多少步更新一次平均权重",

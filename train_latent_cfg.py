@@ -37,7 +37,7 @@ import latent_cache
 import prepare
 import run_folder
 from diffusion import EMA, LatentDiffusion
-from draws import draw_step, visited
+from draws import StepDraws, draw_step, visited
 from images import BadImage, Split, shown
 from latent_cache import LatentCache, Space
 from latent_dataset import SPLIT_NAME, LatentDataset, read_split
@@ -49,6 +49,8 @@ from sampling import num_solver_steps
 from script import DONE, Failed, Progress, Stopped, StopSignals, say, warn
 
 _FORECAST_STEPS = 50  # steps after which the length of the run is told
+_COMPILED_STEPS = 5000  # a shorter run does not repay the minute or two that compiling takes
+_JOINED_VALUES = 64 * 48 * 32 * 32  # of one activation at full width; a GPU of 8 GB has room for such a pass
 _NOT_INHERITED = ("results_folder", "resume_from", "device")  # settings that say where a run is, not what it is
 
 
@@ -77,8 +79,9 @@ def main(argv: Sequence[str] | None) -> int:
         ) from error
     except torch.OutOfMemoryError as error:
         raise Failed(
-            f"the GPU has too little memory for --train_batch_size {plan.settings.train_batch_size}; halve it and "
-            "double --gradient_accumulate_every, which is the same training, or lower --encode_batch_size"
+            f"the GPU has too little memory for --train_batch_size {plan.settings.train_batch_size}: give "
+            "--join_passes false, and if that is not enough, halve it and double --gradient_accumulate_every, which "
+            "is the same training; or lower --encode_batch_size"
         ) from error
 
 
@@ -338,6 +341,13 @@ def _go_on_in_memory(error: OSError) -> None:
 # --- the training step -------------------------------------------------------------------------------------
 
 
+def pass_size(settings: TrainSettings, latent_shape: tuple[int, int, int]) -> int:
+    """Returns how many latents [C h w] go through the network at once: the whole batch of a step where it is small."""
+    batch = settings.train_batch_size * settings.gradient_accumulate_every
+    is_small = batch * settings.dim * latent_shape[1] * latent_shape[2] <= _JOINED_VALUES
+    return batch if settings.join_passes and is_small else settings.train_batch_size
+
+
 class Trainer:
     """The state that a step changes: network, average, optimiser, loss scaler; and how a step changes it."""
 
@@ -345,6 +355,7 @@ class Trainer:
         self.settings, self.data, self.device = settings, data, device
         self.dataset = data.dataset
         self.batch = settings.train_batch_size * settings.gradient_accumulate_every
+        self.pass_size = pass_size(settings, self.dataset.latent_shape)
         if settings.deterministic:
             hardware.make_deterministic()
         hardware.allow_tf32()
@@ -356,6 +367,8 @@ class Trainer:
             latent_shape=self.dataset.latent_shape,
         ).to(device)
         self.ema = EMA(self.diffusion, decay=settings.ema_decay, update_every=settings.ema_update_every)
+        self.losses_of: Any = self.diffusion
+        self.is_compiled = False
         self.optimizer = torch.optim.Adam(
             self.diffusion.parameters(), lr=settings.train_lr, betas=(0.9, 0.99), fused=True
         )
@@ -374,13 +387,35 @@ class Trainer:
             self._fit_norm()
         else:
             self._restore(plan.state)
+        compiled = self.choose_network(None if plan.state is None else plan.state.meta.get("compiled", False))
         run_folder.write_plan(plan.results, config.to_yaml(self.settings), self.data.split)
         parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
-        say(f"U-Net of {parameters:.2f} M parameters, {len(self.data.split.classes)} classes, batch {self.batch}")
+        passes = "" if self.pass_size == self.batch else f" in passes of {self.pass_size}"
+        say(
+            f"U-Net of {parameters:.2f} M parameters, {len(self.data.split.classes)} classes, "
+            f"batch {self.batch}{passes}"
+        )
         precision = str(self.dtype).removeprefix("torch.")
-        say(f"{precision} ({self.precision_reason}) on {hardware.describe(self.device)}")
+        say(f"{precision} ({self.precision_reason}) on {hardware.describe(self.device)}, {compiled}")
         if plan.state is not None:
             say(f"going on from step {self.finished_steps:,} of {plan.state.path}")
+
+    def choose_network(self, began_compiled: bool | None) -> str:
+        """Compiles the network that gives the losses, or leaves it as it is; returns what it did, and why.
+
+        Args:
+            began_compiled: whether the run that goes on was compiled, so that it goes on with the same bits.
+        """
+        choice, obstacle = self.settings.compile, hardware.why_not_compile(self.device)
+        if choice == "true" and obstacle is not None:
+            raise UserError(f"--compile true cannot be done: {obstacle}; give --compile auto")
+        if choice == "false" or obstacle is not None:
+            return f"not compiled ({obstacle or 'as asked'})"
+        repays = self.settings.train_num_steps >= _COMPILED_STEPS if began_compiled is None else began_compiled
+        if choice == "auto" and not repays:
+            return "not compiled, which a short run does not repay"
+        self.losses_of, self.is_compiled = torch.compile(self.diffusion, dynamic=False), True
+        return "compiled, which takes a minute or two at the first step"
 
     def _fit_norm(self) -> None:
         settings, chosen = self.settings, self.data.chosen
@@ -392,7 +427,41 @@ class Trainer:
 
     def train_step(self) -> None:
         """Takes one optimiser step on one effective batch; leaves its loss on the device."""
-        step, settings = self.finished_steps, self.settings
+        parts = self.parts_of(self.finished_steps)
+        try:
+            loss = self._gradients(parts)
+        except RuntimeError as error:
+            if not hardware.is_compiler_error(error):
+                raise
+            self._do_without_compiler(error)
+            loss = self._gradients(parts)
+        self._update(loss, self.finished_steps)
+
+    def _gradients(self, parts: Sequence[StepDraws]) -> Tensor:
+        """Leaves the gradients of a step in the network, and returns its loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.device)
+        for part in parts:
+            latents, labels = self.latents_of(part)
+            with self.autocast():
+                losses = self.losses_of(
+                    latents, labels, times=part.times, noise=part.noise, cond_keep_mask=part.cond_keep_mask
+                )
+            share = losses.sum() / self.batch
+            self.scaler.scale(share).backward()
+            loss = loss + share.detach()
+        return loss
+
+    def _do_without_compiler(self, error: RuntimeError) -> None:
+        reason = " ".join(str(error).split())[:200]
+        if self.settings.compile == "true":
+            raise Failed(f"the network cannot be compiled ({reason}); give --compile false") from error
+        warn(f"the network cannot be compiled, and trains without ({reason})")
+        self.losses_of, self.is_compiled = self.diffusion, False
+
+    def parts_of(self, step: int) -> list[StepDraws]:
+        """Makes the draws of a step, on the device, in as many parts as it has passes; encodes what it misses."""
+        settings = self.settings
         draws = draw_step(
             settings.seed,
             step,
@@ -403,19 +472,12 @@ class Trainer:
             cond_drop_prob=settings.cond_drop_prob,
         )
         self.dataset.ensure(draws.positions, self._upcoming(step + 1))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=self.device)
-        for start in range(0, self.batch, settings.train_batch_size):
-            part = draws.slice(start, start + settings.train_batch_size).to(self.device)
-            latents, labels = self.dataset.batch(part.positions, part.posterior_noise)
-            with self.autocast():
-                losses = self.diffusion(
-                    latents, labels, times=part.times, noise=part.noise, cond_keep_mask=part.cond_keep_mask
-                )
-            share = losses.sum() / self.batch
-            self.scaler.scale(share).backward()
-            loss = loss + share.detach()
-        self._update(loss, step)
+        starts = range(0, self.batch, self.pass_size)
+        return [draws.slice(start, start + self.pass_size).to(self.device) for start in starts]
+
+    def latents_of(self, part: StepDraws) -> tuple[Tensor, Tensor]:
+        """Draws the latents [b C h w] of a part of a step; returns them and their labels [b]."""
+        return self.dataset.batch(part.positions, part.posterior_noise)
 
     def _update(self, loss: Tensor, step: int) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -516,6 +578,7 @@ class Trainer:
             "data_digest": dataset.digest(),
             "moments_digest": dataset.moments_digest(),
             "image_suffix": prepare.common_suffix(self.data.split),
+            "compiled": self.is_compiled,
             "torch": torch.__version__,
         }
 

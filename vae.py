@@ -880,8 +880,17 @@ def read_identity(path_or_id: str | Path) -> VAEIdentity:
     return network.identity_of(found.tensors)
 
 
-def load_vae(path_or_id: str | Path, device: torch.device | str, *, parts: Parts = "both") -> VAE:
-    """Returns the VAE of a file, folder or hub id, or half of it, float32, in eval mode; raises UserError."""
+def load_vae(
+    path_or_id: str | Path,
+    device: torch.device | str,
+    *,
+    parts: Parts = "both",
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> VAE:
+    """Returns the VAE of a file, folder or hub id, or half of it, float32, in eval mode; raises UserError.
+
+    With `memory_format` torch.channels_last it is faster, on CPUs and GPUs, and its values differ by rounding.
+    """
     path = _locate(path_or_id)
     vae = _load_diffusers(path, device, parts) if path.is_dir() else _load_checkpoint(path, device, parts)
-    return vae.eval().requires_grad_(False)
+    return vae.to(memory_format=memory_format).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue]

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -84,7 +83,7 @@ class VAESettings(config.MachineSettings):
         str,
         "machine",
         "torch.compile; auto: where it is possible and repays",
-        choices=("auto", "on", "off"),
+        choices=("auto", "true", "false"),
     )
 
 
@@ -222,11 +221,9 @@ def pick_compile(settings: VAESettings, device: torch.device, dtype: torch.dtype
     16-bit convolutions are many times slower without.
     """
     if settings.compile != "auto":
-        return settings.compile == "on"
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (7, 0) and settings.train_num_steps >= COMPILE_FROM_STEPS
-    has_compiler = shutil.which("g++") is not None or shutil.which("clang++") is not None
-    return has_compiler and dtype != torch.float32
+        return settings.compile == "true"
+    repays = settings.train_num_steps >= COMPILE_FROM_STEPS if device.type == "cuda" else dtype != torch.float32
+    return repays and hardware.why_not_compile(device) is None
 
 
 # --- training ----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import os_faults
 import pytest
@@ -71,9 +72,9 @@ class EncoderLog:
             self.batches.append(len(images))
             return encode(encoder, images)
 
-        def noted_load(path: str, device: torch.device, *, parts: vae.Parts = "both") -> object:
+        def noted_load(path: str, device: torch.device, *, parts: vae.Parts = "both", **layout: Any) -> object:
             self.built.append(parts)
-            return load(path, device, parts=parts)
+            return load(path, device, parts=parts, **layout)
 
         monkeypatch.setattr(BatchEncoder, "__call__", noted_encode)
         monkeypatch.setattr(vae, "load_vae", noted_load)

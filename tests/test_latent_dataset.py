@@ -499,6 +499,7 @@ def test_pixels_reach_the_vae_as_torchvision_would_give_them():
 
     images, network = random_images(2), tiny_vae.tiny_vae()
     padded = torch.cat([torch.stack([to_tensor(image.numpy()) for image in images]), torch.zeros(2, 3, 16, 16)])
+    padded = padded.contiguous(memory_format=torch.channels_last)
     assert torch.equal(real_encoder()(images), network.encode(padded)[:2])
 
 

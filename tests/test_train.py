@@ -21,6 +21,7 @@ from pipeline import (
     assert_same_run,
     at_step,
     losses,
+    one_error,
     preprocess,
     signal_self,
     state_digests,
@@ -30,16 +31,21 @@ from pipeline import (
 
 import checkpoint
 import config
+import hardware
 import latent_dataset
 import pictures
 import run_folder
 import script
 import train_latent_cfg
 from config import TrainSettings
-from train_latent_cfg import Clock
+from train_latent_cfg import Clock, pass_size
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_IMAGE_FLAGS: dict[str, object] = {"vae_path": None, "data_path": None, "image_size": None, "images_per_user": None}
+
+needs_compiler = pytest.mark.skipif(
+    hardware.why_not_compile(torch.device("cpu")) is not None, reason="needs a C++ compiler"
+)
 
 
 # --- lazy and pre-encoded are one --------------------------------------------------------------------------
@@ -123,6 +129,62 @@ def test_a_run_may_go_on_with_the_same_batch_in_other_parts(cached, trained):
     assert train(cached, train_batch_size=2, gradient_accumulate_every=2) == 0
     expected = list(losses(trained / "results").values())
     assert list(losses(cached / "results").values()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [({}, 16), ({"train_batch_size": 32}, 64), ({"train_batch_size": 33}, 33), ({"join_passes": False}, 8)],
+)
+def test_passes_are_joined_where_they_are_small(changes, size):
+    assert pass_size(TrainSettings(**changes), (4, 32, 32)) == size
+    assert pass_size(TrainSettings(**changes), (4, 256, 256)) == changes.get("train_batch_size", 8)
+
+
+def test_a_joined_pass_is_the_larger_batch_bit_for_bit(cached, trained):
+    assert train(cached, train_batch_size=2, gradient_accumulate_every=2, join_passes="true") == 0
+    assert_same_run(cached, trained)
+
+
+@needs_compiler
+def test_a_compiled_network_trains_alike_and_a_run_goes_on_as_it_began(cached, trained, monkeypatch, capsys):
+    monkeypatch.setattr(train_latent_cfg, "_COMPILED_STEPS", STEPS)  # so that a longer run would choose otherwise
+    assert train(cached, compile="auto", results_folder=cached / "whole") == 0
+    assert "compiled, which takes a minute" in capsys.readouterr().out
+    expected = list(losses(trained / "results").values())
+    assert list(losses(cached / "whole").values()) == pytest.approx(expected, rel=1e-5)
+    with monkeypatch.context() as patch:
+        at_step(patch, HALF, signal_self(signal.SIGTERM))
+        assert train(cached, compile="auto") == 143
+    monkeypatch.setattr(train_latent_cfg, "_COMPILED_STEPS", STEPS + 1)
+    assert train(cached, compile="auto") == 0
+    assert state_digests(cached / "results") == state_digests(cached / "whole")
+
+
+def test_without_a_compiler_auto_does_without_and_true_is_refused(cached, trained, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(train_latent_cfg, "_COMPILED_STEPS", 1)
+    assert train(cached, compile="auto") == 0
+    assert "not compiled (there is no C++ compiler)" in capsys.readouterr().out
+    assert_same_run(cached, trained)
+    assert train(cached, compile="true", results_folder=cached / "other") == 2
+    assert "--compile true cannot be done: there is no C++ compiler" in one_error(capsys)
+
+
+def test_a_network_that_cannot_be_compiled_trains_without(cached, trained, monkeypatch, capsys):
+    class BackendCompilerFailed(RuntimeError):
+        pass
+
+    def fail(*_: object, **__: object) -> None:
+        raise BackendCompilerFailed("no such header")
+
+    BackendCompilerFailed.__module__ = "torch._dynamo.exc"
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    monkeypatch.setattr(train_latent_cfg, "_COMPILED_STEPS", 1)
+    assert train(cached, compile="auto") == 0
+    assert capsys.readouterr().err.count("cannot be compiled, and trains without (no such header)") == 1
+    assert_same_run(cached, trained)
+    assert train(cached, compile="true", results_folder=cached / "other") == 1
+    assert "give --compile false" in one_error(capsys)
 
 
 # --- stopped and taken up again ----------------------------------------------------------------------------

@@ -52,6 +52,8 @@ def train_flags(root: Path, **changes: object) -> list[str]:
         "sampling_timesteps": 2,
         "num_samples": 2,
         "log_every": 2,
+        "join_passes": "false",
+        "compile": "false",
         "device": "cpu",
     }
     return flags(settings | changes)

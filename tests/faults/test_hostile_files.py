@@ -1061,7 +1061,8 @@ def test_nothing_opens_a_pickle_or_runs_a_text_in_any_other_way() -> None:
     unsafe += ("yaml.load", "yaml.unsafe", "yaml.full", "UnsafeLoader", "FullLoader", "np.load(", "shell=True")
     unsafe += ("os.system", "os.popen", "trust_remote_code", "torch.hub", "exec(", " eval(", "__import__", "shelve")
     assert [(name, word) for name, text in texts.items() for word in unsafe if word in text] == []
-    assert [name for name, text in texts.items() if "torch.load(" in text] == ["weight_files.py"]
+    loads = [name for name, text in texts.items() if "torch.load(" in text]
+    assert loads == ["weight_files.py", "benchmarks/bench_train.py"]  # the latter loads what it has just written
     assert texts["weight_files.py"].count("torch.load(") == 1
     assert [name for name, text in texts.items() if "Image.open(" in text and name.count("/") == 0] == ["images.py"]
 

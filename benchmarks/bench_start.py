@@ -1,0 +1,99 @@
+"""Times the start of train_latent_cfg.py with a complete cache: from its imports done to its first step.
+
+    python benchmarks/bench_start.py
+
+Once from the cache alone, and once with the images at hand, whose content is then checked.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import harness
+from bench_encode import image_size, make_images
+from harness import Round
+
+NAMES = ("from the cache alone", "images checked")
+
+
+def main() -> None:
+    """Prints a table of the two, and the same as JSON in the last line."""
+    arguments = read_arguments()
+    if arguments.worker:
+        with tempfile.TemporaryDirectory() as folder:
+            harness.serve(lambda: start(arguments, Path(folder)), dict)
+        return
+    figures = harness.compare(__file__, NAMES, arguments, "start")
+    print(json.dumps({"benchmark": "start", **harness.machine(arguments.threads), "variants": figures}))
+
+
+def read_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description="Time the start of training.", allow_abbrev=False)
+    harness.add_arguments(parser)
+    parser.add_argument("--images", type=int, default=1550, help="images in the cache")
+    return parser.parse_args()
+
+
+class Started(Exception):
+    """The first step is about to be taken."""
+
+
+def start(arguments: argparse.Namespace, folder: Path) -> Round:
+    """Sets up a complete cache of random moments for real images."""
+    import train_latent_cfg
+
+    make_images(folder / "data", arguments)
+    fill_cache(arguments, folder)
+    if arguments.worker == "from the cache alone":
+        shutil.rmtree(folder / "data")
+    words = harness.flags({"latents_cache_folder": folder / "latents_cache", "results_folder": folder / "results"})
+
+    def stop(_trainer: object) -> None:
+        raise Started
+
+    train_latent_cfg.Trainer.train_step = stop  # type: ignore[method-assign]
+
+    def work() -> int:
+        shutil.rmtree(folder / "results", ignore_errors=True)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Started):
+            code = train_latent_cfg.main(words)
+            raise AssertionError(f"training ended with exit code {code} before its first step")
+        return 1
+
+    return work
+
+
+def fill_cache(arguments: argparse.Namespace, folder: Path) -> None:
+    """Writes the cache, manifest and split that a finished preprocess would, without encoding anything."""
+    import numpy as np
+
+    import config
+    import durable
+    import prepare
+    from latent_cache import LatentCache, Space
+
+    size = image_size(arguments)
+    settings = config.PreprocessSettings(
+        data_path=str(folder / "data"), vae_path=str(folder / "none.pt"), image_size=size, images_per_user="all"
+    )
+    split = prepare.choose_images(settings, at_hand=True, stored=None, where="")
+    space = Space.of({"weights": hashlib.sha256(b"none").hexdigest()}, size, {"version": 0}, (8, size // 8, size // 8))
+    cache = LatentCache(folder / "latents_cache", space, writable=True)
+    keys = [entry.key for entry in split.train]
+    moments = np.random.default_rng(0).standard_normal((len(keys), *space.moments_shape)).astype(np.float16)
+    cache.put(keys, moments, [entry.name for entry in split.train], {})
+    cache.flush()
+    durable.publish(folder / "latents_cache" / "split.json", split.to_bytes())
+    chosen = prepare.ChosenSpace(space, 1.0, 0.0, vae_at_hand=False)
+    prepare.record_manifest(folder / "latents_cache", settings, chosen, len(keys))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

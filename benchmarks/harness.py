@@ -1,0 +1,176 @@
+"""What the benchmarks share: variants run side by side in processes of their own, and a table of how they compare.
+
+Each variant is a worker process that keeps its model warm and works only when it is asked to, so that in every round
+all variants are timed one after the other on the same machine in the same state. Figures are medians over rounds;
+ratios are taken within a round.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+Round = Callable[[], int]  # does a round's work and returns how many units that was
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that every benchmark has."""
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds; figures are medians over them")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch on a CPU")
+    parser.add_argument("--small", action="store_true", help="tiny sizes: shows that it works, measures nothing")
+    parser.add_argument("--only", nargs="+", help="names of variants, besides the baseline")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+
+
+# --- the worker's side -------------------------------------------------------------------------------------
+
+
+def serve(prepare: Callable[[], Round], facts: Callable[[], Mapping[str, Any]]) -> None:
+    """Prepares, warms up with one round, and then does a round for each line on standard input."""
+    import torch
+
+    channel, sys.stdout = sys.stdout, sys.stderr  # what the program prints must not mix with the answers
+    work = prepare()
+    work()
+    _wait_for_device()
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        count = work()
+        _wait_for_device()
+        seconds = time.perf_counter() - started
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        answer = {"seconds": seconds, "count": count, "host_peak": _host_peak(), "gpu_peak": peak, **facts()}
+        print(json.dumps(answer), file=channel, flush=True)
+
+
+def _wait_for_device() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _host_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# --- the side that asks ------------------------------------------------------------------------------------
+
+
+def compare(script: str, names: Sequence[str], arguments: argparse.Namespace, unit: str) -> dict[str, Any]:
+    """Runs the variants in turn for some rounds, prints the table, and returns the figures.
+
+    Args:
+        script: path of the benchmark, which is called again with --worker NAME.
+        names: the variants; the first is the baseline.
+        unit: what a round counts, in the singular.
+    """
+    words = [word for word in sys.argv[1:] if word != "--worker"]
+    workers = {name: _start(script, name, words, arguments.threads) for name in names}
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for number in range(arguments.rounds):
+        for name, worker in workers.items():
+            answers[name].append(_ask(worker, name))
+        print(f"round {number + 1} of {arguments.rounds} done", file=sys.stderr, flush=True)
+    for worker in workers.values():
+        worker.stdin.close()  # type: ignore[union-attr]
+        worker.wait()
+    figures = {name: _figures(found, answers[names[0]]) for name, found in answers.items()}
+    _print_table(figures, unit)
+    return figures
+
+
+def _start(script: str, name: str, words: list[str], threads: int) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, script, *words, "--worker", name]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def _ask(worker: subprocess.Popen[str], name: str) -> dict[str, Any]:
+    try:
+        worker.stdin.write("\n")  # type: ignore[union-attr]
+        worker.stdin.flush()  # type: ignore[union-attr]
+        return json.loads(worker.stdout.readline())  # type: ignore[union-attr]
+    except (BrokenPipeError, ValueError):
+        raise SystemExit(f"the variant {name!r} ended with an error; see above") from None
+
+
+def _figures(found: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
+    each = [answer["seconds"] / answer["count"] for answer in found]
+    ratios = [base["seconds"] / base["count"] / own for base, own in zip(baseline, each, strict=True)]
+    extra = {k: v for k, v in found[-1].items() if k not in ("seconds", "count", "host_peak", "gpu_peak")}
+    return {
+        "seconds": statistics.median(each),
+        "seconds_min": min(each),
+        "seconds_max": max(each),
+        "speed": statistics.median(ratios),
+        "speed_min": min(ratios),
+        "speed_max": max(ratios),
+        "host_gb": max(answer["host_peak"] for answer in found) / 1e9,
+        "gpu_gb": max(answer["gpu_peak"] for answer in found) / 1e9,
+        **extra,
+    }
+
+
+def _print_table(figures: Mapping[str, Mapping[str, Any]], unit: str) -> None:
+    extra = list(dict.fromkeys(name for row in figures.values() for name in row if name not in _COLUMNS))
+    heads = ["variant", f"s per {unit} (min to max)", "speed (min to max)", "GB host", "GB GPU", *extra]
+    print("| " + " | ".join(heads) + " |")
+    print("|---" * len(heads) + "|")
+    for name, row in figures.items():
+        cells = [
+            name,
+            f"{row['seconds']:.4g} ({row['seconds_min']:.4g} to {row['seconds_max']:.4g})",
+            f"{row['speed']:.2f}x ({row['speed_min']:.2f} to {row['speed_max']:.2f})",
+            f"{row['host_gb']:.2f}",
+            f"{row['gpu_gb']:.2f}",
+            *(_cell(row.get(key, "")) for key in extra),
+        ]
+        print("| " + " | ".join(cells) + " |")
+
+
+_COLUMNS = {"seconds", "seconds_min", "seconds_max", "speed", "speed_min", "speed_max", "host_gb", "gpu_gb"}
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Describes the machine and the versions, for the last line of a benchmark."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    names = ("torch", "torchvision", "pillow", "numpy", "denoising-diffusion-pytorch")
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def flags(settings: Mapping[str, object]) -> list[str]:
+    """Turns settings into the words of a command line."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
