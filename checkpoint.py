@@ -402,6 +402,9 @@ def _optimizer_state(
         # Also where it is a single number: fused Adam would write beyond it.
         if isinstance(value, Tensor) and rest != "step" and value.shape != parameters[int(number)].shape:
             raise UserError(f"the checkpoint is of another network: optimizer.{name} is {list(value.shape)} in it")
+        if isinstance(value, Tensor) and rest != "step":
+            # With the strides of the parameter: fused Adam walks through the memory of both side by side.
+            value = torch.empty_like(parameters[int(number)]).copy_(value)
         state.setdefault(int(number), {})[rest] = value
     _check_moments(optimizer, state, len(parameters))
     pairs = zip(optimizer.state_dict()["param_groups"], stored["param_groups"], strict=True)

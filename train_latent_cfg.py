@@ -365,7 +365,7 @@ class Trainer:
             config.to_dict(settings),
             num_classes=len(data.split.classes),
             latent_shape=self.dataset.latent_shape,
-        ).to(device)
+        ).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.ema = EMA(self.diffusion, decay=settings.ema_decay, update_every=settings.ema_update_every)
         self.losses_of: Any = self.diffusion
         self.is_compiled = False

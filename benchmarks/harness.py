@@ -45,6 +45,7 @@ def serve(prepare: Callable[[], Round], facts: Callable[[], Mapping[str, Any]]) 
     work = prepare()
     work()
     _wait_for_device()
+    print("ready", file=channel, flush=True)
     for _ in sys.stdin:
         started = time.perf_counter()
         count = work()
@@ -93,9 +94,13 @@ def compare(script: str, names: Sequence[str], arguments: argparse.Namespace, un
 
 
 def _start(script: str, name: str, words: list[str], threads: int) -> subprocess.Popen[str]:
+    """Starts a worker and waits until it is warm, so that no other is disturbed by it."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, script, *words, "--worker", name]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    if worker.stdout.readline() != "ready\n":  # type: ignore[union-attr]
+        raise _ended(name)
+    return worker
 
 
 def _ask(worker: subprocess.Popen[str], name: str) -> dict[str, Any]:
@@ -104,7 +109,11 @@ def _ask(worker: subprocess.Popen[str], name: str) -> dict[str, Any]:
         worker.stdin.flush()  # type: ignore[union-attr]
         return json.loads(worker.stdout.readline())  # type: ignore[union-attr]
     except (BrokenPipeError, ValueError):
-        raise SystemExit(f"the variant {name!r} ended with an error; see above") from None
+        raise _ended(name) from None
+
+
+def _ended(name: str) -> SystemExit:
+    return SystemExit(f"the variant {name!r} ended with an error; see above")
 
 
 def _figures(found: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
