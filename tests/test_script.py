@@ -82,6 +82,7 @@ def test_help_comes_before_torch_is_imported(name):
 def test_ctrl_c_during_the_imports_ends_without_a_word(name, module):
     program = f"""
 import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it from the start
 class Finder:
     def find_spec(self, wanted, path=None, target=None):
         if wanted == "{module}":
