@@ -9,7 +9,6 @@ VAE of random weights and the usual width. A round of ours starts from an empty 
 """
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -27,8 +26,8 @@ BASELINE_BATCH = 32
 
 
 def main() -> None:
-    """Prints a table of the variants, and the same as JSON in the last line."""
-    arguments = read_arguments()
+    """Compares the variants."""
+    arguments = harness.read_arguments("Time encoding.", images=(32, "images in a round"))
     if arguments.worker:
         with tempfile.TemporaryDirectory() as folder:
             serve(arguments, Path(folder))
@@ -36,16 +35,7 @@ def main() -> None:
     import torch
 
     known = ("one at a time", *OURS) if torch.cuda.is_available() else CPU_VARIANTS
-    figures = harness.compare(__file__, ["baseline", *(arguments.only or known)], arguments, "image")
-    print(json.dumps({"benchmark": "encode", **harness.machine(arguments.threads), "variants": figures}))
-
-
-def read_arguments() -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description="Time encoding.", allow_abbrev=False)
-    harness.add_arguments(parser)
-    parser.add_argument("--images", type=int, default=32, help="images in a round")
-    return parser.parse_args()
+    harness.compare(__file__, ["baseline", *(arguments.only or known)], arguments, "image")
 
 
 def serve(arguments: argparse.Namespace, folder: Path) -> None:

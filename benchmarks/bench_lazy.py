@@ -9,7 +9,6 @@ random weights and the usual width. Every round starts from an empty cache and a
 import argparse
 import contextlib
 import io
-import json
 import shutil
 import sys
 import tempfile
@@ -23,24 +22,18 @@ NAMES = ("encode first", "lazy")
 
 
 def main() -> None:
-    """Prints a table of the two ways, and the same as JSON in the last line."""
-    arguments = read_arguments()
+    """Compares the two ways."""
+    arguments = harness.read_arguments(
+        "Compare lazy encoding with encoding first.",
+        images=(32, "images in a round; batches of 16 go through the epoch"),
+    )
     if arguments.worker:
         with tempfile.TemporaryDirectory() as folder:
             make_images(Path(folder) / "data", arguments)
             save_vae(Path(folder) / "vae.pt", arguments)
             harness.serve(lambda: epoch(arguments, Path(folder)), dict)
         return
-    figures = harness.compare(__file__, NAMES, arguments, "image")
-    print(json.dumps({"benchmark": "lazy", **harness.machine(arguments.threads), "variants": figures}))
-
-
-def read_arguments() -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description="Compare lazy encoding with encoding first.", allow_abbrev=False)
-    harness.add_arguments(parser)
-    parser.add_argument("--images", type=int, default=32, help="images in a round; batches of 16 go through the epoch")
-    return parser.parse_args()
+    harness.compare(__file__, NAMES, arguments, "image")
 
 
 def epoch(arguments: argparse.Namespace, folder: Path) -> Round:

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import hashlib
 import io
-import json
 import shutil
 import sys
 import tempfile
@@ -23,22 +22,13 @@ NAMES = ("from the cache alone", "images checked")
 
 
 def main() -> None:
-    """Prints a table of the two, and the same as JSON in the last line."""
-    arguments = read_arguments()
+    """Compares the two."""
+    arguments = harness.read_arguments("Time the start of training.", images=(1550, "images in the cache"))
     if arguments.worker:
         with tempfile.TemporaryDirectory() as folder:
             harness.serve(lambda: start(arguments, Path(folder)), dict)
         return
-    figures = harness.compare(__file__, NAMES, arguments, "start")
-    print(json.dumps({"benchmark": "start", **harness.machine(arguments.threads), "variants": figures}))
-
-
-def read_arguments() -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description="Time the start of training.", allow_abbrev=False)
-    harness.add_arguments(parser)
-    parser.add_argument("--images", type=int, default=1550, help="images in the cache")
-    return parser.parse_args()
+    harness.compare(__file__, NAMES, arguments, "start")
 
 
 class Started(Exception):

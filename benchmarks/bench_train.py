@@ -8,7 +8,6 @@ a loop. All variants train the same network on as many latents of the same shape
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -33,8 +32,10 @@ LEARNING_RATE, BETAS, DECAY, UPDATE_EVERY = 1e-4, (0.9, 0.99), 0.9995, 10
 
 
 def main() -> None:
-    """Prints a table of the variants, and the same as JSON in the last line."""
-    arguments = read_arguments()
+    """Compares the variants."""
+    arguments = harness.read_arguments(
+        "Time training steps.", steps=(5, "steps in a round"), images=(310, "latents in the training set")
+    )
     if arguments.worker:
         serve(arguments)
         return
@@ -42,17 +43,7 @@ def main() -> None:
 
     known = VARIANTS if torch.cuda.is_available() else CPU_VARIANTS
     names = ["baseline", *(arguments.only or known)]
-    figures = harness.compare(__file__, names, arguments, "step")
-    print(json.dumps({"benchmark": "train", **harness.machine(arguments.threads), "variants": figures}))
-
-
-def read_arguments() -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description="Time training steps.", allow_abbrev=False)
-    harness.add_arguments(parser)
-    parser.add_argument("--steps", type=int, default=5, help="steps in a round")
-    parser.add_argument("--images", type=int, default=310, help="latents in the training set")
-    return parser.parse_args()
+    harness.compare(__file__, names, arguments, "step")
 
 
 def network_settings(arguments: argparse.Namespace) -> dict[str, Any]:

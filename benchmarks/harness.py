@@ -25,13 +25,17 @@ sys.path.insert(0, str(ROOT))
 Round = Callable[[], int]  # does a round's work and returns how many units that was
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that every benchmark has."""
+def read_arguments(description: str, **counts: tuple[int, str]) -> argparse.Namespace:
+    """Reads the command line: the flags that every benchmark has, and {name: (default, help)} of its own."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; figures are medians over them")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch on a CPU")
     parser.add_argument("--small", action="store_true", help="tiny sizes: shows that it works, measures nothing")
     parser.add_argument("--only", nargs="+", help="names of variants, besides the baseline")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    for name, (default, text) in counts.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    return parser.parse_args()
 
 
 # --- the worker's side -------------------------------------------------------------------------------------
@@ -70,8 +74,8 @@ def _host_peak() -> int:
 # --- the side that asks ------------------------------------------------------------------------------------
 
 
-def compare(script: str, names: Sequence[str], arguments: argparse.Namespace, unit: str) -> dict[str, Any]:
-    """Runs the variants in turn for some rounds, prints the table, and returns the figures.
+def compare(script: str, names: Sequence[str], arguments: argparse.Namespace, unit: str) -> None:
+    """Runs the variants in turn for some rounds; prints a table, and in the last line the same as JSON.
 
     Args:
         script: path of the benchmark, which is called again with --worker NAME.
@@ -90,7 +94,7 @@ def compare(script: str, names: Sequence[str], arguments: argparse.Namespace, un
         worker.wait()
     figures = {name: _figures(found, answers[names[0]]) for name, found in answers.items()}
     _print_table(figures, unit)
-    return figures
+    print(json.dumps({"benchmark": Path(script).stem, **_machine(arguments.threads), "variants": figures}))
 
 
 def _start(script: str, name: str, words: list[str], threads: int) -> subprocess.Popen[str]:
@@ -157,8 +161,8 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """Describes the machine and the versions, for the last line of a benchmark."""
+def _machine(threads: int) -> dict[str, Any]:
+    """Describes the machine and the versions."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -6,23 +6,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def bench(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "benchmarks/bench_train.py", "--small", "--threads", "1", "--steps", "1", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
 def test_a_benchmark_prints_a_table_and_ends_in_a_line_of_json():
-    command = [
-        sys.executable,
-        "benchmarks/bench_train.py",
-        "--small",
-        "--threads",
-        "1",
-        "--rounds",
-        "2",
-        "--steps",
-        "1",
-    ]
-    done = subprocess.run([*command, "--only", "float32"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = bench("--rounds", "2", "--only", "float32")
+    assert done.returncode == 0, done.stderr
     *table, last = done.stdout.splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| baseline", "| float32"]
     result = json.loads(last)
-    assert result["benchmark"] == "train" and result["versions"]["torch"]
+    assert result["benchmark"] == "bench_train" and result["versions"]["torch"]
     for figures in result["variants"].values():
         assert 0 < figures["seconds_min"] <= figures["seconds"] <= figures["seconds_max"]
         assert figures["speed"] > 0 and figures["host_gb"] > 0.1
@@ -30,16 +25,5 @@ def test_a_benchmark_prints_a_table_and_ends_in_a_line_of_json():
 
 
 def test_a_variant_that_fails_ends_the_benchmark():
-    command = [
-        sys.executable,
-        "benchmarks/bench_train.py",
-        "--small",
-        "--threads",
-        "1",
-        "--rounds",
-        "1",
-        "--only",
-        "no such variant",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = bench("--rounds", "1", "--only", "no such variant")
     assert done.returncode == 1 and "the variant 'no such variant' ended with an error" in done.stderr
