@@ -50,7 +50,7 @@ from script import DONE, Failed, Progress, Stopped, StopSignals, say, warn
 
 _FORECAST_STEPS = 50  # steps after which the length of the run is told
 _COMPILED_STEPS = 5000  # a shorter run does not repay the minute or two that compiling takes
-_JOINED_VALUES = 64 * 48 * 32 * 32  # of one activation at full width; a GPU of 8 GB has room for such a pass
+_JOINED_VALUES = 64 * 48 * 32 * 32  # of one activation at full width: four batches of the default recipe
 _NOT_INHERITED = ("results_folder", "resume_from", "device")  # settings that say where a run is, not what it is
 
 
