@@ -385,7 +385,9 @@ class _Index:
         if not len(self.keys):
             return np.full(len(keys), -1, dtype=np.int64)
         wanted = self._comparable(keys)
-        nearest = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        order = np.argsort(wanted)  # looked up in this order, neighbours lie near each other in memory
+        nearest = np.empty(len(wanted), dtype=np.int64)
+        nearest[order] = np.minimum(np.searchsorted(self.keys, wanted[order]), len(self.keys) - 1)
         return np.where(self.keys[nearest] == wanted, self.places[nearest], -1)
 
 
