@@ -361,6 +361,8 @@ def _parse_word(name: str, text: str, spec: Spec, where: str) -> Any:
         return None
     if word in spec.words:
         return word
+    if "true" in spec.choices and word.lower() in _SWITCH:  # a switch with a third position
+        return str(_SWITCH[word.lower()]).lower()
     value = _convert(word, spec.kind)
     if value is None or (spec.kind is str and not word):
         wanted = " or ".join([_KIND_NAMES[spec.kind], *spec.words]) + (", or several as separate words" * spec.many)

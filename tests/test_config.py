@@ -52,6 +52,13 @@ def test_scientific_notation_is_a_number_in_a_file_as_in_a_flag(tmp_path):
     assert settings.max_hours is None
 
 
+@pytest.mark.parametrize(
+    ("word", "value"), [("on", "true"), ("off", "false"), ("Yes", "true"), ("0", "false"), ("auto", "auto")]
+)
+def test_a_switch_with_a_third_position_takes_the_words_of_a_switch(word, value):
+    assert read(TrainSettings, "--compile", word).settings.compile == value
+
+
 def test_flag_wins_over_file_over_run_over_manifest_over_default(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("dim: 16\ntimesteps: 20\n")
