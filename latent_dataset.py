@@ -275,22 +275,41 @@ class LatentDataset(Dataset):
                 seen.add(row)
                 yield row
 
-    def fill(self, *, advance: Callable[[int], None] = lambda count: None) -> list[tuple[int, str]]:
+    def fill(
+        self, positions: Sequence[int] | None = None, *, advance: Callable[[int], None] = lambda count: None
+    ) -> list[tuple[int, str]]:
         """Encodes everything that is missing, publishes it, and frees the VAE.
 
         Args:
+            positions: encode only what is missing of these.
             advance: called after each batch with the number of images that it settled.
 
         Returns:
             (position, reason) of each image that could not be encoded, equal ones included.
         """
-        reasons = dict(self._encode_rows(list(self._missing_rows(self.missing())), advance))
+        wanted = self.missing() if positions is None else positions
+        reasons = dict(self._encode_rows(list(self._missing_rows(wanted)), advance))
         first = [self._first_position[row] for row in self._row_of.tolist()]
         bad = [(position, reasons[first[position]]) for position in range(len(self)) if first[position] in reasons]
         self._complete = bool(self._have.all())
         self.cache_flush()
         self.close_encoder()
         return bad
+
+    def refresh(self) -> int:
+        """Takes up the missing rows that other processes have published since; returns how many."""
+        rows = np.flatnonzero(~self._have)
+        self.cache.refresh()
+        keys = [self._row_keys[row] for row in rows]
+        if self._table is None:
+            found = self.cache.holds(keys)
+        else:
+            moments, found = self.cache.read(keys)
+            there = torch.from_numpy(rows[found]).to(self._table.device)
+            self._table[there] = torch.from_numpy(moments[found]).to(self._table.device)
+        self._have[rows[found]] = True
+        self._complete = bool(self._have.all())
+        return int(found.sum())
 
     def cache_flush(self) -> None:
         """Publishes the rows that wait in memory."""

@@ -6,6 +6,7 @@ neither the images nor the VAE have to exist.
 """
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +20,14 @@ import config
 import durable
 import hardware
 import images
+import script
 import vae
 from config import ImageSettings, UserError
 from images import BadImage, Entry, Skipped, Split, shown
 from latent_cache import LatentCache, Manifest, Space, write_manifest
 from latent_dataset import BatchEncoder, LatentDataset
-from script import say, warn
+from ranks import Ranks
+from script import STOP_SIGNALS, Stopped, StopSignals, say, warn
 
 
 def is_explicit(sources: Mapping[str, str], name: str) -> bool:
@@ -282,3 +285,61 @@ def open_dataset(
         device=device,
         on_store_error=on_store_error,
     )
+
+
+_LOOK_SECONDS = 0.5  # between two looks for what other processes have encoded
+_PATIENCE_SECONDS = 300.0  # without news from them; they publish each minute
+
+
+def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) -> list[tuple[int, str]]:
+    """Encodes all that is missing, each process its share, and takes up what the others have published.
+
+    It waits by looking into the cache folder, so for as long as they need. What does not appear there is encoded here
+    too: their disk may be another one or not be written to, or they have died.
+
+    Returns:
+        (position, reason) of each image that could not be encoded, equal ones included.
+
+    Raises:
+        Stopped: after a signal to any of the processes; what is encoded so far is kept.
+    """
+    missing = dataset.missing()
+    if not missing:
+        return []
+    with script.progress(total=len(missing), unit="images", label="encode") as bar:
+
+        def advance(count: int) -> None:
+            bar.advance(count)
+            _raise_if_stopped(ranks, signals)
+
+        try:
+            dataset.fill(ranks.share(missing), advance=advance)
+            ranks.tell("encoded")
+            _await_others(dataset, ranks, advance)
+            return dataset.fill(advance=advance) if dataset.missing() else []
+        except Stopped:
+            dataset.cache_flush()
+            raise
+
+
+def _await_others(dataset: LatentDataset, ranks: Ranks, advance: Callable[[int], None]) -> None:
+    last_news = time.monotonic()
+    while dataset.missing() and time.monotonic() - last_news < _PATIENCE_SECONDS:
+        are_done = len(ranks.have_told("encoded")) == ranks.count  # before the look, which then misses nothing
+        found = dataset.refresh()
+        advance(found)
+        if are_done:
+            return
+        if found:
+            last_news = time.monotonic()
+        else:
+            time.sleep(_LOOK_SECONDS)
+
+
+def _raise_if_stopped(ranks: Ranks, signals: StopSignals) -> None:
+    for number in STOP_SIGNALS:
+        if signals.received == number:
+            ranks.tell(f"signal {number}")
+        elif not ranks.have_told(f"signal {number}"):
+            continue
+        raise Stopped(number)

@@ -178,17 +178,23 @@ def build_diffusion(
 
 
 class Metrics:
-    """The lines of metrics.jsonl, one JSON object each; those after the step that is resumed are dropped."""
+    """The lines of metrics.jsonl, one JSON object each; those after the step that is resumed are dropped.
 
-    def __init__(self, folder: Path, *, step: int, earlier: Path | None = None) -> None:
-        self.path = folder / METRICS_NAME
+    Unless it `writes`, they stay in memory: several processes of one run have one file.
+    """
+
+    def __init__(self, folder: Path, *, step: int, earlier: Path | None = None, writes: bool = True) -> None:
+        self.path, self.writes = folder / METRICS_NAME, writes
         source = self.path if self.path.exists() else (earlier or folder) / METRICS_NAME
         self.rows = [row for row in _read_rows(source) if row["step"] <= step]
-        durable.publish(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        if writes:
+            durable.publish(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
     def add(self, **row: Any) -> None:
         """Appends one line."""
         self.rows.append(row)
+        if not self.writes:
+            return
         with durable.naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

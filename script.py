@@ -1,6 +1,7 @@
 """What the scripts share: exit codes, the one-line error, signals, progress and log lines."""
 
 import functools
+import os
 import re
 import signal
 import sys
@@ -18,7 +19,9 @@ import durable
 from config import UserError
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
+SIGNALLED = 128  # to which the number of the signal is added
 PROCESS_START = time.monotonic()  # this module is among the first that a script imports
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LOG_SECONDS = 30.0  # pause between progress lines where output is a log
 
 
@@ -27,11 +30,34 @@ class Stopped(Exception):
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
-        self.exit_code = 128 + signal_number
+        self.exit_code = SIGNALLED + signal_number
 
 
 class Failed(Exception):
     """The work could not be finished for a reason outside the settings; exit code 1."""
+
+
+class Told(Exception):
+    """The run has failed, and another of its processes says why."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+def num_ranks() -> int:
+    """Returns how many processes torchrun has started for this run; 1 for a process that is alone."""
+    return max(1, _number_of("WORLD_SIZE"))
+
+
+def rank() -> int:
+    """Returns the number of this process among them; rank 0 alone prints."""
+    return _number_of("RANK") if num_ranks() > 1 else 0
+
+
+def _number_of(variable: str) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else 0
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
@@ -43,18 +69,23 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[s
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return main(argv)
-        except UserError as error:
-            return _fail(error, USER_ERROR)
-        except Failed as error:
-            return _fail(error, FAILED)
-        except OSError as error:
-            return _fail(_describe_os_error(error), FAILED)
-        except Stopped as stop:
-            return stop.exit_code
+        except (UserError, Failed, OSError) as error:
+            return _fail(*explain(error))
+        except (Stopped, Told) as end:
+            return end.exit_code
         except KeyboardInterrupt:
             return _interrupted()
 
     return wrapped
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """Returns the sentence and the exit code of a UserError, Failed, OSError or Stopped."""
+    if isinstance(error, Stopped):
+        return f"stopped by {error}", error.exit_code
+    if isinstance(error, OSError):
+        return _describe_os_error(error), FAILED
+    return str(error), USER_ERROR if isinstance(error, UserError) else FAILED
 
 
 def check_command_line(cls: type, description: str | None) -> None:
@@ -68,7 +99,7 @@ def check_command_line(cls: type, description: str | None) -> None:
         config.read_command_line(cls, argv, description=description)
         return DONE
 
-    code = check(None)
+    code = check(None) if num_ranks() == 1 else DONE  # else they agree on it, and one tells
     if code != DONE:
         sys.exit(code)
     sys.excepthook = _explain_import
@@ -90,12 +121,14 @@ def _explain_import(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def _interrupted() -> int:
-    _print_error("\nstopped by Ctrl-C")
-    return 128 + signal.SIGINT
+    if rank() == 0:
+        _print_error("\nstopped by Ctrl-C")
+    return SIGNALLED + signal.SIGINT
 
 
 def _fail(message: object, code: int) -> int:
-    _print_error(f"error: {_harmless(' '.join(str(message).split()))}")
+    where = f"process {rank()}: " if rank() else ""  # which speaks only of what rank 0 cannot know
+    _print_error(f"error: {where}{_harmless(' '.join(str(message).split()))}")
     return code
 
 
@@ -126,6 +159,8 @@ def check_writable(folder: Path, setting: str) -> None:
 
 def say(text: str = "") -> None:
     """Prints one line for the user, above any progress bar; what the output cannot show is escaped."""
+    if rank():
+        return
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     with suppress(OSError):  # a closed terminal, or a full disk below the log, does not end the work
         tqdm.write(_harmless(text).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
@@ -134,6 +169,8 @@ def say(text: str = "") -> None:
 
 def warn(text: str) -> None:
     """Prints one line that the user should not miss."""
+    if rank():
+        return
     with suppress(OSError):
         tqdm.write(f"warning: {_harmless(text)}", file=sys.stderr)
 
@@ -147,7 +184,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -170,7 +207,8 @@ class Progress:
     """A bar on a terminal; where output is a log, a plain line every half minute and one at the end."""
 
     def __init__(self, *, total: int, unit: str, label: str, initial: int = 0) -> None:
-        self.is_log = not sys.stderr.isatty()
+        self.is_quiet = rank() != 0
+        self.is_log = self.is_quiet or not sys.stderr.isatty()
         # A bar that is not drawn still counts, so that both forms show the same numbers.
         self.bar = tqdm(
             total=total,
@@ -198,6 +236,8 @@ class Progress:
         self.bar.close()
 
     def _print_line(self) -> None:
+        if self.is_quiet:
+            return
         facts = dict(self.bar.format_dict, ncols=100, ascii=True)
         _print_error(self.bar.format_meter(**facts))
         self.last_line = time.monotonic()

@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from latent_cache import LatentCache, Space
 from latent_dataset import SPLIT_NAME, LatentDataset, read_split
 from latent_norm import LatentNorm
 from prepare import ChosenSpace
+from ranks import ALONE, TIME_IS_UP, Ranks, joined
 from run_folder import Metrics, SavedState
 from sample_grid import GridMaker
 from sampling import num_solver_steps
@@ -57,21 +58,47 @@ _NOT_INHERITED = ("results_folder", "resume_from", "device")  # settings that sa
 @script.command
 def main(argv: Sequence[str] | None) -> int:
     """Runs the script; returns its exit code."""
-    plan = make_plan(argv)
-    durable.remove_stale_temporaries(plan.results)
+    with joined() as ranks:
+        return train(argv, ranks)
+
+
+def train(argv: Sequence[str] | None, ranks: Ranks) -> int:
+    """Plans, opens the data, trains; what can be wrong before the first step is told once, whoever finds it."""
+    with ranks.together():
+        plan = make_plan(argv)
+        _check_share(plan.settings, ranks)
+        durable.remove_stale_temporaries(plan.results)
+    ranks.check_same(_facts_of_plan(plan), "start all with the same command, and let all see the same --results_folder")
     if plan.state is not None and plan.state.step >= plan.settings.train_num_steps:
         say(
             f"the run in {plan.origin} is finished ({plan.state.step:,} steps); a larger --train_num_steps goes further"
         )
         return DONE
-    device = hardware.pick_device(plan.settings.device)
-    _check_results_folder(plan)
-    try:
-        data = open_data(plan, device)
-        trainer = Trainer(plan.settings, data, device)
-        write_cache_defaults(plan, data)
+    with ranks.together():
+        device = hardware.pick_device(ranks.device_name(plan.settings.device))
+        if ranks.is_main:
+            _check_results_folder(plan)
+    ranks.use(device)
+    with ranks.together(), _plain_errors(plan):
+        data = open_data(plan, device, ranks)
+    ranks.check_same(_facts_of_data(data, device), "give all the same images, VAE and packages, and one kind of device")
+    with ranks.together(), _plain_errors(plan):
+        if ranks.count > 1:
+            _fill(data.dataset, ranks)
+        trainer = Trainer(plan.settings, data, device, ranks)
+        if ranks.is_main:
+            write_cache_defaults(plan, data)
         trainer.start(plan)
+    trainer.begin_alike()
+    with _plain_errors(plan):
         return run(trainer, plan)
+
+
+@contextmanager
+def _plain_errors(plan: "Plan") -> Iterator[None]:
+    """Turns what may go wrong with images and the GPU into one sentence with a remedy."""
+    try:
+        yield
     except BadImage as error:
         raise Failed(
             f"{error}; this run needs that image as it was: put it back, or start another run with another "
@@ -172,6 +199,35 @@ def _refuse_impossible(settings: TrainSettings) -> None:
     num_solver_steps(settings.sampler, settings.sampling_timesteps, settings.timesteps)
 
 
+def _check_share(settings: TrainSettings, ranks: Ranks) -> None:
+    """Raises UserError unless each process gets as many latents of a step as any other."""
+    if batch_size(settings) % ranks.count:
+        raise UserError(
+            f"a step sees {batch_size(settings)} latents (--train_batch_size {settings.train_batch_size} times "
+            f"--gradient_accumulate_every {settings.gradient_accumulate_every}), which {ranks.count} processes cannot "
+            f"share evenly; make it a multiple of {ranks.count}"
+        )
+
+
+def _facts_of_plan(plan: Plan) -> dict[str, object]:
+    """Returns what all processes of a run must have alike: the step that it goes on from, and the settings."""
+    settings = {
+        f"--{name}": config.show(getattr(plan.settings, name))
+        for name, spec in config.specs(TrainSettings).items()
+        if name != "device" and not spec.path  # a machine may have its own folders
+    }
+    return {"a run at step": "none" if plan.state is None else plan.state.step, **settings}
+
+
+def _facts_of_data(data: "Data", device: torch.device) -> dict[str, object]:
+    return {
+        "latents of the space": data.chosen.space.id,
+        "images and labels of the digest": data.dataset.digest()[:16],
+        "a device of the kind": device.type,
+        "torch": torch.__version__,
+    }
+
+
 def _check_results_folder(plan: Plan) -> None:
     script.check_writable(plan.results, "results_folder")
     if plan.state is None and any(plan.results.glob("ema-*.safetensors")):
@@ -193,7 +249,7 @@ class Data:
     dataset: LatentDataset
 
 
-def open_data(plan: Plan, device: torch.device) -> Data:
+def open_data(plan: Plan, device: torch.device, ranks: Ranks = ALONE) -> Data:
     """Opens the dataset of the run, and refuses what would only fail later.
 
     Raises:
@@ -231,7 +287,7 @@ def open_data(plan: Plan, device: torch.device) -> Data:
         mended = _without_bad_images(plan, split, dataset)
         if mended is not split:
             split, dataset = mended, open_over(mended)
-    _report_missing(plan, dataset)
+    _report_missing(plan, dataset, "before the first step" if ranks.count > 1 else "when first needed")
     if plan.state is not None:
         _check_same_data(plan, split, dataset)
     return Data(split, chosen, dataset)
@@ -273,11 +329,11 @@ def _without_bad_images(plan: Plan, split: Split, dataset: LatentDataset) -> Spl
     return split.without(bad)
 
 
-def _report_missing(plan: Plan, dataset: LatentDataset) -> None:
+def _report_missing(plan: Plan, dataset: LatentDataset, when: str) -> None:
     missing = dataset.missing()
     say(
         f"{len(dataset):,} images asked, {len(dataset) - len(missing):,} cached, {len(missing):,} to encode"
-        f"{' when first needed' if missing else ''} ({dataset.place} holds the latents)"
+        f"{f' {when}' if missing else ''} ({dataset.place} holds the latents)"
     )
     if missing and not dataset.can_encode:
         what = plan.settings.vae_path if dataset.encode is None else plan.settings.data_path
@@ -321,6 +377,15 @@ def _what_changed(plan: Plan, split: Split) -> str:
     return f"{len(names):,} of {len(split.train):,} have another content, the first is {shown(names[0])}"
 
 
+def _fill(dataset: LatentDataset, ranks: Ranks) -> None:
+    """Encodes what is missing before the first step: a step must not wait for the encoder of another process."""
+    with StopSignals() as signals:
+        bad = prepare.fill_together(dataset, ranks, signals)
+    if bad:
+        position, reason = bad[0]
+        raise BadImage(f"{dataset.names[position]}: {reason}")
+
+
 def write_cache_defaults(plan: Plan, data: Data) -> None:
     """Gives a cache that training alone fills the same manifest and split as preprocessing would."""
     cache = data.dataset.cache
@@ -341,21 +406,30 @@ def _go_on_in_memory(error: OSError) -> None:
 # --- the training step -------------------------------------------------------------------------------------
 
 
-def pass_size(settings: TrainSettings, latent_shape: tuple[int, int, int]) -> int:
-    """Returns how many latents [C h w] go through the network at once: the whole batch of a step where it is small."""
-    batch = settings.train_batch_size * settings.gradient_accumulate_every
-    is_small = batch * settings.dim * latent_shape[1] * latent_shape[2] <= _JOINED_VALUES
-    return batch if settings.join_passes and is_small else settings.train_batch_size
+def batch_size(settings: TrainSettings) -> int:
+    """Returns how many latents a step sees, in all its passes and on all processes."""
+    return settings.train_batch_size * settings.gradient_accumulate_every
+
+
+def pass_size(settings: TrainSettings, latent_shape: tuple[int, int, int], *, num_ranks: int = 1) -> int:
+    """Returns how many latents [C h w] go through the network at once: a process's share of a step where it is small.
+
+    The share is the whole batch for a process that is alone.
+    """
+    share = batch_size(settings) // num_ranks
+    is_small = share * settings.dim * latent_shape[1] * latent_shape[2] <= _JOINED_VALUES
+    return share if settings.join_passes and is_small else min(settings.train_batch_size, share)
 
 
 class Trainer:
     """The state that a step changes: network, average, optimiser, loss scaler; and how a step changes it."""
 
-    def __init__(self, settings: TrainSettings, data: Data, device: torch.device) -> None:
-        self.settings, self.data, self.device = settings, data, device
+    def __init__(self, settings: TrainSettings, data: Data, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.settings, self.data, self.device, self.ranks = settings, data, device, ranks
         self.dataset = data.dataset
-        self.batch = settings.train_batch_size * settings.gradient_accumulate_every
-        self.pass_size = pass_size(settings, self.dataset.latent_shape)
+        self.batch = batch_size(settings)
+        self.share = self.batch // ranks.count
+        self.pass_size = pass_size(settings, self.dataset.latent_shape, num_ranks=ranks.count)
         if settings.deterministic:
             hardware.make_deterministic()
         hardware.allow_tf32()
@@ -388,17 +462,26 @@ class Trainer:
         else:
             self._restore(plan.state)
         compiled = self.choose_network(None if plan.state is None else plan.state.meta.get("compiled", False))
-        run_folder.write_plan(plan.results, config.to_yaml(self.settings), self.data.split)
+        if self.ranks.is_main:
+            run_folder.write_plan(plan.results, config.to_yaml(self.settings), self.data.split)
         parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
-        passes = "" if self.pass_size == self.batch else f" in passes of {self.pass_size}"
+        shared = "" if self.ranks.count == 1 else f", {self.share} on each of {self.ranks.count} processes"
+        passes = "" if self.pass_size == self.share else f" in passes of {self.pass_size}"
         say(
             f"U-Net of {parameters:.2f} M parameters, {len(self.data.split.classes)} classes, "
-            f"batch {self.batch}{passes}"
+            f"batch {self.batch}{shared}{passes}"
         )
         precision = str(self.dtype).removeprefix("torch.")
         say(f"{precision} ({self.precision_reason}) on {hardware.describe(self.device)}, {compiled}")
         if plan.state is not None:
             say(f"going on from step {self.finished_steps:,} of {plan.state.path}")
+
+    def begin_alike(self) -> None:
+        """Makes sure that all processes begin with the same numbers."""
+        ranks, networks = self.ranks, (self.diffusion, self.ema.model)
+        ranks.check_same({"the number format": self.dtype}, "give --precision")
+        ranks.copy_of_main(tensor for network in networks for tensor in network.state_dict().values())
+        self.dataset.set_norm(LatentNorm.from_json(ranks.of_main(self.dataset.norm.to_json())))  # type: ignore[union-attr]
 
     def choose_network(self, began_compiled: bool | None) -> str:
         """Compiles the network that gives the losses, or leaves it as it is; returns what it did, and why.
@@ -435,10 +518,10 @@ class Trainer:
                 raise
             self._do_without_compiler(error)
             loss = self._gradients(parts)
-        self._update(loss, self.finished_steps)
+        self._update(self.ranks.add_up(self.diffusion, loss), self.finished_steps)
 
     def _gradients(self, parts: Sequence[StepDraws]) -> Tensor:
-        """Leaves the gradients of a step in the network, and returns its loss."""
+        """Leaves the gradients of this process's parts of a step in the network, and returns their loss."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         for part in parts:
@@ -460,7 +543,7 @@ class Trainer:
         self.losses_of, self.is_compiled = self.diffusion, False
 
     def parts_of(self, step: int) -> list[StepDraws]:
-        """Makes the draws of a step, on the device, in as many parts as it has passes; encodes what it misses."""
+        """Makes this process's draws of a step, on the device, a part for each pass; encodes what the step misses."""
         settings = self.settings
         draws = draw_step(
             settings.seed,
@@ -472,8 +555,9 @@ class Trainer:
             cond_drop_prob=settings.cond_drop_prob,
         )
         self.dataset.ensure(draws.positions, self._upcoming(step + 1))
-        starts = range(0, self.batch, self.pass_size)
-        return [draws.slice(start, start + self.pass_size).to(self.device) for start in starts]
+        own = draws.slice(self.ranks.rank * self.share, (self.ranks.rank + 1) * self.share)
+        starts = range(0, self.share, self.pass_size)
+        return [own.slice(start, start + self.pass_size).to(self.device) for start in starts]
 
     def latents_of(self, part: StepDraws) -> tuple[Tensor, Tensor]:
         """Draws the latents [b C h w] of a part of a step; returns them and their labels [b]."""
@@ -529,8 +613,13 @@ class Trainer:
     # --- saving ---
 
     def save(self, folder: Path, *, with_average: bool = True) -> None:
-        """Publishes the averaged weights alone, and the full state; then drops older full states."""
+        """Publishes the averaged weights alone, and the full state; then drops older full states. Rank 0 does so."""
         self.check_finite()  # else the next process would not know of it
+        if self.ranks.is_main:
+            self._publish(folder, with_average=with_average)
+        self.saved_step = self.finished_steps
+
+    def _publish(self, folder: Path, *, with_average: bool) -> None:
         self._refuse_company(folder)
         tensors, optimizer_meta = checkpoint.pack_training_state(
             self.diffusion, self.ema.model, self.optimizer, self.scaler
@@ -553,7 +642,6 @@ class Trainer:
             ) from error
         self.known_saves.add(checkpoint.newest_stamp(folder))
         checkpoint.prune(folder, step=self.finished_steps)
-        self.saved_step = self.finished_steps
 
     def _refuse_company(self, folder: Path) -> None:
         """Raises Failed when another process has saved there meanwhile; without locks, one of two goes on."""
@@ -601,8 +689,8 @@ class Trainer:
 
 def run(trainer: Trainer, plan: Plan) -> int:
     """Trains to the end, the time budget or a signal; saves in every case, and says how it ended."""
-    settings = plan.settings
-    metrics = Metrics(plan.results, step=trainer.finished_steps, earlier=plan.origin)
+    settings, ranks = plan.settings, trainer.ranks
+    metrics = Metrics(plan.results, step=trainer.finished_steps, earlier=plan.origin, writes=ranks.is_main)
     grids = GridMaker(
         settings,
         trainer.ema.model,  # type: ignore[arg-type]
@@ -620,17 +708,19 @@ def run(trainer: Trainer, plan: Plan) -> int:
                 trainer.train_step()
                 clock.forecast(settings.train_num_steps)
                 done = trainer.finished_steps
-                if done % settings.log_every == 0:  # before a save, which holds the losses not told yet
-                    log(trainer, metrics, bar, clock)
-                if fresh:  # a full disk or too little memory shows now, not hours later
-                    fresh = _rehearse(trainer, grids, plan.results)
-                bar.advance()
-                if done % settings.save_and_sample_every == 0 or done == settings.train_num_steps:
-                    started = time.monotonic()
-                    save_and_sample(trainer, grids, plan.results, signals)
-                    clock.note_save(time.monotonic() - started)
-                if done < settings.train_num_steps and (signals.received is not None or clock.is_up()):
-                    return _stop(trainer, plan, signals)
+                with ranks.together():
+                    if done % settings.log_every == 0:  # before a save, which holds the losses not told yet
+                        log(trainer, metrics, bar, clock)
+                    if fresh:  # a full disk or too little memory shows now, not hours later
+                        fresh = _rehearse(trainer, grids, plan.results)
+                    bar.advance()
+                    if done % settings.save_and_sample_every == 0 or done == settings.train_num_steps:
+                        started = time.monotonic()
+                        save_and_sample(trainer, grids, plan.results, signals)
+                        clock.note_save(time.monotonic() - started)
+                reason = ranks.agree_to_stop(signals.received, clock.is_up())
+                if done < settings.train_num_steps and reason is not None:
+                    return _stop(trainer, plan, reason)
     finally:
         trainer.dataset.cache_flush()
         trainer.dataset.close_encoder()
@@ -645,7 +735,8 @@ def _bar(trainer: Trainer, settings: TrainSettings) -> Any:
 
 def _rehearse(trainer: Trainer, grids: GridMaker, folder: Path) -> bool:
     trainer.save(folder, with_average=False)
-    grids.rehearse()
+    if trainer.ranks.is_main:
+        grids.rehearse()
     return False
 
 
@@ -668,8 +759,10 @@ def log(trainer: Trainer, metrics: Metrics, bar: Progress, clock: "Clock") -> No
 
 
 def save_and_sample(trainer: Trainer, grids: GridMaker, folder: Path, signals: StopSignals) -> None:
-    """Saves the state, then makes the grid, which a signal cuts short, and the loss curve."""
+    """Saves the state, then makes the grid, which a signal cuts short, and the loss curve. Rank 0 does so."""
     trainer.save(folder)
+    if not trainer.ranks.is_main:
+        return
     try:
         grids.make(trainer.finished_steps, between=signals.raise_if_received)
     except Stopped:
@@ -677,13 +770,14 @@ def save_and_sample(trainer: Trainer, grids: GridMaker, folder: Path, signals: S
     grids.draw_loss()
 
 
-def _stop(trainer: Trainer, plan: Plan, signals: StopSignals) -> int:
-    if trainer.saved_step != trainer.finished_steps:
-        trainer.save(plan.results, with_average=False)
-    why = "by signal" if signals.received is not None else f"after --max_hours {plan.settings.max_hours:g}"
+def _stop(trainer: Trainer, plan: Plan, reason: int) -> int:
+    with trainer.ranks.together():  # so that no process leaves before rank 0 has saved
+        if trainer.saved_step != trainer.finished_steps:
+            trainer.save(plan.results, with_average=False)
+    why = f"after --max_hours {plan.settings.max_hours:g}" if reason == TIME_IS_UP else "by signal"
     say(f"stopped {why} at step {trainer.finished_steps:,}; saved, and the same command goes on from there")
-    if signals.received is not None:
-        raise Stopped(signals.received)
+    if reason != TIME_IS_UP:
+        raise Stopped(reason)
     return DONE
 
 

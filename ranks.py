@@ -1,0 +1,242 @@
+"""The processes of one run, as torchrun starts them: one for each GPU, or several on a CPU.
+
+    torchrun --nproc_per_node=2 train_latent_cfg.py
+
+A *rank* is the number of a process, from 0; rank 0 alone prints and writes what there is one of. What the processes
+tell each other goes through gloo, on CPUs, so that it waits for no GPU; gradients go through NCCL where there are GPUs.
+A process that is alone has no group, and each method below then does nothing. No block of `together` may hold another
+exchange: a process that failed in it would answer with something else.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import script
+from config import UserError
+from script import Failed, Stopped, Told
+
+TIME_IS_UP = 1  # beside the numbers of signals, which are larger: 2 and 15
+_JOIN_SECONDS = 300.0  # for all processes to start and import
+_ANSWER_SECONDS = 1800.0  # the longest that one waits for another, which may draw a grid meanwhile
+
+Item = TypeVar("Item")
+
+
+class Ranks:
+    """This process among those of the run.
+
+    Attributes:
+        rank: its number, from 0.
+        count: how many there are.
+        local_rank: its number on this machine.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, store: dist.Store | None = None) -> None:
+        self.rank, self.count, self.local_rank = rank, count, local_rank
+        self._store = store
+        self._device_group: Any = None  # the group of all, until there are GPUs
+
+    @property
+    def is_main(self) -> bool:
+        """Says whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Returns this process's share of what all of them list alike."""
+        return items[self.rank :: self.count]
+
+    # --- devices ---
+
+    def device_name(self, asked: str) -> str:
+        """Returns the device of this process for a --device of auto, cpu or cuda.
+
+        Raises:
+            UserError: when this machine has no GPU for it.
+        """
+        if self.count == 1 or asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+            return asked
+        if asked not in ("auto", "cuda"):
+            raise UserError(f"--device {asked} is one device, and there are {self.count} processes; use --device auto")
+        if self.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{self.local_rank + 1} processes were started on a machine with {torch.cuda.device_count()} GPU(s); "
+                "start one for each: torchrun --nproc_per_node=gpu"
+            )
+        return f"cuda:{self.local_rank}"
+
+    def use(self, device: torch.device) -> None:
+        """Makes ready to add up what lies on a device; all processes call this together."""
+        if self.count > 1 and device.type == "cuda":
+            torch.cuda.set_device(device)
+            if dist.is_nccl_available():
+                self._device_group = dist.new_group(backend="nccl")
+
+    # --- one for all ---
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Makes what fails on one process in the block fail on all, told once, by rank 0."""
+        if self.count == 1:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except (UserError, Failed, OSError, Stopped) as caught:
+            error = caught
+        found = None if error is None else script.explain(error)
+        if not self._largest(found is not None):
+            return
+        told = self._gather(found)
+        if self.is_main and error is not None:
+            raise error
+        first = next(rank for rank, one in enumerate(told) if one is not None)
+        text, code = told[first]
+        if not self.is_main:
+            raise Told(code)
+        if code > script.SIGNALLED:
+            raise Stopped(code - script.SIGNALLED)
+        kind = UserError if code == script.USER_ERROR else Failed
+        raise kind(f"{text} (in process {first})")
+
+    def check_same(self, facts: Mapping[str, object], remedy: str) -> None:
+        """Raises UserError, told by rank 0, unless all processes have the same facts {what: value}."""
+        if self.count == 1:
+            return
+        told = self._gather({what: str(value) for what, value in facts.items()})
+        for rank, theirs in enumerate(told):
+            for what, value in told[0].items():
+                if theirs.get(what) != value:
+                    if not self.is_main:
+                        raise Told(script.USER_ERROR)
+                    raise UserError(f"process {rank} has {what} {theirs.get(what)}, process 0 has {value}; {remedy}")
+
+    def of_main(self, value: Item) -> Item:
+        """Returns the value that rank 0 has, of plain types."""
+        return value if self.count == 1 else self._gather(value)[0]
+
+    def copy_of_main(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites tensors on the device with those of rank 0."""
+        if self.count > 1:
+            for tensor in tensors:
+                if tensor.numel():
+                    dense = tensor.detach().contiguous()
+                    with self._reaching_others():
+                        dist.broadcast(dense, src=0, group=self._device_group)
+                    tensor.detach().copy_(dense)
+
+    # --- in a step ---
+
+    def add_up(self, network: nn.Module, loss: Tensor) -> Tensor:
+        """Adds the gradients of all processes up, in place; returns the sum of their losses.
+
+        One exchange for all, after the backward pass: the compiled code holds none, nothing is wrapped around the
+        network, and a sum is what one process would have had (a mean would change where float16 overflows).
+        """
+        if self.count == 1:
+            return loss
+        gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+        everything = torch.cat([*(gradient.flatten() for gradient in gradients), loss.reshape(1)])
+        with self._reaching_others():
+            dist.all_reduce(everything, group=self._device_group)
+        *sums, total = everything.split([*(gradient.numel() for gradient in gradients), 1])
+        torch._foreach_copy_(gradients, [own.view(g.shape) for own, g in zip(sums, gradients, strict=True)])
+        return total.reshape(())
+
+    def agree_to_stop(self, signal_number: int | None, time_is_up: bool) -> int | None:
+        """Returns why all processes stop after this step: a signal that any has got, rank 0's clock, or None."""
+        own = signal_number or (TIME_IS_UP if time_is_up and self.is_main else 0)
+        return self._largest(own) or None
+
+    # --- without waiting ---
+
+    def tell(self, topic: str) -> None:
+        """Lets the others know that this process has come so far."""
+        if self._store is not None:
+            with self._reaching_others():
+                self._store.set(f"{topic} {self.rank}", "")
+
+    def have_told(self, topic: str) -> list[int]:
+        """Returns the ranks that have told of a topic, without waiting for the rest."""
+        if self._store is None:
+            return []
+        with self._reaching_others():
+            return [rank for rank in range(self.count) if self._store.check([f"{topic} {rank}"])]
+
+    # --- gloo ---
+
+    def _largest(self, value: int) -> int:
+        if self.count == 1:
+            return value
+        largest = torch.tensor([int(value)])
+        with self._reaching_others():
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Returns the value of each process, in the order of their ranks."""
+        values: list[Any] = [None] * self.count
+        with self._reaching_others():
+            dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def _reaching_others(self) -> Iterator[None]:
+        """Ends this process when another cannot be reached any more: it was killed, or has told why it failed."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.is_main:
+                raise Told(script.FAILED) from error
+            raise Failed(
+                "another process of this run has ended or cannot be reached, so that this one ends too; what was saved "
+                f"before is whole, and the same command goes on from there ({_first_line(error)})"
+            ) from error
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Joins the processes that torchrun has started beside this one; a process that is alone joins nobody."""
+    if script.num_ranks() == 1:
+        yield Ranks()
+        return
+    ranks = _join()
+    try:
+        yield ranks
+    except Stopped:  # agreed upon
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _join() -> Ranks:
+    rank, count = script.rank(), script.num_ranks()
+    place = f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR is not set)')}:{os.environ.get('MASTER_PORT', '?')}"
+    try:
+        wait = timedelta(seconds=_JOIN_SECONDS)
+        store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=wait))
+        answer = timedelta(seconds=_ANSWER_SECONDS)
+        # Of the time to join, the group knows through the store; of the time to answer, from here.
+        store.set_timeout(wait)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=answer)
+    except (RuntimeError, ValueError) as error:
+        raise Failed(
+            f"process {rank} of {count} does not find the others at {place} ({_first_line(error)}); start them with "
+            "torchrun, or leave RANK and WORLD_SIZE unset"
+        ) from error
+    local_rank = os.environ.get("LOCAL_RANK", str(rank))
+    return Ranks(rank, count, int(local_rank), dist.PrefixStore("gait-latents", store))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
