@@ -1,0 +1,282 @@
+"""Several processes train as one: the same steps, one who speaks and writes, and an end for all.
+
+The processes are real: forked, which saves the imports, or started by torchrun. They talk through gloo.
+"""
+
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import os_faults
+import pipeline
+import pytest
+import torch
+from pipeline import HALF, STEPS, at_step, losses, signal_self, stored_moments, train, train_flags
+
+import prepare
+import ranks
+import run_folder
+import train_latent_cfg
+from config import UserError
+from ranks import Ranks
+from train_latent_cfg import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+Work = Callable[[int], int]  # rank -> exit code
+
+
+class Company:
+    """Forked processes that are the ranks of one run."""
+
+    def __init__(self, folder: Path, work: Work, *, count: int = 2) -> None:
+        self.logs = [folder / f"rank-{rank}.log" for rank in range(count)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        place = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self.processes = [os_faults.fork(lambda rank=rank: self._be(rank, place, work)) for rank in range(count)]
+
+    def _be(self, rank: int, place: dict[str, object], work: Work) -> None:
+        os.environ.update({name: str(value) for name, value in (place | {"RANK": rank}).items()})
+        with self.logs[rank].open("w") as log, redirect_stdout(log), redirect_stderr(log):
+            code = work(rank)
+        os._exit(code)
+
+    def end(self) -> tuple[list[int], list[str]]:
+        """Waits for all; returns their exit codes, and what each of them printed."""
+        codes = [os_faults.wait_for(process) for process in self.processes]
+        return codes, [log.read_text() for log in self.logs]
+
+
+def train_on_two(world: Path, **changes: Any) -> tuple[list[int], list[str]]:
+    """Runs train_latent_cfg.py as two processes."""
+    return Company(world, lambda rank: train(world, **changes)).end()
+
+
+def one_told(told: list[str]) -> str:
+    """Returns the only error line; it is rank 0 that prints it, and the others print nothing."""
+    assert not any(told[1:]), told[1:]
+    lines = [line for line in told[0].splitlines() if line.startswith(("error", "warning", "Trace"))]
+    assert len(lines) == 1 and lines[0].startswith("error: "), told[0]
+    return lines[0]
+
+
+def assert_alike(world: Path, other: Path) -> None:
+    """Asserts that two runs ended alike within rounding."""
+    ours, theirs = losses(world / "results"), losses(other / "results")
+    assert list(ours) == list(theirs)
+    assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-5)
+    mine, expected = (run_folder.newest_state(root / "results") for root in (world, other))
+    assert mine is not None and expected is not None and mine.step == expected.step
+    for name, tensor in expected.tensors.items():
+        if name.startswith(("model.", "ema.")):
+            # Where a gradient is nearly nothing, Adam's first steps turn its rounding into a share of a step.
+            assert torch.allclose(mine.tensors[name], tensor, atol=2e-4), name
+
+
+@pytest.fixture(scope="module")
+def on_two(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world after a whole run on two processes from a complete cache; to be looked at only."""
+    root = tmp_path_factory.mktemp("on_two") / "world"
+    shutil.copytree(trained, root, ignore=shutil.ignore_patterns("results"))
+    codes, told = train_on_two(root, num_samples=0)
+    assert codes == [0, 0], told
+    return root
+
+
+# --- one training ------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_as_one_and_encode_each_image_once(world, trained):
+    codes, told = train_on_two(world, num_samples=1, encode_batch_size=2)
+    assert codes == [0, 0], told
+    assert told[1] == "" and "batch 4, 2 on each of 2 processes" in told[0]
+    assert "15 images asked, 0 cached, 15 to encode before the first step" in told[0]
+    assert told[0].count("of 3 samples are nearest") == 2
+    assert_alike(world, trained)
+    assert stored_moments(world / "latents_cache") == stored_moments(trained / "latents_cache")
+    cache = pipeline.open_cache(world / "latents_cache")
+    rows = [len(shard) for shard in cache._shards.values()]
+    assert sorted(rows) == [7, 8]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(cached, trained):
+    assert train(cached, train_num_steps=3, num_samples=0) == 0
+    assert train_on_two(cached, train_num_steps=6, num_samples=0)[0] == [0, 0]
+    assert train(cached, num_samples=0) == 0
+    assert_alike(cached, trained)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_all_processes_end_with_the_same_numbers(cached, on_two, precision):
+    """Weights, averages, loss scale and losses; an overflow in one process's half of a batch skips the step for all."""
+    run = train_latent_cfg.run
+
+    def run_and_note(trainer: Trainer, plan: Any) -> int:
+        if precision == "float16":
+            trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)  # the first gradients overflow with it
+        code = run(trainer, plan)
+        tensors = [*trainer.diffusion.state_dict().values(), *trainer.ema.model.state_dict().values()]
+        digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors))
+        digest.update(str([trainer.scaler.state_dict(), trainer.losses, trainer.grad_norm]).encode())
+        (cached / f"end-{os.environ['RANK']}").write_text(f"{digest.hexdigest()} {trainer.scaler.get_scale()}")
+        return code
+
+    def work(rank: int) -> int:
+        train_latent_cfg.run = run_and_note
+        return train(cached, precision=precision, num_samples=0, log_every=100)
+
+    codes, told = Company(cached, work).end()
+    assert codes == [0, 0], told
+    ends = [(cached / f"end-{rank}").read_text() for rank in range(2)]
+    assert ends[0] == ends[1]
+    if precision == "float16":
+        assert float(ends[0].split()[1]) < 2.0**26
+    else:  # and the same run twice has the same bits
+        digests = [pipeline.state_digests(root / "results") for root in (cached, on_two)]
+        weights = [{name: d for name, d in one.items() if not name.startswith("log.")} for one in digests]
+        assert weights[0] == weights[1]
+
+
+def test_a_process_with_another_disk_that_takes_no_files_encodes_for_itself(world, trained):
+    def work(rank: int) -> int:
+        elsewhere = {"latents_cache_folder": "/proc/nowhere"} if rank else {}
+        return train(world, num_samples=0, **elsewhere)
+
+    codes, told = Company(world, work).end()
+    assert codes == [0, 0] and told[1] == "", told
+    assert_alike(world, trained)
+    assert len(stored_moments(world / "latents_cache")) == 15
+
+
+def test_what_a_dead_process_leaves_is_encoded_by_the_others(world, monkeypatch):
+    """Without torchrun nobody tells of its death before the next exchange."""
+    monkeypatch.setattr(prepare, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(prepare, "_LOOK_SECONDS", 0.05)
+
+    def work(rank: int) -> int:
+        if rank:
+            prepare.fill_together = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        return train(world, num_samples=0)
+
+    codes, told = Company(world, work).end()
+    assert codes == [1, -signal.SIGKILL]
+    assert "another process of this run has ended" in one_told(told)
+    assert len(pipeline.open_cache(world / "latents_cache")) == 15 if (world / "latents_cache/manifest.json").exists() else True
+
+
+# --- ends --------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_to_one_process_saves_once_and_ends_all(cached, trained, monkeypatch):
+    at_step(monkeypatch, 5, lambda: signal_self(signal.SIGTERM)() if os.environ.get("RANK") == "1" else None)
+    codes, told = train_on_two(cached, num_samples=0)
+    assert codes == [143, 143], told
+    assert told[1] == "" and "stopped by signal at step 5; saved" in told[0]
+    state = run_folder.newest_state(cached / "results")
+    assert state is not None and state.step == 5
+    monkeypatch.undo()
+    assert train(cached, num_samples=0) == 0
+    assert_alike(cached, trained)
+
+
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(cached, on_two, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, HALF + 2, lambda: signal_self(signal.SIGKILL)() if os.environ.get("RANK") == "1" else None)
+        started = time.monotonic()
+        codes, told = train_on_two(cached, num_samples=0)
+        assert time.monotonic() - started < 60
+    assert codes == [1, -signal.SIGKILL]
+    assert "another process of this run has ended or cannot be reached" in one_told(told)
+    state = run_folder.newest_state(cached / "results")
+    assert state is not None and state.step == HALF
+    codes, told = train_on_two(cached, num_samples=0)
+    assert codes == [0, 0], told
+    pipeline.assert_same_run(cached, on_two)
+
+
+def test_a_failed_save_ends_all_with_one_sentence(cached, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_latent_cfg.checkpoint, "save", fail)
+    codes, told = train_on_two(cached, num_samples=0)
+    assert codes == [1, 1]
+    assert "the checkpoint of step 1 could not be saved" in one_told(told)
+
+
+def test_the_time_budget_is_that_of_rank_0(cached):
+    codes, told = Company(cached, lambda rank: train(cached, num_samples=0, max_hours=1e-5)).end()
+    assert codes == [0, 0] and "stopped after --max_hours 1e-05 at step 1; saved" in told[0]
+
+
+# --- what does not fit together ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"train_lr": 0.5}, "process 1 has --train_lr 0.5, process 0 has 0.001; start all with the same command"),
+        ({"dim": "x"}, "(in process 1)"),
+        ({"data_path": "other"}, "process 1 has images and labels of the digest "),
+        ({"both": 3}, "a step sees 3 latents (--train_batch_size 3 times --gradient_accumulate_every 1)"),
+    ],
+)
+def test_processes_that_do_not_fit_together_end_with_one_sentence(cached, changes, sentence):
+    if "data_path" in changes:
+        shutil.copytree(cached / "data", cached / "other")
+        shutil.copy(cached / "data" / "ID_1" / "walk_0.jpg", cached / "other" / "ID_1" / "walk_1.jpg")
+        changes = {"data_path": cached / "other", "images_per_user": "all"}
+    every = {"train_batch_size": changes["both"]} if "both" in changes else {}
+    every |= {"images_per_user": "all"} if "images_per_user" in changes else {}
+
+    def work(rank: int) -> int:
+        return train(cached, num_samples=0, **(every | (changes if rank and not every.get("train_batch_size") else {})))
+
+    codes, told = Company(cached, work).end()
+    assert codes == [2, 2], told
+    assert sentence in one_told(told)
+    assert not (cached / "results").exists()
+
+
+def test_a_process_that_finds_no_other_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(ranks, "_JOIN_SECONDS", 1.0)
+
+    def work(rank: int) -> int:
+        return train(tmp_path) if rank else 0
+
+    codes, told = Company(tmp_path, work).end()
+    assert codes == [0, 1]
+    assert told[1].startswith("error: process 1: process 1 of 2 does not find the others at 127.0.0.1:")
+
+
+def test_a_process_takes_the_gpu_of_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [Ranks(rank, 4, rank % 2).device_name("auto") for rank in range(4)] == ["cuda:0", "cuda:1"] * 2
+    assert Ranks(1, 2, 1).device_name("cpu") == "cpu" and Ranks().device_name("cuda:1") == "cuda:1"
+    with pytest.raises(UserError, match=r"3 processes were started on a machine with 2 GPU"):
+        Ranks(2, 3, 2).device_name("cuda")
+    with pytest.raises(UserError, match="--device cuda:1 is one device, and there are 2 processes"):
+        Ranks(0, 2, 0).device_name("cuda:1")
+
+
+# --- torchrun ----------------------------------------------------------------------------------------------
+
+
+def test_torchrun_starts_them(cached, on_two):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    words = [*command, str(ROOT / "train_latent_cfg.py"), *train_flags(cached, num_samples=0)]
+    ended = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("done: 8 steps") == 1
+    pipeline.assert_same_run(cached, on_two)
