@@ -43,9 +43,10 @@ from draws import sample_generator
 from images import RECIPE, BadImage
 from latent_cache import Space
 from latent_norm import LatentNorm
+from ranks import Ranks, joined
 from run_folder import SavedState
 from sampling import BATCH_SIZE, Decoder, num_solver_steps, sample_padded
-from script import DONE, Failed, StopSignals, say, warn
+from script import DONE, Failed, Progress, StopSignals, say, warn
 
 _RECORD_NAME, _LABELS_NAME = "settings.json", "labels.csv"
 _OVERVIEW_NAME, _STRIP_NAME = "overview.png", "strip.png"
@@ -56,6 +57,18 @@ _OVERVIEW_ROWS, _OVERVIEW_COLUMNS = 16, 6
 @script.command
 def main(argv: Sequence[str] | None) -> int:
     """Runs the script; returns its exit code."""
+    with joined() as ranks:
+        try:
+            with ranks.together():
+                generator = open_generator(argv, ranks)
+            ranks.check_same(generator.facts(), "start all with the same command, and let all see the same run")
+            return generator.make_strip() if generator.settings.strip else generator.make_images()
+        except torch.OutOfMemoryError as error:
+            raise Failed("the GPU has too little memory; end what else uses it, or give --device cpu") from error
+
+
+def open_generator(argv: Sequence[str] | None, ranks: Ranks) -> "Generator":
+    """Puts together flags, file, the settings of the run and the defaults, and reads the newest averaged weights."""
     layers = config.read_command_line(GenerateSettings, argv, description=__doc__)
     state = read_averages(Path(config.resolve(GenerateSettings, layers).settings.checkpoint))
     for line in state.warnings:
@@ -66,11 +79,7 @@ def main(argv: Sequence[str] | None) -> int:
     settings: GenerateSettings = resolved.settings
     for line in resolved.changes():
         say(line)
-    generator = Generator(settings, state, hardware.pick_device(settings.device))
-    try:
-        return generator.make_strip() if settings.strip else generator.make_images()
-    except torch.OutOfMemoryError as error:
-        raise Failed("the GPU has too little memory; end what else uses it, or give --device cpu") from error
+    return Generator(settings, state, hardware.pick_device(ranks.device_name(settings.device)), ranks)
 
 
 _FROM_RUN = ("vae_path", "seed", "cond_scale", "sampler", "sampling_timesteps", "precision")
@@ -99,8 +108,8 @@ class Cell:
 class Generator:
     """The averaged network of a checkpoint, ready to make images."""
 
-    def __init__(self, settings: GenerateSettings, state: SavedState, device: torch.device) -> None:
-        self.settings, self.meta, self.device = settings, state.meta, device
+    def __init__(self, settings: GenerateSettings, state: SavedState, device: torch.device, ranks: Ranks) -> None:
+        self.settings, self.meta, self.device, self.ranks = settings, state.meta, device, ranks
         self.all_classes: list[str] = state.meta["classes"]
         self.classes = _chosen_classes(settings.classes, self.all_classes)
         self.folder = Path(settings.output_folder)
@@ -123,11 +132,15 @@ class Generator:
     # --- one folder per class ---
 
     def make_images(self) -> int:
-        """Makes the images that are missing in the output folder; writes labels.csv and settings.json."""
-        cells = [cell for cell in self._cells() if not cell.path.is_file()]
-        if cells:
-            self.decoder.open()  # before anything is written
-        self._check_output_folder()
+        """Makes the images that are missing in the output folder; writes labels.csv and settings.json.
+
+        Each process makes its share; rank 0 waits for the others' files, and makes those that do not appear.
+        """
+        with self.ranks.together():
+            cells = _not_there(self._cells())
+            if cells:
+                self.decoder.open()  # before anything is written
+            self._check_output_folder()
         there = len(self.classes) * self.settings.images_per_class - len(cells)
         if there:
             say(f"{there:,} of the images are already there")
@@ -136,19 +149,42 @@ class Generator:
             script.progress(total=len(cells), unit="images", label="generate") as bar,
         ):
             try:
-                for start in range(0, len(cells), BATCH_SIZE):
-                    batch = cells[start : start + BATCH_SIZE]
-                    self._make_batch(batch)
-                    bar.advance(len(batch))
-                    signals.raise_if_received()
+                self._make(self.ranks.share(cells), bar, signals)
+                if not self.ranks.is_main:
+                    return DONE
+                if self.ranks.count > 1:
+                    self._await_others(cells, bar, signals)
+                    self._make(_not_there(cells), bar, signals)
             finally:
-                self._write_labels()
+                self.ranks.tell("made")
+                if self.ranks.is_main:
+                    self._write_labels()
         say(
             f"{len(cells):,} images made in {self.folder} ({self.suffix[1:]}, {_LABELS_NAME}); "
             f"peak memory {hardware.peak_memory(self.device)}"
         )
         say(f"the first of each class: {self._draw_overview()}")
         return DONE
+
+    def _make(self, cells: Sequence[Cell], bar: Progress, signals: StopSignals) -> None:
+        for start in range(0, len(cells), BATCH_SIZE):
+            batch = cells[start : start + BATCH_SIZE]
+            self._make_batch(batch)
+            bar.advance(len(batch))
+            self.ranks.raise_if_stopped(signals)
+
+    def _await_others(self, cells: Sequence[Cell], bar: Progress, signals: StopSignals) -> None:
+        self.ranks.tell("made")
+        to_come = len(cells) - len(self.ranks.share(cells))
+
+        def look() -> tuple[int, int]:
+            nonlocal to_come
+            self.ranks.raise_if_stopped(signals)
+            before, to_come = to_come, len(_not_there(cells))
+            bar.advance(before - to_come)
+            return before - to_come, to_come
+
+        self.ranks.await_others("made", look)
 
     def _draw_overview(self) -> Path:
         names = list(self.classes.values())[:_OVERVIEW_ROWS]
@@ -159,7 +195,7 @@ class Generator:
         pictures.save_picture(pictures.labelled_grid(rows, names), path)
         return path
 
-    def _make_batch(self, cells: list[Cell]) -> None:
+    def _make_batch(self, cells: Sequence[Cell]) -> None:
         samples = self.sample([c.label for c in cells], [c.index for c in cells], self.settings.cond_scale)
         for cell, image in zip(cells, self.decoder(samples), strict=True):
             durable.publish(cell.path, pictures.encode_image(Image.fromarray(image), self.suffix))
@@ -216,6 +252,11 @@ class Generator:
             "vae": self.vae_name,
         }
 
+    def facts(self) -> dict[str, object]:
+        """Returns what all processes must have alike."""
+        asked = {name: getattr(self.settings, name) for name in ("classes", "images_per_class", "strip")}
+        return {**self._record(), **{f"--{name}": config.show(value) for name, value in asked.items()}}
+
     def _write_labels(self) -> None:
         """Lists every image of the folder with its class and label."""
         buffer = io.StringIO()
@@ -229,7 +270,9 @@ class Generator:
     # --- a picture to choose the guidance by ---
 
     def make_strip(self) -> int:
-        """Draws one image per class and guidance scale, with the same noise along a row."""
+        """Draws one image per class and guidance scale, with the same noise along a row; rank 0 does so."""
+        if not self.ranks.is_main:
+            return DONE
         script.check_writable(self.folder, "output_folder")
         scales, columns = self.settings.strip, []
         labels = list(self.classes)
@@ -247,6 +290,10 @@ class Generator:
         pictures.save_picture(picture, path)
         say(f"classes from top to bottom, guidance scales from left to right: {path}")
         return DONE
+
+
+def _not_there(cells: Sequence[Cell]) -> list[Cell]:
+    return [cell for cell in cells if not cell.path.is_file()]
 
 
 def _read_made(path: Path, image_size: int) -> np.ndarray:

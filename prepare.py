@@ -6,7 +6,6 @@ neither the images nor the VAE have to exist.
 """
 
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from images import BadImage, Entry, Skipped, Split, shown
 from latent_cache import LatentCache, Manifest, Space, write_manifest
 from latent_dataset import BatchEncoder, LatentDataset
 from ranks import Ranks
-from script import STOP_SIGNALS, Stopped, StopSignals, say, warn
+from script import StopSignals, say, warn
 
 
 def is_explicit(sources: Mapping[str, str], name: str) -> bool:
@@ -287,21 +286,17 @@ def open_dataset(
     )
 
 
-_LOOK_SECONDS = 0.5  # between two looks for what other processes have encoded
-_PATIENCE_SECONDS = 300.0  # without news from them; they publish each minute
-
-
 def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) -> list[tuple[int, str]]:
     """Encodes all that is missing, each process its share, and takes up what the others have published.
 
-    It waits by looking into the cache folder, so for as long as they need. What does not appear there is encoded here
-    too: their disk may be another one or not be written to, or they have died.
+    What does not appear in the cache folder is encoded here too: the disk of another process may not be this one, or
+    take no files, or the process may have died.
 
     Returns:
         (position, reason) of each image that could not be encoded, equal ones included.
 
     Raises:
-        Stopped: after a signal to any of the processes; what is encoded so far is kept.
+        Stopped: after a signal to any of the processes; what waits in memory is still to be published.
     """
     missing = dataset.missing()
     if not missing:
@@ -310,36 +305,26 @@ def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) ->
 
         def advance(count: int) -> None:
             bar.advance(count)
-            _raise_if_stopped(ranks, signals)
+            ranks.raise_if_stopped(signals)
 
         try:
-            dataset.fill(ranks.share(missing), advance=advance)
+            bad = dataset.fill(ranks.share(missing), advance=advance)
+        finally:
             ranks.tell("encoded")
-            _await_others(dataset, ranks, advance)
-            return dataset.fill(advance=advance) if dataset.missing() else []
-        except Stopped:
-            dataset.cache_flush()
-            raise
+        if ranks.count == 1:
+            return bad
+
+        def look() -> tuple[int, int]:
+            found = dataset.refresh()
+            advance(found)
+            return found, len(_others(dataset, bad))
+
+        ranks.await_others("encoded", look)
+        left = _others(dataset, bad)
+        return sorted(bad + dataset.fill(left, advance=advance)) if left else bad
 
 
-def _await_others(dataset: LatentDataset, ranks: Ranks, advance: Callable[[int], None]) -> None:
-    last_news = time.monotonic()
-    while dataset.missing() and time.monotonic() - last_news < _PATIENCE_SECONDS:
-        are_done = len(ranks.have_told("encoded")) == ranks.count  # before the look, which then misses nothing
-        found = dataset.refresh()
-        advance(found)
-        if are_done:
-            return
-        if found:
-            last_news = time.monotonic()
-        else:
-            time.sleep(_LOOK_SECONDS)
-
-
-def _raise_if_stopped(ranks: Ranks, signals: StopSignals) -> None:
-    for number in STOP_SIGNALS:
-        if signals.received == number:
-            ranks.tell(f"signal {number}")
-        elif not ranks.have_told(f"signal {number}"):
-            continue
-        raise Stopped(number)
+def _others(dataset: LatentDataset, bad: list[tuple[int, str]]) -> list[int]:
+    """Returns what is missing and has not failed here."""
+    failed = {position for position, _ in bad}
+    return [position for position in dataset.missing() if position not in failed]

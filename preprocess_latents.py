@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import config
@@ -35,6 +36,7 @@ import vae
 from images import BadImage, Entry, Split, shown
 from latent_cache import LatentCache
 from latent_dataset import SPLIT_NAME, LatentDataset, read_split
+from ranks import Ranks, joined
 from script import DONE, FAILED, Failed, StopSignals, say, warn
 
 _NUM_PREVIEWS = 6  # images decoded again for the PSNR and the preview
@@ -44,6 +46,16 @@ _NUM_LISTED = 20  # names shown of a longer list
 @script.command
 def main(argv: Sequence[str] | None) -> int:
     """Runs the script; returns its exit code."""
+    with joined() as ranks:
+        with ranks.together():
+            settings, sources = resolve(argv)
+        if not settings.verify:
+            return encode(settings, sources, ranks)
+        return verify(settings, sources) if ranks.is_main else DONE
+
+
+def resolve(argv: Sequence[str] | None) -> tuple[PreprocessSettings, dict[str, str]]:
+    """Puts together flags, file, the manifest of a cache to be checked, and the defaults; says where each is from."""
     layers = config.read_command_line(PreprocessSettings, argv, description=__doc__)
     resolved = config.resolve(PreprocessSettings, layers)
     if resolved.settings.verify:
@@ -53,14 +65,43 @@ def main(argv: Sequence[str] | None) -> int:
         resolved = config.resolve(PreprocessSettings, layers)
     for line in resolved.changes():
         say(line)
-    return (verify if resolved.settings.verify else encode)(resolved.settings, resolved.sources)
+    return resolved.settings, resolved.sources
 
 
-def encode(settings: PreprocessSettings, sources: dict[str, str]) -> int:
+@dataclass(frozen=True)
+class Work:
+    """The images of a preprocess and what is to be done with them."""
+
+    split: Split
+    entries: list[Entry]
+    chosen: prepare.ChosenSpace
+    dataset: LatentDataset
+
+
+def encode(settings: PreprocessSettings, sources: dict[str, str], ranks: Ranks) -> int:
     """Encodes what is missing, writes split and manifest, and prints the account."""
     started = time.monotonic()
     folder = Path(settings.output_folder)
-    device = hardware.pick_device(settings.device)
+    with ranks.together():
+        device = hardware.pick_device(ranks.device_name(settings.device))
+        work = open_work(settings, sources, device)
+    dataset, num_missing = work.dataset, len(work.dataset.missing())
+    ranks.check_same({"images and latents of the digest": dataset.digest()[:16]}, "give all the same images and VAE")
+    with ranks.together():
+        bad = fill(dataset, num_missing, ranks)
+        if ranks.is_main:
+            _merge(dataset.cache)
+            _record(settings, work.split, work.entries, bad, work.chosen, folder)
+    if ranks.is_main:
+        newly = num_missing - len(dataset.missing())
+        _account(settings, dataset, bad, newly=newly, seconds=time.monotonic() - started)
+        _preview(settings, dataset, work.entries, device, folder / "preview.png", fresh=bool(num_missing))
+    return _end(settings, bad)
+
+
+def open_work(settings: PreprocessSettings, sources: dict[str, str], device: torch.device) -> Work:
+    """Chooses the images and the space, and says what there is to encode."""
+    folder = Path(settings.output_folder)
     script.check_writable(folder, "output_folder")
     manifest = latent_cache.read_manifest(folder)
     if not prepare.images_at_hand(settings, sources, may_lack=False):
@@ -87,26 +128,14 @@ def encode(settings: PreprocessSettings, sources: dict[str, str]) -> int:
         f"{len(entries) - len(missing):,} cached, {len(missing):,} to encode in {settings.encode_precision} "
         f"on {hardware.describe(device)}"
     )
-    bad = fill(dataset, len(missing))
-    _merge(cache)
-    _record(settings, split, entries, bad, chosen, folder)
-    _account(settings, dataset, bad, newly=len(missing) - len(dataset.missing()), seconds=time.monotonic() - started)
-    _preview(settings, dataset, entries, device, folder / "preview.png", fresh=bool(missing))
-    return _end(settings, bad)
+    return Work(split, entries, chosen, dataset)
 
 
-def fill(dataset: LatentDataset, num_missing: int) -> list[tuple[int, str]]:
+def fill(dataset: LatentDataset, num_missing: int, ranks: Ranks) -> list[tuple[int, str]]:
     """Encodes what is missing under a progress bar; on a signal, what is encoded so far is kept."""
-    if not num_missing:
-        return []
-    with StopSignals() as signals, script.progress(total=num_missing, unit="images", label="encode") as bar:
-
-        def advance(count: int) -> None:
-            bar.advance(count)
-            signals.raise_if_received()
-
+    with StopSignals() as signals:
         try:
-            return dataset.fill(advance=advance)
+            return prepare.fill_together(dataset, ranks, signals)
         except script.Stopped:
             dataset.cache.flush()
             kept = num_missing - len(dataset.missing())

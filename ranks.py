@@ -9,7 +9,8 @@ exchange: a process that failed in it would answer with something else.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 
 import script
 from config import UserError
-from script import Failed, Stopped, Told
+from script import Failed, Stopped, StopSignals, Told
 
 TIME_IS_UP = 1  # beside the numbers of signals, which are larger: 2 and 15
 _JOIN_SECONDS = 300.0  # for all processes to start and import
 _ANSWER_SECONDS = 1800.0  # the longest that one waits for another, which may draw a grid meanwhile
+_LOOK_SECONDS = 0.5  # between two looks at what the others have published
+_PATIENCE_SECONDS = 300.0  # without anything new; latents are published each minute
 
 Item = TypeVar("Item")
 
@@ -169,6 +172,34 @@ class Ranks:
             return []
         with self._reaching_others():
             return [rank for rank in range(self.count) if self._store.check([f"{topic} {rank}"])]
+
+    def raise_if_stopped(self, signals: StopSignals) -> None:
+        """Raises Stopped when this process has got a signal, which it tells the others, or another has told of one."""
+        for number in script.STOP_SIGNALS:
+            if signals.received == number:
+                self.tell(f"signal {number}")
+            elif not self.have_told(f"signal {number}"):
+                continue
+            raise Stopped(number)
+
+    def await_others(self, topic: str, look: Callable[[], tuple[int, int]]) -> None:
+        """Waits until the others have told of a topic, or all that they do is there; gives up on them without news.
+
+        It looks at what they do instead of waiting for them in an exchange, which has its limit of time.
+
+        Args:
+            look: finds out what there is by now; returns how much has come, and how much is still to come.
+        """
+        last_news = time.monotonic()
+        while time.monotonic() - last_news < _PATIENCE_SECONDS:
+            are_done = len(self.have_told(topic)) == self.count  # before the look, which then misses nothing
+            found, to_come = look()
+            if are_done or not to_come:
+                return
+            if found:
+                last_news = time.monotonic()
+            else:
+                time.sleep(_LOOK_SECONDS)
 
     # --- gloo ---
 

@@ -380,7 +380,10 @@ def _what_changed(plan: Plan, split: Split) -> str:
 def _fill(dataset: LatentDataset, ranks: Ranks) -> None:
     """Encodes what is missing before the first step: a step must not wait for the encoder of another process."""
     with StopSignals() as signals:
-        bad = prepare.fill_together(dataset, ranks, signals)
+        try:
+            bad = prepare.fill_together(dataset, ranks, signals)
+        finally:
+            dataset.cache_flush()
     if bad:
         position, reason = bad[0]
         raise BadImage(f"{dataset.names[position]}: {reason}")

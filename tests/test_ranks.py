@@ -20,13 +20,15 @@ import os_faults
 import pipeline
 import pytest
 import torch
-from pipeline import HALF, STEPS, at_step, losses, signal_self, stored_moments, train, train_flags
+from pipeline import HALF, at_step, generate, losses, preprocess, signal_self, stored_moments, train, train_flags
 
+import generate as generate_script
 import prepare
 import ranks
 import run_folder
 import train_latent_cfg
 from config import UserError
+from latent_dataset import BatchEncoder
 from ranks import Ranks
 from train_latent_cfg import Trainer
 
@@ -39,10 +41,7 @@ class Company:
 
     def __init__(self, folder: Path, work: Work, *, count: int = 2) -> None:
         self.logs = [folder / f"rank-{rank}.log" for rank in range(count)]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        place = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         self.processes = [os_faults.fork(lambda rank=rank: self._be(rank, place, work)) for rank in range(count)]
 
     def _be(self, rank: int, place: dict[str, object], work: Work) -> None:
@@ -55,6 +54,13 @@ class Company:
         """Waits for all; returns their exit codes, and what each of them printed."""
         codes = [os_faults.wait_for(process) for process in self.processes]
         return codes, [log.read_text() for log in self.logs]
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens to just now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def train_on_two(world: Path, **changes: Any) -> tuple[list[int], list[str]]:
@@ -160,8 +166,7 @@ def test_a_process_with_another_disk_that_takes_no_files_encodes_for_itself(worl
 
 def test_what_a_dead_process_leaves_is_encoded_by_the_others(world, monkeypatch):
     """Without torchrun nobody tells of its death before the next exchange."""
-    monkeypatch.setattr(prepare, "_PATIENCE_SECONDS", 0.2)
-    monkeypatch.setattr(prepare, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(ranks, "_PATIENCE_SECONDS", 0.2)
 
     def work(rank: int) -> int:
         if rank:
@@ -171,7 +176,69 @@ def test_what_a_dead_process_leaves_is_encoded_by_the_others(world, monkeypatch)
     codes, told = Company(world, work).end()
     assert codes == [1, -signal.SIGKILL]
     assert "another process of this run has ended" in one_told(told)
-    assert len(pipeline.open_cache(world / "latents_cache")) == 15 if (world / "latents_cache/manifest.json").exists() else True
+    assert len(pipeline.open_cache(world / "latents_cache")) == 15
+
+
+def test_preprocessing_is_shared_and_its_cache_is_that_of_one_process(world, trained):
+    (world / "data" / "ID_2" / "more.jpg").write_bytes((world / "data" / "ID_2" / "walk_0.jpg").read_bytes()[:200])
+    whole: dict[str, object] = {"images_per_user": "all", "skip_bad_images": "true"}
+    codes, told = Company(world, lambda rank: preprocess(world, **whole)).end()
+    assert codes == [0, 0] and told[1] == "", told
+    account = "newly encoded   24 already cached 0 failed 1 ID_2/more.jpg: "
+    assert " ".join(account.split()) in " ".join(told[0].split())
+    assert preprocess(world, **whole, output_folder=world / "alone") == 0
+    assert stored_moments(world / "latents_cache") == stored_moments(world / "alone")
+    assert (world / "latents_cache" / "split.json").read_bytes() == (world / "alone" / "split.json").read_bytes()
+    assert (world / "latents_cache" / "preview.png").read_bytes() == (world / "alone" / "preview.png").read_bytes()
+    assert len(list((world / "latents_cache").rglob("*.safetensors"))) == 1
+    codes, told = Company(world, lambda rank: preprocess(world, verify="true")).end()
+    assert codes == [0, 0] and told[1] == "" and told[0].count("0 damaged rows") == 1
+
+
+def test_a_signal_to_one_encoder_ends_all_and_keeps_what_is_encoded(world, monkeypatch):
+    encode = BatchEncoder.__call__
+
+    def encode_and_signal(encoder: BatchEncoder, images: torch.Tensor) -> torch.Tensor:
+        if os.environ.get("RANK") == "1":
+            signal_self(signal.SIGTERM)()
+        return encode(encoder, images)
+
+    monkeypatch.setattr(BatchEncoder, "__call__", encode_and_signal)
+    codes, told = Company(world, lambda rank: preprocess(world, encode_batch_size=2)).end()
+    assert codes == [143, 143], told
+    assert told[1] == "" and "new latents are kept" in told[0]
+    monkeypatch.undo()
+    assert preprocess(world) == 0
+    assert len(pipeline.open_cache(world / "latents_cache")) == 15
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_generating_is_shared_and_its_files_are_those_of_one_process(trained, tmp_path, monkeypatch, dies):
+    monkeypatch.setattr(ranks, "_PATIENCE_SECONDS", 0.2 if dies else 60.0)
+
+    def work(rank: int) -> int:
+        if rank:
+            sample = generate_script.Generator.sample
+
+            def note(generator: Any, labels: list[int], *facts: Any) -> torch.Tensor:
+                if dies:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                (tmp_path / "share").write_text(str(len(labels)))
+                return sample(generator, labels, *facts)
+
+            generate_script.Generator.sample = note  # type: ignore[assignment]
+        return generate(trained, output_folder=tmp_path / "two", images_per_class=3)
+
+    codes, told = Company(tmp_path, work).end()
+    assert codes == [0, -signal.SIGKILL if dies else 0] and told[1] == "", told
+    assert "9 images made" in told[0]
+    assert dies or (tmp_path / "share").read_text() == "4"
+    assert generate(trained, output_folder=tmp_path / "one", images_per_class=3) == 0
+    two, one = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+        for folder in (tmp_path / "two", tmp_path / "one")
+    )
+    assert two == one and len(one) == 9 + 3
 
 
 # --- ends --------------------------------------------------------------------------------------------------
@@ -274,9 +341,10 @@ def test_a_process_takes_the_gpu_of_its_number(monkeypatch):
 
 
 def test_torchrun_starts_them(cached, on_two):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     words = [*command, str(ROOT / "train_latent_cfg.py"), *train_flags(cached, num_samples=0)]
-    ended = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(words, env=one_thread, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("done: 8 steps") == 1
     pipeline.assert_same_run(cached, on_two)
