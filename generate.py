@@ -79,7 +79,9 @@ def open_generator(argv: Sequence[str] | None, ranks: Ranks) -> "Generator":
     settings: GenerateSettings = resolved.settings
     for line in resolved.changes():
         say(line)
-    return Generator(settings, state, hardware.pick_device(ranks.device_name(settings.device)), ranks)
+    device = hardware.pick_device(ranks.device_name(settings.device))
+    ranks.say_unused(settings.device, "generate.py")
+    return Generator(settings, state, device, ranks)
 
 
 _FROM_RUN = ("vae_path", "seed", "cond_scale", "sampler", "sampling_timesteps", "precision")

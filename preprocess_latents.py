@@ -84,6 +84,7 @@ def encode(settings: PreprocessSettings, sources: dict[str, str], ranks: Ranks) 
     folder = Path(settings.output_folder)
     with ranks.together():
         device = hardware.pick_device(ranks.device_name(settings.device))
+        ranks.say_unused(settings.device, "preprocess_latents.py")
         work = open_work(settings, sources, device)
     dataset, num_missing = work.dataset, len(work.dataset.missing())
     ranks.check_same({"images and latents of the digest": dataset.digest()[:16]}, "give all the same images and VAE")

@@ -81,6 +81,12 @@ class Ranks:
             if dist.is_nccl_available():
                 self._device_group = dist.new_group(backend="nccl")
 
+    def say_unused(self, asked: str, command: str) -> None:
+        """Says how to use the other GPUs of this machine, where there are any and --device is left to us."""
+        num_gpus = torch.cuda.device_count()
+        if self.count == 1 and asked == "auto" and num_gpus > 1:
+            script.say(f"one of {num_gpus} GPUs is used; torchrun --nproc_per_node={num_gpus} {command} uses them all")
+
     # --- one for all ---
 
     @contextmanager

@@ -79,6 +79,7 @@ def train(argv: Sequence[str] | None, ranks: Ranks) -> int:
         if ranks.is_main:
             _check_results_folder(plan)
     ranks.use(device)
+    ranks.say_unused(plan.settings.device, "train_latent_cfg.py")
     with ranks.together(), _plain_errors(plan):
         data = open_data(plan, device, ranks)
     ranks.check_same(_facts_of_data(data, device), "give all the same images, VAE and packages, and one kind of device")

@@ -337,6 +337,16 @@ def test_a_process_takes_the_gpu_of_its_number(monkeypatch):
         Ranks(0, 2, 0).device_name("cuda:1")
 
 
+def test_a_gpu_that_is_not_used_is_told_of(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    Ranks(0, 2, 0).say_unused("auto", "generate.py")
+    Ranks().say_unused("cuda:0", "generate.py")
+    assert capsys.readouterr().out == ""
+    Ranks().say_unused("auto", "generate.py")
+    said = "one of 2 GPUs is used; torchrun --nproc_per_node=2 generate.py uses them all\n"
+    assert capsys.readouterr().out == said
+
+
 # --- torchrun ----------------------------------------------------------------------------------------------
 
 

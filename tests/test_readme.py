@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 READMES = {language: (ROOT / path).read_text(encoding="utf-8") for language, path in settings_table.READMES.items()}
 WRITTEN_BY_USERS = {"kl_vae_best.pt", "vae.pt", "001.jpg", "002.jpg"}
 KINDS_OF_FILE = "py|yaml|json|jsonl|toml|txt|md|png|jpg|csv|safetensors|pt|pth"
-OTHER_FLAGS = {"--config", "--help", "--write"}
+OTHER_FLAGS = {"--config", "--help", "--write", "--nproc_per_node"}
 by_language = pytest.mark.parametrize("language", READMES)
 
 
@@ -108,6 +108,12 @@ def check_python(words: list[str]) -> None:
         raise AssertionError(f"nobody checks the flags of {file}")
 
 
+def check_torchrun(words: list[str]) -> None:
+    option = words.pop(0)
+    assert re.fullmatch(r"--nproc_per_node=[1-9]", option), option
+    check_python(words)
+
+
 def check_make(words: list[str]) -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert words and set(words) <= set(targets)
@@ -137,6 +143,7 @@ def check_nothing(words: list[str]) -> None:
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "python": check_python,
     "python3": check_python,
+    "torchrun": check_torchrun,
     "make": check_make,
     "pip": check_pip,
     "git": check_nothing,
@@ -157,6 +164,8 @@ def test_every_command_is_one_that_works(language):
 def test_a_command_with_a_wrong_setting_is_noticed():
     with pytest.raises(config.UserError):
         check_python(["train_latent_cfg.py", "--max_hour", "11.5"])
+    with pytest.raises(config.UserError):
+        check_torchrun(["--nproc_per_node=2", "generate.py", "--images", "5"])
     with pytest.raises(AssertionError):
         check_make(["demos"])
     with pytest.raises(AssertionError):
