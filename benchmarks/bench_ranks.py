@@ -1,0 +1,120 @@
+"""Times a training step on two processes of one thread each against one process of one thread.
+
+    python benchmarks/bench_ranks.py
+
+Two cores at least should be free. Both train the default network on as many latents; the table also tells what the
+exchange alone takes: the sum of the gradients, and the agreements that a step ends with.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import bench_train
+import harness
+from harness import Round
+
+ONE, TWO = "one process", "two processes"
+
+
+def main() -> None:
+    """Compares one process with two."""
+    arguments = harness.read_arguments(
+        "Time steps on two processes.", steps=(2, "steps in a round"), images=(310, "latents in the training set")
+    )
+    arguments.threads = 1
+    if not arguments.worker:
+        harness.compare(__file__, [ONE, TWO], arguments, "step")
+    elif arguments.worker == ONE or not start_second():
+        serve(arguments)
+    else:
+        follow(arguments)
+
+
+def start_second() -> bool:
+    """Starts the second process as a copy of this one; says whether this is it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+    is_second = os.fork() == 0
+    os.environ["RANK"] = str(int(is_second))
+    return is_second
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Answers the harness, as rank 0 or alone."""
+    from ranks import joined
+
+    facts: dict[str, float] = {}
+    with joined() as ranks, tempfile.TemporaryDirectory() as folder:
+
+        def prepare() -> Round:
+            step, exchange = set_up(arguments, Path(folder), ranks)
+
+            def work() -> int:
+                ranks.of_main("go on")
+                for _ in range(arguments.steps):
+                    step()
+                started = time.perf_counter()
+                for _ in range(arguments.steps):
+                    exchange()
+                facts["s exchanged"] = (time.perf_counter() - started) / arguments.steps
+                return arguments.steps
+
+            return work
+
+        harness.serve(prepare, lambda: facts)
+        ranks.of_main("end")
+
+
+def follow(arguments: argparse.Namespace) -> None:
+    """Takes part in each round, as rank 1."""
+    from ranks import joined
+
+    with joined() as ranks, tempfile.TemporaryDirectory() as folder:
+        step, exchange = set_up(arguments, Path(folder), ranks)
+        while ranks.of_main("") == "go on":
+            for work in (step, exchange):
+                for _ in range(arguments.steps):
+                    work()
+
+
+def set_up(arguments: argparse.Namespace, folder: Path, ranks):
+    """Builds the trainer; returns a step as the loop takes it, and what of it the processes exchange."""
+    import torch
+
+    import train_latent_cfg
+    from config import TrainSettings
+    from images import Split
+    from prepare import ChosenSpace
+
+    torch.set_num_threads(1)
+    dataset = bench_train.random_dataset(arguments, folder, torch.device("cpu"))
+    split = Split(tuple(f"ID_{i}" for i in range(bench_train.NUM_CLASSES)), train=(), test=(), skipped=(), rule={})
+    data = train_latent_cfg.Data(split, ChosenSpace(dataset.cache.space, 1.0, 0.0, vae_at_hand=False), dataset)
+    settings = TrainSettings(**bench_train.network_settings(arguments), compile="false")
+    trainer = train_latent_cfg.Trainer(settings, data, dataset.device, ranks)
+    dataset.fit_norm(seed=0, num_images=64)
+
+    def agree() -> None:
+        with ranks.together():
+            trainer.losses = []
+        ranks.agree_to_stop(None, False)
+
+    def step() -> None:
+        trainer.train_step()
+        agree()
+
+    def exchange() -> None:
+        ranks.add_up(trainer.diffusion, torch.zeros(()))
+        agree()
+
+    return step, exchange
+
+
+if __name__ == "__main__":
+    sys.exit(main())
