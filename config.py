@@ -125,7 +125,7 @@ class ImageSettings(MachineSettings):
         16,
         int,
         CACHE,
-        "images per encoder call; every call has this shape",
+        "images per encoder call on a GPU; on a CPU, where it is faster, always one",
         low=1,
         high=1024,
         free=True,

@@ -34,19 +34,21 @@ ReadImage = Callable[[int], np.ndarray]  # position -> uint8 image [S S 3]; rais
 class BatchEncoder:
     """Encodes images in calls of one fixed shape, with a VAE that is built at the first call.
 
-    The fixed shape keeps a row's bits independent of the images beside it. Rows that come out not finite in a
-    reduced precision are encoded again in float32.
+    The fixed shape keeps a row's bits independent of the images beside it. On a CPU it is one image: what a call
+    works on then stays in the processor's caches. Rows that come out not finite in a reduced precision are encoded
+    again in float32.
 
     Args:
         load: builds the VAE (an object with `encode`) on the device.
-        batch_size: images per call; shorter calls are padded.
+        batch_size: images per call on a GPU; shorter calls are padded.
         dtype: number format of the encoder.
     """
 
     def __init__(
         self, load: Callable[[], object], *, device: torch.device, batch_size: int, dtype: torch.dtype
     ) -> None:
-        self.load, self.device, self.batch_size, self.dtype = load, device, batch_size, dtype
+        self.load, self.device, self.dtype = load, device, dtype
+        self.batch_size = 1 if device.type == "cpu" else batch_size
         self.vae = None
         self.record = {
             "precision": str(dtype).removeprefix("torch."),
@@ -56,8 +58,12 @@ class BatchEncoder:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """Encodes up to `batch_size` uint8 images [B S S 3]; returns moments [B 2C h w] float32 on the CPU."""
+        """Encodes uint8 images [B S S 3]; returns moments [B 2C h w] float32 on the CPU."""
         self.vae = self.vae or self.load()
+        return torch.cat([self._encode_padded(part) for part in images.split(self.batch_size)])
+
+    def _encode_padded(self, images: Tensor) -> Tensor:
+        """Encodes up to `batch_size` images in a call of exactly so many."""
         padded = images.new_zeros(self.batch_size, *images.shape[1:])
         padded[: len(images)] = images
         # ToTensor divides by 255 in float32; multiplying by 1/255 gives other bits.
