@@ -86,7 +86,7 @@ def execute(notebook: Notebook, folder: Path, interrupt_when: Callable[[], bool]
     """Runs a notebook in a folder, and interrupts it when this becomes true; raises where a cell fails."""
     folder.mkdir(parents=True, exist_ok=True)
     resources = {"metadata": {"path": str(folder)}}
-    client = nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120, resources=resources)
+    client = nbclient.NotebookClient(notebook, kernel_name="python3", timeout=600, resources=resources)
 
     def watch() -> None:
         while not interrupt_when():  # type: ignore[misc]
