@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import disk
 import durable
 import hardware
 import images
@@ -131,6 +132,8 @@ class Generator:
         there = len(self.classes) * self.settings.images_per_class - len(cells)
         if there:
             say(f"{there:,} of the images are already there")
+        num_bytes = len(cells) * self.meta["settings"]["image_size"] ** 2 * pictures.BYTES_PER_PIXEL[self.suffix]
+        disk.tell(num_bytes, f"{len(cells):,} images", self.folder, remedy="give another --output_folder")
         with (
             StopSignals() as signals,
             script.progress(total=len(cells), unit="images", label="generate") as bar,

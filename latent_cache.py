@@ -210,6 +210,11 @@ def _row_bytes(space: Space) -> int:
     return 2 * int(np.prod(space.moments_shape))
 
 
+def expected_bytes(space: Space, count: int) -> int:
+    """Returns about how much `count` latents take on disk, with their keys, seals and names."""
+    return count * (_row_bytes(space) + 64)
+
+
 def _header(space: Space, count: int, names: list[str], records: list) -> bytes:
     """Builds the start of a safetensors file: the header's length and the header.
 

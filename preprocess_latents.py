@@ -26,6 +26,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+import disk
 import durable
 import hardware
 import latent_cache
@@ -86,6 +87,12 @@ def encode(settings: PreprocessSettings, sources: dict[str, str]) -> int:
         f"{len(split.classes)} classes, {len(entries):,} images ({' and '.join(settings.splits)}): "
         f"{len(entries) - len(missing):,} cached, {len(missing):,} to encode in {settings.encode_precision} "
         f"on {hardware.describe(device)}"
+    )
+    disk.tell(
+        latent_cache.expected_bytes(chosen.space, len(missing)),
+        f"{len(missing):,} latents",
+        folder,
+        remedy="give another --output_folder",
     )
     bad = fill(dataset, len(missing))
     _merge(cache)

@@ -78,6 +78,11 @@ class GridMaker:
             message += f"; see {path}"
         say(message)
 
+    def expected_bytes(self) -> float:
+        """Returns about how much the picture of one grid takes on disk."""
+        side = self.settings.image_size
+        return len(self._cells()) * side * side * pictures.BYTES_PER_PIXEL[".png"]
+
     def draw_loss(self) -> None:
         """Draws the loss curve from the metrics."""
         steps, losses = self.metrics.series("loss")

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import disk
 import durable
 import hardware
 import latent_cache
@@ -612,6 +613,7 @@ def run(trainer: Trainer, plan: Plan) -> int:
         plan.results,
         metrics,
     )
+    tell_disk(trainer, grids, plan.results)
     clock = Clock(settings.max_hours, trainer)
     fresh = plan.state is None
     try:
@@ -637,6 +639,19 @@ def run(trainer: Trainer, plan: Plan) -> int:
     say(f"done: {trainer.finished_steps:,} steps; peak memory {hardware.peak_memory(trainer.device)}")
     say(f"next: python generate.py --checkpoint {settings.results_folder}")
     return DONE
+
+
+def tell_disk(trainer: Trainer, grids: GridMaker, folder: Path) -> None:
+    """Says what the saves to come, with their grids, will take on the disk."""
+    settings, every = trainer.settings, trainer.settings.save_and_sample_every
+    num_saves = math.ceil(settings.train_num_steps / every) - trainer.finished_steps // every
+    states = checkpoint.bytes_for_saves(folder, num_saves, trainer.diffusion, trainer.ema.model)  # type: ignore[arg-type]
+    disk.tell(
+        states + num_saves * grids.expected_bytes(),
+        f"{num_saves:,} save{'s' * (num_saves > 1)}",
+        folder,
+        remedy="raise --save_and_sample_every, or give another --results_folder",
+    )
 
 
 def _bar(trainer: Trainer, settings: TrainSettings) -> Any:
