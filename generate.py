@@ -1,6 +1,8 @@
 """Generates images of each class with a trained model, one folder per class.
 
     python generate.py --checkpoint results --images_per_class 50
+    python generate.py --checkpoint results --classes ID_1 ID_7 --cond_scale 3
+    python generate.py --checkpoint results --strip 1 1.5 2 3 4 6
 
 An image depends on the checkpoint, the settings, its class and its number alone. Running it again makes only what
 is missing.

@@ -1,6 +1,8 @@
 """Encodes a folder of labelled images through a KL-VAE into a cache of latents.
 
     python preprocess_latents.py --vae_path kl_vae_best.pt --data_path Normal_line --output_folder ./latents_cache
+    python preprocess_latents.py --vae_path kl_vae_best.pt --data_path Normal_line --dry_run
+    python preprocess_latents.py --verify
 
 Running it again encodes only what is missing; train_latent_cfg.py then reads the cache.
 """

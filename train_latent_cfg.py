@@ -1,6 +1,8 @@
 """Trains a class-conditional latent diffusion model with classifier-free guidance.
 
     python train_latent_cfg.py
+    python train_latent_cfg.py --dry_run
+    python train_latent_cfg.py --vae_path kl_vae_best.pt --data_path Normal_line --max_hours 11.5
 
 It reads the cache that preprocess_latents.py made, and encodes and caches what is missing there when it is first
 needed. The same command goes on with a run that was stopped.
