@@ -1,12 +1,14 @@
 """--dry_run: it says what would be done, fails as the real run would, and writes nothing at all."""
 
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from pipeline import STEPS, generate, one_error, preprocess, train
+from pipeline import STEPS, assert_same_run, generate, one_error, preprocess, train
 
 import durable
 import forecast
@@ -29,7 +31,7 @@ def halted(cached: Path, trained: Path) -> Path:
     """A world with a run of STEPS steps, and what killed processes leave behind."""
     shutil.copytree(trained / "results", cached / "results")
     for folder in ("results", "latents_cache"):
-        name = durable._temporary_name().replace(f"{__import__('os').getpid()}", "999999999")
+        name = durable._temporary_name().replace(str(os.getpid()), "999999999")  # of no process
         (cached / folder / name).write_bytes(b"left behind")
     return cached
 
@@ -133,8 +135,6 @@ def test_verify_is_not_for_a_dry_run(world, capsys):
 def test_a_dry_run_leaves_no_trace_in_what_comes_after(world, trained):
     assert train(world, dry_run="true", num_samples=0) == 0
     assert train(world, num_samples=0) == 0
-    from pipeline import assert_same_run
-
     assert_same_run(world, trained)
 
 
@@ -152,8 +152,6 @@ def test_calls_are_counted_and_slow_ones_end_early(monkeypatch):
     _, count = forecast.seconds_per_call(lambda: calls.append(1), device, warm_up=2, count=5)
     assert count == 5 and len(calls) == 7
     monkeypatch.setattr(forecast, "_LONGEST_SECONDS", 0.001)
-    import time
-
     seconds, count = forecast.seconds_per_call(lambda: time.sleep(0.01), device, warm_up=0, count=5)
     assert count == 1 and seconds >= 0.01
 
@@ -161,8 +159,7 @@ def test_calls_are_counted_and_slow_ones_end_early(monkeypatch):
 def test_the_total_is_the_pace_times_the_number(monkeypatch, cached):
     monkeypatch.setattr(forecast, "seconds_per_call", lambda *_, **__: (0.5, 5))
     device = torch.device("cpu")
-    assert forecast.training(lambda: None, 1000, device).startswith(
-        "train: 1,000 steps, about 8 min 20 s (0.5 s per step"
-    )
+    told = forecast.training(lambda: None, 1000, device)
+    assert told.startswith("train: 1,000 steps, about 8 min 20 s (0.5 s per step")
     line = forecast.generating(lambda steps: None, lambda: None, device, num_images=40, batch=16, num_solver_steps=20)
     assert line.startswith("generate: 40 images, about 35 s (")  # 3 batches of 20 / 2 x 0.5 s, and 40 x 0.5 s
