@@ -616,9 +616,10 @@ def _parser(cls: type, description: str | None) -> argparse.ArgumentParser:
 
 
 def by_group(cls: type) -> list[str]:
-    """Lists the settings of one script in the order of their groups."""
+    """Lists the settings of one script in the order of their groups; groups of its own come last."""
     known = specs(cls)
-    return sorted(known, key=lambda name: GROUPS.index(known[name].group))
+    order = list(dict.fromkeys([*GROUPS, *(spec.group for spec in known.values())]))
+    return sorted(known, key=lambda name: order.index(known[name].group))
 
 
 def can_resume(cls: type) -> bool:
