@@ -73,6 +73,12 @@ class MachineSettings:
         42, int, DATA, "seed of the split and of every random draw", low=0, high=2**63 - 1, about_cache=True
     )
     device: str = _setting("auto", str, MACHINE, "auto, cpu, cuda or cuda:N", free=True)
+
+
+@dataclass(frozen=True)
+class DryRunSettings(MachineSettings):
+    """Settings of the scripts that can tell what they would do."""
+
     dry_run: bool = _setting(
         False, bool, MACHINE, "say what would be done and about how long it takes, and write nothing", free=True
     )
@@ -152,7 +158,7 @@ class ImageSettings(MachineSettings):
 
 
 @dataclass(frozen=True)
-class PreprocessSettings(ImageSettings):
+class PreprocessSettings(ImageSettings, DryRunSettings):
     """Settings of preprocess_latents.py."""
 
     output_folder: str = _setting("./latents_cache", str, CACHE, "the cache folder", path=True)
@@ -210,7 +216,7 @@ class SamplingSettings(MachineSettings):
 
 
 @dataclass(frozen=True)
-class TrainSettings(SamplingSettings, ImageSettings):
+class TrainSettings(SamplingSettings, ImageSettings, DryRunSettings):
     """Settings of train_latent_cfg.py."""
 
     latents_cache_folder: str = _setting("./latents_cache", str, CACHE, "the cache folder", path=True, free=True)
@@ -320,7 +326,7 @@ class TrainSettings(SamplingSettings, ImageSettings):
 
 
 @dataclass(frozen=True)
-class GenerateSettings(SamplingSettings):
+class GenerateSettings(SamplingSettings, DryRunSettings):
     """Settings of generate.py."""
 
     checkpoint: str = _setting("./results", str, OUTPUT, "run folder, or one checkpoint file in it", path=True)
