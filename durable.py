@@ -230,6 +230,21 @@ def why_not_writable(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def why_not_permitted(folder: str | os.PathLike[str]) -> str | None:
+    """Returns why no file can be made in `folder`, as far as that is told without trying; None where it can."""
+    place = Path(folder).absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            return os.strerror(errno.ENOTDIR)
+        if os.statvfs(place).f_flag & os.ST_RDONLY:
+            return os.strerror(errno.EROFS)
+        return None if os.access(place, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+    except OSError as error:
+        return error.strerror or str(error)
+
+
 def _write_probe(folder: Path) -> None:
     _make_folder(folder)
     probe = folder / _temporary_name()

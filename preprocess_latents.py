@@ -1,6 +1,8 @@
 """Encodes a folder of labelled images through a KL-VAE into a cache of latents.
 
     python preprocess_latents.py --vae_path kl_vae_best.pt --data_path Normal_line --output_folder ./latents_cache
+    python preprocess_latents.py --vae_path kl_vae_best.pt --data_path Normal_line --dry_run
+    python preprocess_latents.py --verify
 
 Running it again encodes only what is missing; train_latent_cfg.py then reads the cache.
 """
@@ -28,6 +30,7 @@ import torch
 
 import disk
 import durable
+import forecast
 import hardware
 import latent_cache
 import pictures
@@ -47,6 +50,8 @@ def main(argv: Sequence[str] | None) -> int:
     """Runs the script; returns its exit code."""
     layers = config.read_command_line(PreprocessSettings, argv, description=__doc__)
     resolved = config.resolve(PreprocessSettings, layers)
+    if resolved.settings.verify and resolved.settings.dry_run:
+        raise UserError("--verify only checks, and has nothing that --dry_run could leave out; leave one of them out")
     if resolved.settings.verify:
         manifest = latent_cache.read_manifest(resolved.settings.output_folder)
         stored = {} if manifest is None else manifest.settings
@@ -62,14 +67,14 @@ def encode(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     started = time.monotonic()
     folder = Path(settings.output_folder)
     device = hardware.pick_device(settings.device)
-    script.check_writable(folder, "output_folder")
+    script.check_writable(folder, "output_folder", dry_run=settings.dry_run)
     manifest = latent_cache.read_manifest(folder)
     if not prepare.images_at_hand(settings, sources, may_lack=False):
         raise UserError(prepare.no_images_message(settings.data_path))
     split = prepare.choose_images(settings, at_hand=True, stored=None, where=str(folder))
     prepare.warn_of_shared_content(split)
     chosen = prepare.choose_space(settings, sources, manifest and prepare.space_of_manifest(manifest), may_lack=False)
-    cache = LatentCache(folder, chosen.space, writable=True)
+    cache = LatentCache(folder, chosen.space, writable=not settings.dry_run)
     for problem in cache.problems:
         warn(problem)
     entries = [entry for name in settings.splits for entry in getattr(split, name)]
@@ -94,12 +99,32 @@ def encode(settings: PreprocessSettings, sources: dict[str, str]) -> int:
         folder,
         remedy="give another --output_folder",
     )
+    if settings.dry_run:
+        return dry_run(settings, dataset, entries)
     bad = fill(dataset, len(missing))
     _merge(cache)
     _record(settings, split, entries, bad, chosen, folder)
     _account(settings, dataset, bad, newly=len(missing) - len(dataset.missing()), seconds=time.monotonic() - started)
     _preview(settings, dataset, entries, device, folder / "preview.png", fresh=bool(missing))
     return _end(settings, bad)
+
+
+def dry_run(settings: PreprocessSettings, dataset: LatentDataset, entries: list[Entry]) -> int:
+    """Tries every missing image and a few encoder calls, says what the run would take, and writes nothing."""
+    missing = dataset.missing()
+    wanted = [entries[position] for position in missing]
+    bad = prepare.find_bad_images(wanted, data_path=settings.data_path, image_size=settings.image_size)
+    for skipped in bad:
+        say(f"    {shown(f'{skipped.class_name}/{skipped.name}')}: {skipped.reason}")
+    say(forecast.encoding(dataset, missing))
+    say(forecast.memory(dataset.device))
+    if bad and not settings.skip_bad_images:
+        warn(
+            f"{len(bad)} image(s) cannot be read; mend or remove them, or give --skip_bad_images to go on without them"
+        )
+        return FAILED
+    say(script.DRY_RUN_END)
+    return DONE
 
 
 def fill(dataset: LatentDataset, num_missing: int) -> list[tuple[int, str]]:

@@ -20,6 +20,7 @@ import durable
 from config import UserError
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
+DRY_RUN_END = "dry run: nothing was written; the times are estimates"
 PROCESS_START = time.monotonic()  # this module is among the first that a script imports
 _KERNEL_MARK = "JPY_PARENT_PID"  # Jupyter sets it for its kernels, and so for the commands in their cells
 _LOG_SECONDS, _LOG_SHARE = 60.0, 0.1  # least time and least share of the work between progress lines in a log
@@ -120,9 +121,12 @@ def _describe_os_error(error: OSError) -> str:
     return f"{place}{error.strerror or error}"
 
 
-def check_writable(folder: Path, setting: str) -> None:
-    """Raises UserError, naming the setting, when files cannot be made in a folder; it need not exist yet."""
-    reason = durable.why_not_writable(folder)
+def check_writable(folder: Path, setting: str, *, dry_run: bool) -> None:
+    """Raises UserError, naming the setting, when files cannot be made in a folder; it need not exist yet.
+
+    With `dry_run` that is not tried, but told from permissions.
+    """
+    reason = durable.why_not_permitted(folder) if dry_run else durable.why_not_writable(folder)
     if reason is not None:
         raise UserError(f"--{setting} {folder} cannot be written to ({reason}); give another, or mend that one")
 

@@ -141,6 +141,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "pip": check_pip,
     "git": check_nothing,
     "cd": check_nothing,
+    "tensorboard": check_nothing,
 }
 
 
