@@ -747,7 +747,8 @@ class LatentCache:
         if kept is None or kept.path != shard.path:
             self._shards.pop(shard.path.name, None)
             self._forget_index()
-            shard.path.unlink(missing_ok=True)
+            with durable.naming(shard.path):
+                shard.path.unlink(missing_ok=True)
 
     @property
     def _in_order(self) -> list[_Shard]:

@@ -101,7 +101,7 @@ def checked(cached, capsys) -> list[str]:
     """The lines of a check of a cache with test images, an orphan and another space."""
     assert pipeline.preprocess(cached, image_size=32) == 0
     assert pipeline.preprocess(cached, splits=["train", "test"]) == 0
-    tiny.make_image(7).save(cached / "data" / "ID_2" / "walk_0.jpg")
+    tiny.make_image(555).save(cached / "data" / "ID_2" / "walk_0.jpg")
     capsys.readouterr()
     folder = str(cached / "latents_cache")
     assert preprocess_latents.main(["--verify", "--output_folder", folder, "--device", "cpu"]) == 1
