@@ -234,7 +234,17 @@ class PrunePlan:
     @property
     def num_bytes(self) -> int:
         """What it frees, within the size of a few headers."""
-        return self.own.num_bytes + sum(surplus.num_bytes for surplus, _ in self.others) + self.temporary_bytes
+        return sum(surplus.num_bytes for surplus in self.surpluses) + self.temporary_bytes
+
+    @property
+    def surpluses(self) -> list[Surplus]:
+        """What nobody needs in each space, that in use first."""
+        return [self.own, *(surplus for surplus, _ in self.others)]
+
+    @property
+    def problems(self) -> list[str]:
+        """One line for each file found damaged so far; such files are left alone."""
+        return [line for surplus in self.surpluses for line in surplus.cache.problems]
 
     @property
     def is_empty(self) -> bool:
@@ -245,7 +255,8 @@ class PrunePlan:
         """Removes it; raises OSError, and what is needed is then still there."""
         for path in self.temporaries:
             path.unlink(missing_ok=True)
-        for surplus in (self.own, *(surplus for surplus, _ in self.others)):
+        for surplus in self.surpluses:
+            surplus.cache.writable = True  # it was opened for reading, so that the plan alone changes nothing
             surplus.cache.prune(surplus.needed)
 
 

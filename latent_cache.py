@@ -731,6 +731,8 @@ class LatentCache:
         Raises:
             OSError: when publishing or removing fails; every needed row is then still there.
         """
+        if not self.writable:
+            return
         for shard in self._in_order:
             if not all(key in needed for key in _hex_keys(shard.keys)):
                 self._prune_shard(shard, needed)

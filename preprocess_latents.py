@@ -390,7 +390,8 @@ def prune(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     used = found.manifest.space
     needed = _needed_keys(settings, sources, found)
     plan = cache_check.plan_prune(found.folder, used, needed)
-    say(f"kept        {len(needed[used.id]):,} images of the split and of {' '.join(settings.keep_for) or 'no run'}")
+    runs = " and ".join(place for place in settings.keep_for if (Path(place) / SPLIT_NAME).exists())
+    say(f"kept        {len(needed[used.id]):,} images, of the split and of {runs or 'no run'}")
     own = plan.own
     if own.num_rows:
         say(f"orphaned    {own.num_rows:,} rows ({script.size(own.num_bytes)}) of no image in these splits")
@@ -415,6 +416,8 @@ def prune(settings: PreprocessSettings, sources: dict[str, str]) -> int:
             f"pruning stopped: {error.filename or found.folder}: {error.strerror or error}; every latent that is "
             "needed is there, and the same command goes on"
         ) from error
+    for problem in plan.problems:
+        warn(f"{problem}; left alone")
     say(f"removed     {script.size(plan.num_bytes)}")
     return DONE
 

@@ -81,6 +81,13 @@ def test_a_shard_that_cannot_be_read_is_left_alone(tmp_path):
     assert path.exists() and len(cache.problems) == 1
 
 
+def test_a_cache_that_is_not_writable_is_not_pruned(tmp_path):
+    stored(tmp_path, [0, 1])
+    before = on_disk(tmp_path)
+    reader(tmp_path).prune(needed(0))
+    assert on_disk(tmp_path) == before
+
+
 def test_rows_published_or_merged_meanwhile_stay(tmp_path):
     stored(tmp_path, [0, 1])
     stored(tmp_path, [2])
