@@ -173,6 +173,37 @@ class PreprocessSettings(ImageSettings, DryRunSettings):
     verify: bool = _setting(
         False, bool, CACHE, "check a cache instead of filling it: every seal, and a few images decoded"
     )
+    prune: bool = _setting(
+        False, bool, CACHE, "list what nobody needs in a cache instead of filling it; with --yes, remove it"
+    )
+    yes: bool = _setting(False, bool, CACHE, "do what --prune lists")
+    keep_for: tuple[str, ...] = _setting(
+        ("./results",),
+        str,
+        CACHE,
+        "run folders whose latents --prune keeps, besides those of the cache's own split",
+        many=True,
+        needed=False,
+    )
+    import_folder: str | None = _setting(
+        None,
+        str,
+        CACHE,
+        "folder of user_07_name.pt files, the latents of an older script, to make a cache of",
+        words=("none",),
+        path=True,
+    )
+    import_scale_factor: float = _setting(
+        0.18215, float, CACHE, "what the older script multiplied its latents by", low=1e-6, high=1e6
+    )
+    import_split: str | None = _setting(
+        None,
+        str,
+        DATA,
+        "JSON, CSV or text file with the names of the older script's training (and test) images",
+        words=("none",),
+        path=True,
+    )
 
 
 @dataclass(frozen=True)

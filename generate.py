@@ -48,7 +48,7 @@ from images import RECIPE, BadImage
 from latent_cache import Space
 from latent_norm import LatentNorm
 from run_folder import SavedState
-from sampling import BATCH_SIZE, Decoder, num_solver_steps, sample_padded
+from sampling import BATCH_SIZE, Decoder, check_decodes, num_solver_steps, sample_padded
 from script import DONE, Failed, StopSignals, say, warn
 
 _RECORD_NAME, _LABELS_NAME = "settings.json", "labels.csv"
@@ -336,6 +336,9 @@ def _checked_vae(vae_path: str | None, meta: dict[str, Any]) -> str:
         raise UserError("--vae_path is needed: the checkpoint does not name a VAE")
     identity = vae.read_identity(vae_path)
     trained = Space.stored(meta["space"])
+    if trained.is_imported:  # nobody knows which VAE made them
+        check_decodes(vae_path, identity, trained.moments_shape[0] // 2)
+        return vae_path
     space = Space.of(identity.fingerprint, meta["settings"]["image_size"], RECIPE, trained.moments_shape)
     if space.spec["vae"] != trained.spec["vae"]:
         raise UserError(

@@ -211,10 +211,14 @@ def open_data(plan: Plan, device: torch.device) -> Data:
     """
     settings, folder = plan.settings, plan.cache_folder
     goes_on = plan.state is not None  # the split is the run's own, so that nothing else can be meant
-    at_hand = prepare.images_at_hand(settings, plan.sources, may_lack=goes_on)
-    split = _run_split(plan, at_hand)
+    known = _known_space(plan)
+    if prepare.takes_imported(plan.sources, known, goes_on=goes_on):
+        at_hand, split, chosen = False, _imported_split(plan), prepare.imported_space(settings, known)  # type: ignore[arg-type]
+    else:
+        at_hand = prepare.images_at_hand(settings, plan.sources, may_lack=goes_on)
+        split = _run_split(plan, at_hand)
+        chosen = prepare.choose_space(settings, plan.sources, known, may_lack=goes_on)
     prepare.warn_of_shared_content(split)
-    chosen = prepare.choose_space(settings, plan.sources, _known_space(plan), may_lack=goes_on)
     _check_same_space(plan, chosen)
     reason = durable.why_not_permitted(folder) if settings.dry_run else durable.why_not_writable(folder)
     if reason is not None:
@@ -256,6 +260,15 @@ def _run_split(plan: Plan, at_hand: bool) -> Split:
     if plan.settings.skip_bad_images and stored is not None:
         split = split.without(stored.skipped)
     return split
+
+
+def _imported_split(plan: Plan) -> Split:
+    """Returns the run's own split when it goes on, else the one that the imported latents came with."""
+    own = None if plan.origin is None else read_split(plan.origin)
+    if own is not None:
+        return own
+    folder = plan.cache_folder
+    return prepare.imported_split(plan.settings, plan.sources, read_split(folder), str(folder))
 
 
 def _known_space(plan: Plan) -> ChosenSpace | None:
