@@ -108,6 +108,22 @@ class LatentUnet(Unet):
         raise NotImplementedError("use LatentUnet.guided and LatentDiffusion.sample")
 
 
+def mean_by_timestep(times: Sequence[int], losses: Sequence[float], timesteps: int) -> dict[str, float]:
+    """Returns the mean loss in ten equal ranges of timesteps by names such as 100-199; empty ranges are left out."""
+    num_bins, width = min(_NUM_TIME_BINS, timesteps), len(str(timesteps - 1))
+    found: dict[int, list[float]] = {}
+    for time, loss in zip(times, losses, strict=True):
+        found.setdefault(time * num_bins // timesteps, []).append(loss)
+    edges = [-(-timesteps * number // num_bins) for number in range(num_bins + 1)]
+    return {
+        f"{edges[number]:0{width}d}-{edges[number + 1] - 1:0{width}d}": math.fsum(some) / len(some)
+        for number, some in sorted(found.items())
+    }
+
+
+_NUM_TIME_BINS = 10
+
+
 class Level(NamedTuple):
     """A place on the way from noise to a latent: timestep (-1 at the end), signal and noise amplitudes."""
 

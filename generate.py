@@ -1,6 +1,8 @@
 """Generates images of each class with a trained model, one folder per class.
 
     python generate.py --checkpoint results --images_per_class 50
+    python generate.py --checkpoint results --classes ID_1 ID_7 --cond_scale 3
+    python generate.py --checkpoint results --strip 1 1.5 2 3 4 6
 
 An image depends on the checkpoint, the settings, its class and its number alone. Running it again makes only what
 is missing.
@@ -32,7 +34,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+import disk
 import durable
+import forecast
 import hardware
 import images
 import pictures
@@ -43,9 +47,9 @@ from draws import sample_generator
 from images import RECIPE, BadImage
 from latent_cache import Space
 from latent_norm import LatentNorm
-from ranks import Ranks, joined
+from ranks import ALONE, Ranks, joined
 from run_folder import SavedState
-from sampling import BATCH_SIZE, Decoder, num_solver_steps, sample_padded
+from sampling import BATCH_SIZE, Decoder, check_decodes, num_solver_steps, sample_padded
 from script import DONE, Failed, Progress, StopSignals, say, warn
 
 _RECORD_NAME, _LABELS_NAME = "settings.json", "labels.csv"
@@ -61,7 +65,11 @@ def main(argv: Sequence[str] | None) -> int:
         try:
             with ranks.together():
                 generator = open_generator(argv, ranks)
+                if generator.settings.dry_run:
+                    ranks.must_be_alone("--dry_run")
             ranks.check_same(generator.facts(), "start all with the same command, and let all see the same run")
+            if generator.settings.dry_run:
+                return generator.dry_run()
             return generator.make_strip() if generator.settings.strip else generator.make_images()
         except torch.OutOfMemoryError as error:
             raise Failed("the GPU has too little memory; end what else uses it, or give --device cpu") from error
@@ -110,7 +118,7 @@ class Cell:
 class Generator:
     """The averaged network of a checkpoint, ready to make images."""
 
-    def __init__(self, settings: GenerateSettings, state: SavedState, device: torch.device, ranks: Ranks) -> None:
+    def __init__(self, settings: GenerateSettings, state: SavedState, device: torch.device, ranks: Ranks = ALONE) -> None:
         self.settings, self.meta, self.device, self.ranks = settings, state.meta, device, ranks
         self.all_classes: list[str] = state.meta["classes"]
         self.classes = _chosen_classes(settings.classes, self.all_classes)
@@ -131,6 +139,34 @@ class Generator:
             f"{str(self.dtype).removeprefix('torch.')} ({reason}) on {hardware.describe(device)}"
         )
 
+    def dry_run(self) -> int:
+        """Samples and decodes one image, says what the whole would take, and writes nothing."""
+        cells = [] if self.settings.strip else [cell for cell in self._cells() if not cell.path.is_file()]
+        count = len(self.settings.strip) * len(self.classes) if self.settings.strip else len(cells)
+        if count:
+            self.decoder.open()
+        script.check_writable(self.folder, "output_folder", dry_run=True)
+        if not self.settings.strip:
+            self._refuse_other_images()
+            there = len(self.classes) * self.settings.images_per_class - count
+            say(f"{there:,} of the images are already there, {count:,} to make in {self.folder}")
+            self._tell_disk(count)
+        if count:
+            label = next(iter(self.classes))
+            samples = self.sample([label], [0], self.settings.cond_scale, steps=1)
+            line = forecast.generating(
+                lambda steps: self.sample([label], [0], self.settings.cond_scale, steps=steps),
+                lambda: self.decoder(samples),
+                self.device,
+                num_images=count,
+                batch=BATCH_SIZE,
+                num_solver_steps=self.steps,
+            )
+            say(line)
+            say(forecast.memory(self.device))
+        say(script.DRY_RUN_END)
+        return DONE
+
     # --- one folder per class ---
 
     def make_images(self) -> int:
@@ -146,6 +182,7 @@ class Generator:
         there = len(self.classes) * self.settings.images_per_class - len(cells)
         if there:
             say(f"{there:,} of the images are already there")
+        self._tell_disk(len(cells))
         with (
             StopSignals() as signals,
             script.progress(total=len(cells), unit="images", label="generate") as bar,
@@ -188,6 +225,10 @@ class Generator:
 
         self.ranks.await_others("made", look)
 
+    def _tell_disk(self, count: int) -> None:
+        num_bytes = count * self.meta["settings"]["image_size"] ** 2 * pictures.BYTES_PER_PIXEL[self.suffix]
+        disk.tell(num_bytes, f"{count:,} images", self.folder, remedy="give another --output_folder")
+
     def _draw_overview(self) -> Path:
         names = list(self.classes.values())[:_OVERVIEW_ROWS]
         shown = [cell for cell in self._cells() if cell.index < _OVERVIEW_COLUMNS]
@@ -202,7 +243,9 @@ class Generator:
         for cell, image in zip(cells, self.decoder(samples), strict=True):
             durable.publish(cell.path, pictures.encode_image(Image.fromarray(image), self.suffix))
 
-    def sample(self, labels: list[int], indices: list[int], cond_scale: float) -> torch.Tensor:
+    def sample(
+        self, labels: list[int], indices: list[int], cond_scale: float, *, steps: int | None = None
+    ) -> torch.Tensor:
         return sample_padded(
             self.diffusion,
             labels,
@@ -213,7 +256,7 @@ class Generator:
             dtype=self.dtype,
             cond_scale=cond_scale,
             sampler=self.settings.sampler,
-            sampling_timesteps=self.steps,
+            sampling_timesteps=self.steps if steps is None else steps,
         )
 
     def _cells(self) -> list[Cell]:
@@ -225,9 +268,13 @@ class Generator:
 
     def _check_output_folder(self) -> None:
         """Refuses a folder whose images were made in another way, and writes down how these are made."""
-        script.check_writable(self.folder, "output_folder")
+        script.check_writable(self.folder, "output_folder", dry_run=False)
         for place in (self.folder, *(self.folder / name for name in self.classes.values())):
             durable.remove_stale_temporaries(place)
+        self._refuse_other_images()
+        durable.publish(self.folder / _RECORD_NAME, (json.dumps(self._record(), indent=2) + "\n").encode())
+
+    def _refuse_other_images(self) -> None:
         record, path = self._record(), self.folder / _RECORD_NAME
         if path.exists():
             before = _read_record(path)
@@ -238,7 +285,6 @@ class Generator:
                         f"{self.folder} holds images made with {name} {then}, now it is {value}; give another "
                         "--output_folder"
                     )
-        durable.publish(path, (json.dumps(record, indent=2) + "\n").encode())
 
     def _record(self) -> dict[str, Any]:
         """Returns all that the images of the folder have in common."""
@@ -275,7 +321,7 @@ class Generator:
         """Draws one image per class and guidance scale, with the same noise along a row; rank 0 does so."""
         if not self.ranks.is_main:
             return DONE
-        script.check_writable(self.folder, "output_folder")
+        script.check_writable(self.folder, "output_folder", dry_run=False)
         scales, columns = self.settings.strip, []
         labels = list(self.classes)
         with script.progress(total=len(scales) * len(labels), unit="images", label="strip") as bar:
@@ -341,6 +387,9 @@ def _checked_vae(vae_path: str | None, meta: dict[str, Any]) -> str:
         raise UserError("--vae_path is needed: the checkpoint does not name a VAE")
     identity = vae.read_identity(vae_path)
     trained = Space.stored(meta["space"])
+    if trained.is_imported:  # nobody knows which VAE made them
+        check_decodes(vae_path, identity, trained.moments_shape[0] // 2)
+        return vae_path
     space = Space.of(identity.fingerprint, meta["settings"]["image_size"], RECIPE, trained.moments_shape)
     if space.spec["vae"] != trained.spec["vae"]:
         raise UserError(

@@ -26,6 +26,7 @@ from images import BadImage, Entry, Skipped, Split, shown
 from latent_cache import LatentCache, Manifest, Space, write_manifest
 from latent_dataset import BatchEncoder, LatentDataset
 from ranks import Ranks
+from sampling import check_decodes
 from script import StopSignals, say, warn
 
 
@@ -99,7 +100,7 @@ def with_fresh_keys(split: Split, data_path: str) -> Split:
 
     def key_of(entry: Entry) -> str:
         try:
-            return images.image_key(_read_file(data_path, entry))
+            return images.image_key(read_file(data_path, entry))
         except OSError:
             return entry.key or _key_of_no_content(entry.class_name, entry.name)
 
@@ -158,7 +159,7 @@ def skipped(entries: list[Entry], bad: Iterable[tuple[int, str]]) -> tuple[Skipp
 def read_image(data_path: str, entry: Entry, *, image_size: int) -> Any:
     """Reads one image as uint8 [S S 3]; refuses it when the file no longer has the content of its key."""
     try:
-        data = _read_file(data_path, entry)
+        data = read_file(data_path, entry)
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror or error}") from error
     if entry.key and images.image_key(data) != entry.key:
@@ -166,7 +167,8 @@ def read_image(data_path: str, entry: Entry, *, image_size: int) -> Any:
     return images.decode(data, image_size=image_size)
 
 
-def _read_file(data_path: str, entry: Entry) -> bytes:
+def read_file(data_path: str, entry: Entry) -> bytes:
+    """Reads the file of an image; raises OSError."""
     return durable.read_whole(images.image_path(data_path, entry), at_most=images.MAX_FILE_BYTES)
 
 
@@ -225,6 +227,53 @@ def _without_vae(settings: ImageSettings, known: ChosenSpace) -> ChosenSpace:
             f"{settings.vae_path} that could encode them again is not at hand"
         )
     return known
+
+
+def takes_imported(sources: Mapping[str, str], known: ChosenSpace | None, *, goes_on: bool) -> bool:
+    """Says whether training is on imported latents: the run began with them, or nobody asks for images instead."""
+    return known is not None and known.space.is_imported and (goes_on or not is_explicit(sources, "data_path"))
+
+
+def imported_space(settings: ImageSettings, known: ChosenSpace) -> ChosenSpace:
+    """Returns the space of imported latents as it is: a VAE can decode them, and none can add to them.
+
+    Raises:
+        UserError: when another image size is asked for, or the VAE decodes latents of other channels.
+    """
+    size, channels = known.space.spec["image_size"], known.space.moments_shape[0] // 2
+    if settings.image_size != size:
+        raise UserError(f"--image_size is {settings.image_size}, but the imported latents are of images of {size}")
+    try:
+        identity = vae.read_identity(settings.vae_path)
+    except UserError as error:
+        say(f"no VAE at hand ({error}); imported latents can be trained on without it")
+        return known
+    check_decodes(settings.vae_path, identity, channels)
+    return known
+
+
+def imported_split(settings: ImageSettings, sources: Mapping[str, str], stored: Split | None, where: str) -> Split:
+    """Returns the split that imported latents came with; no setting draws it anew.
+
+    Raises:
+        UserError: when there is none, or a setting asks for another.
+    """
+    if stored is None:
+        raise UserError(f"{where} holds imported latents but no split of them; import them again")
+    counts = Counter(entry.class_name for entry in stored.train)
+    facts: dict[str, set[int | str]] = {
+        "num_users": {"all", len(stored.classes)},
+        "images_per_user": {"all", *counts.values()} if len(set(counts.values())) == 1 else {"all"},
+        "split": {"random"},
+    }
+    for name, fitting in facts.items():
+        value = getattr(settings, name)
+        if is_explicit(sources, name) and value not in fitting:
+            raise UserError(
+                f"--{name} {value} does not fit the {len(stored.train):,} training images of {len(stored.classes)} "
+                "classes that were imported; leave it out, or import again with an --import_split"
+            )
+    return stored
 
 
 def space_of_manifest(manifest: Manifest) -> ChosenSpace:

@@ -87,6 +87,11 @@ class Ranks:
         if self.count == 1 and asked == "auto" and num_gpus > 1:
             script.say(f"one of {num_gpus} GPUs is used; torchrun --nproc_per_node={num_gpus} {command} uses them all")
 
+    def must_be_alone(self, what: str) -> None:
+        """Raises UserError where there are several processes."""
+        if self.count > 1:
+            raise UserError(f"{what} is for one process; start it without torchrun")
+
     # --- one for all ---
 
     @contextmanager
@@ -143,21 +148,23 @@ class Ranks:
 
     # --- in a step ---
 
-    def add_up(self, network: nn.Module, loss: Tensor) -> Tensor:
-        """Adds the gradients of all processes up, in place; returns the sum of their losses.
+    def add_up(self, network: nn.Module, *values: Tensor) -> list[Tensor]:
+        """Adds the gradients of all processes up, in place, and returns the sums of other float32 values.
 
         One exchange for all, after the backward pass: the compiled code holds none, nothing is wrapped around the
         network, and a sum is what one process would have had (a mean would change where float16 overflows).
         """
         if self.count == 1:
-            return loss
+            return list(values)
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-        everything = torch.cat([*(gradient.flatten() for gradient in gradients), loss.reshape(1)])
+        own = [*gradients, *values]
+        everything = torch.cat([tensor.flatten() for tensor in own])
         with self._reaching_others():
             dist.all_reduce(everything, group=self._device_group)
-        *sums, total = everything.split([*(gradient.numel() for gradient in gradients), 1])
-        torch._foreach_copy_(gradients, [own.view(g.shape) for own, g in zip(sums, gradients, strict=True)])
-        return total.reshape(())
+        parts = everything.split([tensor.numel() for tensor in own])
+        sums = [part.view(tensor.shape) for part, tensor in zip(parts, own, strict=True)]
+        torch._foreach_copy_(gradients, sums[: len(gradients)])
+        return sums[len(gradients) :]
 
     def agree_to_stop(self, signal_number: int | None, time_is_up: bool) -> int | None:
         """Returns why all processes stop after this step: a signal that any has got, rank 0's clock, or None."""

@@ -6,10 +6,11 @@ results/state-00002000.safetensors  everything needed to go on; the last two are
 results/ema-00002000.safetensors    the averaged weights alone; one at every save
 results/metrics.jsonl               a line of figures every log_every steps
 results/grid-00002000.png, loss.png
+results/tensorboard/                the same figures and grids as events, where TensorBoard is installed
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,10 +181,16 @@ def build_diffusion(
 class Metrics:
     """The lines of metrics.jsonl, one JSON object each; those after the step that is resumed are dropped.
 
-    Unless it `writes`, they stay in memory: several processes of one run have one file.
+    Attributes:
+        on_row: told of each new line that is written.
+
+    Args:
+        earlier: the run folder to take the lines from where `folder` has none.
+        writes: whether not only to read; several processes of one run have one file.
     """
 
     def __init__(self, folder: Path, *, step: int, earlier: Path | None = None, writes: bool = True) -> None:
+        self.on_row: Callable[[dict[str, Any]], None] = lambda row: None
         self.path, self.writes = folder / METRICS_NAME, writes
         source = self.path if self.path.exists() else (earlier or folder) / METRICS_NAME
         self.rows = [row for row in _read_rows(source) if row["step"] <= step]
@@ -197,6 +204,7 @@ class Metrics:
             return
         with durable.naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        self.on_row(row)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Returns the steps and values of one figure, over the lines that have it."""

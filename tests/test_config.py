@@ -1,5 +1,6 @@
 """Settings: one home for each fact, the same parser for flags and files, and the order of precedence."""
 
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -203,3 +204,26 @@ def test_configs_hold_only_known_settings():
     for file in files:
         config.read_file(TrainSettings, str(file))
     assert files
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_help_shows_each_setting_once_under_its_topic_with_unit_and_default(cls):
+    text = config._parser(cls, "A script.\n\n    python script.py --flag\n").format_help()
+    lines = text.splitlines()
+    assert "    python script.py --flag" in lines
+    pieces = re.split(r"^(\S.*):\n", text, flags=re.MULTILINE)
+    words = {topic: " ".join(part.split()) for topic, part in zip(pieces[1::2], pieces[2::2], strict=True)}
+    expected = {spec.group for spec in config.specs(cls).values()}
+    assert list(words) == ["options", *(group for group in config.GROUPS if group in expected)]
+    for name, spec in config.specs(cls).items():
+        found = words[spec.group]
+        assert found.count(f"--{name} ") == 1
+        own = found.partition(f"--{name} ")[2].partition(" --")[0].partition(" * may change")[0]
+        assert config.metavar(spec) in own and spec.unit.upper() in own
+        mark = " *" if spec.free and config.can_resume(cls) else ""
+        assert f"(default: {config.show(config.defaults(cls)[name])}){mark}" in own
+        assert mark or ") *" not in own
+
+
+def test_every_group_has_its_place():
+    assert {spec.group for cls in ALL for spec in config.specs(cls).values()} == set(config.GROUPS)
