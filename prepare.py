@@ -328,4 +328,4 @@ def _check_vae_of(manifest: Manifest, vae_path: str) -> None:
     )
     if space.id != known.id:
         differences = "; ".join(space.differing_fields(known))
-        raise UserError(f"{vae_path} makes other latents than those of the cache ({differences}); give the one of then")
+        raise UserError(f"{vae_path} makes other latents than those of the cache ({differences}); give that one")

@@ -6,7 +6,7 @@ python examples/with_lightning.py latents_cache
 
 import sys
 
-import lightning
+import lightning  # pyright: ignore[reportMissingImports]  # not among what these modules need
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy

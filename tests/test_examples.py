@@ -4,6 +4,7 @@ import pickle
 import runpy
 import shutil
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,9 @@ def test_every_example_is_short_and_tested():
 
 
 def test_the_plain_loop_encodes_what_is_missing_and_learns(emptied, encoder):
-    losses = main_of("plain_loop")(str(emptied / "latents_cache"), num_epochs=30)
+    losses = main_of("plain_loop")(str(emptied / "latents_cache"), num_epochs=60)
     assert encoder.num_images == NUM_IMAGES and encoder.built == ["encoder"]
-    assert len(losses) == 30 and losses[-1] < 0.7 * losses[0]
+    assert len(losses) == 60 and losses[-1] < 0.6 * losses[0]
     encoder.forget()
     main_of("plain_loop")(str(emptied / "latents_cache"), num_epochs=1)
     assert encoder.built == []
@@ -56,16 +57,16 @@ def test_the_plain_loop_says_which_image_cannot_be_encoded(emptied):
 def test_the_loop_with_accelerate_learns(trained, monkeypatch):
     pytest.importorskip("accelerate")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    losses = main_of("with_accelerate")(str(trained / "latents_cache"), num_epochs=30)
-    assert len(losses) == 30 and losses[-1] < losses[0] / 2
+    losses = main_of("with_accelerate")(str(trained / "latents_cache"), num_epochs=60)
+    assert len(losses) == 60 and losses[-1] < 0.6 * losses[0]
 
 
 @pytest.mark.filterwarnings("default")
 def test_the_loop_with_lightning_learns(trained, tmp_path, monkeypatch):
     pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)
-    losses = main_of("with_lightning")(str(trained / "latents_cache"), num_epochs=30)
-    assert len(losses) == 30 and losses[-1] < losses[0] / 2
+    losses = main_of("with_lightning")(str(trained / "latents_cache"), num_epochs=60)
+    assert len(losses) == 60 and losses[-1] < 0.6 * losses[0]
 
 
 # --- what a DataLoader draws -------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ def test_each_worker_draws_from_its_own_seed_and_the_order_is_that_without_worke
     own = [seeded(first), seeded(first + 1)]  # the batches go to the workers in turn
     expected = expected_batches(dataset, lambda i, size: torch.randn(size, *dataset.latent_shape, generator=own[i % 2]))
     assert len(latents) == 4 and all(map(torch.equal, latents, expected))
-    assert labels == loaded(dataset, 0)[1] and sorted(sum(labels, [])) == [0] * 5 + [1] * 5 + [2] * 5
+    assert labels == loaded(dataset, 0)[1] and sorted(chain(*labels)) == [0] * 5 + [1] * 5 + [2] * 5
 
 
 def test_without_workers_the_latents_come_from_the_global_generator(trained):
