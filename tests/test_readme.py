@@ -205,6 +205,21 @@ def test_a_file_that_nobody_knows_is_noticed():
     assert not is_known_file("latents_cache/index.json")
 
 
+OF_OTHER_PROGRAMS = {"MDSWriter", "DistributedDataParallel", "open"}
+
+
+def test_what_the_page_on_scale_names_exists():
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert all((ROOT / "docs" / target).exists() for target in re.findall(r"\]\((\.[^)]+)\)", page))
+    code, num_found = "\n".join(sources().values()), 0
+    for span in set(code_spans(page)) - OF_OTHER_PROGRAMS:
+        name = span.rpartition(".")[2]
+        is_known = is_known_file(span) or re.search(rf"^ *(def|class) {re.escape(name)}\b", code, re.MULTILINE)
+        assert is_known or span == "index.json", span
+        num_found += 1
+    assert num_found > 25
+
+
 @by_language
 def test_links_and_pictures_lead_somewhere(language):
     targets = re.findall(r"\]\(([^)]+)\)", prose(language) + "".join(re.findall(r"^!\[.*$", READMES[language], re.M)))
