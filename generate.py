@@ -42,12 +42,11 @@ import images
 import pictures
 import run_folder
 import vae
-from diffusion import LatentDiffusion
 from draws import sample_generator
 from images import RECIPE, BadImage
 from latent_cache import Space
 from latent_norm import LatentNorm
-from run_folder import SavedState
+from run_folder import SavedState, read_averages
 from sampling import BATCH_SIZE, Decoder, check_decodes, num_solver_steps, sample_padded
 from script import DONE, Failed, StopSignals, say, warn
 
@@ -82,16 +81,6 @@ def main(argv: Sequence[str] | None) -> int:
 _FROM_RUN = ("vae_path", "seed", "cond_scale", "sampler", "sampling_timesteps", "precision")
 
 
-def read_averages(place: Path) -> SavedState:
-    """Reads the newest averaged weights of a run folder, or those of one checkpoint file."""
-    if place.is_file():
-        return run_folder.read_state(place)
-    state = run_folder.newest_averages(place) if place.is_dir() else None
-    if state is None:
-        raise UserError(f"--checkpoint {place} is neither a checkpoint nor a folder of a run that has saved one")
-    return state
-
-
 @dataclass(frozen=True)
 class Cell:
     """One image to make."""
@@ -116,9 +105,8 @@ class Generator:
         vae_path = _checked_vae(settings.vae_path, state.meta)
         self.vae_name = Path(vae_path).name
         self.decoder = Decoder(vae_path, LatentNorm.from_json(state.meta["latent_norm"]), device)
-        weights = {n.removeprefix("ema."): t for n, t in state.tensors.items() if n.startswith("ema.")}
-        self.weights_digest = vae.weights_digest(weights)
-        self.diffusion = _build_network(state.meta, weights).to(device)
+        self.weights_digest = vae.weights_digest(state.averages)
+        self.diffusion = run_folder.averaged_diffusion(state).to(device)
         self.dtype, reason = hardware.pick_precision(settings.precision, device)
         say(
             f"{state.path} (step {state.step:,}), {len(self.classes)} of {len(self.all_classes)} classes, guidance "
@@ -346,19 +334,6 @@ def _checked_vae(vae_path: str | None, meta: dict[str, Any]) -> str:
             + "; ".join(space.differing_fields(trained))
         )
     return vae_path
-
-
-def _build_network(meta: dict[str, Any], weights: dict[str, torch.Tensor]) -> LatentDiffusion:
-    diffusion = run_folder.build_diffusion(
-        meta["settings"], num_classes=len(meta["classes"]), latent_shape=tuple(meta["latent_shape"])
-    )
-    try:
-        diffusion.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"the checkpoint holds other weights than those of its network: {' '.join(str(error).split())[:300]}"
-        ) from error
-    return diffusion.eval().requires_grad_(False)
 
 
 if __name__ == "__main__":
