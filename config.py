@@ -381,10 +381,29 @@ class GenerateSettings(SamplingSettings, DryRunSettings):
     )
 
 
-SCRIPTS: dict[str, type[MachineSettings]] = {
+def _as_in(cls: type, name: str) -> Any:
+    """Makes the same setting as another script has."""
+    (known,) = (f for f in fields(cls) if f.name == name)
+    return field(default=known.default, metadata=known.metadata)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Settings of export_model.py."""
+
+    checkpoint: str = _as_in(GenerateSettings, "checkpoint")
+    cond_scale: float = _as_in(GenerateSettings, "cond_scale")
+    ddim_steps: int = _setting(
+        100, int, SAMPLING, "levels of noise listed for a DDIM loop; at most as many as the model has timesteps", low=1
+    )
+    output_folder: str = _setting("./exported", str, SAVING, "where the exported model goes", path=True)
+
+
+SCRIPTS: dict[str, type] = {
     "preprocess_latents.py": PreprocessSettings,
     "train_latent_cfg.py": TrainSettings,
     "generate.py": GenerateSettings,
+    "export_model.py": ExportSettings,
 }
 
 

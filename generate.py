@@ -42,13 +42,12 @@ import images
 import pictures
 import run_folder
 import vae
-from diffusion import LatentDiffusion
 from draws import sample_generator
 from images import RECIPE, BadImage
 from latent_cache import Space
 from latent_norm import LatentNorm
 from ranks import ALONE, Ranks, joined
-from run_folder import SavedState
+from run_folder import SavedState, read_averages
 from sampling import BATCH_SIZE, Decoder, check_decodes, num_solver_steps, sample_padded
 from script import DONE, Failed, Progress, StopSignals, say, warn
 
@@ -95,16 +94,6 @@ def open_generator(argv: Sequence[str] | None, ranks: Ranks) -> "Generator":
 _FROM_RUN = ("vae_path", "seed", "cond_scale", "sampler", "sampling_timesteps", "precision")
 
 
-def read_averages(place: Path) -> SavedState:
-    """Reads the newest averaged weights of a run folder, or those of one checkpoint file."""
-    if place.is_file():
-        return run_folder.read_state(place)
-    state = run_folder.newest_averages(place) if place.is_dir() else None
-    if state is None:
-        raise UserError(f"--checkpoint {place} is neither a checkpoint nor a folder of a run that has saved one")
-    return state
-
-
 @dataclass(frozen=True)
 class Cell:
     """One image to make."""
@@ -118,7 +107,9 @@ class Cell:
 class Generator:
     """The averaged network of a checkpoint, ready to make images."""
 
-    def __init__(self, settings: GenerateSettings, state: SavedState, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, settings: GenerateSettings, state: SavedState, device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
         self.settings, self.meta, self.device, self.ranks = settings, state.meta, device, ranks
         self.all_classes: list[str] = state.meta["classes"]
         self.classes = _chosen_classes(settings.classes, self.all_classes)
@@ -129,9 +120,8 @@ class Generator:
         vae_path = _checked_vae(settings.vae_path, state.meta)
         self.vae_name = Path(vae_path).name
         self.decoder = Decoder(vae_path, LatentNorm.from_json(state.meta["latent_norm"]), device)
-        weights = {n.removeprefix("ema."): t for n, t in state.tensors.items() if n.startswith("ema.")}
-        self.weights_digest = vae.weights_digest(weights)
-        self.diffusion = _build_network(state.meta, weights).to(device)
+        self.weights_digest = vae.weights_digest(state.averages)
+        self.diffusion = run_folder.averaged_diffusion(state).to(device)
         self.dtype, reason = hardware.pick_precision(settings.precision, device)
         say(
             f"{state.path} (step {state.step:,}), {len(self.classes)} of {len(self.all_classes)} classes, guidance "
@@ -397,19 +387,6 @@ def _checked_vae(vae_path: str | None, meta: dict[str, Any]) -> str:
             + "; ".join(space.differing_fields(trained))
         )
     return vae_path
-
-
-def _build_network(meta: dict[str, Any], weights: dict[str, torch.Tensor]) -> LatentDiffusion:
-    diffusion = run_folder.build_diffusion(
-        meta["settings"], num_classes=len(meta["classes"]), latent_shape=tuple(meta["latent_shape"])
-    )
-    try:
-        diffusion.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"the checkpoint holds other weights than those of its network: {' '.join(str(error).split())[:300]}"
-        ) from error
-    return diffusion.eval().requires_grad_(False)
 
 
 if __name__ == "__main__":

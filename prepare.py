@@ -21,10 +21,10 @@ import hardware
 import images
 import script
 import vae
-from config import ImageSettings, UserError
+from config import ImageSettings, PreprocessSettings, UserError
 from images import BadImage, Entry, Skipped, Split, shown
-from latent_cache import LatentCache, Manifest, Space, write_manifest
-from latent_dataset import BatchEncoder, LatentDataset
+from latent_cache import MANIFEST_NAME, LatentCache, Manifest, Space, read_manifest, write_manifest
+from latent_dataset import SPLIT_NAME, BatchEncoder, LatentDataset, read_split
 from ranks import Ranks
 from sampling import check_decodes
 from script import StopSignals, say, warn
@@ -333,6 +333,53 @@ def open_dataset(
         device=device,
         on_store_error=on_store_error,
     )
+
+
+def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.device = "cpu") -> LatentDataset:
+    """Opens the dataset of a cache that may lack images, able to encode them as its manifest says.
+
+    Made for training loops of one's own: after `open_cache(folder).fill()` the cache is complete, and
+    `LatentDataset.open(folder)` takes it. The VAE and the images are needed only if something is missing.
+
+    Args:
+        folder: the cache folder that preprocess_latents.py or train_latent_cfg.py made.
+        split: "train" or "test"; the test images may be encoded in this way, too.
+        device: where the VAE encodes.
+
+    Raises:
+        UserError: when the folder is no cache, or something is missing and its VAE is not the one of the cache.
+    """
+    folder = Path(folder)
+    manifest, stored = read_manifest(folder), read_split(folder)
+    if manifest is None or stored is None:
+        raise UserError(f"{folder} has no {MANIFEST_NAME} or no {SPLIT_NAME}; run preprocess_latents.py")
+    layer = config.stored_layer(
+        PreprocessSettings, f"{folder}/{MANIFEST_NAME}", manifest.settings, only_about_cache=True
+    )
+    settings = config.resolve(PreprocessSettings, [layer]).settings
+    cache = LatentCache(folder, manifest.space, writable=durable.can_write(folder))
+
+    def opened(*, able: bool) -> LatentDataset:
+        entries = list(stored.train if split == "train" else stored.test)
+        how = {"cache": cache, "device": torch.device(device), "vae_at_hand": able, "images_at_hand": able}
+        return open_dataset(settings, stored, entries, **how)
+
+    dataset = opened(able=False)
+    if not dataset.missing():
+        return dataset
+    _check_vae_of(manifest, settings.vae_path)
+    return opened(able=True)
+
+
+def _check_vae_of(manifest: Manifest, vae_path: str) -> None:
+    """Raises UserError unless this VAE is there and is the one that made the latents of the manifest."""
+    known = manifest.space
+    space = Space.of(
+        vae.read_identity(vae_path).fingerprint, known.spec["image_size"], images.RECIPE, known.moments_shape
+    )
+    if space.id != known.id:
+        differences = "; ".join(space.differing_fields(known))
+        raise UserError(f"{vae_path} makes other latents than those of the cache ({differences}); give that one")
 
 
 def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) -> list[tuple[int, str]]:

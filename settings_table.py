@@ -151,6 +151,10 @@ HELP_ZH = {
     "the VAE that decodes; none takes the run's own": "用于解码的 VAE；none 表示用训练时的那个",
     "where the images go": "存放生成图像的文件夹",
     "auto is the format of the training images": "auto 表示与训练图像的格式相同",
+    "levels of noise listed for a DDIM loop; at most as many as the model has timesteps": (
+        "为 DDIM 循环列出的噪声级数；最多与模型的时间步数相同"
+    ),
+    "where the exported model goes": "存放导出模型的文件夹",
     "make only a picture of classes x these guidance scales": "只画一张图：各类别 × 这些引导强度",
 }
 

@@ -24,12 +24,13 @@ def test_every_default_is_a_value_that_could_be_typed(cls):
     for name, default in config.defaults(cls).items():
         assert config.parse(name, config.to_words(default), config.specs(cls)[name], "a test") == default
         num_checked += 1
-    assert num_checked == len(fields(cls)) > 10
+    assert num_checked == len(fields(cls)) >= 4
 
 
 @pytest.mark.parametrize("cls", ALL)
 def test_settings_survive_the_way_through_yaml(cls, tmp_path):
-    changed = {"seed": 7, "device": "cpu"}
+    changed = {name: value for name, value in {"seed": 7, "cond_scale": 3.0}.items() if name in config.specs(cls)}
+    assert changed
     settings = config.resolve(cls, [Layer("a test", changed)]).settings
     path = tmp_path / "settings.yaml"
     path.write_text(config.to_yaml(settings))
@@ -105,7 +106,7 @@ def test_the_manifest_speaks_only_of_the_cache():
         (["--vae_path", ""], "vae_path is '' in --vae_path; it takes a text"),
         (["--dim"], "argument --dim: expected one argument; --help lists the settings"),
         (["--output_folder", "x"], "there is no setting --output_folder; did you mean --latents_cache_folder?"),
-        (["--checkpoint", "x"], "there is no setting --checkpoint; it is one of generate.py"),
+        (["--checkpoint", "x"], "there is no setting --checkpoint; it is one of generate.py and export_model.py"),
         (["stray"], "there is no setting stray; --help lists the settings"),
     ],
 )
@@ -188,7 +189,8 @@ def test_help_does_not_import_torch(script):
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--seed" in done.stdout and "(default: 42)" in done.stdout
+    name, default = next(iter(config.defaults(config.SCRIPTS[script]).items()))
+    assert f"--{name} " in done.stdout and f"(default: {default})" in done.stdout
 
 
 def test_a_mistake_in_a_flag_ends_with_one_line_and_exit_code_2():

@@ -92,6 +92,7 @@ def test_an_old_cache_trains_and_generates(world, latents, encoder, capsys):
     assert "15 latents [4 8 8] of float32" in said and "15 for training, 0 for testing" in said
     assert "lost " in said and "with no images to compare" in said
     dataset = LatentDataset.open(world / "latents_cache")
+    assert dataset.norm is not None
     unscaled = dataset.norm.to_unscaled(torch.stack([dataset[i][0] for i in range(15)]))
     assert stored_split(world).classes == ("ID_1", "ID_2", "ID_10")
     for position, name in enumerate(dataset.names):
@@ -129,6 +130,7 @@ def test_the_same_files_again_add_nothing_and_another_factor_is_another_space(wo
     dataset = LatentDataset.open(world / "latents_cache")
     stem = dataset.names[0].split("/")[1]
     old = latents[f"user_01_{stem}.pt"]
+    assert dataset.norm is not None
     torch.testing.assert_close(dataset.norm.to_unscaled(dataset[0][0]) * 0.5, old, rtol=2**-10, atol=2e-5)
 
 

@@ -21,7 +21,7 @@ from config import UserError
 from script import Failed, Stopped, StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("preprocess_latents.py", "train_latent_cfg.py", "generate.py")
+SCRIPTS = ("preprocess_latents.py", "train_latent_cfg.py", "generate.py", "export_model.py")
 
 
 # --- how a script ends -------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_help_comes_before_torch_is_imported(name):
     code += f"runpy.run_path('{name}', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.startswith("usage: ") and "--seed INT" in done.stdout
+    assert done.stdout.startswith("usage: ") and "--config FILE" in done.stdout and " INT " in done.stdout
 
 
 # --- signals -----------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ class Finder:
         if wanted == "{module}":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder())
-sys.argv = ["{name}", "--device", "cpu"]
+sys.argv = ["{name}", "--config", "configs/demo.yaml"]
 runpy.run_path("{name}", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
