@@ -59,7 +59,7 @@ def _export(settings: ExportSettings, state: SavedState) -> None:
     weights = safetensors.torch.save(diffusion.model.state_dict(), {"format": "pt"})
     facts = _to_json(describe(state, diffusion, cond_scale=settings.cond_scale, ddim_steps=settings.ddim_steps))
     folder = Path(settings.output_folder)
-    script.check_writable(folder, "output_folder")
+    script.check_writable(folder, "output_folder", dry_run=False)
     files = {folder / _WEIGHTS_NAME: weights, folder / _CONFIG_NAME: facts}
     for path, data in files.items():
         _refuse_to_replace(path, data)
