@@ -7,7 +7,7 @@ local file, or from its usual address when asked for.
 import urllib.error
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def _address() -> str:
     return _package().FID_WEIGHTS_URL
 
 
-def _package():
+def _package() -> ModuleType:
     try:
         import pytorch_fid.inception
     except ImportError as error:
@@ -72,17 +72,23 @@ def load_network(path: Path, device: torch.device) -> nn.Module:
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path} holds no state dict of InceptionV3")
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    package = _package()
     try:
-        # The package knows no way to its network but through its download.
-        with mock.patch.object(package, "load_state_dict_from_url", lambda *_, **__: tensors):
-            network = package.InceptionV3()
+        network = _build(_package(), tensors)
     except RuntimeError as error:
         raise UserError(
             f"{path} does not hold the weights of pytorch-fid's InceptionV3 ({' '.join(str(error).split())[:150]})"
         ) from error
     weight_files.check_finite(path, {name: value for name, value in tensors.items() if value.is_floating_point()})
     return network.to(device).eval()
+
+
+def _build(package: ModuleType, tensors: dict[str, Tensor]) -> nn.Module:
+    """Builds the network; the package knows no way to it but through its download, which is replaced meanwhile."""
+    theirs, package.load_state_dict_from_url = package.load_state_dict_from_url, lambda *_, **__: tensors
+    try:
+        return package.InceptionV3()
+    finally:
+        package.load_state_dict_from_url = theirs
 
 
 @torch.inference_mode()

@@ -1,0 +1,374 @@
+"""Says whether generated images are any good: close to real ones, not copies of them, and of help to a classifier.
+
+    python evaluate_images.py --checkpoint results --synthetic_path synthetic
+    python evaluate_images.py --checkpoint results --sweep 1 1.5 2 3
+
+The first compares the images of a folder, the second samples at several guidance scales and compares those. Both
+print a short table and keep evaluation/report.html and report.json. Running it again does only what is missing.
+"""
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import config
+import script
+from config import EvaluateSettings, GenerateSettings, PreprocessSettings, UserError
+
+if __name__ == "__main__":
+    script.check_command_line(EvaluateSettings, __doc__)
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import checkpoint
+import durable
+import evaluation
+import generate
+import hardware
+import images
+import inception
+import pictures
+import prepare
+import run_folder
+import vae
+from evaluation import Points
+from generate import Generator
+from images import BadImage, Entry, Split, shown
+from latent_cache import LatentCache, Space
+from latent_dataset import SPLIT_NAME, LatentDataset, read_split
+from latent_norm import LatentNorm
+from run_folder import SavedState
+from sampling import BATCH_SIZE
+from script import DONE, Failed, StopSignals, say, warn
+
+_REPORT_NAME, _PAGE_NAME, _PAIRS_NAME, _CACHE_NAME = "report.json", "report.html", "closest_pairs.png", "latents_cache"
+_LARGEST_REPORT_BYTES = 1 << 28
+_NUM_LISTED = 10
+_READ_AT_ONCE = 64  # images whose pixels are in memory at once on their way into Inception
+
+
+@script.command
+def main(argv: Sequence[str] | None) -> int:
+    """Runs the script; returns its exit code."""
+    plan = make_plan(argv)
+    script.check_writable(plan.folder, "output_folder")
+    try:
+        if plan.settings.sweep:
+            states = find_states(plan)  # before anything is computed
+            sweep(plan, open_real(plan), states)
+        else:
+            evaluate(plan)
+    except torch.OutOfMemoryError as error:
+        raise Failed("the GPU has too little memory; end what else uses it, or give --device cpu") from error
+    say(f"see {plan.folder / _PAGE_NAME}; all figures are in {plan.folder / _REPORT_NAME}")
+    return DONE
+
+
+# --- what to do --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings, and the run that made the images."""
+
+    settings: EvaluateSettings
+    state: SavedState
+    split: Split
+    images: PreprocessSettings  # how the run read and encoded images, and where they are
+    device: torch.device
+
+    @property
+    def folder(self) -> Path:
+        """Where the report goes."""
+        return Path(self.settings.output_folder)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """All classes of the run, in label order."""
+        return self.split.classes
+
+    @property
+    def space(self) -> Space:
+        """What makes a latent of the run what it is."""
+        return Space.stored(self.state.meta["space"])
+
+
+def make_plan(argv: Sequence[str] | None) -> Plan:
+    """Puts together flags, file, the run and the defaults."""
+    layers = config.read_command_line(EvaluateSettings, argv, description=__doc__)
+    state = generate.read_averages(Path(config.resolve(EvaluateSettings, layers).settings.checkpoint))
+    for line in state.warnings:
+        warn(line)
+    run, trained_with = state.path.parent, state.meta["settings"]
+    of_run = {name: trained_with[name] for name in ("seed", "vae_path", "data_path") if name in trained_with}
+    layers.append(config.stored_layer(EvaluateSettings, f"run {run}", of_run))
+    resolved = config.resolve(EvaluateSettings, layers)
+    for line in resolved.changes():
+        say(line)
+    settings: EvaluateSettings = resolved.settings
+    split = read_split(run)
+    if split is None:
+        raise UserError(f"{run} holds no {SPLIT_NAME}, which says which images were for training; keep it with the run")
+    if list(split.classes) != state.meta["classes"]:
+        raise UserError(f"{run / SPLIT_NAME} names other classes than {state.path}; they belong to two runs")
+    read_like = config.resolve(PreprocessSettings, [config.stored_layer(PreprocessSettings, f"run {run}", trained_with)])
+    read_like = replace(
+        read_like.settings, data_path=settings.data_path or "", vae_path=settings.vae_path or "", device=settings.device
+    )
+    return Plan(settings, state, split, read_like, hardware.pick_device(settings.device))
+
+
+# --- images and their latents ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Some images with their latents; the files may be gone as long as nothing asks for pixels."""
+
+    name: str  # training, test or synthetic
+    folder: Path
+    entries: tuple[Entry, ...]
+    image_size: int
+    latents: Points  # the means of the posterior, normalised [N C h w]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def labels(self) -> Tensor:
+        """The label of each image [N]."""
+        return self.latents.labels
+
+    @property
+    def are_at_hand(self) -> bool:
+        """Says whether the files should be there."""
+        return self.folder.is_dir()
+
+    def digest(self) -> str:
+        """Returns the SHA-256 over class, name and content of all images."""
+        whole = hashlib.sha256()
+        for entry in self.entries:
+            whole.update(json.dumps([entry.class_name, entry.name, entry.key]).encode())
+        return whole.hexdigest()
+
+    def read(self, positions: Iterable[int]) -> list[np.ndarray]:
+        """Reads some of the images as uint8 [S S 3]; raises Failed naming the first that cannot be read."""
+
+        def read_one(position: int) -> np.ndarray:
+            entry = self.entries[position]
+            try:
+                return prepare.read_image(str(self.folder), entry, image_size=self.image_size)
+            except BadImage as error:
+                raise Failed(f"{self.folder / entry.class_name / entry.name}: {error}") from error
+
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            return list(pool.map(read_one, positions))
+
+    def place(self, position: int) -> str:
+        """Names an image for a person: its class and its file."""
+        return f"{self.entries[position].class_name}/{self.entries[position].name}"
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The training and the test images of the run."""
+
+    training: ImageSet
+    test: ImageSet
+
+    def digest(self) -> str:
+        """Returns a digest of both."""
+        return f"{self.training.digest()}:{self.test.digest()}"
+
+
+def open_real(plan: Plan) -> RealImages:
+    """Opens the training and test images of the run's split with their latents, encoding what is not cached."""
+    folder = Path(plan.images.data_path)
+    entries = [*plan.split.train, *plan.split.test]
+    points = encode(plan, plan.split, entries, folder, "real")
+    count = len(plan.split.train)
+    training, test = points.take(torch.arange(count)), points.take(torch.arange(count, len(entries)))
+    size = plan.images.image_size
+    return RealImages(
+        ImageSet("training", folder, plan.split.train, size, training),
+        ImageSet("test", folder, plan.split.test, size, test),
+    )
+
+
+def open_synthetic(plan: Plan) -> ImageSet:
+    """Opens the generated images of the classes that the run knows; says which classes are missing or unknown."""
+    folder = Path(plan.settings.synthetic_path)
+    index = images.list_images(folder, setting="synthetic_path")
+    unknown = [name for name in index if name not in plan.classes]
+    found = [name for name in plan.classes if index.get(name)]
+    if not found:
+        raise UserError(
+            f"synthetic_path {shown(folder)} has images of {_listing(list(index))}, and the run knows "
+            f"{_listing(plan.classes)}: give a folder with one sub-folder per class of the run"
+        )
+    if unknown:
+        warn(f"{folder} has folders of classes that the run does not know: {_listing(unknown)}; they are passed over")
+    entries = tuple(Entry(name, file) for name in found for file in index[name])
+    split = Split(plan.classes, entries, (), (), {})
+    split = prepare.with_fresh_keys(split, str(folder))
+    points = encode(plan, split, list(split.train), folder, "synthetic")
+    return ImageSet("synthetic", folder, split.train, plan.images.image_size, points)
+
+
+def _listing(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - _NUM_LISTED} more" if len(names) > _NUM_LISTED else ""
+    return ", ".join(shown(name) for name in names[:_NUM_LISTED]) + rest
+
+
+def encode(plan: Plan, split: Split, entries: list[Entry], folder: Path, what: str) -> Points:
+    """Returns the normalised posterior means of images; what is encoded is kept in a cache of the output folder.
+
+    Rows that the run's own cache has are copied from there, and that cache is not written to.
+
+    Raises:
+        UserError: when images are to be encoded, and they or the run's VAE are not at hand.
+        Failed: when images cannot be read, after each was named.
+    """
+    cache = LatentCache(plan.folder / _CACHE_NAME, plan.space, writable=True)
+    _borrow(cache, Path(plan.state.meta["settings"].get("latents_cache_folder", "")), [e.key for e in entries])
+    dataset = prepare.open_dataset(
+        replace(plan.images, data_path=str(folder)),
+        split,
+        entries,
+        cache=cache,
+        vae_at_hand=True,
+        images_at_hand=True,
+        device=plan.device,
+    )
+    missing = dataset.missing()
+    if missing:
+        if not folder.is_dir():
+            also = f", and {len(missing):,} of its images are not in the run's cache"
+            raise UserError(prepare.no_images_message(str(folder), also=also))
+        generate.checked_vae(plan.settings.vae_path, plan.state.meta)
+        say(f"{what} images: {len(dataset):,}, of which {len(missing):,} are to be encoded")
+        _refuse_bad(fill(dataset, len(missing)), dataset, what)
+    dataset.set_norm(LatentNorm.from_json(plan.state.meta["latent_norm"]))
+    parts = [dataset.mean_latents(positions).cpu() for positions in torch.arange(len(dataset)).split(_READ_AT_ONCE)]
+    return Points(torch.cat(parts) if parts else torch.zeros(0, *dataset.latent_shape), dataset.labels)
+
+
+def _borrow(cache: LatentCache, folder: Path, keys: Sequence[str]) -> None:
+    """Copies the rows of these keys that are in the cache of a folder, and not here yet."""
+    wanted = [key for key, is_here in zip(keys, cache.holds(keys), strict=True) if key and not is_here]
+    wanted = list(dict.fromkeys(wanted))
+    moments, found = LatentCache(folder, cache.space, writable=False).read(wanted)
+    kept = [key for key, is_there in zip(wanted, found, strict=True) if is_there]
+    if kept:
+        cache.put(kept, moments[found], [""] * len(kept), {"copied from": str(folder)})
+        cache.flush()
+
+
+def fill(dataset: LatentDataset, num_missing: int) -> list[tuple[int, str]]:
+    """Encodes what is missing under a progress bar; on a signal, what is encoded so far is kept."""
+    with StopSignals() as signals, script.progress(total=num_missing, unit="images", label="encode") as bar:
+
+        def advance(count: int) -> None:
+            bar.advance(count)
+            signals.raise_if_received()
+
+        try:
+            return dataset.fill(advance=advance)
+        except script.Stopped:
+            dataset.cache.flush()
+            say("stopped; what is encoded is kept, and the same command goes on from there")
+            raise
+
+
+def _refuse_bad(bad: list[tuple[int, str]], dataset: LatentDataset, what: str) -> None:
+    for position, reason in bad:
+        say(f"    {shown(dataset.names[position])}: {reason}")
+    if bad:
+        raise Failed(f"{len(bad)} {what} image(s) cannot be read; mend or remove them: the rest is encoded and kept")
+
+
+# --- the report --------------------------------------------------------------------------------------------
+
+
+class Report:
+    """report.json and report.html: written after each finished part, so that nothing is computed twice.
+
+    A part is kept with a digest of all that it was computed from, and of the figures themselves. It counts only as
+    long as both are what they were.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = _read_report(folder / _REPORT_NAME)
+
+    def part(self, name: str, made_of: dict[str, Any]) -> dict[str, Any] | None:
+        """Returns the figures of a part if they were computed from just this; None otherwise."""
+        stored = self.data.get(name)
+        if not isinstance(stored, dict) or stored.get("digest") != _digest(made_of, stored):
+            return None
+        return stored
+
+    def put(self, name: str, made_of: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+        """Keeps the figures of a part, and publishes the report."""
+        figures = plain(figures)
+        self.data[name] = {**figures, "digest": _digest(made_of, figures)}
+        self.write()
+        return self.data[name]
+
+    def say_about(self, **facts: Any) -> None:
+        """Keeps facts that are no part: what was evaluated, warnings, settings."""
+        self.data |= plain(facts)
+
+    def write(self) -> None:
+        """Publishes both files."""
+        durable.publish(self.folder / _REPORT_NAME, (json.dumps(self.data, indent=1) + "\n").encode())
+
+
+def _digest(made_of: dict[str, Any], figures: dict[str, Any]) -> str:
+    kept = {name: value for name, value in figures.items() if name != "digest"}
+    return hashlib.sha256(json.dumps([plain(made_of), kept], sort_keys=True).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """Returns a value as JSON gives it back: names as texts, lists for tuples, None for what is not finite."""
+    if isinstance(value, dict):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(durable.read_whole(path, at_most=_LARGEST_REPORT_BYTES))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        warn(f"{path} is damaged ({getattr(error, 'strerror', None) or error}); everything is computed anew")
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+# --- the images of a folder --------------------------------------------------------------------------------
+
+
+def evaluate(plan: Plan) -> None:
+    """Computes every part of the report about the images of a folder that is not there yet, and prints it."""
+    synthetic = open_synthetic(plan)
+    real = open_real(plan)
+    report = Report(plan.folder)
+    ...
