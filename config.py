@@ -327,9 +327,7 @@ class EvaluateSettings(MachineSettings):
     vae_path: str | None = _setting(
         None, str, CACHE, "the VAE that encodes; none takes the run's own", words=("none",), path=True
     )
-    neighbours: int = _setting(
-        5, int, EVALUATION, "k of precision, recall, density and coverage", low=1, high=1000
-    )
+    neighbours: int = _setting(5, int, EVALUATION, "k of precision, recall, density and coverage", low=1, high=1000)
     inception_weights: str | None = _setting(
         None,
         str,

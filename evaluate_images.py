@@ -125,7 +125,9 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
         raise UserError(f"{run} holds no {SPLIT_NAME}, which says which images were for training; keep it with the run")
     if list(split.classes) != state.meta["classes"]:
         raise UserError(f"{run / SPLIT_NAME} names other classes than {state.path}; they belong to two runs")
-    read_like = config.resolve(PreprocessSettings, [config.stored_layer(PreprocessSettings, f"run {run}", trained_with)])
+    read_like = config.resolve(
+        PreprocessSettings, [config.stored_layer(PreprocessSettings, f"run {run}", trained_with)]
+    )
     read_like = replace(
         read_like.settings, data_path=settings.data_path or "", vae_path=settings.vae_path or "", device=settings.device
     )
@@ -329,8 +331,12 @@ class Report:
         self.write()
         return self.data[name]
 
-    def say_about(self, **facts: Any) -> None:
-        """Keeps facts that are no part: what was evaluated, warnings, settings."""
+    def drop(self, name: str) -> None:
+        """Leaves out a part that cannot be computed, or was not asked for."""
+        self.data.pop(name, None)
+
+    def set_facts(self, **facts: Any) -> None:
+        """Takes facts that are no part: what was evaluated, warnings, settings."""
         self.data |= plain(facts)
 
     def write(self) -> None:
@@ -366,9 +372,270 @@ def _read_report(path: Path) -> dict[str, Any]:
 # --- the images of a folder --------------------------------------------------------------------------------
 
 
+class Evaluation:
+    """The report about the images of a folder, part by part; a part that the report has already is left as it is."""
+
+    def __init__(self, plan: Plan, synthetic: ImageSet, real: RealImages, report: Report) -> None:
+        self.plan, self.synthetic, self.real, self.report = plan, synthetic, real, report
+        self.settings = plan.settings
+        self.made_of = {**made_of_real(plan, real), "synthetic": synthetic.digest()}
+
+    def run(self) -> None:
+        """Computes what is missing, and publishes the report after each part."""
+        with StopSignals() as signals:
+            for part in (self.compare_latents, self.look_for_copies, self.compare_features):
+                part(signals)
+                signals.raise_if_received()
+        self.report.write()
+
+    def compare_latents(self, _signals: StopSignals) -> None:
+        """Compares the latents of synthetic and training images with those of the test images."""
+        made_of = {**self.made_of, "neighbours": self.settings.neighbours}
+        if self._is_done("latents", made_of):
+            return
+        figures = self._closeness(*self._latents(), num_directions=evaluation.NUM_DIRECTIONS)
+        figures["recognition"] = {
+            part.name: evaluation.recognition(part.latents, self.real.training.latents)
+            for part in (self.synthetic, self.real.test)
+        }
+        self.report.put("latents", made_of, figures)
+
+    def _is_done(self, name: str, made_of: dict[str, Any]) -> bool:
+        """Says whether nothing is left to do for a part that needs test images."""
+        if not len(self.real.test):
+            self.report.drop(name)
+            return True
+        return self.report.part(name, made_of) is not None
+
+    def _latents(self) -> tuple[Points, Points, Points]:
+        return self.synthetic.latents, self.real.training.latents, self.real.test.latents
+
+    def _closeness(self, *points: Points, num_directions: int | None) -> dict[str, Any]:
+        found = evaluation.closeness(
+            *points,
+            neighbours=self.settings.neighbours,
+            seed=self.settings.seed,
+            num_directions=num_directions,
+        )
+        for name in ("synthetic", "training"):
+            for figure in ("frechet_per_class", "kernel_per_class"):
+                found[name][figure] = self._by_name(found[name][figure])
+        return found
+
+    def _by_name(self, by_label: dict[int, Any]) -> dict[str, Any]:
+        return {self.plan.classes[label]: value for label, value in by_label.items()}
+
+    def look_for_copies(self, _signals: StopSignals) -> None:
+        """Measures how near synthetic images are to single training images, and draws the closest pairs."""
+        synthetic, training = self.synthetic, self.real.training
+        path = self.plan.folder / _PAIRS_NAME
+        stored = self.report.part("memorisation", self.made_of)
+        if stored is not None and stored["picture"] is not None and path.is_file():
+            return
+        figures = evaluation.memorisation(*self._latents(), seed=self.settings.seed)
+        figures["picture"], figures["why_no_picture"] = draw_pairs(path, synthetic, training, figures["pairs"])
+        figures["pairs"] = [
+            {"synthetic": synthetic.place(i), "training": training.place(j), "distance": distance}
+            for i, j, distance in figures["pairs"]
+        ]
+        figures["per_class"] = self._by_name(figures.get("per_class", {}))
+        figures["same_content"] = same_content(synthetic, self.real)
+        self.report.put("memorisation", self.made_of, figures)
+
+    def compare_features(self, signals: StopSignals) -> None:
+        """Compares the Inception features of synthetic and training images with those of the test images, if asked."""
+        asked = self.settings.inception_weights
+        if asked is None:
+            self.report.drop("inception")
+            return
+        path = inception.find_weights(asked)
+        made_of = {**self.made_of, "neighbours": self.settings.neighbours, "weights": file_digest(path)}
+        if self._is_done("inception", made_of):
+            return
+        sets = (self.synthetic, self.real.training, self.real.test)
+        for part in sets:
+            if not part.are_at_hand:
+                raise UserError(prepare.no_images_message(str(part.folder), also=", and Inception looks at images"))
+        network = inception.load_network(path, self.plan.device)
+        with script.progress(total=sum(map(len, sets)), unit="images", label="inception") as bar:
+
+            def advance(count: int) -> None:
+                bar.advance(count)
+                signals.raise_if_received()
+
+            points = [_features(network, part, advance) for part in sets]
+        self.report.put("inception", made_of, self._closeness(*points, num_directions=None))
+
+
+def _features(network: torch.nn.Module, part: ImageSet, advance: Callable[[int], None]) -> Points:
+    found = []
+    for positions in torch.arange(len(part)).split(_READ_AT_ONCE):
+        pixels = torch.from_numpy(np.stack(part.read(positions.tolist())))
+        found.append(inception.features(network, pixels, advance=advance))
+    return Points(torch.cat(found), part.labels)
+
+
 def evaluate(plan: Plan) -> None:
-    """Computes every part of the report about the images of a folder that is not there yet, and prints it."""
-    synthetic = open_synthetic(plan)
-    real = open_real(plan)
+    """Makes the report about the images of a folder, and prints the main figures."""
+    synthetic, real = open_synthetic(plan), open_real(plan)
     report = Report(plan.folder)
-    ...
+    warnings = find_warnings(plan, synthetic, real)
+    for line in warnings:
+        warn(line)
+    report.set_facts(
+        evaluated=describe(plan, synthetic, real), warnings=warnings, settings=config.to_dict(plan.settings)
+    )
+    Evaluation(plan, synthetic, real, report).run()
+    print_figures(report.data)
+
+
+def made_of_real(plan: Plan, real: RealImages) -> dict[str, Any]:
+    """Returns what figures about real images depend on."""
+    return {
+        "space": plan.space.id,
+        "latent_norm": plan.state.meta["latent_norm"],
+        "training": real.training.digest(),
+        "test": real.test.digest(),
+        "seed": plan.settings.seed,
+    }
+
+
+def file_digest(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with durable.naming(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(plan: Plan, synthetic: ImageSet, real: RealImages) -> dict[str, Any]:
+    """Says what is evaluated: which model, which images, and how many of each class."""
+    sets = (synthetic, real.training, real.test)
+    return {
+        "checkpoint": plan.state.path.name,
+        "step": plan.state.step,
+        "synthetic_path": str(synthetic.folder.absolute()),
+        "synthetic_digest": synthetic.digest(),
+        "made_with": made_with(synthetic.folder),
+        "split": plan.split.rule["split"],
+        "image_size": plan.images.image_size,
+        "images": {part.name: len(part) for part in sets},
+        "images_per_class": {
+            name: {part.name: part.latents.count(label) for part in sets} for label, name in enumerate(plan.classes)
+        },
+    }
+
+
+def made_with(folder: Path) -> dict[str, Any]:
+    """Returns what generate.py wrote down beside its images; nothing in a folder that it did not make."""
+    try:
+        record = json.loads(durable.read_whole(folder / generate.RECORD_NAME, at_most=generate.LARGEST_RECORD_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    known = ("weights", "step", "cond_scale", "sampler", "sampling_timesteps", "seed")
+    found = record if isinstance(record, dict) else {}
+    return {name: found[name] for name in known if isinstance(found.get(name), str | int | float)}
+
+
+def find_warnings(plan: Plan, synthetic: ImageSet, real: RealImages) -> list[str]:
+    """Returns a sentence for each thing that the figures must be read with."""
+    found = []
+    if plan.split.rule["split"] == "random":
+        found.append(_RANDOM_SPLIT)
+    if not len(real.test):
+        found.append("the run has no test images (images_per_user all), so only what needs none is computed")
+    missing = [name for label, name in enumerate(plan.classes) if not synthetic.latents.count(label)]
+    if missing:
+        found.append(f"there are no synthetic images of {_listing(missing)}; the figures are about the other classes")
+    shared = prepare.shared_content_warning(plan.split)
+    if shared is not None:
+        found.append(shared)
+    record, weights = made_with(synthetic.folder), _weights_digest(plan.state)
+    if record.get("weights", weights) != weights:
+        found.append(
+            f"the images were made with other weights (of step {record.get('step')}) than those of {plan.state.path.name}"
+        )
+    return found
+
+
+_RANDOM_SPLIT = (
+    "the split is random: if images are overlapping windows of one recording, test images are nearly the same as "
+    "training images, and the figures look too good; train with --split contiguous"
+)
+
+
+def _weights_digest(state: SavedState) -> str:
+    return vae.weights_digest({n.removeprefix("ema."): t for n, t in state.tensors.items() if n.startswith("ema.")})
+
+
+def draw_pairs(
+    path: Path, synthetic: ImageSet, training: ImageSet, pairs: Sequence[tuple[int, int, float]]
+) -> tuple[str | None, str | None]:
+    """Draws synthetic images above their nearest training images; returns the file's name, or why there is none."""
+    if not training.are_at_hand:
+        return None, f"the training images are not at hand in {training.folder}"
+    above, below = synthetic.read(i for i, _, _ in pairs), training.read(j for _, j, _ in pairs)
+    names = [
+        " / ".join(dict.fromkeys((synthetic.entries[i].class_name, training.entries[j].class_name)))
+        for i, j, _ in pairs
+    ]
+    pictures.save_picture(pictures.labelled_grid([above, below], ["synthetic", "nearest training"], names), path)
+    return path.name, None
+
+
+def same_content(synthetic: ImageSet, real: RealImages) -> list[dict[str, str]]:
+    """Pairs each synthetic file with the first other file of the very same content, be it real or synthetic."""
+    first: dict[str, tuple[str, str]] = {}
+    for part in (real.training, real.test):
+        for position, entry in enumerate(part.entries):
+            first.setdefault(entry.key, (part.name, part.place(position)))
+    found = []
+    for position, entry in enumerate(synthetic.entries):
+        own = (synthetic.name, synthetic.place(position))
+        kind, place = first.setdefault(entry.key, own)
+        if (kind, place) != own:
+            found.append({"synthetic": own[1], "same_as": place, "kind": kind})
+    return found
+
+
+# --- what is printed ---------------------------------------------------------------------------------------
+
+
+def print_figures(data: dict[str, Any]) -> None:
+    """Prints the main figures: synthetic images, and beside them real training images, against real test images."""
+    say()
+    say(f"{'against the test images':<40}{'synthetic':>14}{'training':>14}")
+    for part, where in (("latents", "in latent space"), ("inception", "Inception")):
+        for label, ours, theirs in _rows(data.get(part)):
+            say(f"{label + ', ' + where:<40}{ours:>14}{theirs:>14}")
+    recognised = data.get("latents", {}).get("recognition", {})
+    if recognised:
+        say(
+            f"nearest to the mean of their own class  {recognised['synthetic']:>13.1%} synthetic, {recognised['test']:.1%} test"
+        )
+    copies = data["memorisation"]
+    if "near_share" in copies:
+        say(f"nearer to a training image than all but 5 % of the test images are: {copies['near_share']:.1%}")
+
+
+def _rows(figures: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    if figures is None:
+        return []
+    labels = {
+        "frechet": "Fréchet distance",
+        "frechet_mean": "Fréchet distance per class",
+        "kernel": "kernel distance",
+        "precision": "precision",
+        "recall": "recall",
+        "density": "density",
+        "coverage": "coverage",
+    }
+    return [
+        (label, _shown(figures["synthetic"][name]), _shown(figures["training"][name])) for name, label in labels.items()
+    ]
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

@@ -86,7 +86,10 @@ def closeness(
     test = test.take(torch.isin(test.labels, synthetic.labels))
     synthetic, training = matched(synthetic, training, seed=seed)
     alone = [label for label in test.labels.unique().tolist() if _fewest(label, synthetic, test) >= _FEWEST]
-    smallest, smallest_alone = min(len(synthetic), len(test)), min((_fewest(a, synthetic, test) for a in alone), default=0)
+    smallest, smallest_alone = (
+        min(len(synthetic), len(test)),
+        min((_fewest(a, synthetic, test) for a in alone), default=0),
+    )
     whole = num_directions if num_directions is None else min(num_directions, smallest - 1)
     single = num_directions if num_directions is None else min(num_directions, smallest_alone - 1)
     projection = None if whole is None or whole < 1 else Projection.fit(test.points, whole)

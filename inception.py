@@ -45,7 +45,9 @@ def _package() -> ModuleType:
     try:
         import pytorch_fid.inception
     except ImportError as error:
-        raise UserError(f"--inception_weights needs the package pytorch-fid ({error}); pip install pytorch-fid") from error
+        raise UserError(
+            f"--inception_weights needs the package pytorch-fid ({error}); pip install pytorch-fid"
+        ) from error
     return pytorch_fid.inception
 
 

@@ -120,9 +120,7 @@ def test_subsets_are_drawn_by_the_generator_and_scatter_around_the_whole():
 
     def draw(seed: int, subset_size: int = 20) -> tuple[float, float]:
         generator = torch.Generator().manual_seed(seed)
-        return kernel_distance_of_subsets(
-            first, second, subset_size=subset_size, num_subsets=200, generator=generator
-        )
+        return kernel_distance_of_subsets(first, second, subset_size=subset_size, num_subsets=200, generator=generator)
 
     assert draw(0) == draw(0) != draw(1)
     mean, deviation = draw(0)
