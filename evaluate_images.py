@@ -13,6 +13,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
 
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -31,10 +32,8 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-import checkpoint
 import durable
 import evaluation
 import generate
@@ -68,8 +67,7 @@ def main(argv: Sequence[str] | None) -> int:
     script.check_writable(plan.folder, "output_folder")
     try:
         if plan.settings.sweep:
-            states = find_states(plan)  # before anything is computed
-            sweep(plan, open_real(plan), states)
+            sweep(plan, find_states(plan))
         else:
             evaluate(plan)
     except torch.OutOfMemoryError as error:
@@ -551,7 +549,8 @@ def find_warnings(plan: Plan, synthetic: ImageSet, real: RealImages) -> list[str
     record, weights = made_with(synthetic.folder), _weights_digest(plan.state)
     if record.get("weights", weights) != weights:
         found.append(
-            f"the images were made with other weights (of step {record.get('step')}) than those of {plan.state.path.name}"
+            f"the images were made with other weights (of step {record.get('step')}) than those of "
+            f"{plan.state.path.name}"
         )
     return found
 
@@ -598,43 +597,206 @@ def same_content(synthetic: ImageSet, real: RealImages) -> list[dict[str, str]]:
 
 # --- what is printed ---------------------------------------------------------------------------------------
 
+_CLOSENESS_ROWS = {  # figure -> what a row of the table calls it
+    "frechet_mean": "Fréchet distance per class",
+    "frechet": "Fréchet distance, all classes",
+    "kernel": "kernel distance",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+}
+_NAME_WIDTH, _FIGURE_WIDTH = 50, 11
+
 
 def print_figures(data: dict[str, Any]) -> None:
-    """Prints the main figures: synthetic images, and beside them real training images, against real test images."""
+    """Prints the main figures of synthetic images, and beside them those of real ones: the best to be expected."""
     say()
-    say(f"{'against the test images':<40}{'synthetic':>14}{'training':>14}")
-    for part, where in (("latents", "in latent space"), ("inception", "Inception")):
-        for label, ours, theirs in _rows(data.get(part)):
-            say(f"{label + ', ' + where:<40}{ours:>14}{theirs:>14}")
-    recognised = data.get("latents", {}).get("recognition", {})
-    if recognised:
-        say(
-            f"nearest to the mean of their own class  {recognised['synthetic']:>13.1%} synthetic, {recognised['test']:.1%} test"
-        )
+    say(_row("", "synthetic", "real"))
+    for name, title in (("latents", ""), ("inception", "Inception: ")):
+        for figure, label in _CLOSENESS_ROWS.items() if name in data else ():
+            say(_row(title + label, *(_shown(data[name][kind][figure]) for kind in ("synthetic", "training"))))
+    if "latents" in data:
+        found = data["latents"]["recognition"]
+        say(_row("nearest to the mean of their own class", _share(found["synthetic"]), _share(found["test"])))
     copies = data["memorisation"]
     if "near_share" in copies:
-        say(f"nearer to a training image than all but 5 % of the test images are: {copies['near_share']:.1%}")
+        say(_row("very near to a training image", _share(copies["near_share"]), _share(evaluation.NEAR_SHARE)))
+        say(_row("nearer to a training than to a test image", _share(copies["nearer_to_training"]), _share(0.5)))
+    if copies["same_content"]:
+        first = copies["same_content"][0]
+        warn(
+            f"{len(copies['same_content'])} synthetic file(s) have the very content of another file, such as "
+            f"{first['synthetic']} and {first['same_as']} ({first['kind']})"
+        )
 
 
-def _rows(figures: dict[str, Any] | None) -> list[tuple[str, str, str]]:
-    if figures is None:
-        return []
-    labels = {
-        "frechet": "Fréchet distance",
-        "frechet_mean": "Fréchet distance per class",
-        "kernel": "kernel distance",
-        "precision": "precision",
-        "recall": "recall",
-        "density": "density",
-        "coverage": "coverage",
-    }
-    return [
-        (label, _shown(figures["synthetic"][name]), _shown(figures["training"][name])) for name, label in labels.items()
-    ]
+def _row(name: str, *figures: str) -> str:
+    return f"{name:<{_NAME_WIDTH}}" + "".join(f"{figure:>{_FIGURE_WIDTH}}" for figure in figures)
 
 
 def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    return "-" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+# --- guidance scales and checkpoints -----------------------------------------------------------------------
+
+
+def find_states(plan: Plan) -> list[Path]:
+    """Returns the checkpoint files that the sweep samples from, oldest first; raises UserError when one is absent."""
+    asked, newest = plan.settings.sweep_checkpoints, plan.state.path
+    saved = {int(path.stem.removeprefix("ema-")): path for path in newest.parent.glob("ema-*.safetensors")}
+    if asked == ("newest",) or (asked == ("all",) and not saved):
+        return [newest]
+    if asked == ("all",):
+        return [saved[step] for step in sorted(saved)]
+    steps = {int(word) if word.isdecimal() else word for word in asked}
+    unknown = steps - saved.keys()
+    if unknown:
+        raise UserError(
+            f"--sweep_checkpoints {config.show(asked)}: {newest.parent} has averaged weights of the steps "
+            f"{_listing([str(step) for step in sorted(saved)])}; give some of these, or all, or newest"
+        )
+    return [saved[step] for step in sorted(saved) if step in steps]
+
+
+def sweep(plan: Plan, states: Sequence[Path]) -> None:
+    """Samples latents at each checkpoint and guidance scale, compares them with the test images, and says the best.
+
+    Each point is kept in the report as soon as it is computed.
+    """
+    real = open_real(plan)
+    if not len(real.test):
+        raise UserError("a sweep compares with test images, and the run has none; train with fewer images_per_user")
+    sampling = sampling_settings(plan)
+    report, made_of = Report(plan.folder), made_of_sweep(plan, real, sampling)
+    part = report.part("sweep", made_of) or {"points": []}
+    weights = {path: file_digest(path) for path in states}
+    wanted = [(path, scale) for path in states for scale in dict.fromkeys(plan.settings.sweep)]
+    todo = [(path, scale) for path, scale in wanted if not has_point(part, weights[path], scale)]
+    if len(todo) < len(wanted):
+        say(f"{len(wanted) - len(todo)} of {len(wanted)} points are in the report already")
+    total = len(todo) * len(plan.classes) * plan.settings.sweep_images
+    with StopSignals() as signals, script.progress(total=total, unit="samples", label="sweep") as bar:
+        for path, points in itertools.groupby(todo, key=lambda point: point[0]):
+            state = run_folder.read_state(path)
+            generator = Generator(sampling, state, plan.device)
+            for _, scale in points:
+                samples = sample_classes(plan, generator, scale, bar, signals)
+                figures, yardstick = measure(plan, real, samples)
+                point = {"weights": weights[path], "checkpoint": path.name, "step": state.step, "guidance": scale}
+                part = {"points": [*part["points"], {**point, **figures}], "training": yardstick}
+                part["points"].sort(key=lambda point: (point["step"], point["guidance"]))
+                part["best"] = best_point(part["points"])
+                part = report.put("sweep", made_of, part)
+    print_sweep(part, plan.settings.sweep_images)
+
+
+def sampling_settings(plan: Plan) -> GenerateSettings:
+    """Returns how the run samples, as generate.py would without flags."""
+    trained_with = plan.state.meta["settings"]
+    of_run = {name: trained_with[name] for name in generate.FROM_RUN if name in trained_with}
+    layer = config.stored_layer(GenerateSettings, f"run {plan.state.path.parent}", of_run)
+    own = {"seed": plan.settings.seed, "vae_path": plan.settings.vae_path, "device": plan.settings.device}
+    return replace(config.resolve(GenerateSettings, [layer]).settings, **own)
+
+
+def made_of_sweep(plan: Plan, real: RealImages, sampling: GenerateSettings) -> dict[str, Any]:
+    """Returns what all points of a sweep depend on."""
+    return {
+        **made_of_real(plan, real),
+        "neighbours": plan.settings.neighbours,
+        "images_per_class": plan.settings.sweep_images,
+        "sampler": sampling.sampler,
+        "sampling_timesteps": sampling.sampling_timesteps,
+        "precision": str(hardware.pick_precision(sampling.precision, plan.device)[0]),
+    }
+
+
+def has_point(part: dict[str, Any], weights: str, scale: float) -> bool:
+    """Says whether a sweep has the point of these weights and this guidance scale."""
+    return any((point["weights"], point["guidance"]) == (weights, scale) for point in part["points"])
+
+
+def sample_classes(
+    plan: Plan, generator: Generator, scale: float, bar: script.Progress, signals: StopSignals
+) -> Points:
+    """Samples latents of every class; those that generate.py would decode."""
+    count = plan.settings.sweep_images
+    cells = [(label, index) for label in range(len(plan.classes)) for index in range(count)]
+    parts = []
+    for start in range(0, len(cells), BATCH_SIZE):
+        labels, indices = zip(*cells[start : start + BATCH_SIZE], strict=True)
+        parts.append(generator.sample(list(labels), list(indices), scale).cpu())
+        bar.advance(len(labels), guidance=f"{scale:g}")
+        signals.raise_if_received()
+    return Points(torch.cat(parts), torch.tensor([label for label, _ in cells]))
+
+
+def measure(plan: Plan, real: RealImages, samples: Points) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the figures of a point of the sweep, and those of as many training images."""
+    seed, training, test = plan.settings.seed, real.training.latents, real.test.latents
+    found = evaluation.closeness(
+        samples,
+        training,
+        test,
+        neighbours=plan.settings.neighbours,
+        seed=seed,
+        num_directions=evaluation.NUM_DIRECTIONS,
+    )
+    copies = evaluation.memorisation(samples, training, test, seed=seed)
+    figures = {
+        "images": found["images"],
+        **found["synthetic"],
+        "recognition": evaluation.recognition(samples, training),
+        **{name: copies[name] for name in ("near_share", "nearer_to_training")},
+    }
+    yardstick = {
+        **found["training"],
+        "recognition": evaluation.recognition(test, training),
+        "near_share": evaluation.NEAR_SHARE,
+    }
+    return figures, yardstick
+
+
+def best_point(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Returns the point with the lowest Fréchet distance per class; of several classes, their mean."""
+    known = [point for point in points if point["frechet_mean"] is not None]
+    return min(known, key=lambda point: point["frechet_mean"], default=None)
+
+
+_SWEEP_COLUMNS = {  # figure -> its head
+    "frechet_mean": "Fréchet/class",
+    "frechet": "Fréchet",
+    "kernel": "kernel",
+    "recognition": "own class",
+    "precision": "precision",
+    "recall": "recall",
+    "coverage": "coverage",
+    "near_share": "near copies",
+}
+
+
+def print_sweep(part: dict[str, Any], images_per_class: int) -> None:
+    """Prints a row for each point of a sweep, and which one is best."""
+    say()
+    say(f"{'step':>8}  {'guidance':>8}  " + "  ".join(_SWEEP_COLUMNS.values()))
+    rows = [(f"{p['step']:>8,}  {p['guidance']:>8g}", p) for p in part["points"]]
+    for name, figures in [(f"{'real (training)':>18}", part["training"]), *rows]:
+        cells = [f"{_shown(figures[column]):>{len(head)}}" for column, head in _SWEEP_COLUMNS.items()]
+        say(f"{name}  " + "  ".join(cells))
+    best = part["best"]
+    if best is None:
+        say(f"no point can be called the best: {images_per_class} samples per class, or the test images, are too few")
+        return
+    say(
+        f"nearest to the test images by Fréchet distance per class: guidance {best['guidance']:g} at step "
+        f"{best['step']:,}; one seed, so how far such figures scatter is not known"
+    )
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None) -> int:
     for line in resolved.changes():
         say(line)
     generator = Generator(settings, state, hardware.pick_device(settings.device))
+    say(generator.description)
     try:
         return generator.make_strip() if settings.strip else generator.make_images()
     except torch.OutOfMemoryError as error:
@@ -114,7 +115,7 @@ class Generator:
         self.weights_digest = vae.weights_digest(weights)
         self.diffusion = _build_network(state.meta, weights).to(device)
         self.dtype, reason = hardware.pick_precision(settings.precision, device)
-        say(
+        self.description = (
             f"{state.path} (step {state.step:,}), {len(self.classes)} of {len(self.all_classes)} classes, guidance "
             f"{settings.cond_scale:g}, {self.steps} steps of {settings.sampler}, "
             f"{str(self.dtype).removeprefix('torch.')} ({reason}) on {hardware.describe(device)}"

@@ -8,6 +8,7 @@ import urllib.error
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ def _download(path: Path) -> Path:
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         reason = weight_files.printable((str(error).splitlines() or [type(error).__name__])[0])
         raise UserError(
-            f"{_address()} could not be fetched ({reason}); download it elsewhere and give the file as --inception_weights"
+            f"{_address()} could not be fetched ({reason}); download it elsewhere and give the file as "
+            "--inception_weights"
         ) from error
     return path
 
@@ -84,7 +86,7 @@ def load_network(path: Path, device: torch.device) -> nn.Module:
     return network.to(device).eval()
 
 
-def _build(package: ModuleType, tensors: dict[str, Tensor]) -> nn.Module:
+def _build(package: Any, tensors: dict[str, Tensor]) -> nn.Module:
     """Builds the network; the package knows no way to it but through its download, which is replaced meanwhile."""
     theirs, package.load_state_dict_from_url = package.load_state_dict_from_url, lambda *_, **__: tensors
     try:

@@ -35,7 +35,7 @@ def test_matched_sets_have_equally_many_of_each_class_and_only_points_of_their_o
     one, two = matched(first, second, seed=0)
     assert one.labels.tolist() == two.labels.tolist() == [1] * 8 + [2] * 7
     for points, source in ((one, first), (two, second)):
-        rows = [torch.nonzero((source.points == point).flatten(1).all(1))[0, 0].item() for point in points.points]
+        rows = [int((source.points == point).flatten(1).all(1).nonzero()[0, 0]) for point in points.points]
         assert len(set(rows)) == 15 and [source.labels[row] for row in rows] == points.labels.tolist()
     again = matched(first, second, seed=0)[0]
     assert torch.equal(again.points, one.points)
