@@ -336,8 +336,12 @@ class EvaluateSettings(MachineSettings):
         words=("none", "download"),
         path=True,
     )
-    classifier: bool = _setting(
-        True, bool, EVALUATION, "train classifiers with and without the generated images, and test them"
+    classifier: str = _setting(
+        "auto",
+        str,
+        EVALUATION,
+        "train classifiers with and without the generated images, and test them: auto does so on a GPU",
+        choices=("auto", "true", "false"),
     )
     classifier_steps: int = _setting(1000, int, EVALUATION, "training steps of each classifier", low=1)
     classifier_seeds: int = _setting(3, int, EVALUATION, "classifiers of each kind, to see the spread", low=1, high=100)

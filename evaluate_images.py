@@ -32,8 +32,10 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+import classifier
 import durable
 import evaluation
 import generate
@@ -42,6 +44,7 @@ import images
 import inception
 import pictures
 import prepare
+import report as report_page
 import run_folder
 import vae
 from evaluation import Points
@@ -177,6 +180,15 @@ class ImageSet:
 
         with ThreadPoolExecutor(max_workers=4) as pool:
             return list(pool.map(read_one, positions))
+
+    def pixels(self, size: int) -> Tensor:
+        """Reads all images as uint8 [N size size 3]: as the run saw them, then made smaller or larger."""
+        found = torch.zeros(len(self), size, size, 3, dtype=torch.uint8)
+        for positions in torch.arange(len(self)).split(_READ_AT_ONCE):
+            for position, image in zip(positions.tolist(), self.read(positions.tolist()), strict=True):
+                resized = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
+                found[position] = torch.from_numpy(np.array(resized))
+        return found
 
     def place(self, position: int) -> str:
         """Names an image for a person: its class and its file."""
@@ -326,12 +338,14 @@ class Report:
         """Keeps the figures of a part, and publishes the report."""
         figures = plain(figures)
         self.data[name] = {**figures, "digest": _digest(made_of, figures)}
+        self.data.get("why", {}).pop(name, None)
         self.write()
         return self.data[name]
 
-    def drop(self, name: str) -> None:
-        """Leaves out a part that cannot be computed, or was not asked for."""
+    def drop(self, name: str, *, why: str | None) -> None:
+        """Leaves out a part that cannot be computed, saying why, or that was not asked for."""
         self.data.pop(name, None)
+        self.data["why"] = {**self.data.get("why", {}), name: why}
 
     def set_facts(self, **facts: Any) -> None:
         """Takes facts that are no part: what was evaluated, warnings, settings."""
@@ -340,6 +354,13 @@ class Report:
     def write(self) -> None:
         """Publishes both files."""
         durable.publish(self.folder / _REPORT_NAME, (json.dumps(self.data, indent=1) + "\n").encode())
+        durable.publish(self.folder / _PAGE_NAME, report_page.write_html(self.data, self._pictures()))
+
+    def _pictures(self) -> dict[str, bytes]:
+        """Returns the content of each picture that the report names and that is there."""
+        name = self.data.get("memorisation", {}).get("picture")
+        path = self.folder / _PAIRS_NAME
+        return {_PAIRS_NAME: path.read_bytes()} if name == _PAIRS_NAME and path.is_file() else {}
 
 
 def _digest(made_of: dict[str, Any], figures: dict[str, Any]) -> str:
@@ -381,7 +402,7 @@ class Evaluation:
     def run(self) -> None:
         """Computes what is missing, and publishes the report after each part."""
         with StopSignals() as signals:
-            for part in (self.compare_latents, self.look_for_copies, self.compare_features):
+            for part in (self.compare_latents, self.look_for_copies, self.compare_features, self.try_classifiers):
                 part(signals)
                 signals.raise_if_received()
         self.report.write()
@@ -401,7 +422,7 @@ class Evaluation:
     def _is_done(self, name: str, made_of: dict[str, Any]) -> bool:
         """Says whether nothing is left to do for a part that needs test images."""
         if not len(self.real.test):
-            self.report.drop(name)
+            self.report.drop(name, why=_NO_TEST_IMAGES)
             return True
         return self.report.part(name, made_of) is not None
 
@@ -444,7 +465,7 @@ class Evaluation:
         """Compares the Inception features of synthetic and training images with those of the test images, if asked."""
         asked = self.settings.inception_weights
         if asked is None:
-            self.report.drop("inception")
+            self.report.drop("inception", why=None)
             return
         path = inception.find_weights(asked)
         made_of = {**self.made_of, "neighbours": self.settings.neighbours, "weights": file_digest(path)}
@@ -463,6 +484,61 @@ class Evaluation:
 
             points = [_features(network, part, advance) for part in sets]
         self.report.put("inception", made_of, self._closeness(*points, num_directions=None))
+
+    def try_classifiers(self, signals: StopSignals) -> None:
+        """Trains classifiers with and without the synthetic images, and tests them on the test images."""
+        settings, sets = self.settings, (self.real.training, self.synthetic, self.real.test)
+        why = self._why_no_classifier()
+        if why is not None:
+            self.report.drop("classifier", why=why)
+            return
+        size = settings.classifier_image_size
+        seeds = list(range(settings.seed, settings.seed + settings.classifier_seeds))
+        made_of = {**self.made_of, "image_size": size, "num_steps": settings.classifier_steps}
+        stored = self.report.part("classifier", made_of) or {}
+        left = len(classifier.trainings_left(seeds, stored.get("scores", {})))
+        if not left and stored.get("seeds") == seeds:
+            return
+        say(
+            f"{left} trainings of a classifier to go, of {settings.classifier_steps:,} steps each; they may be stopped, "
+            "and the same command goes on"
+        )
+        images_and_labels = [value for part in sets for value in (part.pixels(size), part.labels)]
+        with script.progress(total=left * settings.classifier_steps, unit="steps", label="classifier") as bar:
+
+            def progress() -> None:
+                bar.advance()
+                signals.raise_if_received()
+
+            def save(scores: dict[str, Any]) -> None:
+                self.report.put("classifier", made_of, {"scores": scores})
+
+            found = classifier.compare(
+                *images_and_labels,
+                num_classes=len(self.plan.classes),
+                num_steps=settings.classifier_steps,
+                seeds=seeds,
+                device=self.plan.device,
+                done=stored.get("scores", {}),
+                save=save,
+                class_names=self.plan.classes,
+                progress=progress,
+            )
+        self.report.put("classifier", made_of, {**found, "image_size": size})
+
+    def _why_no_classifier(self) -> str | None:
+        """Returns why no classifier is trained, in a sentence; None where it is."""
+        asked, sets = self.settings.classifier, (self.real.training, self.synthetic, self.real.test)
+        if asked == "false":
+            return "not asked for (--classifier false)"
+        if asked == "auto" and self.plan.device.type == "cpu":
+            return "on a CPU it takes long, and is left out unless asked for (--classifier true)"
+        if not len(self.real.test):
+            return _NO_TEST_IMAGES
+        if len(self.synthetic.labels.unique()) < len(self.plan.classes):
+            return "there are classes without synthetic images"
+        absent = [part.folder for part in sets if not part.are_at_hand]
+        return f"the real images are not at hand in {absent[0]}" if absent else None
 
 
 def _features(network: torch.nn.Module, part: ImageSet, advance: Callable[[int], None]) -> Points:
@@ -539,7 +615,7 @@ def find_warnings(plan: Plan, synthetic: ImageSet, real: RealImages) -> list[str
     if plan.split.rule["split"] == "random":
         found.append(_RANDOM_SPLIT)
     if not len(real.test):
-        found.append("the run has no test images (images_per_user all), so only what needs none is computed")
+        found.append(f"{_NO_TEST_IMAGES}, so that only the distances to training images can be computed")
     missing = [name for label, name in enumerate(plan.classes) if not synthetic.latents.count(label)]
     if missing:
         found.append(f"there are no synthetic images of {_listing(missing)}; the figures are about the other classes")
@@ -555,6 +631,7 @@ def find_warnings(plan: Plan, synthetic: ImageSet, real: RealImages) -> list[str
     return found
 
 
+_NO_TEST_IMAGES = "the run has no test images: all were for training"
 _RANDOM_SPLIT = (
     "the split is random: if images are overlapping windows of one recording, test images are nearly the same as "
     "training images, and the figures look too good; train with --split contiguous"
@@ -623,6 +700,13 @@ def print_figures(data: dict[str, Any]) -> None:
     if "near_share" in copies:
         say(_row("very near to a training image", _share(copies["near_share"]), _share(evaluation.NEAR_SHARE)))
         say(_row("nearer to a training than to a test image", _share(copies["nearer_to_training"]), _share(0.5)))
+    if "sets" in data.get("classifier", {}):
+        for name, found in data["classifier"]["sets"].items():
+            say(_row(f"classifier trained on {name}: recognised", _share(found["mean"])))
+        say(data["classifier"]["difference"]["sentence"])
+    for name, why in data.get("why", {}).items():
+        if why is not None:
+            say(f"no {name}: {why}")
     if copies["same_content"]:
         first = copies["same_content"][0]
         warn(

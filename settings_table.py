@@ -134,8 +134,8 @@ HELP_ZH = {
     "weights for FID with Inception features: a file, or download; none leaves FID out": (
         "用 Inception 特征计算 FID 所需的权重：文件，或 download（下载）；none 表示不计算 FID"
     ),
-    "train classifiers with and without the generated images, and test them": (
-        "分别在有和没有生成图像的情况下训练分类器，并加以测试"
+    "train classifiers with and without the generated images, and test them: auto does so on a GPU": (
+        "分别在有和没有生成图像的情况下训练分类器并测试；auto 只在 GPU 上这样做"
     ),
     "training steps of each classifier": "每个分类器的训练步数",
     "classifiers of each kind, to see the spread": "每种分类器训练几个，以看出离散程度",
