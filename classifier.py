@@ -39,7 +39,7 @@ REAL, SYNTHETIC, BOTH = "real", "synthetic", "real + synthetic"
 _BATCH_SIZE = 32
 _LARGEST_LEARNING_RATE, _WEIGHT_DECAY = 2e-3, 0.05
 _LARGEST_SHIFT = 1 / 16  # of the width
-_SMALL_PX = 96  # images below this keep more of their resolution
+_SMALL_PX = 64  # images below this keep more of their resolution
 
 
 @dataclass(frozen=True)
