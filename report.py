@@ -132,7 +132,9 @@ def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, 
     )
     if not lines:
         return ""
-    table = f"<table{kind}><caption>{caption}</caption>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{lines}\n</tbody></table>"
+    table = (
+        f"<table{kind}><caption>{caption}</caption>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{lines}\n</tbody></table>"
+    )
     return _scrolling(table, caption)
 
 
@@ -355,7 +357,9 @@ def _distances(report: dict[str, Any], part: str, title: str) -> str:
         f"{_number(figures.get('images'))} synthetic images, and as many real training images as the yardstick, "
         f"against {_number(figures.get('test_images'))} test images"
     )
-    return _section(title, _table(caption, ("figure", "synthetic", "training", "good is"), rows), _class_bars(ours, theirs))
+    return _section(
+        title, _table(caption, ("figure", "synthetic", "training", "good is"), rows), _class_bars(ours, theirs)
+    )
 
 
 def _with_spread(figures: dict[str, Any], name: str, write: Callable[[Any], str]) -> str:
@@ -400,7 +404,11 @@ def _memorisation(report: dict[str, Any], files: dict[str, bytes]) -> str:
     if not part:
         return _reason(report, "memorisation", title)
     rows = [
-        ("median distance to the nearest training image", _number(part.get("median")), _number(part.get("test_median"))),
+        (
+            "median distance to the nearest training image",
+            _number(part.get("median")),
+            _number(part.get("test_median")),
+        ),
         ("share nearer than 95 % of the test images", _share(part.get("near_share")), "5.0 %"),
         ("up to this share by chance", _share(part.get("near_share_limit")), ""),
         ("share nearer to a training than to a test image", _share(part.get("nearer_to_training")), "50.0 %"),
@@ -695,9 +703,7 @@ def _settings(report: dict[str, Any]) -> str:
 
 def _footnotes(report: dict[str, Any]) -> str:
     """Says how each figure that is on the page is computed."""
-    shown = [
-        (term, text) for parts, term, text in _HOW if any(report.get(part) for part in parts.split())
-    ]
+    shown = [(term, text) for parts, term, text in _HOW if any(report.get(part) for part in parts.split())]
     items = "\n".join(f"<dt>{term}</dt><dd>{text}</dd>" for term, text in shown)
     return _section("How the figures are computed", f"<dl>\n{items}\n</dl>" if items else "")
 
