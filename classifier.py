@@ -216,9 +216,7 @@ def _score(said: Tensor, truth: Tensor, num_classes: int) -> Score:
 
 def trainings_left(seeds: Sequence[int], done: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, int]]:
     """Returns the trainings, as set and seed, that `compare` has still to do."""
-    return [
-        (name, seed) for seed in seeds for name in (REAL, SYNTHETIC, BOTH) if str(seed) not in done.get(name, {})
-    ]
+    return [(name, seed) for seed in seeds for name in (REAL, SYNTHETIC, BOTH) if str(seed) not in done.get(name, {})]
 
 
 def compare(

@@ -126,7 +126,12 @@ _SAID, _TRUE = "said by the classifier", "true class"
 
 
 def _draw_upright(
-    canvas: Image.Image, place: tuple[int, int], text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, *, anchor: str
+    canvas: Image.Image,
+    place: tuple[int, int],
+    text: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    *,
+    anchor: str,
 ) -> None:
     """Writes text from bottom to top: its end at `place` horizontally centred ("bottom"), or around it ("mm")."""
     box = ImageDraw.Draw(canvas).textbbox((0, 0), text or " ", font=font)

@@ -54,6 +54,8 @@ import pictures
 _WIDTH, _HEIGHT = 640, 300  # of a chart, in its own units
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 16, 52
 _CLOSE, _NEAR = 1.25, 2.0  # times the yardstick
+_FEW_PER_CLASS = 20  # synthetic images
+_MANY_CLASSES = 12  # that make a confusion matrix as wide as the page
 _SETS = ("real", "synthetic", "real + synthetic")
 _NUM_LISTED = 20
 
@@ -130,7 +132,9 @@ def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, 
     )
     if not lines:
         return ""
-    table = f"<table{kind}><caption>{caption}</caption>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{lines}\n</tbody></table>"
+    table = (
+        f"<table{kind}><caption>{caption}</caption>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{lines}\n</tbody></table>"
+    )
     return _scrolling(table, caption)
 
 
@@ -257,13 +261,21 @@ def _verdict(report: dict[str, Any]) -> str:
             mark, sentence = "not known", _text(why[part])
         else:
             continue
-        kind = {"yes": "good", "no": "bad"}.get(mark, "open")
-        if part == "memorisation":
-            kind = {"good": "bad", "bad": "good"}.get(kind, kind)
+        kind = _COLOURS.get((part, mark), "open")
         cards.append(
             f'<div class="card {kind}"><h3>{question}</h3><p><strong>{mark[0].upper()}{mark[1:]}.</strong> {sentence}</p></div>'
         )
     return _section("In three sentences", f'<div class="cards">{"".join(cards)}</div>' if cards else "")
+
+
+_COLOURS = {
+    ("latents", "yes"): "good",
+    ("latents", "no"): "bad",
+    ("memorisation", "no sign of it"): "good",
+    ("memorisation", "yes"): "bad",
+    ("classifier", "yes"): "good",
+    ("classifier", "no"): "bad",
+}
 
 
 def _is_close(latents: dict[str, Any]) -> tuple[str, str]:
@@ -272,8 +284,11 @@ def _is_close(latents: dict[str, Any]) -> tuple[str, str]:
     if key is None:
         return "not known", "There are too few images for a Fréchet distance."
     ratio = ours[key] / theirs[key] if theirs[key] > 0 else math.inf
-    measure = f"{_number(ratio)} times" if math.isfinite(ratio) else "not the same as"
-    sentence = f"Their Fréchet distance to the test images is {measure} that of real training images."
+    times = f"{ratio:.2g} times that" if math.isfinite(ratio) else "more than the 0"
+    sentence = f"Their Fréchet distance to the test images is {times} of real training images."
+    per_class = latents.get("images", 0) / max(1, len(ours.get("frechet_per_class") or {}))
+    if per_class < _FEW_PER_CLASS:
+        sentence += f" It scatters much with so few images: {per_class:.3g} per class."
     if ratio <= _CLOSE:
         return "yes", sentence
     return ("nearly" if ratio <= _NEAR else "no"), sentence
@@ -342,7 +357,9 @@ def _distances(report: dict[str, Any], part: str, title: str) -> str:
         f"{_number(figures.get('images'))} synthetic images, and as many real training images as the yardstick, "
         f"against {_number(figures.get('test_images'))} test images"
     )
-    return _section(title, _table(caption, ("figure", "synthetic", "training", "good is"), rows), _class_bars(ours, theirs))
+    return _section(
+        title, _table(caption, ("figure", "synthetic", "training", "good is"), rows), _class_bars(ours, theirs)
+    )
 
 
 def _with_spread(figures: dict[str, Any], name: str, write: Callable[[Any], str]) -> str:
@@ -387,7 +404,11 @@ def _memorisation(report: dict[str, Any], files: dict[str, bytes]) -> str:
     if not part:
         return _reason(report, "memorisation", title)
     rows = [
-        ("median distance to the nearest training image", _number(part.get("median")), _number(part.get("test_median"))),
+        (
+            "median distance to the nearest training image",
+            _number(part.get("median")),
+            _number(part.get("test_median")),
+        ),
         ("share nearer than 95 % of the test images", _share(part.get("near_share")), "5.0 %"),
         ("up to this share by chance", _share(part.get("near_share_limit")), ""),
         ("share nearer to a training than to a test image", _share(part.get("nearer_to_training")), "50.0 %"),
@@ -545,7 +566,8 @@ def _matrices(sets: dict[str, Any], known: Sequence[str], names: Sequence[str]) 
             shown = f'<div class="picture">{_png(pictures.encode_image(picture, ".png"), alt)}</div>'
             caption = f"Trained on {name}: counts over all seeds."
             figures.append(_figure(_scrolling(shown, f"Confusion matrix, trained on {name}"), caption))
-    return f'<div class="matrices">{"".join(figures)}</div>' if figures else ""
+    kind = "matrices" if len(names) <= _MANY_CLASSES else "matrices wide"
+    return f'<div class="{kind}">{"".join(figures)}</div>' if figures else ""
 
 
 def _confusions(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
@@ -681,9 +703,7 @@ def _settings(report: dict[str, Any]) -> str:
 
 def _footnotes(report: dict[str, Any]) -> str:
     """Says how each figure that is on the page is computed."""
-    shown = [
-        (term, text) for parts, term, text in _HOW if any(report.get(part) for part in parts.split())
-    ]
+    shown = [(term, text) for parts, term, text in _HOW if any(report.get(part) for part in parts.split())]
     items = "\n".join(f"<dt>{term}</dt><dd>{text}</dd>" for term, text in shown)
     return _section("How the figures are computed", f"<dl>\n{items}\n</dl>" if items else "")
 
@@ -768,14 +788,17 @@ p { margin: .5rem 0; }
 .card p { margin: 0; }
 .warnings { padding-left: 1.25rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; min-width: 100%; font-size: .9375rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; min-width: 100%; font-size: .9375rem;
+  overflow-wrap: normal; }
 caption { text-align: left; padding-bottom: .35rem; }
-th, td { padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th, td { padding: .3rem .75rem .3rem 0; white-space: nowrap; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:last-child, td:last-child { padding-right: 0; }
 th { font-weight: 600; }
 th:first-child, .words td, .words th { text-align: left; }
 tbody th { font-weight: 400; min-width: 7rem; }
+tbody th, thead th, .words td { white-space: normal; } tbody th, .words td { overflow-wrap: anywhere; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+td:has(.bars) { width: 40%; }
 .bars { display: block; width: 100%; min-width: 7rem; height: 1.25rem; }
 .chart { display: block; width: 100%; min-width: 30rem; max-width: 44rem; }
 .chart text { font-size: 14px; fill: var(--soft); }
@@ -791,8 +814,9 @@ figure { margin: 1rem 0; }
 figure .scroll { margin: .5rem 0; }
 .picture { background: #fff; border-radius: .4rem; padding: .5rem; width: fit-content; }
 img { display: block; max-width: 100%; height: auto; }
-.matrices { display: flex; flex-wrap: wrap; gap: 0 1.5rem; align-items: end; }
-.matrices figure { min-width: 0; max-width: 100%; }
+.matrices { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 0 1rem; }
+.matrices.wide { display: block; }
+.matrices figure { min-width: 0; }
 details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
 dt { font-weight: 600; margin-top: .75rem; } dd { margin: 0; }
 main { padding-bottom: 3rem; }
