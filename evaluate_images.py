@@ -60,6 +60,7 @@ from script import DONE, Failed, StopSignals, say, warn
 _REPORT_NAME, _PAGE_NAME, _PAIRS_NAME, _CACHE_NAME = "report.json", "report.html", "closest_pairs.png", "latents_cache"
 _LARGEST_REPORT_BYTES = 1 << 28
 _NUM_LISTED = 10
+_FEW_IMAGES = 20  # of a class; figures of fewer are shown with a warning
 _READ_AT_ONCE = 64  # images whose pixels are in memory at once on their way into Inception
 
 
@@ -310,7 +311,7 @@ def _refuse_bad(bad: list[tuple[int, str]], dataset: LatentDataset, what: str) -
     for position, reason in bad:
         say(f"    {shown(dataset.names[position])}: {reason}")
     if bad:
-        raise Failed(f"{len(bad)} {what} image(s) cannot be read; mend or remove them: the rest is encoded and kept")
+        raise Failed(f"{len(bad)} {what} image(s) cannot be read; mend or remove them (the rest is encoded and kept)")
 
 
 # --- the report --------------------------------------------------------------------------------------------
@@ -319,8 +320,7 @@ def _refuse_bad(bad: list[tuple[int, str]], dataset: LatentDataset, what: str) -
 class Report:
     """report.json and report.html: written after each finished part, so that nothing is computed twice.
 
-    A part is kept with a digest of all that it was computed from, and of the figures themselves. It counts only as
-    long as both are what they were.
+    A part is kept with a digest of all that it was computed from, and counts only as long as that is the same.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -329,15 +329,12 @@ class Report:
 
     def part(self, name: str, made_of: dict[str, Any]) -> dict[str, Any] | None:
         """Returns the figures of a part if they were computed from just this; None otherwise."""
-        stored = self.data.get(name)
-        if not isinstance(stored, dict) or stored.get("digest") != _digest(made_of, stored):
-            return None
-        return stored
+        stored = self.data.get(name, {})
+        return stored if stored.get("digest") == _digest(made_of) else None
 
     def put(self, name: str, made_of: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
         """Keeps the figures of a part, and publishes the report."""
-        figures = plain(figures)
-        self.data[name] = {**figures, "digest": _digest(made_of, figures)}
+        self.data[name] = {**plain(figures), "digest": _digest(made_of)}
         self.data.get("why", {}).pop(name, None)
         self.write()
         return self.data[name]
@@ -353,7 +350,8 @@ class Report:
 
     def write(self) -> None:
         """Publishes both files."""
-        durable.publish(self.folder / _REPORT_NAME, (json.dumps(self.data, indent=1) + "\n").encode())
+        whole = {**self.data, "sha256": _digest(self.data)}
+        durable.publish(self.folder / _REPORT_NAME, (json.dumps(whole, indent=1) + "\n").encode())
         durable.publish(self.folder / _PAGE_NAME, report_page.write_html(self.data, self._pictures()))
 
     def _pictures(self) -> dict[str, bytes]:
@@ -363,9 +361,8 @@ class Report:
         return {_PAIRS_NAME: path.read_bytes()} if name == _PAIRS_NAME and path.is_file() else {}
 
 
-def _digest(made_of: dict[str, Any], figures: dict[str, Any]) -> str:
-    kept = {name: value for name, value in figures.items() if name != "digest"}
-    return hashlib.sha256(json.dumps([plain(made_of), kept], sort_keys=True).encode()).hexdigest()
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
 
 
 def plain(value: Any) -> Any:
@@ -378,14 +375,18 @@ def plain(value: Any) -> Any:
 
 
 def _read_report(path: Path) -> dict[str, Any]:
+    """Reads what `Report.write` wrote; anything else counts as nothing, after a warning."""
     try:
         data = json.loads(durable.read_whole(path, at_most=_LARGEST_REPORT_BYTES))
+        if data.pop("sha256") == _digest(data):
+            return data
+        reason = "its checksum does not fit"
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        warn(f"{path} is damaged ({getattr(error, 'strerror', None) or error}); everything is computed anew")
-        return {}
-    return data if isinstance(data, dict) else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+    warn(f"{path} is damaged or was edited ({reason}); everything is computed anew")
+    return {}
 
 
 # --- the images of a folder --------------------------------------------------------------------------------
@@ -609,19 +610,27 @@ def made_with(folder: Path) -> dict[str, Any]:
     return {name: found[name] for name in known if isinstance(found.get(name), str | int | float)}
 
 
+def warnings_of_run(plan: Plan) -> list[str]:
+    """Returns a sentence for each thing about the split that all figures must be read with."""
+    found = [_RANDOM_SPLIT] if plan.split.rule["split"] == "random" else []
+    shared = prepare.shared_content_warning(plan.split)
+    return found if shared is None else [*found, shared]
+
+
 def find_warnings(plan: Plan, synthetic: ImageSet, real: RealImages) -> list[str]:
-    """Returns a sentence for each thing that the figures must be read with."""
-    found = []
-    if plan.split.rule["split"] == "random":
-        found.append(_RANDOM_SPLIT)
+    """Returns a sentence for each thing that the figures about these images must be read with."""
+    found = warnings_of_run(plan)
     if not len(real.test):
         found.append(f"{_NO_TEST_IMAGES}, so that only the distances to training images can be computed")
     missing = [name for label, name in enumerate(plan.classes) if not synthetic.latents.count(label)]
     if missing:
         found.append(f"there are no synthetic images of {_listing(missing)}; the figures are about the other classes")
-    shared = prepare.shared_content_warning(plan.split)
-    if shared is not None:
-        found.append(shared)
+    counts = [synthetic.latents.count(label) for label in synthetic.labels.unique().tolist()]
+    if min(counts) < _FEW_IMAGES:
+        found.append(
+            f"only {min(counts)} synthetic images of a class: figures of so few scatter widely; generate {_FEW_IMAGES} "
+            "or more of each"
+        )
     record, weights = made_with(synthetic.folder), _weights_digest(plan.state)
     if record.get("weights", weights) != weights:
         found.append(
@@ -756,8 +765,12 @@ def sweep(plan: Plan, states: Sequence[Path]) -> None:
     real = open_real(plan)
     if not len(real.test):
         raise UserError("a sweep compares with test images, and the run has none; train with fewer images_per_user")
-    sampling = sampling_settings(plan)
-    report, made_of = Report(plan.folder), made_of_sweep(plan, real, sampling)
+    sampling, report = sampling_settings(plan), Report(plan.folder)
+    for line in warnings_of_run(plan):
+        warn(line)
+    if "evaluated" not in report.data:
+        report.set_facts(warnings=warnings_of_run(plan), settings=config.to_dict(plan.settings))
+    made_of = made_of_sweep(plan, real, sampling)
     part = report.part("sweep", made_of) or {"points": []}
     weights = {path: file_digest(path) for path in states}
     wanted = [(path, scale) for path in states for scale in dict.fromkeys(plan.settings.sweep)]
