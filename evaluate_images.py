@@ -501,8 +501,8 @@ class Evaluation:
         if not left and stored.get("seeds") == seeds:
             return
         say(
-            f"{left} trainings of a classifier to go, of {settings.classifier_steps:,} steps each; they may be stopped, "
-            "and the same command goes on"
+            f"{left} trainings of a classifier to go, of {settings.classifier_steps:,} steps each; they may be "
+            "stopped, and the same command goes on"
         )
         images_and_labels = [value for part in sets for value in (part.pixels(size), part.labels)]
         with script.progress(total=left * settings.classifier_steps, unit="steps", label="classifier") as bar:
