@@ -258,7 +258,7 @@ def _verdict(report: dict[str, Any]) -> str:
         if report.get(part):
             mark, sentence = answer(report[part])
         elif part in why:
-            mark, sentence = "not known", _text(why[part])
+            mark, sentence = "not known", f"Why: {_text(why[part])}"
         else:
             continue
         kind = _COLOURS.get((part, mark), "open")

@@ -281,7 +281,7 @@ def test_a_part_that_was_asked_for_and_is_not_there_says_why():
     report["why"] = {"classifier": "the test images are not at hand"}
     page = page_of(report)
     assert page.text.count("the test images are not at hand") == 2  # in the verdict and in its section
-    assert "Not known. the test images are not at hand" in page.text
+    assert "Not known. Why: the test images are not at hand" in page.text
 
 
 def without_numbers(value: Any) -> Any:
