@@ -112,7 +112,8 @@ def _train_and_test(
 ) -> Score:
     """Trains on sets that have equal shares of every batch."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        network = _build(num_classes, sets[0][0].shape[1], seed).to(device, memory_format=torch.channels_last)
+        network = _build(num_classes, sets[0][0].shape[1], seed).to(device)
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         normalise = _Normalisation.of([images for images, _ in sets], device)
         optimiser = torch.optim.AdamW(network.parameters(), lr=_LARGEST_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _LARGEST_LEARNING_RATE, total_steps=num_steps + 1)
@@ -130,14 +131,14 @@ def _train_and_test(
 def _build(num_classes: int, image_size: int, seed: int) -> nn.Module:
     """Builds the network with weights that depend on the seed alone.
 
-    The stem of ResNet-18 reduces an image fourfold before the first block, which is much for a small one: below
-    _SMALL_PX its pooling is left out.
+    The stem of ResNet-18 reduces an image fourfold before the first block. That is kept from _SMALL_PX on, where 2 x 2
+    or more places are left at the end and a step costs little on a CPU; for smaller images the pooling is left out.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(sample_generator(seed, "classifier", "weights").initial_seed())
         network = resnet18(weights=None, num_classes=num_classes)
     if image_size < _SMALL_PX:
-        network.maxpool = nn.Identity()
+        network.maxpool = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     return network
 
 

@@ -94,11 +94,12 @@ def confusion_matrix(counts: Sequence[Sequence[int]], names: Sequence[str]) -> I
     """
     num_classes = len(names)
     cell = max(30, min(64, 400 // num_classes))
-    font = ImageFont.load_default(size=max(12, cell // 3.5))
+    font_size = max(12, round(cell / 3.5))
+    font = ImageFont.load_default(size=font_size)
     small = ImageFont.load_default(size=11 if cell < 40 else 14)
     texts = [_one_line(name) for name in names]
     reach = math.ceil(max(font.getlength(text) for text in texts))
-    title = round(font.size * 1.8)
+    title = round(font_size * 1.8)
     start = _MARGIN + title + reach + 2 * _MARGIN  # where the cells begin, in both directions
     side = max(start + cell * num_classes, start + math.ceil(font.getlength(_SAID))) + 2 * _MARGIN
     canvas = Image.new("RGB", (side, side), _WHITE)

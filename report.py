@@ -47,7 +47,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from typing import Any
+from typing import Any, TypeGuard
 
 import pictures
 
@@ -55,7 +55,7 @@ _WIDTH, _HEIGHT = 640, 300  # of a chart, in its own units
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 16, 52
 _CLOSE, _NEAR = 1.25, 2.0  # times the yardstick
 _FEW_PER_CLASS = 20  # synthetic images
-_MANY_CLASSES = 12  # that make a confusion matrix as wide as the page
+_MANY_CLASSES = 12  # that make confusion matrices as wide as the page, and folded
 _SETS = ("real", "synthetic", "real + synthetic")
 _NUM_LISTED = 20
 
@@ -112,7 +112,7 @@ def _points(value: Any) -> str:
     return f"{100 * value:+.1f}".replace("-", "−") if _is_number(value) else _number(None)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -258,13 +258,12 @@ def _verdict(report: dict[str, Any]) -> str:
         if report.get(part):
             mark, sentence = answer(report[part])
         elif part in why:
-            mark, sentence = "not known", _text(why[part])
+            mark, sentence = "not known", f"Why: {_text(why[part])}"
         else:
             continue
         kind = _COLOURS.get((part, mark), "open")
-        cards.append(
-            f'<div class="card {kind}"><h3>{question}</h3><p><strong>{mark[0].upper()}{mark[1:]}.</strong> {sentence}</p></div>'
-        )
+        answered = f"<strong>{mark[0].upper()}{mark[1:]}.</strong> {sentence}"
+        cards.append(f'<div class="card {kind}"><h3>{question}</h3><p>{answered}</p></div>')
     return _section("In three sentences", f'<div class="cards">{"".join(cards)}</div>' if cards else "")
 
 
@@ -297,7 +296,7 @@ def _is_close(latents: dict[str, Any]) -> tuple[str, str]:
 def _are_copies(memorisation: dict[str, Any]) -> tuple[str, str]:
     same = [pair for pair in memorisation.get("same_content") or [] if pair.get("kind") == "training"]
     if same:
-        return "yes", f"{_number(len(same))} of the synthetic files are training images, byte for byte."
+        return "yes", f"Synthetic files that are training images, byte for byte: {_number(len(same))}."
     share, limit = memorisation.get("near_share"), memorisation.get("near_share_limit")
     nearer, nearer_limit = memorisation.get("nearer_to_training"), memorisation.get("nearer_to_training_limit")
     if not _is_number(share) or not _is_number(limit):
@@ -566,8 +565,9 @@ def _matrices(sets: dict[str, Any], known: Sequence[str], names: Sequence[str]) 
             shown = f'<div class="picture">{_png(pictures.encode_image(picture, ".png"), alt)}</div>'
             caption = f"Trained on {name}: counts over all seeds."
             figures.append(_figure(_scrolling(shown, f"Confusion matrix, trained on {name}"), caption))
-    kind = "matrices" if len(names) <= _MANY_CLASSES else "matrices wide"
-    return f'<div class="{kind}">{"".join(figures)}</div>' if figures else ""
+    if len(names) > _MANY_CLASSES:
+        return _folded("Confusion matrices", "".join(figures))
+    return f'<div class="matrices">{"".join(figures)}</div>' if figures else ""
 
 
 def _confusions(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
@@ -613,8 +613,8 @@ def _sweep(report: dict[str, Any]) -> str:
         is_best = bool(best) and _place(point) == _place(best)
         rows.append(row(f"<strong>{head} (best)</strong>" if is_best else head, point))
     chosen = (
-        f"<p>Guidance {_number(best.get('guidance'))} at step {_number(best.get('step'))} has the lowest Fréchet distance "
-        "per class. It is one seed, so how far such figures scatter is not known: near neighbours are as good.</p>"
+        f"<p>Guidance {_number(best.get('guidance'))} at step {_number(best.get('step'))} has the lowest Fréchet "
+        "distance per class. It is one seed, so how far such figures scatter is not known.</p>"
         if best
         else ""
     )
@@ -712,7 +712,7 @@ _HOW = (  # parts of the report that show it, the figure, and how it is computed
     (
         "latents memorisation sweep",
         "Latent space",
-        "An image is what the VAE's encoder makes of it: the mean of the posterior, normalised as in training, no noise.",
+        "An image is what the VAE's encoder makes of it: the mean of the posterior, normalised as in training.",
     ),
     (
         "latents inception sweep",
@@ -730,9 +730,9 @@ _HOW = (  # parts of the report that show it, the figure, and how it is computed
     (
         "latents inception sweep",
         "Kernel distance",
-        "The unbiased squared maximum mean discrepancy with the kernel (x·y/d + 1)³ (KID, Bińkowski et al. 2018): 0 for "
-        "equal distributions whatever the number of images, so small negative values occur. All classes as one: mean ± "
-        "standard deviation over random subsets.",
+        "The unbiased squared maximum mean discrepancy with the kernel (x·y/d + 1)³ (KID, Bińkowski et al. 2018): 0 "
+        "for equal distributions whatever the number of images, so small negative values occur. ± is the standard "
+        "deviation over random subsets.",
     ),
     (
         "latents inception sweep",
@@ -757,8 +757,9 @@ _HOW = (  # parts of the report that show it, the figure, and how it is computed
         "classifier",
         "Classifier",
         "A ResNet-18 (He et al. 2016) trained from nothing, with the same number of steps for each set, tested on the "
-        "test images after the last step. With both kinds, half of each batch is real. ± is the standard deviation over "
-        "the seeds, the interval is Student's t for 95 %; it is about the scatter of training, not of the test images.",
+        "test images after the last step. With both kinds, half of each batch is real. ± is the standard deviation "
+        "over the seeds, the interval is Student's t for 95 %. Both are about the scatter of training, not of the test "
+        "images.",
     ),
 )
 
@@ -791,7 +792,8 @@ p { margin: .5rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; min-width: 100%; font-size: .9375rem;
   overflow-wrap: normal; }
 caption { text-align: left; padding-bottom: .35rem; }
-th, td { padding: .3rem .75rem .3rem 0; white-space: nowrap; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th, td { padding: .3rem .75rem .3rem 0; white-space: nowrap;
+  border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:last-child, td:last-child { padding-right: 0; }
 th { font-weight: 600; }
 th:first-child, .words td, .words th { text-align: left; }
@@ -815,7 +817,6 @@ figure .scroll { margin: .5rem 0; }
 .picture { background: #fff; border-radius: .4rem; padding: .5rem; width: fit-content; }
 img { display: block; max-width: 100%; height: auto; }
 .matrices { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 0 1rem; }
-.matrices.wide { display: block; }
 .matrices figure { min-width: 0; }
 details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
 dt { font-weight: 600; margin-top: .75rem; } dd { margin: 0; }

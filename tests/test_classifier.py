@@ -57,10 +57,10 @@ def test_classes_that_differ_are_learnt_and_the_counts_are_in_label_order():
 
 def test_labels_that_mean_nothing_give_chance_and_the_seed_alone_decides():
     torch.manual_seed(11)
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
     flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     score = score_noise(3)
-    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    after = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
     assert flags == (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
     truth = noise(160, seed=2)[1]
@@ -95,8 +95,8 @@ def test_normalisation_is_that_of_the_training_images_with_each_set_weighing_the
     first, second = coloured([5, 1, 2])[0], noise(3, seed=0)[0]
     for sets in ([first], [first, second]):
         rows = [images.double().reshape(-1, 3) for images in sets]
-        mean = sum(row.mean(0) for row in rows) / len(rows)
-        variance = sum(((row - mean) ** 2).mean(0) for row in rows) / len(rows)
+        mean = torch.stack([row.mean(0) for row in rows]).mean(0)
+        variance = torch.stack([(row - mean).square().mean(0) for row in rows]).mean(0)
         expected = (first.double() - mean) / variance.sqrt()
         found = classifier._Normalisation.of(sets, CPU)(first)
         assert torch.allclose(found.permute(0, 2, 3, 1).double(), expected, atol=1e-5)
@@ -218,7 +218,7 @@ def test_the_quantile_of_t_is_that_of_scipy():
 
 def test_a_class_without_images_is_refused_by_its_name():
     real, synthetic, test = coloured([4, 4, 4]), coloured([6, 0, 6]), coloured([2, 2, 2])
-    with pytest.raises(UserError, match="no synthetic images of class ID_2; .*generate some"):
+    with pytest.raises(UserError, match=r"no synthetic images of class ID_2; .*generate some"):
         run({}, [], images=(*real, *synthetic, *test), class_names=["ID_1", "ID_2", "ID_10"])
     with pytest.raises(UserError, match="no real images of class 1; "):
         run({}, [], images=(*synthetic, *real, *test))

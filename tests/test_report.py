@@ -281,7 +281,7 @@ def test_a_part_that_was_asked_for_and_is_not_there_says_why():
     report["why"] = {"classifier": "the test images are not at hand"}
     page = page_of(report)
     assert page.text.count("the test images are not at hand") == 2  # in the verdict and in its section
-    assert "Not known. the test images are not at hand" in page.text
+    assert "Not known. Why: the test images are not at hand" in page.text
 
 
 def without_numbers(value: Any) -> Any:
@@ -330,7 +330,10 @@ def test_closeness_is_judged_by_the_training_images(ours, theirs, words):
         ({"near_share": 0.13}, "Perhaps. 13.0 % of them are as near"),
         ({"nearer_to_training": 0.61}, "Perhaps. 61.0 % of them are nearer"),
         ({"near_share": None}, "Not known. "),
-        ({"same_content": [{"synthetic": "a", "same_as": "b", "kind": "training"}]}, "Yes. 1 of the synthetic files"),
+        (
+            {"same_content": [{"synthetic": "a", "same_as": "b", "kind": "training"}]},
+            "Yes. Synthetic files that are training images, byte for byte: 1.",
+        ),
     ],
 )
 def test_copies_are_judged_by_what_chance_explains(changes, words):
