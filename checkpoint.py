@@ -321,6 +321,20 @@ def pack_training_state(
     }
 
 
+def expected_bytes(model: nn.Module, ema_model: nn.Module) -> tuple[int, int]:
+    """Returns about how large the files of the averaged weights alone and of a full state get, Adam's moments in it."""
+    average = sum(tensor.nbytes for tensor in ema_model.state_dict().values())
+    moments = 2 * sum(parameter.nbytes for parameter in model.parameters())
+    return average, sum(tensor.nbytes for tensor in model.state_dict().values()) + average + moments
+
+
+def bytes_for_saves(folder: str | os.PathLike[str], count: int, model: nn.Module, ema_model: nn.Module) -> int:
+    """Returns about how much more a run folder takes after `count` saves, and the state that a save writes first."""
+    average, full = expected_bytes(model, ema_model)
+    num_there = min(len(_saved(Path(folder), _FULL_NAME)), _NUM_KEPT)
+    return count * average + max(1, min(count, _NUM_KEPT) + 1 - num_there) * full
+
+
 def unpack_training_state(
     tensors: Mapping[str, Tensor],
     training: Mapping[str, Any],

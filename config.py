@@ -38,6 +38,7 @@ class Spec:
     choices: tuple[str, ...] = ()
     low: float | None = None  # smallest value allowed
     high: float | None = None  # largest value allowed
+    unit: str = ""  # what a number counts, such as "steps"
     many: bool = False  # a list, as separate words on the command line
     needed: bool = True  # a list must not be empty
     path: bool = False  # a file or folder name
@@ -49,7 +50,7 @@ def _setting(default: Any, kind: type, group: str, help: str, **facts: Any) -> A
     return field(default=default, metadata={"spec": Spec(kind=kind, help=help, group=group, **facts)})
 
 
-DATA, CACHE, NETWORK, DIFFUSION, TRAINING, SAVING, SAMPLING, EVALUATION, MACHINE = (
+DATA, CACHE, NETWORK, DIFFUSION, TRAINING, SAVING, SAMPLING, OUTPUT, EVALUATION, MACHINE = (
     "images",
     "cache and VAE",
     "network",
@@ -57,9 +58,12 @@ DATA, CACHE, NETWORK, DIFFUSION, TRAINING, SAVING, SAMPLING, EVALUATION, MACHINE
     "training",
     "saving and logging",
     "sampling",
+    "generated images",
     "evaluation",
     "machine",
 )
+# The order in which --help and the READMEs show them: what a newcomer sets stands first.
+GROUPS = (OUTPUT, EVALUATION, DATA, CACHE, TRAINING, SAVING, SAMPLING, MACHINE, NETWORK, DIFFUSION)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,15 @@ class MachineSettings:
         42, int, DATA, "seed of the split and of every random draw", low=0, high=2**63 - 1, about_cache=True
     )
     device: str = _setting("auto", str, MACHINE, "auto, cpu, cuda or cuda:N", free=True)
+
+
+@dataclass(frozen=True)
+class DryRunSettings(MachineSettings):
+    """Settings of the scripts that can tell what they would do."""
+
+    dry_run: bool = _setting(
+        False, bool, MACHINE, "say what would be done and about how long it takes, and write nothing", free=True
+    )
 
 
 @dataclass(frozen=True)
@@ -95,13 +108,13 @@ class ImageSettings(MachineSettings):
         about_cache=True,
     )
     image_size: int = _setting(
-        256, int, DATA, "side of the square images, in pixels", low=8, high=4096, about_cache=True
+        256, int, DATA, "side of the square images, in pixels", low=8, high=4096, about_cache=True, unit="pixels"
     )
     num_users: int | str = _setting(
-        "all", int, DATA, "number of classes, in natural order", low=1, words=("all",), about_cache=True
+        "all", int, DATA, "number of classes, in natural order", low=1, words=("all",), about_cache=True, unit="classes"
     )
     images_per_user: int | str = _setting(
-        50, int, DATA, "training images per class", low=1, words=("all",), about_cache=True
+        50, int, DATA, "training images per class", low=1, words=("all",), about_cache=True, unit="images"
     )
     split: str = _setting(
         "random",
@@ -118,6 +131,7 @@ class ImageSettings(MachineSettings):
         "images left out between training and test of a contiguous split",
         low=0,
         about_cache=True,
+        unit="images",
     )
     skip_bad_images: bool = _setting(
         False, bool, DATA, "go on without images that cannot be read, and record them", about_cache=True
@@ -131,6 +145,7 @@ class ImageSettings(MachineSettings):
         high=1024,
         free=True,
         about_cache=True,
+        unit="images",
     )
     encode_precision: str = _setting(
         "float32",
@@ -144,7 +159,7 @@ class ImageSettings(MachineSettings):
 
 
 @dataclass(frozen=True)
-class PreprocessSettings(ImageSettings):
+class PreprocessSettings(ImageSettings, DryRunSettings):
     """Settings of preprocess_latents.py."""
 
     output_folder: str = _setting("./latents_cache", str, CACHE, "the cache folder", path=True)
@@ -158,6 +173,37 @@ class PreprocessSettings(ImageSettings):
     )
     verify: bool = _setting(
         False, bool, CACHE, "check a cache instead of filling it: every seal, and a few images decoded"
+    )
+    prune: bool = _setting(
+        False, bool, CACHE, "list what nobody needs in a cache instead of filling it; with --yes, remove it"
+    )
+    yes: bool = _setting(False, bool, CACHE, "do what --prune lists")
+    keep_for: tuple[str, ...] = _setting(
+        ("./results",),
+        str,
+        CACHE,
+        "run folders whose latents --prune keeps, besides those of the cache's own split",
+        many=True,
+        needed=False,
+    )
+    import_folder: str | None = _setting(
+        None,
+        str,
+        CACHE,
+        "folder of user_07_name.pt files, the latents of an older script, to make a cache of",
+        words=("none",),
+        path=True,
+    )
+    import_scale_factor: float = _setting(
+        0.18215, float, CACHE, "what the older script multiplied its latents by", low=1e-6, high=1e6
+    )
+    import_split: str | None = _setting(
+        None,
+        str,
+        DATA,
+        "JSON, CSV or text file with the names of the older script's training (and test) images",
+        words=("none",),
+        path=True,
     )
 
 
@@ -190,6 +236,7 @@ class SamplingSettings(MachineSettings):
         low=1,
         words=("auto",),
         free=True,
+        unit="steps",
     )
     precision: str = _setting(
         "auto",
@@ -201,7 +248,7 @@ class SamplingSettings(MachineSettings):
 
 
 @dataclass(frozen=True)
-class TrainSettings(SamplingSettings, ImageSettings):
+class TrainSettings(SamplingSettings, ImageSettings, DryRunSettings):
     """Settings of train_latent_cfg.py."""
 
     latents_cache_folder: str = _setting("./latents_cache", str, CACHE, "the cache folder", path=True, free=True)
@@ -225,14 +272,14 @@ class TrainSettings(SamplingSettings, ImageSettings):
         choices=("moments", "scale_factor"),
     )
     latent_norm_images: int = _setting(
-        64, int, DIFFUSION, "training images that the measured normalisation looks at", low=1
+        64, int, DIFFUSION, "training images that the measured normalisation looks at", low=1, unit="images"
     )
-    dim: int = _setting(48, int, NETWORK, "width of the U-Net's first level, in channels", low=4)
+    dim: int = _setting(48, int, NETWORK, "width of the U-Net's first level, in channels", low=4, unit="channels")
     dim_mults: tuple[int, ...] = _setting(
         (1, 2, 4), int, NETWORK, "width of each level, as multiples of dim", low=1, many=True
     )
-    attn_dim_head: int = _setting(32, int, NETWORK, "channels per attention head", low=1)
-    attn_heads: int = _setting(4, int, NETWORK, "attention heads", low=1)
+    attn_dim_head: int = _setting(32, int, NETWORK, "channels per attention head", low=1, unit="channels")
+    attn_heads: int = _setting(4, int, NETWORK, "attention heads", low=1, unit="heads")
     cond_drop_prob: float = _setting(
         0.5,
         float,
@@ -241,19 +288,19 @@ class TrainSettings(SamplingSettings, ImageSettings):
         low=0.0,
         high=1.0,
     )
-    timesteps: int = _setting(1000, int, DIFFUSION, "diffusion timesteps", low=2, high=1_000_000)
+    timesteps: int = _setting(1000, int, DIFFUSION, "diffusion timesteps", low=2, high=1_000_000, unit="steps")
     objective: str = _setting(
         "pred_v", str, DIFFUSION, "what the network predicts", choices=("pred_v", "pred_noise", "pred_x0")
     )
     beta_schedule: str = _setting("cosine", str, DIFFUSION, "noise schedule", choices=("cosine", "linear"))
     min_snr_loss_weight: bool = _setting(True, bool, DIFFUSION, "weigh the loss by min-SNR")
     min_snr_gamma: float = _setting(5.0, float, DIFFUSION, "gamma of min-SNR", low=0.01)
-    train_batch_size: int = _setting(8, int, TRAINING, "latents per forward pass", low=1)
+    train_batch_size: int = _setting(8, int, TRAINING, "latents per forward pass", low=1, unit="latents")
     gradient_accumulate_every: int = _setting(
         2, int, TRAINING, "forward passes per step; a step sees train_batch_size times this", low=1
     )
     train_lr: float = _setting(1e-4, float, TRAINING, "learning rate of Adam", low=0.0)
-    train_num_steps: int = _setting(150_000, int, TRAINING, "steps in all", low=1, free=True)
+    train_num_steps: int = _setting(150_000, int, TRAINING, "steps in all", low=1, free=True, unit="steps")
     join_passes: bool = _setting(
         True,
         bool,
@@ -263,7 +310,7 @@ class TrainSettings(SamplingSettings, ImageSettings):
     )
     max_grad_norm: float = _setting(1.0, float, TRAINING, "gradients are clipped to this norm", low=0.0)
     ema_decay: float = _setting(0.9995, float, TRAINING, "decay of the averaged weights", low=0.0, high=1.0)
-    ema_update_every: int = _setting(10, int, TRAINING, "steps between updates of the average", low=1)
+    ema_update_every: int = _setting(10, int, TRAINING, "steps between updates of the average", low=1, unit="steps")
     max_hours: float | None = _setting(
         None,
         float,
@@ -272,10 +319,33 @@ class TrainSettings(SamplingSettings, ImageSettings):
         low=0.0,
         words=("none",),
         free=True,
+        unit="hours",
     )
-    save_and_sample_every: int = _setting(2000, int, SAVING, "steps between checkpoints and grids", low=1, free=True)
-    num_samples: int = _setting(4, int, SAVING, "columns of the sample grid; 0 makes no grid", low=0, free=True)
-    log_every: int = _setting(100, int, SAVING, "steps between lines of metrics.jsonl", low=1, free=True)
+    save_and_sample_every: int = _setting(
+        2000, int, SAVING, "steps between checkpoints and grids", low=1, free=True, unit="steps"
+    )
+    num_samples: int = _setting(
+        4, int, SAVING, "columns of the sample grid; 0 makes no grid", low=0, free=True, unit="images"
+    )
+    log_every: int = _setting(100, int, SAVING, "steps between lines of metrics.jsonl", low=1, free=True, unit="steps")
+    trackers: tuple[str, ...] = _setting(
+        ("auto",),
+        str,
+        SAVING,
+        "where figures and grids go, too: auto is tensorboard where it is installed; wandb sends them to its server",
+        choices=("auto", "none", "tensorboard", "wandb"),
+        many=True,
+        free=True,
+    )
+    wandb_project: str = _setting("gait-latents", str, SAVING, "project in Weights & Biases", free=True)
+    wandb_name: str | None = _setting(
+        None,
+        str,
+        SAVING,
+        "name of the run in Weights & Biases; none is that of results_folder",
+        words=("none",),
+        free=True,
+    )
     compile: str = _setting(
         "auto",
         str,
@@ -288,23 +358,23 @@ class TrainSettings(SamplingSettings, ImageSettings):
 
 
 @dataclass(frozen=True)
-class GenerateSettings(SamplingSettings):
+class GenerateSettings(SamplingSettings, DryRunSettings):
     """Settings of generate.py."""
 
-    checkpoint: str = _setting("./results", str, SAMPLING, "run folder, or one checkpoint file in it", path=True)
-    classes: tuple[str, ...] = _setting(("all",), str, SAMPLING, "class names, or all", many=True)
-    images_per_class: int = _setting(50, int, SAMPLING, "images per class", low=1)
+    checkpoint: str = _setting("./results", str, OUTPUT, "run folder, or one checkpoint file in it", path=True)
+    classes: tuple[str, ...] = _setting(("all",), str, OUTPUT, "class names, or all", many=True)
+    images_per_class: int = _setting(50, int, OUTPUT, "images per class", low=1, unit="images")
     vae_path: str | None = _setting(
         None, str, CACHE, "the VAE that decodes; none takes the run's own", words=("none",), path=True
     )
-    output_folder: str = _setting("./synthetic", str, SAMPLING, "where the images go", path=True)
+    output_folder: str = _setting("./synthetic", str, OUTPUT, "where the images go", path=True)
     image_format: str = _setting(
-        "auto", str, SAMPLING, "auto is the format of the training images", choices=("auto", "jpg", "png")
+        "auto", str, OUTPUT, "auto is the format of the training images", choices=("auto", "jpg", "png")
     )
     strip: tuple[float, ...] = _setting(
         (),
         float,
-        SAMPLING,
+        OUTPUT,
         "make only a picture of classes x these guidance scales",
         low=0.0,
         many=True,
@@ -364,11 +434,30 @@ class EvaluateSettings(MachineSettings):
     sweep_images: int = _setting(40, int, EVALUATION, "samples per class at each point of the sweep", low=1)
 
 
-SCRIPTS: dict[str, type[MachineSettings]] = {
+def _as_in(cls: type, name: str) -> Any:
+    """Makes the same setting as another script has."""
+    (known,) = (f for f in fields(cls) if f.name == name)
+    return field(default=known.default, metadata=known.metadata)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Settings of export_model.py."""
+
+    checkpoint: str = _as_in(GenerateSettings, "checkpoint")
+    cond_scale: float = _as_in(GenerateSettings, "cond_scale")
+    ddim_steps: int = _setting(
+        100, int, SAMPLING, "levels of noise listed for a DDIM loop; at most as many as the model has timesteps", low=1
+    )
+    output_folder: str = _setting("./exported", str, SAVING, "where the exported model goes", path=True)
+
+
+SCRIPTS: dict[str, type] = {
     "preprocess_latents.py": PreprocessSettings,
     "train_latent_cfg.py": TrainSettings,
     "generate.py": GenerateSettings,
     "evaluate_images.py": EvaluateSettings,
+    "export_model.py": ExportSettings,
 }
 
 
@@ -415,6 +504,8 @@ def _parse_word(name: str, text: str, spec: Spec, where: str) -> Any:
         return None
     if word in spec.words:
         return word
+    if "true" in spec.choices and word.lower() in _SWITCH:  # a switch with a third position
+        return str(_SWITCH[word.lower()]).lower()
     value = _convert(word, spec.kind)
     if value is None or (spec.kind is str and not word):
         wanted = " or ".join([_KIND_NAMES[spec.kind], *spec.words]) + (", or several as separate words" * spec.many)
@@ -610,7 +701,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the settings")
 
 
-class _HelpFormatter(argparse.HelpFormatter):
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=110)
 
@@ -622,27 +713,45 @@ def _parser(cls: type, description: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
         usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
+        epilog=_FREE_NOTE if can_resume(cls) else None,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
-    groups = {}
-    for name, spec in specs(cls).items():
-        group = groups.setdefault(spec.group, None) or parser.add_argument_group(spec.group)
-        groups[spec.group] = group
+    known = specs(cls)
+    groups = {
+        group: parser.add_argument_group(group) for group in dict.fromkeys(known[name].group for name in by_group(cls))
+    }
+    for name, spec in known.items():
+        group = groups[spec.group]
         words = {"nargs": "*"} if spec.many else {"nargs": "?", "const": "true"} if spec.kind is bool else {}
         group.add_argument(f"--{name}", metavar=metavar(spec), help=_help(cls, name, spec), **words)  # type: ignore[arg-type]
     return parser
 
 
+def by_group(cls: type) -> list[str]:
+    """Lists the settings of one script in the order of their groups; groups of its own come last."""
+    known = specs(cls)
+    order = list(dict.fromkeys([*GROUPS, *(spec.group for spec in known.values())]))
+    return sorted(known, key=lambda name: order.index(known[name].group))
+
+
+def can_resume(cls: type) -> bool:
+    """Says whether a script goes on with a run, which keeps its settings but for the free ones."""
+    return "resume_from" in specs(cls)
+
+
 def metavar(spec: Spec) -> str:
-    """Names what a setting takes, such as INT|all or cosine|linear."""
-    return "|".join(spec.choices or (_METAVARS[spec.kind], *spec.words))
+    """Names what a setting takes, such as STEPS|auto or cosine|linear."""
+    kind = spec.unit.upper() or ("PATH" if spec.path else _METAVARS[spec.kind])
+    return "|".join(spec.choices or (kind, *spec.words))
 
 
 _METAVARS = {int: "INT", float: "NUMBER", bool: "true|false", str: "TEXT"}
+_FREE_NOTE = "* may change when a run goes on. The README says more of each setting."
 
 
 def _help(cls: type, name: str, spec: Spec) -> str:
-    return f"{spec.help} (default: {show(defaults(cls)[name])})".replace("%", "%%")
+    mark = " *" if spec.free and can_resume(cls) else ""
+    return f"{spec.help} (default: {show(defaults(cls)[name])}){mark}".replace("%", "%%")
 
 
 # --- storing the settings of a run -------------------------------------------------------------------------

@@ -39,13 +39,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def check_library() -> None:
     """Raises UserError, with version and place, unless Python would import a new enough diffusion library."""
-    spec = importlib.util.find_spec(LIBRARY_MODULE)
     wanted = ".".join(map(str, LIBRARY_OLDEST))
     remedy = f'pip install "{LIBRARY}>={wanted}"'
-    if spec is None:
+    folder = _library_folder()
+    if folder is None:
         raise UserError(f"{LIBRARY} is not installed; {remedy}")
-    folder = Path(spec.origin or LIBRARY_MODULE).resolve().parent
-    version = _library_version(folder)
+    version = _version_in(folder)
     if version is None or _release(version) < LIBRARY_OLDEST:
         raise UserError(
             f"Python imports {LIBRARY} {version or '(version unknown)'} from {folder}, but {wanted} or newer is"
@@ -53,7 +52,18 @@ def check_library() -> None:
         )
 
 
-def _library_version(folder: Path) -> str | None:
+def library_version() -> str | None:
+    """Returns the version of the diffusion library that Python imports, None where there is none or it does not say."""
+    folder = _library_folder()
+    return None if folder is None else _version_in(folder)
+
+
+def _library_folder() -> Path | None:
+    spec = importlib.util.find_spec(LIBRARY_MODULE)
+    return None if spec is None else Path(spec.origin or LIBRARY_MODULE).resolve().parent
+
+
+def _version_in(folder: Path) -> str | None:
     """Reads the version of the very folder that is imported, which may hide the installed one."""
     own = folder / "version.py"
     if own.is_file():
@@ -106,6 +116,22 @@ class LatentUnet(Unet):
     def forward_with_cond_scale(self, *args, **kwargs):
         """Refuses, and with it the library's samplers: its guidance projects, rescales and returns a pair or not."""
         raise NotImplementedError("use LatentUnet.guided and LatentDiffusion.sample")
+
+
+def mean_by_timestep(times: Sequence[int], losses: Sequence[float], timesteps: int) -> dict[str, float]:
+    """Returns the mean loss in ten equal ranges of timesteps by names such as 100-199; empty ranges are left out."""
+    num_bins, width = min(_NUM_TIME_BINS, timesteps), len(str(timesteps - 1))
+    found: dict[int, list[float]] = {}
+    for time, loss in zip(times, losses, strict=True):
+        found.setdefault(time * num_bins // timesteps, []).append(loss)
+    edges = [-(-timesteps * number // num_bins) for number in range(num_bins + 1)]
+    return {
+        f"{edges[number]:0{width}d}-{edges[number + 1] - 1:0{width}d}": math.fsum(some) / len(some)
+        for number, some in sorted(found.items())
+    }
+
+
+_NUM_TIME_BINS = 10
 
 
 class Level(NamedTuple):
@@ -190,7 +216,7 @@ class LatentDiffusion(GaussianDiffusion):
     ):
         """Builds network and schedule; raises UserError where sizes or timesteps do not fit them."""
         _check_sizes(latent_size, dim, dim_mults)
-        unet = _unet(
+        arguments = unet_arguments(
             dim=dim,
             num_classes=num_classes,
             cond_drop_prob=cond_drop_prob,
@@ -200,7 +226,7 @@ class LatentDiffusion(GaussianDiffusion):
             attn_heads=attn_heads,
         )
         super().__init__(
-            unet,
+            LatentUnet(**arguments),
             image_size=latent_size,
             timesteps=timesteps,
             objective=objective,
@@ -305,7 +331,7 @@ def _spread(usable: Sequence[Level], steps: int) -> list[Level]:
     return chosen
 
 
-def _unet(
+def unet_arguments(
     *,
     dim: int,
     num_classes: int,
@@ -315,16 +341,17 @@ def _unet(
     attn_dim_head: int,
     attn_heads: int,
     **_schedule: Any,
-) -> LatentUnet:
-    return LatentUnet(
-        dim=dim,
-        num_classes=num_classes,
-        cond_drop_prob=cond_drop_prob,
-        dim_mults=tuple(dim_mults),
-        channels=latent_channels,
-        attn_dim_head=attn_dim_head,
-        attn_heads=attn_heads,
-    )
+) -> dict[str, Any]:
+    """Returns what the library's `Unet` is built with, from the arguments of a `LatentDiffusion`."""
+    return {
+        "dim": dim,
+        "num_classes": num_classes,
+        "cond_drop_prob": cond_drop_prob,
+        "dim_mults": tuple(dim_mults),
+        "channels": latent_channels,
+        "attn_dim_head": attn_dim_head,
+        "attn_heads": attn_heads,
+    }
 
 
 def network_bytes(**settings: Any) -> float:
@@ -336,7 +363,7 @@ def network_bytes(**settings: Any) -> float:
     _check_sizes(settings["latent_size"], settings["dim"], settings["dim_mults"])
     try:
         with torch.device("meta"):
-            return sum(parameter.nbytes for parameter in _unet(**settings).parameters())
+            return sum(parameter.nbytes for parameter in LatentUnet(**unet_arguments(**settings)).parameters())
     except (RuntimeError, OverflowError, TypeError):  # "Storage size calculation overflowed", in several ways
         return math.inf
 

@@ -230,6 +230,21 @@ def why_not_writable(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def why_not_permitted(folder: str | os.PathLike[str]) -> str | None:
+    """Returns why no file can be made in `folder`, as far as that is told without trying; None where it can."""
+    place = Path(folder).absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            return os.strerror(errno.ENOTDIR)
+        if os.statvfs(place).f_flag & os.ST_RDONLY:
+            return os.strerror(errno.EROFS)
+        return None if os.access(place, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+    except OSError as error:
+        return error.strerror or str(error)
+
+
 def _write_probe(folder: Path) -> None:
     _make_folder(folder)
     probe = folder / _temporary_name()
@@ -238,9 +253,14 @@ def _write_probe(folder: Path) -> None:
 
 
 def remove_stale_temporaries(folder: str | os.PathLike[str]) -> int:
-    """Removes what killed writers left in `folder`, and returns how many files that were.
+    """Removes what killed writers left in `folder`, and returns how many files that were."""
+    return sum(_remove(path) for path in stale_temporaries(folder))
 
-    A temporary goes when its process was of this machine and is dead, or when it is a day older than a file
+
+def stale_temporaries(folder: str | os.PathLike[str]) -> list[Path]:
+    """Finds what killed writers left in `folder`.
+
+    A temporary is stale when its process was of this machine and is dead, or when it is a day older than a file
     made just now in the same folder: the clock of the file system decides, not ours.
     """
     folder = Path(folder)
@@ -248,9 +268,9 @@ def remove_stale_temporaries(folder: str | os.PathLike[str]) -> int:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if _is_temporary(entry)]
     except OSError:
-        return 0
+        return []
     oldest = _file_system_time(folder) - _STALE_SECONDS if names else 0.0
-    return sum(_remove_if_stale(folder / name, oldest) for name in names)
+    return [folder / name for name in names if _is_stale(folder / name, oldest)]
 
 
 def _is_temporary(entry: os.DirEntry[str]) -> bool:
@@ -268,10 +288,15 @@ def _file_system_time(folder: Path) -> float:
     return status.st_mtime
 
 
-def _remove_if_stale(path: Path, oldest: float) -> bool:
+def _is_stale(path: Path, oldest: float) -> bool:
     try:
-        if not _is_writer_dead(path.name) and path.lstat().st_mtime >= oldest:
-            return False
+        return _is_writer_dead(path.name) or path.lstat().st_mtime < oldest
+    except OSError:  # gone already
+        return False
+
+
+def _remove(path: Path) -> bool:
+    try:
         os.unlink(path)
     except OSError:  # gone already, or not ours to remove
         return False

@@ -68,7 +68,7 @@ _READ_AT_ONCE = 64  # images whose pixels are in memory at once on their way int
 def main(argv: Sequence[str] | None) -> int:
     """Runs the script; returns its exit code."""
     plan = make_plan(argv)
-    script.check_writable(plan.folder, "output_folder")
+    script.check_writable(plan.folder, "output_folder", dry_run=False)
     try:
         if plan.settings.sweep:
             sweep(plan, find_states(plan))
@@ -112,7 +112,7 @@ class Plan:
 def make_plan(argv: Sequence[str] | None) -> Plan:
     """Puts together flags, file, the run and the defaults."""
     layers = config.read_command_line(EvaluateSettings, argv, description=__doc__)
-    state = generate.read_averages(Path(config.resolve(EvaluateSettings, layers).settings.checkpoint))
+    state = run_folder.read_averages(Path(config.resolve(EvaluateSettings, layers).settings.checkpoint))
     for line in state.warnings:
         warn(line)
     run, trained_with = state.path.parent, state.meta["settings"]
@@ -631,7 +631,7 @@ def find_warnings(plan: Plan, synthetic: ImageSet, real: RealImages) -> list[str
             f"only {min(counts)} synthetic images of a class: figures of so few scatter widely; generate {_FEW_IMAGES} "
             "or more of each"
         )
-    record, weights = made_with(synthetic.folder), _weights_digest(plan.state)
+    record, weights = made_with(synthetic.folder), vae.weights_digest(plan.state.averages)
     if record.get("weights", weights) != weights:
         found.append(
             f"the images were made with other weights (of step {record.get('step')}) than those of "
@@ -645,10 +645,6 @@ _RANDOM_SPLIT = (
     "the split is random: if images are overlapping windows of one recording, test images are nearly the same as "
     "training images, and the figures look too good; train with --split contiguous"
 )
-
-
-def _weights_digest(state: SavedState) -> str:
-    return vae.weights_digest({n.removeprefix("ema."): t for n, t in state.tensors.items() if n.startswith("ema.")})
 
 
 def draw_pairs(

@@ -1,6 +1,8 @@
 """Generates images of each class with a trained model, one folder per class.
 
     python generate.py --checkpoint results --images_per_class 50
+    python generate.py --checkpoint results --classes ID_1 ID_7 --cond_scale 3
+    python generate.py --checkpoint results --strip 1 1.5 2 3 4 6
 
 An image depends on the checkpoint, the settings, its class and its number alone. Running it again makes only what
 is missing.
@@ -32,19 +34,20 @@ import numpy as np
 import torch
 from PIL import Image
 
+import disk
 import durable
+import forecast
 import hardware
 import images
 import pictures
 import run_folder
 import vae
-from diffusion import LatentDiffusion
 from draws import sample_generator
 from images import RECIPE, BadImage
 from latent_cache import Space
 from latent_norm import LatentNorm
-from run_folder import SavedState
-from sampling import BATCH_SIZE, Decoder, num_solver_steps, sample_padded
+from run_folder import SavedState, read_averages
+from sampling import BATCH_SIZE, Decoder, check_decodes, num_solver_steps, sample_padded
 from script import DONE, Failed, StopSignals, say, warn
 
 RECORD_NAME, _LABELS_NAME = "settings.json", "labels.csv"
@@ -69,22 +72,14 @@ def main(argv: Sequence[str] | None) -> int:
     generator = Generator(settings, state, hardware.pick_device(settings.device))
     say(generator.description)
     try:
+        if settings.dry_run:
+            return generator.dry_run()
         return generator.make_strip() if settings.strip else generator.make_images()
     except torch.OutOfMemoryError as error:
         raise Failed("the GPU has too little memory; end what else uses it, or give --device cpu") from error
 
 
 FROM_RUN = ("vae_path", "seed", "cond_scale", "sampler", "sampling_timesteps", "precision")
-
-
-def read_averages(place: Path) -> SavedState:
-    """Reads the newest averaged weights of a run folder, or those of one checkpoint file."""
-    if place.is_file():
-        return run_folder.read_state(place)
-    state = run_folder.newest_averages(place) if place.is_dir() else None
-    if state is None:
-        raise UserError(f"--checkpoint {place} is neither a checkpoint nor a folder of a run that has saved one")
-    return state
 
 
 @dataclass(frozen=True)
@@ -111,15 +106,42 @@ class Generator:
         vae_path = checked_vae(settings.vae_path, state.meta)
         self.vae_name = Path(vae_path).name
         self.decoder = Decoder(vae_path, LatentNorm.from_json(state.meta["latent_norm"]), device)
-        weights = {n.removeprefix("ema."): t for n, t in state.tensors.items() if n.startswith("ema.")}
-        self.weights_digest = vae.weights_digest(weights)
-        self.diffusion = _build_network(state.meta, weights).to(device)
+        self.weights_digest = vae.weights_digest(state.averages)
+        self.diffusion = run_folder.averaged_diffusion(state).to(device)
         self.dtype, reason = hardware.pick_precision(settings.precision, device)
         self.description = (
             f"{state.path} (step {state.step:,}), {len(self.classes)} of {len(self.all_classes)} classes, guidance "
             f"{settings.cond_scale:g}, {self.steps} steps of {settings.sampler}, "
             f"{str(self.dtype).removeprefix('torch.')} ({reason}) on {hardware.describe(device)}"
         )
+
+    def dry_run(self) -> int:
+        """Samples and decodes one image, says what the whole would take, and writes nothing."""
+        cells = [] if self.settings.strip else [cell for cell in self._cells() if not cell.path.is_file()]
+        count = len(self.settings.strip) * len(self.classes) if self.settings.strip else len(cells)
+        if count:
+            self.decoder.open()
+        script.check_writable(self.folder, "output_folder", dry_run=True)
+        if not self.settings.strip:
+            self._refuse_other_images()
+            there = len(self.classes) * self.settings.images_per_class - count
+            say(f"{there:,} of the images are already there, {count:,} to make in {self.folder}")
+            self._tell_disk(count)
+        if count:
+            label = next(iter(self.classes))
+            samples = self.sample([label], [0], self.settings.cond_scale, steps=1)
+            line = forecast.generating(
+                lambda steps: self.sample([label], [0], self.settings.cond_scale, steps=steps),
+                lambda: self.decoder(samples),
+                self.device,
+                num_images=count,
+                batch=BATCH_SIZE,
+                num_solver_steps=self.steps,
+            )
+            say(line)
+            say(forecast.memory(self.device))
+        say(script.DRY_RUN_END)
+        return DONE
 
     # --- one folder per class ---
 
@@ -132,6 +154,7 @@ class Generator:
         there = len(self.classes) * self.settings.images_per_class - len(cells)
         if there:
             say(f"{there:,} of the images are already there")
+        self._tell_disk(len(cells))
         with (
             StopSignals() as signals,
             script.progress(total=len(cells), unit="images", label="generate") as bar,
@@ -151,6 +174,10 @@ class Generator:
         say(f"the first of each class: {self._draw_overview()}")
         return DONE
 
+    def _tell_disk(self, count: int) -> None:
+        num_bytes = count * self.meta["settings"]["image_size"] ** 2 * pictures.BYTES_PER_PIXEL[self.suffix]
+        disk.tell(num_bytes, f"{count:,} images", self.folder, remedy="give another --output_folder")
+
     def _draw_overview(self) -> Path:
         names = list(self.classes.values())[:_OVERVIEW_ROWS]
         shown = [cell for cell in self._cells() if cell.index < _OVERVIEW_COLUMNS]
@@ -165,7 +192,9 @@ class Generator:
         for cell, image in zip(cells, self.decoder(samples), strict=True):
             durable.publish(cell.path, pictures.encode_image(Image.fromarray(image), self.suffix))
 
-    def sample(self, labels: list[int], indices: list[int], cond_scale: float) -> torch.Tensor:
+    def sample(
+        self, labels: list[int], indices: list[int], cond_scale: float, *, steps: int | None = None
+    ) -> torch.Tensor:
         return sample_padded(
             self.diffusion,
             labels,
@@ -176,7 +205,7 @@ class Generator:
             dtype=self.dtype,
             cond_scale=cond_scale,
             sampler=self.settings.sampler,
-            sampling_timesteps=self.steps,
+            sampling_timesteps=self.steps if steps is None else steps,
         )
 
     def _cells(self) -> list[Cell]:
@@ -188,9 +217,13 @@ class Generator:
 
     def _check_output_folder(self) -> None:
         """Refuses a folder whose images were made in another way, and writes down how these are made."""
-        script.check_writable(self.folder, "output_folder")
+        script.check_writable(self.folder, "output_folder", dry_run=False)
         for place in (self.folder, *(self.folder / name for name in self.classes.values())):
             durable.remove_stale_temporaries(place)
+        self._refuse_other_images()
+        durable.publish(self.folder / RECORD_NAME, (json.dumps(self._record(), indent=2) + "\n").encode())
+
+    def _refuse_other_images(self) -> None:
         record, path = self._record(), self.folder / RECORD_NAME
         if path.exists():
             before = _read_record(path)
@@ -201,7 +234,6 @@ class Generator:
                         f"{self.folder} holds images made with {name} {then}, now it is {value}; give another "
                         "--output_folder"
                     )
-        durable.publish(path, (json.dumps(record, indent=2) + "\n").encode())
 
     def _record(self) -> dict[str, Any]:
         """Returns all that the images of the folder have in common."""
@@ -231,7 +263,7 @@ class Generator:
 
     def make_strip(self) -> int:
         """Draws one image per class and guidance scale, with the same noise along a row."""
-        script.check_writable(self.folder, "output_folder")
+        script.check_writable(self.folder, "output_folder", dry_run=False)
         scales, columns = self.settings.strip, []
         labels = list(self.classes)
         with script.progress(total=len(scales) * len(labels), unit="images", label="strip") as bar:
@@ -293,6 +325,9 @@ def checked_vae(vae_path: str | None, meta: dict[str, Any]) -> str:
         raise UserError("--vae_path is needed: the checkpoint does not name a VAE")
     identity = vae.read_identity(vae_path)
     trained = Space.stored(meta["space"])
+    if trained.is_imported:  # nobody knows which VAE made them
+        check_decodes(vae_path, identity, trained.moments_shape[0] // 2)
+        return vae_path
     space = Space.of(identity.fingerprint, meta["settings"]["image_size"], RECIPE, trained.moments_shape)
     if space.spec["vae"] != trained.spec["vae"]:
         raise UserError(
@@ -300,19 +335,6 @@ def checked_vae(vae_path: str | None, meta: dict[str, Any]) -> str:
             + "; ".join(space.differing_fields(trained))
         )
     return vae_path
-
-
-def _build_network(meta: dict[str, Any], weights: dict[str, torch.Tensor]) -> LatentDiffusion:
-    diffusion = run_folder.build_diffusion(
-        meta["settings"], num_classes=len(meta["classes"]), latent_shape=tuple(meta["latent_shape"])
-    )
-    try:
-        diffusion.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"the checkpoint holds other weights than those of its network: {' '.join(str(error).split())[:300]}"
-        ) from error
-    return diffusion.eval().requires_grad_(False)
 
 
 if __name__ == "__main__":

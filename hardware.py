@@ -126,6 +126,12 @@ def free_memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def peak_memory(device: torch.device) -> str:
     """Says the most memory that this process has held, on the host and on the GPU."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -20,7 +20,7 @@ import re
 import stat
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -103,6 +103,12 @@ class Space:
         return cls(json.loads(_canonical(spec)))
 
     @classmethod
+    def imported(cls, image_size: int, moments_shape: Sequence[int], scale_factor: float) -> "Space":
+        """Describes latents that another program made: of an unknown VAE, and divided by this factor."""
+        fingerprint = {"imported": "latents of another program", "scale_factor": scale_factor}
+        return cls.of(fingerprint, image_size, {"version": "unknown"}, moments_shape)
+
+    @classmethod
     def stored(cls, spec: object) -> "Space":
         """Takes a spec out of a file; raises ValueError unless it could be one that `of` made."""
         if not isinstance(spec, dict) or spec.keys() != _SPEC_FIELDS or not _is_shallow(spec):
@@ -129,6 +135,16 @@ class Space:
         """Shape of one row: (2C, h, w)."""
         channels, height, width = self.spec["moments_shape"]
         return channels, height, width
+
+    @property
+    def is_imported(self) -> bool:
+        """Says whether no VAE is known that makes these latents, so that none can add to them."""
+        return "imported" in self.spec["vae"]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the moments of one image."""
+        return 2 * math.prod(self.moments_shape)
 
     def differing_fields(self, other: "Space") -> list[str]:
         """Returns a line "field: here vs there" for each field of the spec in which the two differ."""
@@ -198,7 +214,7 @@ def _layout(count: int, space: Space) -> dict[str, dict]:
     """Returns the tensor table of a shard of `count` rows: the one order in which they are written."""
     shapes = {"seals": ("U32", [count]), "moments": ("F16", [count, *space.moments_shape])}
     shapes["keys"] = ("U8", [count, _KEY_BYTES])
-    sizes = (_SEAL_BYTES * count, _row_bytes(space) * count, _KEY_BYTES * count)
+    sizes = (_SEAL_BYTES * count, space.row_bytes * count, _KEY_BYTES * count)
     ends = list(itertools.accumulate(sizes))
     return {
         name: {"dtype": dtype, "shape": shape, "data_offsets": [end - size, end]}
@@ -206,8 +222,9 @@ def _layout(count: int, space: Space) -> dict[str, dict]:
     }
 
 
-def _row_bytes(space: Space) -> int:
-    return 2 * int(np.prod(space.moments_shape))
+def expected_bytes(space: Space, count: int) -> int:
+    """Returns about how much `count` latents take on disk, with their keys, seals and names."""
+    return count * (space.row_bytes + 64)
 
 
 def _header(space: Space, count: int, names: list[str], records: list) -> bytes:
@@ -227,7 +244,7 @@ def _header(space: Space, count: int, names: list[str], records: list) -> bytes:
 
 def _check_header(text: bytes, data_bytes: int, space: Space) -> tuple[dict[str, str], int]:
     """Returns (metadata, number of rows) of a header; raises _Invalid if `_header` did not build it."""
-    count, rest = divmod(data_bytes, _SEAL_BYTES + _row_bytes(space) + _KEY_BYTES)
+    count, rest = divmod(data_bytes, _SEAL_BYTES + space.row_bytes + _KEY_BYTES)
     try:
         header = _parse_json(text)
         metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
@@ -288,7 +305,7 @@ def _read_header(descriptor: int, size: int) -> bytes:
 def _open_shard(path: Path, space: Space) -> tuple[_Shard, dict[str, str]]:
     """Reads and checks all of a shard but its moments; raises _Invalid or OSError."""
     with _opened(path) as (descriptor, size):
-        if size > max(_LARGEST_SHARD_BYTES, 2 * _row_bytes(space)):
+        if size > max(_LARGEST_SHARD_BYTES, 2 * space.row_bytes):
             raise _Invalid("it is larger than any shard")
         text = _read_header(descriptor, size)
         start = 8 + len(text)
@@ -302,7 +319,7 @@ def _open_shard(path: Path, space: Space) -> tuple[_Shard, dict[str, str]]:
 def _seal_rows(space: Space, keys: np.ndarray, moments: np.ndarray) -> np.ndarray:
     """Returns the seals [n] of contiguous rows: CRC-32 over space id, key and the row's bytes."""
     start = zlib.crc32(space.id.encode())
-    size = _row_bytes(space)
+    size = space.row_bytes
     key_bytes, row_bytes = keys.tobytes(), moments.reshape(-1).view(np.uint8).data
     seals = [
         zlib.crc32(
@@ -323,7 +340,7 @@ def _sealed_rows(shard: _Shard, rows: np.ndarray, space: Space) -> Iterator[tupl
         FileNotFoundError: when the shard is gone.
         _Invalid, OSError: when it cannot be read any further.
     """
-    size = _row_bytes(space)
+    size = space.row_bytes
     longest = max(1, _READ_BYTES // size)
     with _opened(shard.path) as (descriptor, _):
         for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
@@ -385,7 +402,9 @@ class _Index:
         if not len(self.keys):
             return np.full(len(keys), -1, dtype=np.int64)
         wanted = self._comparable(keys)
-        nearest = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        order = np.argsort(wanted)  # looked up in this order, neighbours lie near each other in memory
+        nearest = np.empty(len(wanted), dtype=np.int64)
+        nearest[order] = np.minimum(np.searchsorted(self.keys, wanted[order]), len(self.keys) - 1)
         return np.where(self.keys[nearest] == wanted, self.places[nearest], -1)
 
 
@@ -447,7 +466,7 @@ class LatentCache:
 
     def shard_paths(self) -> list[Path]:
         """Returns the readable shards, in the order in which they count."""
-        return [self._shards[name].path for name in sorted(self._shards)]
+        return [shard.path for shard in self._in_order]
 
     @contextmanager
     def _noting_problems(self, path: Path) -> Iterator[None]:
@@ -465,7 +484,7 @@ class LatentCache:
 
     @cached_property
     def _index(self) -> _Index:
-        return _Index([self._shards[name] for name in sorted(self._shards)])
+        return _Index(self._in_order)
 
     def _forget_index(self) -> None:
         self.__dict__.pop("_index", None)
@@ -627,7 +646,7 @@ class LatentCache:
 
     @property
     def _full_shard_rows(self) -> int:
-        return max(1, SHARD_BYTES // _row_bytes(self.space))
+        return max(1, SHARD_BYTES // self.space.row_bytes)
 
     def _publish_pending(self) -> None:
         rows = dict(itertools.islice(self._pending.items(), self._full_shard_rows))
@@ -701,6 +720,48 @@ class LatentCache:
                 with suppress(OSError):  # a shard that stays only holds its rows twice
                     shard.path.unlink()
         self._forget_index()
+
+    # --- pruning ---
+
+    def surplus(self, needed: Collection[str]) -> tuple[int, int]:
+        """Returns how many stored rows have no key in `needed`, and how many bytes they take (within a header)."""
+        counts = [(shard, len(shard) - sum(key in needed for key in _hex_keys(shard.keys))) for shard in self._in_order]
+        one_row = self.space.row_bytes + _KEY_BYTES + _SEAL_BYTES
+        freed = sum(shard.size if count == len(shard) else count * one_row for shard, count in counts)
+        return sum(count for _, count in counts), freed
+
+    def prune(self, needed: Collection[str]) -> None:
+        """Removes the rows whose key is not in `needed`: publishes what is kept of a shard, then removes the old.
+
+        A needed row is at every moment in some published shard. Shards that others publish meanwhile stay.
+
+        Raises:
+            OSError: when publishing or removing fails; every needed row is then still there.
+        """
+        if not self.writable:
+            return
+        for shard in self._in_order:
+            if not all(key in needed for key in _hex_keys(shard.keys)):
+                self._prune_shard(shard, needed)
+        with suppress(OSError):  # not empty, or never made
+            self._space_folder.rmdir()
+
+    def _prune_shard(self, shard: _Shard, needed: Collection[str]) -> None:
+        rows: dict[str, _Row] | None = None
+        with self._noting_problems(shard.path), suppress(FileNotFoundError):  # merged by another process, rows and all
+            rows = {key: row for key, row in self._load_shard(shard.path) if key in needed}
+        if rows is None:
+            return
+        kept = self._publish_shard(rows) if rows else None
+        if kept is None or kept.path != shard.path:
+            self._shards.pop(shard.path.name, None)
+            self._forget_index()
+            with durable.naming(shard.path):
+                shard.path.unlink(missing_ok=True)
+
+    @property
+    def _in_order(self) -> list[_Shard]:
+        return [self._shards[name] for name in sorted(self._shards)]
 
     def _load_shard(self, path: Path) -> list[tuple[str, _Row]]:
         """Reads the good rows of a shard with their names and records; raises _Invalid or OSError."""

@@ -139,7 +139,7 @@ class LatentDataset(Dataset):
         self._row_keys = list(row_of_key)
         self._row_of = np.array([row_of_key[key] for key in self.keys], dtype=np.int64)  # N
         self._rows = torch.from_numpy(self._row_of)  # N, moved to where the table is
-        self._first_position = {row: position for position, row in reversed(list(enumerate(self._row_of.tolist())))}
+        self._first_position = np.unique(self._row_of, return_index=True)[1].tolist()  # of each row
         self._load()
 
     # --- reading ---

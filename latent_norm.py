@@ -106,9 +106,14 @@ class LatentNorm:
 def _check_channel(channel: int, center: float, spread: float) -> None:
     if not (math.isfinite(center) and math.isfinite(spread)):
         raise UserError(f"channel {channel} of the moments is not finite (mean {center}, deviation {spread})")
-    if spread <= max(SMALLEST_SCALE, FLOAT16_RESOLUTION * abs(center)):
+    if is_constant(center, spread):
         raise UserError(
             f"channel {channel} of the moments is constant (mean {center:.4g}, deviation {spread:.2g}) over the images"
             " it is measured on: the VAE does not use it, or the images are all alike; use another VAE or"
             " latent_norm: scale_factor"
         )
+
+
+def is_constant(center: float, spread: float) -> bool:
+    """Says whether a channel with this mean and deviation varies less than its storage can tell."""
+    return spread <= max(SMALLEST_SCALE, FLOAT16_RESOLUTION * abs(center))

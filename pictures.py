@@ -146,6 +146,45 @@ def _draw_upright(
         canvas.paste(strip, (place[0], place[1] - strip.height // 2))
 
 
+# About what a pixel of `encode_image` takes. Spectrograms and photographs lie 30 % around it.
+BYTES_PER_PIXEL = {".png": 1.8, ".jpg": 0.9}
+
+
+def histograms(panels: Sequence[tuple[str, str, np.ndarray]], edges: np.ndarray, expected: np.ndarray) -> Image.Image:
+    """Draws densities as bars, up to four panels in a row, with the expected density as a line over each.
+
+    Args:
+        panels: (title, remark, density [n]) of each.
+        edges: of the bins, [n + 1].
+        expected: density [n] at the middle of the bins.
+    """
+    width, height, pad, title_height, axis_height = 300, 200, 14, 40, 22
+    columns = min(4, len(panels))
+    canvas = Image.new("RGB", (width * columns, height * math.ceil(len(panels) / columns)), _WHITE)
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(size=13)
+    for number, (title, remark, density) in enumerate(panels):
+        left, top = width * (number % columns) + pad, height * (number // columns) + title_height
+        right, bottom = left + width - 2 * pad, top + height - title_height - axis_height
+        across = left + (edges - edges[0]) / (edges[-1] - edges[0]) * (right - left)
+        unit = (bottom - top) / (1.6 * expected.max())  # a peak that is higher is cut off
+        tops = np.maximum(top, bottom - density * unit)
+        for x0, x1, y in zip(across[:-1], across[1:], tops, strict=True):
+            if y < bottom:
+                draw.rectangle([x0, y, max(x0, x1 - 1), bottom], fill=(150, 180, 225))
+        middles = (across[:-1] + across[1:]) / 2
+        draw.line(list(zip(middles.tolist(), (bottom - expected * unit).tolist(), strict=True)), fill=_BLUE, width=2)
+        draw.line([(left, bottom), (right, bottom)], fill=_BLACK)
+        for value in range(math.ceil(edges[0]), math.floor(edges[-1]) + 1):
+            x = left + (value - edges[0]) / (edges[-1] - edges[0]) * (right - left)
+            draw.line([(x, bottom), (x, bottom + 3)], fill=_BLACK)
+            if value % 2 == 0:
+                draw.text((x, bottom + 4), str(value), fill=_BLACK, font=font, anchor="mt")
+        draw.text((left, top - title_height + 4), title, fill=_BLACK, font=font)
+        draw.text((left, top - title_height + 20), remark, fill=(180, 40, 40), font=font)
+    return canvas
+
+
 def encode_image(image: Image.Image, suffix: str) -> bytes:
     """Returns the bytes of an image file: `.png`, or `.jpg` at quality 95 without chroma subsampling."""
     buffer = io.BytesIO()

@@ -20,10 +20,11 @@ import durable
 import hardware
 import images
 import vae
-from config import ImageSettings, UserError
+from config import ImageSettings, PreprocessSettings, UserError
 from images import BadImage, Entry, Skipped, Split, shown
-from latent_cache import LatentCache, Manifest, Space, write_manifest
-from latent_dataset import BatchEncoder, LatentDataset
+from latent_cache import MANIFEST_NAME, LatentCache, Manifest, Space, read_manifest, write_manifest
+from latent_dataset import SPLIT_NAME, BatchEncoder, LatentDataset, read_split
+from sampling import check_decodes
 from script import say, warn
 
 
@@ -97,7 +98,7 @@ def with_fresh_keys(split: Split, data_path: str) -> Split:
 
     def key_of(entry: Entry) -> str:
         try:
-            return images.image_key(_read_file(data_path, entry))
+            return images.image_key(read_file(data_path, entry))
         except OSError:
             return entry.key or _key_of_no_content(entry.class_name, entry.name)
 
@@ -164,7 +165,7 @@ def skipped(entries: list[Entry], bad: Iterable[tuple[int, str]]) -> tuple[Skipp
 def read_image(data_path: str, entry: Entry, *, image_size: int) -> Any:
     """Reads one image as uint8 [S S 3]; refuses it when the file no longer has the content of its key."""
     try:
-        data = _read_file(data_path, entry)
+        data = read_file(data_path, entry)
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror or error}") from error
     if entry.key and images.image_key(data) != entry.key:
@@ -172,7 +173,8 @@ def read_image(data_path: str, entry: Entry, *, image_size: int) -> Any:
     return images.decode(data, image_size=image_size)
 
 
-def _read_file(data_path: str, entry: Entry) -> bytes:
+def read_file(data_path: str, entry: Entry) -> bytes:
+    """Reads the file of an image; raises OSError."""
     return durable.read_whole(images.image_path(data_path, entry), at_most=images.MAX_FILE_BYTES)
 
 
@@ -233,6 +235,53 @@ def _without_vae(settings: ImageSettings, known: ChosenSpace) -> ChosenSpace:
     return known
 
 
+def takes_imported(sources: Mapping[str, str], known: ChosenSpace | None, *, goes_on: bool) -> bool:
+    """Says whether training is on imported latents: the run began with them, or nobody asks for images instead."""
+    return known is not None and known.space.is_imported and (goes_on or not is_explicit(sources, "data_path"))
+
+
+def imported_space(settings: ImageSettings, known: ChosenSpace) -> ChosenSpace:
+    """Returns the space of imported latents as it is: a VAE can decode them, and none can add to them.
+
+    Raises:
+        UserError: when another image size is asked for, or the VAE decodes latents of other channels.
+    """
+    size, channels = known.space.spec["image_size"], known.space.moments_shape[0] // 2
+    if settings.image_size != size:
+        raise UserError(f"--image_size is {settings.image_size}, but the imported latents are of images of {size}")
+    try:
+        identity = vae.read_identity(settings.vae_path)
+    except UserError as error:
+        say(f"no VAE at hand ({error}); imported latents can be trained on without it")
+        return known
+    check_decodes(settings.vae_path, identity, channels)
+    return known
+
+
+def imported_split(settings: ImageSettings, sources: Mapping[str, str], stored: Split | None, where: str) -> Split:
+    """Returns the split that imported latents came with; no setting draws it anew.
+
+    Raises:
+        UserError: when there is none, or a setting asks for another.
+    """
+    if stored is None:
+        raise UserError(f"{where} holds imported latents but no split of them; import them again")
+    counts = Counter(entry.class_name for entry in stored.train)
+    facts: dict[str, set[int | str]] = {
+        "num_users": {"all", len(stored.classes)},
+        "images_per_user": {"all", *counts.values()} if len(set(counts.values())) == 1 else {"all"},
+        "split": {"random"},
+    }
+    for name, fitting in facts.items():
+        value = getattr(settings, name)
+        if is_explicit(sources, name) and value not in fitting:
+            raise UserError(
+                f"--{name} {value} does not fit the {len(stored.train):,} training images of {len(stored.classes)} "
+                "classes that were imported; leave it out, or import again with an --import_split"
+            )
+    return stored
+
+
 def space_of_manifest(manifest: Manifest) -> ChosenSpace:
     """Returns the space that the manifest of a cache names."""
     scale, shift = (_factor(manifest.record.get(name)) for name in ("scale_factor", "shift_factor"))
@@ -290,3 +339,50 @@ def open_dataset(
         device=device,
         on_store_error=on_store_error,
     )
+
+
+def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.device = "cpu") -> LatentDataset:
+    """Opens the dataset of a cache that may lack images, able to encode them as its manifest says.
+
+    Made for training loops of one's own: after `open_cache(folder).fill()` the cache is complete, and
+    `LatentDataset.open(folder)` takes it. The VAE and the images are needed only if something is missing.
+
+    Args:
+        folder: the cache folder that preprocess_latents.py or train_latent_cfg.py made.
+        split: "train" or "test"; the test images may be encoded in this way, too.
+        device: where the VAE encodes.
+
+    Raises:
+        UserError: when the folder is no cache, or something is missing and its VAE is not the one of the cache.
+    """
+    folder = Path(folder)
+    manifest, stored = read_manifest(folder), read_split(folder)
+    if manifest is None or stored is None:
+        raise UserError(f"{folder} has no {MANIFEST_NAME} or no {SPLIT_NAME}; run preprocess_latents.py")
+    layer = config.stored_layer(
+        PreprocessSettings, f"{folder}/{MANIFEST_NAME}", manifest.settings, only_about_cache=True
+    )
+    settings = config.resolve(PreprocessSettings, [layer]).settings
+    cache = LatentCache(folder, manifest.space, writable=durable.can_write(folder))
+
+    def opened(*, able: bool) -> LatentDataset:
+        entries = list(stored.train if split == "train" else stored.test)
+        how = {"cache": cache, "device": torch.device(device), "vae_at_hand": able, "images_at_hand": able}
+        return open_dataset(settings, stored, entries, **how)
+
+    dataset = opened(able=False)
+    if not dataset.missing():
+        return dataset
+    _check_vae_of(manifest, settings.vae_path)
+    return opened(able=True)
+
+
+def _check_vae_of(manifest: Manifest, vae_path: str) -> None:
+    """Raises UserError unless this VAE is there and is the one that made the latents of the manifest."""
+    known = manifest.space
+    space = Space.of(
+        vae.read_identity(vae_path).fingerprint, known.spec["image_size"], images.RECIPE, known.moments_shape
+    )
+    if space.id != known.id:
+        differences = "; ".join(space.differing_fields(known))
+        raise UserError(f"{vae_path} makes other latents than those of the cache ({differences}); give that one")

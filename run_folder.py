@@ -6,10 +6,11 @@ results/state-00002000.safetensors  everything needed to go on; the last two are
 results/ema-00002000.safetensors    the averaged weights alone; one at every save
 results/metrics.jsonl               a line of figures every log_every steps
 results/grid-00002000.png, loss.png
+results/tensorboard/                the same figures and grids as events, where TensorBoard is installed
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ class SavedState:
     def step(self) -> int:
         """Number of finished steps."""
         return self.meta["step"]
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """The averaged weights, by their names in a `LatentDiffusion`."""
+        return {name.removeprefix("ema."): t for name, t in self.tensors.items() if name.startswith("ema.")}
 
 
 def _saved_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], warnings: list[str]) -> SavedState:
@@ -147,10 +153,26 @@ def read_state(path: Path) -> SavedState:
         raise UserError(f"not a whole checkpoint: {error}; give another, or the folder of the run") from error
 
 
+def read_averages(place: Path) -> SavedState:
+    """Reads the newest averaged weights of the run folder that --checkpoint names, or those of one checkpoint file."""
+    if place.is_file():
+        return read_state(place)
+    state = newest_averages(place) if place.is_dir() else None
+    if state is None:
+        raise UserError(f"--checkpoint {place} is neither a checkpoint nor a folder of a run that has saved one")
+    return state
+
+
 def write_plan(folder: Path, settings_yaml: str, split: Split) -> None:
     """Publishes the settings and the split of a new run, or the changed settings of one that goes on."""
     durable.publish(folder / SETTINGS_NAME, settings_yaml.encode())
     durable.publish(folder / SPLIT_NAME, split.to_bytes())
+
+
+def network_facts(settings: Mapping[str, Any], *, num_classes: int, latent_shape: Sequence[int]) -> dict[str, Any]:
+    """Returns the arguments of the `LatentDiffusion` that the settings of a run describe."""
+    facts = {"num_classes": num_classes, "latent_channels": latent_shape[0], "latent_size": latent_shape[1]}
+    return facts | {name: settings[name] for name in _NETWORK_SETTINGS}
 
 
 def build_diffusion(
@@ -161,12 +183,7 @@ def build_diffusion(
     Raises:
         UserError: when the sizes do not fit the latents, or the weights do not fit into memory.
     """
-    facts: dict[str, Any] = {
-        "num_classes": num_classes,
-        "latent_channels": latent_shape[0],
-        "latent_size": latent_shape[1],
-    }
-    facts |= {name: settings[name] for name in _NETWORK_SETTINGS}
+    facts = network_facts(settings, num_classes=num_classes, latent_shape=latent_shape)
     needed, free = network_bytes(**facts), hardware.free_memory_bytes(torch.device("cpu"))
     if needed > free:
         raise UserError(
@@ -177,20 +194,50 @@ def build_diffusion(
     return LatentDiffusion(**facts)
 
 
-class Metrics:
-    """The lines of metrics.jsonl, one JSON object each; those after the step that is resumed are dropped."""
+def averaged_diffusion(state: SavedState) -> LatentDiffusion:
+    """Builds the averaged network of a checkpoint, in eval mode and without gradients.
 
-    def __init__(self, folder: Path, *, step: int, earlier: Path | None = None) -> None:
+    Raises:
+        UserError: when its weights are those of another network.
+    """
+    meta = state.meta
+    diffusion = build_diffusion(
+        meta["settings"], num_classes=len(meta["classes"]), latent_shape=tuple(meta["latent_shape"])
+    )
+    try:
+        diffusion.load_state_dict(state.averages)
+    except RuntimeError as error:
+        raise UserError(
+            f"the checkpoint holds other weights than those of its network: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return diffusion.eval().requires_grad_(False)
+
+
+class Metrics:
+    """The lines of metrics.jsonl, one JSON object each; those after the step that is resumed are dropped.
+
+    Attributes:
+        on_row: told of each new line.
+
+    Args:
+        earlier: the run folder to take the lines from where `folder` has none.
+        dry_run: whether only to read.
+    """
+
+    def __init__(self, folder: Path, *, step: int, earlier: Path | None = None, dry_run: bool = False) -> None:
+        self.on_row: Callable[[dict[str, Any]], None] = lambda row: None
         self.path = folder / METRICS_NAME
         source = self.path if self.path.exists() else (earlier or folder) / METRICS_NAME
         self.rows = [row for row in _read_rows(source) if row["step"] <= step]
-        durable.publish(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        if not dry_run:
+            durable.publish(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
     def add(self, **row: Any) -> None:
         """Appends one line."""
         self.rows.append(row)
         with durable.naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        self.on_row(row)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Returns the steps and values of one figure, over the lines that have it."""

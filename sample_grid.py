@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 import pictures
@@ -28,6 +29,7 @@ class GridMaker:
         dtype: the number format that it samples in.
         dataset: the training data, with its normalisation.
         classes: all class names, in label order.
+        show: told of each grid, with its step.
     """
 
     def __init__(
@@ -39,9 +41,10 @@ class GridMaker:
         classes: Sequence[str],
         folder: Path,
         metrics: Metrics,
+        show: Callable[[int, Image.Image], None] = lambda step, picture: None,
     ) -> None:
         self.settings, self.network, self.dtype, self.dataset = settings, network, dtype, dataset
-        self.folder, self.metrics = folder, metrics
+        self.folder, self.metrics, self.show = folder, metrics, show
         self.num_classes, self.names = len(classes), list(classes)[:_MAX_ROWS]
         self.decoder = Decoder(settings.vae_path, dataset.norm, dataset.device)  # type: ignore[arg-type]
         self.class_means: Tensor | None = None
@@ -74,9 +77,16 @@ class GridMaker:
             path = self.folder / f"grid-{step:08d}.png"
             columns = self.settings.num_samples
             rows = [images[start : start + columns] for start in range(0, len(images), columns)]
-            pictures.save_picture(pictures.labelled_grid(rows, self.names), path)
+            picture = pictures.labelled_grid(rows, self.names)
+            pictures.save_picture(picture, path)
+            self.show(step, picture)
             message += f"; see {path}"
         say(message)
+
+    def expected_bytes(self) -> float:
+        """Returns about how much the picture of one grid takes on disk."""
+        side = self.settings.image_size
+        return len(self._cells()) * side * side * pictures.BYTES_PER_PIXEL[".png"]
 
     def draw_loss(self) -> None:
         """Draws the loss curve from the metrics."""

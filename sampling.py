@@ -107,6 +107,13 @@ class Decoder:
             torch.cuda.empty_cache()
 
 
+def check_decodes(vae_path: str, identity: vae.VAEIdentity, latent_channels: int) -> None:
+    """Raises UserError unless the latents of the VAE at this path have so many channels."""
+    found = identity.latent_channels
+    if found != latent_channels:
+        raise UserError(f"--vae_path {vae_path} decodes latents of {found} channels, and these have {latent_channels}")
+
+
 def nearest_class(samples: Tensor, class_means: Tensor) -> Tensor:
     """Returns for each sample [B C h w] the index of the class mean [K C h w] at the least Euclidean distance."""
     return torch.cdist(samples.flatten(1).float(), class_means.flatten(1).float()).argmin(1)

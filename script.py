@@ -1,6 +1,7 @@
 """What the scripts share: exit codes, the one-line error, signals, progress and log lines."""
 
 import functools
+import os
 import re
 import signal
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import TextIO
 
 from tqdm.auto import tqdm
 
@@ -18,8 +20,10 @@ import durable
 from config import UserError
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
+DRY_RUN_END = "dry run: nothing was written; the times are estimates"
 PROCESS_START = time.monotonic()  # this module is among the first that a script imports
-_LOG_SECONDS = 30.0  # pause between progress lines where output is a log
+_KERNEL_MARK = "JPY_PARENT_PID"  # Jupyter sets it for its kernels, and so for the commands in their cells
+_LOG_SECONDS, _LOG_SHARE = 60.0, 0.1  # least time and least share of the work between progress lines in a log
 
 
 class Stopped(Exception):
@@ -117,9 +121,12 @@ def _describe_os_error(error: OSError) -> str:
     return f"{place}{error.strerror or error}"
 
 
-def check_writable(folder: Path, setting: str) -> None:
-    """Raises UserError, naming the setting, when files cannot be made in a folder; it need not exist yet."""
-    reason = durable.why_not_writable(folder)
+def check_writable(folder: Path, setting: str, *, dry_run: bool) -> None:
+    """Raises UserError, naming the setting, when files cannot be made in a folder; it need not exist yet.
+
+    With `dry_run` that is not tried, but told from permissions.
+    """
+    reason = durable.why_not_permitted(folder) if dry_run else durable.why_not_writable(folder)
     if reason is not None:
         raise UserError(f"--{setting} {folder} cannot be written to ({reason}); give another, or mend that one")
 
@@ -167,10 +174,11 @@ class StopSignals:
 
 
 class Progress:
-    """A bar on a terminal; where output is a log, a plain line every half minute and one at the end."""
+    """A bar on a terminal; in a log, and a notebook's output is one, a plain line now and then and one at the end."""
 
     def __init__(self, *, total: int, unit: str, label: str, initial: int = 0) -> None:
-        self.is_log = not sys.stderr.isatty()
+        self.total, self.unit, self.label = total, unit, label
+        self.is_log = not _is_live(sys.stderr)
         # A bar that is not drawn still counts, so that both forms show the same numbers.
         self.bar = tqdm(
             total=total,
@@ -181,26 +189,42 @@ class Progress:
             dynamic_ncols=not self.is_log,
             smoothing=0.1,
         )
-        self.last_line = time.monotonic()
+        self.last_time, self.last_count = time.monotonic(), initial  # of the last line
 
     def advance(self, count: int = 1, **figures: str) -> None:
         """Moves on by `count`; `figures` are shown behind the bar."""
         if figures:
             self.bar.set_postfix(figures, refresh=False)
         self.bar.update(count)
-        if self.is_log and time.monotonic() - self.last_line >= _LOG_SECONDS:
+        is_time = time.monotonic() - self.last_time >= _LOG_SECONDS
+        if self.is_log and is_time and self.bar.n - self.last_count >= _LOG_SHARE * self.total:
             self._print_line()
 
     def close(self) -> None:
         """Ends the bar."""
-        if self.is_log and self.bar.n:
+        if self.is_log and self.bar.n > self.last_count:
             self._print_line()
         self.bar.close()
 
     def _print_line(self) -> None:
-        facts = dict(self.bar.format_dict, ncols=100, ascii=True)
-        _print_error(self.bar.format_meter(**facts))
-        self.last_line = time.monotonic()
+        facts, done = self.bar.format_dict, self.bar.n
+        parts = [f"{self.label}: {done:,} of {self.total:,} {self.unit} ({done / self.total:.0%})"]
+        parts[0] += f" after {duration(facts['elapsed'])}"
+        if done < self.total:
+            pace = facts["rate"] or (done - facts["initial"]) / facts["elapsed"]
+            parts.append(f"about {duration((self.total - done) / pace)} to go")
+        if facts["postfix"]:
+            parts.append(facts["postfix"])
+        _print_error(", ".join(parts))
+        self.last_time, self.last_count = time.monotonic(), done
+
+
+def _is_live(stream: TextIO) -> bool:
+    """Says whether a line that was printed can be drawn over.
+
+    A command in a cell has a terminal, too, but all that a bar draws on it ends up in the saved notebook.
+    """
+    return stream.isatty() and _KERNEL_MARK not in os.environ
 
 
 class _Nowhere:

@@ -39,6 +39,7 @@ GROUPS_ZH = {
     config.TRAINING: "训练",
     config.SAVING: "保存与日志",
     config.SAMPLING: "采样",
+    config.OUTPUT: "生成的图像",
     config.EVALUATION: "评估",
     config.MACHINE: "机器",
 }
@@ -66,6 +67,20 @@ HELP_ZH = {
     ),
     "the cache folder": "缓存文件夹",
     "which images to encode: train, or train test": "编码哪些图像：`train`，或 `train test`",
+    "list what nobody needs in a cache instead of filling it; with --yes, remove it": (
+        "不填充缓存，只列出其中无人需要的内容；加 `--yes` 则删除"
+    ),
+    "do what --prune lists": "执行 `--prune` 所列的删除",
+    "run folders whose latents --prune keeps, besides those of the cache's own split": (
+        "`--prune` 除缓存自身的划分外还为其保留 latent 的训练结果文件夹"
+    ),
+    "folder of user_07_name.pt files, the latents of an older script, to make a cache of": (
+        "旧脚本留下的 latent 文件夹（`user_07_name.pt` 文件），由它建立缓存"
+    ),
+    "what the older script multiplied its latents by": "旧脚本给 latent 乘的系数",
+    "JSON, CSV or text file with the names of the older script's training (and test) images": (
+        "旧脚本的训练（及测试）图像名单：JSON、CSV 或文本文件"
+    ),
     "check a cache instead of filling it: every seal, and a few images decoded": (
         "不编码，只检查缓存：核对每一行的校验和，并解码几张图像"
     ),
@@ -121,12 +136,26 @@ HELP_ZH = {
     "columns of the sample grid; 0 makes no grid": "样本网格图的列数；0 表示不生成",
     "steps between lines of metrics.jsonl": "每隔多少步在 metrics.jsonl 中写一行",
     "bit-exact resume on a GPU, at some cost in speed": "在 GPU 上续训时逐位一致，速度略有损失",
+    "say what would be done and about how long it takes, and write nothing": (
+        "只说明将要做什么、大约需要多久，不写入任何内容"
+    ),
+    "where figures and grids go, too: auto is tensorboard where it is installed; wandb sends them to its server": (
+        "数据与网格图另外送往何处：auto 在装有 TensorBoard 时用它；wandb 会发送到其服务器"
+    ),
+    "project in Weights & Biases": "Weights & Biases 中的项目名",
+    "name of the run in Weights & Biases; none is that of results_folder": (
+        "Weights & Biases 中的运行名；none 表示取 results_folder 的名字"
+    ),
     "run folder, or one checkpoint file in it": "训练文件夹，或其中的一个检查点文件",
     "class names, or all": "类别名，或 all",
     "images per class": "每个类别生成的图像数",
     "the VAE that decodes; none takes the run's own": "用于解码的 VAE；none 表示用训练时的那个",
     "where the images go": "存放生成图像的文件夹",
     "auto is the format of the training images": "auto 表示与训练图像的格式相同",
+    "levels of noise listed for a DDIM loop; at most as many as the model has timesteps": (
+        "为 DDIM 循环列出的噪声级数；最多与模型的时间步数相同"
+    ),
+    "where the exported model goes": "存放导出模型的文件夹",
     "make only a picture of classes x these guidance scales": "只画一张图：各类别 × 这些引导强度",
     "folder with one sub-folder of generated images per class": "生成图像的文件夹，其中每个类别一个子文件夹",
     "where the report goes": "存放报告的文件夹",
@@ -168,17 +197,15 @@ def tables(language: str) -> str:
 def _table(cls: type, language: str) -> list[str]:
     rows = [_HEADS[language], ("---",) * 4, *_rows(cls, language)]
     lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return [*lines, "", _FREE_NOTES[language]] if _can_resume(cls) else lines
+    return [*lines, "", _FREE_NOTES[language]] if config.can_resume(cls) else lines
 
 
 def _rows(cls: type, language: str) -> Iterator[tuple[str, ...]]:
     specs, standard = config.specs(cls), config.defaults(cls)
-    order = list(GROUPS_ZH)
-    names = sorted(specs, key=lambda name: order.index(specs[name].group))
-    for group, members in groupby(names, key=lambda name: specs[name].group):
+    for group, members in groupby(config.by_group(cls), key=lambda name: specs[name].group):
         yield f"**{GROUPS_ZH[group] if language == 'zh' else group}**", "", "", ""
         for name in members:
-            spec, mark = specs[name], " \\*" if specs[name].free and _can_resume(cls) else ""
+            spec, mark = specs[name], " \\*" if specs[name].free and config.can_resume(cls) else ""
             shown = f"`{config.show(standard[name])}`" if standard[name] != () else _NOTHING[language]
             help_text = HELP_ZH[spec.help] if language == "zh" else spec.help
             yield f"`{name}`{mark}", shown, _takes(spec, language), help_text.replace("*", "\\*").replace("|", "\\|")
@@ -191,10 +218,6 @@ def _takes(spec: Spec, language: str) -> str:
     kind = _PATHS[language] if spec.path else _KINDS[language][spec.kind]
     texts = [_SEVERAL[language].format(kind) if spec.many else kind, *(f"`{word}`" for word in spec.words)]
     return _OR[language].join(texts)
-
-
-def _can_resume(cls: type) -> bool:
-    return "resume_from" in config.specs(cls)
 
 
 def with_tables(text: str, language: str) -> str:

@@ -1,6 +1,8 @@
 """Trains a class-conditional latent diffusion model with classifier-free guidance.
 
     python train_latent_cfg.py
+    python train_latent_cfg.py --dry_run
+    python train_latent_cfg.py --vae_path kl_vae_best.pt --data_path Normal_line --max_hours 11.5
 
 It reads the cache that preprocess_latents.py made, and encodes and caches what is missing there when it is first
 needed. The same command goes on with a run that was stopped.
@@ -31,12 +33,15 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import disk
 import durable
+import forecast
 import hardware
 import latent_cache
 import prepare
 import run_folder
-from diffusion import EMA, LatentDiffusion
+import trackers
+from diffusion import EMA, LatentDiffusion, mean_by_timestep
 from draws import StepDraws, draw_step, visited
 from images import BadImage, Split, shown
 from latent_cache import LatentCache, Space
@@ -58,7 +63,8 @@ _NOT_INHERITED = ("results_folder", "resume_from", "device")  # settings that sa
 def main(argv: Sequence[str] | None) -> int:
     """Runs the script; returns its exit code."""
     plan = make_plan(argv)
-    durable.remove_stale_temporaries(plan.results)
+    if not plan.settings.dry_run:
+        durable.remove_stale_temporaries(plan.results)
     if plan.state is not None and plan.state.step >= plan.settings.train_num_steps:
         say(
             f"the run in {plan.origin} is finished ({plan.state.step:,} steps); a larger --train_num_steps goes further"
@@ -69,6 +75,8 @@ def main(argv: Sequence[str] | None) -> int:
     try:
         data = open_data(plan, device)
         trainer = Trainer(plan.settings, data, device)
+        if plan.settings.dry_run:
+            return dry_run(trainer, plan)
         write_cache_defaults(plan, data)
         trainer.start(plan)
         return run(trainer, plan)
@@ -126,6 +134,7 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
     for line in resolved.changes():
         say(line)
     _refuse_changes(stored, resolved.settings, origin)
+    trackers.choose(resolved.settings.trackers)  # before anything else is done
     _refuse_impossible(resolved.settings)
     return Plan(resolved.settings, resolved.sources, origin, state, manifest, newest_save)
 
@@ -173,7 +182,7 @@ def _refuse_impossible(settings: TrainSettings) -> None:
 
 
 def _check_results_folder(plan: Plan) -> None:
-    script.check_writable(plan.results, "results_folder")
+    script.check_writable(plan.results, "results_folder", dry_run=plan.settings.dry_run)
     if plan.state is None and any(plan.results.glob("ema-*.safetensors")):
         raise UserError(
             f"--results_folder {plan.results} holds averaged weights of an earlier run, but no state-*.safetensors to "
@@ -202,15 +211,19 @@ def open_data(plan: Plan, device: torch.device) -> Data:
     """
     settings, folder = plan.settings, plan.cache_folder
     goes_on = plan.state is not None  # the split is the run's own, so that nothing else can be meant
-    at_hand = prepare.images_at_hand(settings, plan.sources, may_lack=goes_on)
-    split = _run_split(plan, at_hand)
+    known = _known_space(plan)
+    if prepare.takes_imported(plan.sources, known, goes_on=goes_on):
+        at_hand, split, chosen = False, _imported_split(plan), prepare.imported_space(settings, known)  # type: ignore[arg-type]
+    else:
+        at_hand = prepare.images_at_hand(settings, plan.sources, may_lack=goes_on)
+        split = _run_split(plan, at_hand)
+        chosen = prepare.choose_space(settings, plan.sources, known, may_lack=goes_on)
     prepare.warn_of_shared_content(split)
-    chosen = prepare.choose_space(settings, plan.sources, _known_space(plan), may_lack=goes_on)
     _check_same_space(plan, chosen)
-    reason = durable.why_not_writable(folder)
+    reason = durable.why_not_permitted(folder) if settings.dry_run else durable.why_not_writable(folder)
     if reason is not None:
         say(f"{folder} takes no files ({reason}): what is encoded in this run stays in memory")
-    cache = LatentCache(folder, chosen.space, writable=reason is None)
+    cache = LatentCache(folder, chosen.space, writable=reason is None and not settings.dry_run)
     for problem in cache.problems:
         warn(problem)
 
@@ -247,6 +260,15 @@ def _run_split(plan: Plan, at_hand: bool) -> Split:
     if plan.settings.skip_bad_images and stored is not None:
         split = split.without(stored.skipped)
     return split
+
+
+def _imported_split(plan: Plan) -> Split:
+    """Returns the run's own split when it goes on, else the one that the imported latents came with."""
+    own = None if plan.origin is None else read_split(plan.origin)
+    if own is not None:
+        return own
+    folder = plan.cache_folder
+    return prepare.imported_split(plan.settings, plan.sources, read_split(folder), str(folder))
 
 
 def _known_space(plan: Plan) -> ChosenSpace | None:
@@ -377,6 +399,7 @@ class Trainer:
         self.saved_step = -1
         self.known_saves: set[tuple[str, str] | None] = {None}  # newest states that are no other process's
         self.losses: list[Tensor] = []  # of the steps since the last log line, left on the device
+        self.sample_losses: list[tuple[Tensor, Tensor]] = []  # the same by sample: timesteps [b] and losses [b]
         self.grad_norm = torch.zeros((), device=device)
         self.first_bad_step = torch.full((), -1, device=device)
 
@@ -388,7 +411,8 @@ class Trainer:
         else:
             self._restore(plan.state)
         compiled = self.choose_network(None if plan.state is None else plan.state.meta.get("compiled", False))
-        run_folder.write_plan(plan.results, config.to_yaml(self.settings), self.data.split)
+        if not self.settings.dry_run:
+            run_folder.write_plan(plan.results, config.to_yaml(self.settings), self.data.split)
         parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
         passes = "" if self.pass_size == self.batch else f" in passes of {self.pass_size}"
         say(
@@ -440,7 +464,7 @@ class Trainer:
     def _gradients(self, parts: Sequence[StepDraws]) -> Tensor:
         """Leaves the gradients of a step in the network, and returns its loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=self.device)
+        loss, by_sample = torch.zeros((), device=self.device), []
         for part in parts:
             latents, labels = self.latents_of(part)
             with self.autocast():
@@ -450,6 +474,8 @@ class Trainer:
             share = losses.sum() / self.batch
             self.scaler.scale(share).backward()
             loss = loss + share.detach()
+            by_sample.append((part.times, losses.detach()))
+        self.sample_losses += by_sample
         return loss
 
     def _do_without_compiler(self, error: RuntimeError) -> None:
@@ -536,6 +562,7 @@ class Trainer:
             self.diffusion, self.ema.model, self.optimizer, self.scaler
         )
         tensors["log.losses"] = torch.stack(self.losses) if self.losses else torch.zeros(0)
+        tensors["log.times"], tensors["log.sample_losses"] = self.losses_by_sample()
         meta = self._meta()
         try:
             if with_average:  # first: a run that goes on from the full state does not make it again
@@ -554,6 +581,12 @@ class Trainer:
         self.known_saves.add(checkpoint.newest_stamp(folder))
         checkpoint.prune(folder, step=self.finished_steps)
         self.saved_step = self.finished_steps
+
+    def losses_by_sample(self) -> tuple[Tensor, Tensor]:
+        """Returns the timesteps [n] and losses [n] of all samples since the last log line, on the device."""
+        empty = (torch.zeros(0, dtype=torch.long), torch.zeros(0))
+        times, losses = zip(*(self.sample_losses or [empty]), strict=True)
+        return torch.cat(times), torch.cat(losses).float()
 
     def _refuse_company(self, folder: Path) -> None:
         """Raises Failed when another process has saved there meanwhile; without locks, one of two goes on."""
@@ -585,14 +618,22 @@ class Trainer:
     def _restore(self, state: SavedState) -> None:
         self.dataset.set_norm(LatentNorm.from_json(state.meta["latent_norm"]))
         losses = state.tensors.pop("log.losses", torch.zeros(0))
-        if losses.ndim != 1 or not losses.is_floating_point():
-            raise UserError(
-                f"{state.path} holds {list(losses.shape)} losses of {losses.dtype}, which is no list of them"
-            )
+        times = state.tensors.pop("log.times", torch.zeros(0, dtype=torch.long))
+        by_sample = state.tensors.pop("log.sample_losses", torch.zeros(0))
+        for found in (losses, by_sample):
+            if found.ndim != 1 or not found.is_floating_point():
+                raise UserError(
+                    f"{state.path} holds {list(found.shape)} losses of {found.dtype}, which is no list of them"
+                )
+        if times.dtype != torch.long or times.shape != by_sample.shape:
+            raise UserError(f"{state.path} holds {list(times.shape)} timesteps for {list(by_sample.shape)} losses")
+        if ((times < 0) | (times >= self.settings.timesteps)).any():
+            raise UserError(f"{state.path} holds losses of timesteps that there are not")
         checkpoint.unpack_training_state(
             state.tensors, state.meta["training"], self.diffusion, self.ema.model, self.optimizer, self.scaler
         )
         self.losses = list(losses.to(self.device))
+        self.sample_losses = [(times.to(self.device), by_sample.to(self.device))] if len(times) else []
         self.finished_steps = state.step
 
 
@@ -603,15 +644,10 @@ def run(trainer: Trainer, plan: Plan) -> int:
     """Trains to the end, the time budget or a signal; saves in every case, and says how it ended."""
     settings = plan.settings
     metrics = Metrics(plan.results, step=trainer.finished_steps, earlier=plan.origin)
-    grids = GridMaker(
-        settings,
-        trainer.ema.model,  # type: ignore[arg-type]
-        trainer.dtype,
-        trainer.dataset,
-        trainer.data.split.classes,
-        plan.results,
-        metrics,
-    )
+    shown_in = open_trackers(settings, trainer.finished_steps, metrics)
+    grids = make_grid_maker(trainer, plan.results, metrics)
+    metrics.on_row, grids.show = shown_in.add_row, shown_in.add_picture
+    tell_disk(trainer, grids, plan.results)
     clock = Clock(settings.max_hours, trainer)
     fresh = plan.state is None
     try:
@@ -632,11 +668,77 @@ def run(trainer: Trainer, plan: Plan) -> int:
                 if done < settings.train_num_steps and (signals.received is not None or clock.is_up()):
                     return _stop(trainer, plan, signals)
     finally:
+        shown_in.close()
         trainer.dataset.cache_flush()
         trainer.dataset.close_encoder()
     say(f"done: {trainer.finished_steps:,} steps; peak memory {hardware.peak_memory(trainer.device)}")
     say(f"next: python generate.py --checkpoint {settings.results_folder}")
     return DONE
+
+
+def open_trackers(settings: TrainSettings, step: int, metrics: Metrics) -> trackers.Trackers:
+    """Opens what shows the run besides its folder."""
+    folder = Path(settings.results_folder)
+    return trackers.Trackers(
+        trackers.choose(settings.trackers),
+        folder,
+        step=step,
+        rows=metrics.rows,
+        project=settings.wandb_project,
+        run_name=settings.wandb_name or folder.absolute().name,
+        settings=config.to_dict(settings),
+    )
+
+
+def make_grid_maker(trainer: Trainer, folder: Path, metrics: Metrics) -> GridMaker:
+    """Makes what samples and draws the grids."""
+    return GridMaker(
+        trainer.settings,
+        trainer.ema.model,  # type: ignore[arg-type]
+        trainer.dtype,
+        trainer.dataset,
+        trainer.data.split.classes,
+        folder,
+        metrics,
+    )
+
+
+def dry_run(trainer: Trainer, plan: Plan) -> int:
+    """Encodes a few images, takes a few steps and rehearses a grid, to say what the run takes; writes nothing.
+
+    The steps are the real ones, on random latents where an image is not encoded yet. All stays in memory.
+    """
+    dataset, settings = trainer.dataset, plan.settings
+    missing, encoder = dataset.missing(), dataset.encode
+    say(forecast.encoding(dataset, missing))
+    dataset.encode, dataset.read_image = forecast.random_moments(dataset.moments_shape), forecast.blank_image
+    trainer.start(plan)
+    trainer.losses_of, trainer.is_compiled = trainer.diffusion, False
+    first_step = trainer.finished_steps
+    say(forecast.training(trainer.train_step, settings.train_num_steps - first_step, trainer.device))
+    trainer.finished_steps = first_step
+    metrics = Metrics(plan.results, step=first_step, earlier=plan.origin, dry_run=True)
+    grids = make_grid_maker(trainer, plan.results, metrics)
+    grids.rehearse()
+    say(f"{forecast.memory(trainer.device)}{' with the encoder' if missing and encoder is not None else ''}")
+    tell_disk(trainer, grids, plan.results)
+    num_bytes = latent_cache.expected_bytes(dataset.cache.space, len(missing))
+    disk.tell(num_bytes, f"{len(missing):,} latents", plan.cache_folder, remedy="give another --latents_cache_folder")
+    say(script.DRY_RUN_END)
+    return DONE
+
+
+def tell_disk(trainer: Trainer, grids: GridMaker, folder: Path) -> None:
+    """Says what the saves to come, with their grids, will take on the disk."""
+    settings, every = trainer.settings, trainer.settings.save_and_sample_every
+    num_saves = math.ceil(settings.train_num_steps / every) - trainer.finished_steps // every
+    states = checkpoint.bytes_for_saves(folder, num_saves, trainer.diffusion, trainer.ema.model)  # type: ignore[arg-type]
+    disk.tell(
+        states + num_saves * grids.expected_bytes(),
+        f"{num_saves:,} save{'s' * (num_saves > 1)}",
+        folder,
+        remedy="raise --save_and_sample_every, or give another --results_folder",
+    )
 
 
 def _bar(trainer: Trainer, settings: TrainSettings) -> Any:
@@ -653,16 +755,20 @@ def log(trainer: Trainer, metrics: Metrics, bar: Progress, clock: "Clock") -> No
     """Writes a line of figures; this is where the device is waited for."""
     trainer.check_finite()
     losses = torch.stack(trainer.losses).tolist()
-    trainer.losses = []
+    times, sample_losses = (values.tolist() for values in trainer.losses_by_sample())
+    trainer.losses, trainer.sample_losses = [], []
     loss, pace = math.fsum(losses) / len(losses), clock.steps_per_second()
     metrics.add(
         step=trainer.finished_steps,
         loss=loss,
         lr=trainer.settings.train_lr,
         grad_norm=float(trainer.grad_norm),
+        **({"loss_scale": trainer.scaler.get_scale()} if trainer.scaler.is_enabled() else {}),
+        seconds_per_step=round(1 / pace, 6),
         steps_per_second=round(pace, 3),
         images_per_second=round(pace * trainer.batch, 2),
         hours=round(clock.seconds() / 3600, 4),
+        loss_by_timestep=mean_by_timestep(times, sample_losses, trainer.settings.timesteps),
     )
     bar.advance(0, loss=f"{loss:.4f}")
 

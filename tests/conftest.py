@@ -46,3 +46,12 @@ def cached(trained: Path, world: Path) -> Path:
     """A world whose images are all encoded already."""
     shutil.copytree(trained / "latents_cache", world / "latents_cache")
     return world
+
+
+@pytest.fixture
+def emptied(world: Path) -> Path:
+    """A world whose cache has manifest and split, and has lost every latent."""
+    assert pipeline.preprocess(world) == 0
+    (space,) = (path for path in (world / "latents_cache").iterdir() if path.is_dir())
+    shutil.rmtree(space)
+    return world

@@ -158,6 +158,20 @@ MERGE = Work(
 )
 
 
+def _prune(folder: Path, tell: Tell) -> None:
+    LatentCache(folder / "cache", SPACE, writable=True).prune({tiny_cache.key(i) for i in (0, 1)})
+    tell("1")
+
+
+PRUNE = Work(
+    "a prune of three shards",
+    lambda folder: _prepare_rows(folder, [0], [1, 2], [3]),
+    _prune,
+    lambda folder, told: _check_cache(folder, [0, 1], told),
+    num_files=2,
+)
+
+
 # --- manifest and split ------------------------------------------------------------------------------------
 
 
@@ -248,7 +262,7 @@ CHECKPOINT = Work(
     num_files=3,  # the last two states, and the averages
 )
 
-WORKS = (REPLACED_FILE, NEW_FOLDERS, FIRST_SHARD, SECOND_SHARD, MERGE, MANIFEST, CHECKPOINT)
+WORKS = (REPLACED_FILE, NEW_FOLDERS, FIRST_SHARD, SECOND_SHARD, MERGE, PRUNE, MANIFEST, CHECKPOINT)
 
 
 def temporaries(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from os_faults import fault_at, raising
 from pipeline import SIZE, STEPS, generate, preprocess, train
 
 import checkpoint
+import export_model
 import generate as generate_script
 import latent_cache
 import preprocess_latents
@@ -36,6 +37,7 @@ SCRIPTS: dict[str, ModuleType] = {
     "preprocess": preprocess_latents,
     "train": train_latent_cfg,
     "generate": generate_script,
+    "export": export_model,
 }
 ENCODING = pytest.mark.parametrize("run", [preprocess, train], ids=["preprocess", "train"])
 
@@ -92,6 +94,8 @@ def call(name: str, *words: object) -> int:
         ("train", ["--seed", 2**70], [2**70, "--seed", "largest allowed"]),
         ("generate", ["--images_per_class", "0"], ["images_per_class is 0", "smallest allowed is 1"]),
         ("generate", ["--image_format", "gif"], ["'gif'", "auto, jpg, png"]),
+        ("export", ["--steps", "9"], ["--steps", "did you mean --ddim_steps?"]),
+        ("export", ["--seed", "9"], ["--seed", "it is one of"]),
         ("train", ["--config", "nowhere.yaml"], ["--config nowhere.yaml", "No such file"]),
         ("train", ["--config", "."], ["--config .", "Is a directory"]),
         ("train", ["--config"], ["--config", "expected one argument"]),

@@ -1,5 +1,6 @@
 """Settings: one home for each fact, the same parser for flags and files, and the order of precedence."""
 
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -23,12 +24,13 @@ def test_every_default_is_a_value_that_could_be_typed(cls):
     for name, default in config.defaults(cls).items():
         assert config.parse(name, config.to_words(default), config.specs(cls)[name], "a test") == default
         num_checked += 1
-    assert num_checked == len(fields(cls)) > 10
+    assert num_checked == len(fields(cls)) >= 4
 
 
 @pytest.mark.parametrize("cls", ALL)
 def test_settings_survive_the_way_through_yaml(cls, tmp_path):
-    changed = {"seed": 7, "device": "cpu"}
+    changed = {name: value for name, value in {"seed": 7, "cond_scale": 3.0}.items() if name in config.specs(cls)}
+    assert changed
     settings = config.resolve(cls, [Layer("a test", changed)]).settings
     path = tmp_path / "settings.yaml"
     path.write_text(config.to_yaml(settings))
@@ -50,6 +52,13 @@ def test_scientific_notation_is_a_number_in_a_file_as_in_a_flag(tmp_path):
     assert settings.train_lr == 1e-3 == read(TrainSettings, "--train_lr", "1e-3").settings.train_lr
     assert settings.dim_mults == (1, 2)
     assert settings.max_hours is None
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("on", "true"), ("off", "false"), ("Yes", "true"), ("0", "false"), ("auto", "auto")]
+)
+def test_a_switch_with_a_third_position_takes_the_words_of_a_switch(word, value):
+    assert read(TrainSettings, "--compile", word).settings.compile == value
 
 
 def test_flag_wins_over_file_over_run_over_manifest_over_default(tmp_path):
@@ -97,7 +106,10 @@ def test_the_manifest_speaks_only_of_the_cache():
         (["--vae_path", ""], "vae_path is '' in --vae_path; it takes a text"),
         (["--dim"], "argument --dim: expected one argument; --help lists the settings"),
         (["--output_folder", "x"], "there is no setting --output_folder; did you mean --latents_cache_folder?"),
-        (["--checkpoint", "x"], "there is no setting --checkpoint; it is one of generate.py and evaluate_images.py"),
+        (
+            ["--checkpoint", "x"],
+            "there is no setting --checkpoint; it is one of generate.py and evaluate_images.py and export_model.py",
+        ),
         (["stray"], "there is no setting stray; --help lists the settings"),
     ],
 )
@@ -180,7 +192,8 @@ def test_help_does_not_import_torch(script):
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--seed" in done.stdout and "(default: 42)" in done.stdout
+    name, default = next(iter(config.defaults(config.SCRIPTS[script]).items()))
+    assert f"--{name} " in done.stdout and f"(default: {default})" in done.stdout
 
 
 def test_a_mistake_in_a_flag_ends_with_one_line_and_exit_code_2():
@@ -196,3 +209,26 @@ def test_configs_hold_only_known_settings():
     for file in files:
         config.read_file(TrainSettings, str(file))
     assert files
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_help_shows_each_setting_once_under_its_topic_with_unit_and_default(cls):
+    text = config._parser(cls, "A script.\n\n    python script.py --flag\n").format_help()
+    lines = text.splitlines()
+    assert "    python script.py --flag" in lines
+    pieces = re.split(r"^(\S.*):\n", text, flags=re.MULTILINE)
+    words = {topic: " ".join(part.split()) for topic, part in zip(pieces[1::2], pieces[2::2], strict=True)}
+    expected = {spec.group for spec in config.specs(cls).values()}
+    assert list(words) == ["options", *(group for group in config.GROUPS if group in expected)]
+    for name, spec in config.specs(cls).items():
+        found = words[spec.group]
+        assert found.count(f"--{name} ") == 1
+        own = found.partition(f"--{name} ")[2].partition(" --")[0].partition(" * may change")[0]
+        assert config.metavar(spec) in own and spec.unit.upper() in own
+        mark = " *" if spec.free and config.can_resume(cls) else ""
+        assert f"(default: {config.show(config.defaults(cls)[name])}){mark}" in own
+        assert mark or ") *" not in own
+
+
+def test_every_group_has_its_place():
+    assert {spec.group for cls in ALL for spec in config.specs(cls).values()} == set(config.GROUPS)

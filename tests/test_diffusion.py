@@ -275,6 +275,23 @@ def test_accumulated_micro_batches_have_the_gradient_of_the_effective_batch():
     assert (gradients[0] - gradients[1]).norm() < 2e-6 * gradients[0].norm()
 
 
+def test_weights_with_the_channels_last_have_the_losses_and_gradients_of_plain_ones():
+    turned: Any = tiny()
+    turned = turned.to(memory_format=torch.channels_last)
+    assert not all(weight.is_contiguous() for weight in turned.parameters())
+    latents, classes = randn(8, 2, 8, 8), torch.arange(8) % 3
+    draws = draw_step(0, 0, batch=8, size=8, latent_shape=(2, 8, 8), timesteps=1000, cond_drop_prob=0.5)
+    losses, gradients = [], []
+    for model in (tiny(), turned):
+        losses.append(
+            model(latents, classes, times=draws.times, noise=draws.noise, cond_keep_mask=draws.cond_keep_mask)
+        )
+        losses[-1].sum().backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]))
+    assert torch.allclose(losses[0], losses[1], rtol=1e-5)
+    assert (gradients[0] - gradients[1]).norm() < 2e-6 * gradients[0].norm()
+
+
 def test_latents_of_another_shape_are_refused():
     given = {"times": torch.tensor([1]), "noise": randn(1, 2, 4, 4), "cond_keep_mask": torch.tensor([True])}
     with pytest.raises(ValueError, match="shape"):

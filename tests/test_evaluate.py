@@ -21,6 +21,7 @@ import evaluate_images
 import evaluation
 import images
 import inception
+import run_folder
 import vae
 from generate import Generator
 from latent_dataset import BatchEncoder, read_split
@@ -88,7 +89,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def latents_by_hand(root: Path, paths: list[Path]) -> torch.Tensor:
     """Encodes files one by one, without cache, with the normalisation that stands in the checkpoint."""
     encoder = vae.load_vae(root / "vae.pt", "cpu", parts="encoder")
-    meta = evaluate_images.generate.read_averages(root / "results").meta
+    meta = run_folder.read_averages(root / "results").meta
     norm = LatentNorm.from_json(meta["latent_norm"])
     found = []
     for path in paths:

@@ -498,9 +498,25 @@ def test_pixels_reach_the_vae_as_torchvision_would_give_them():
     from torchvision.transforms.functional import to_tensor
 
     images, network = random_images(2), tiny_vae.tiny_vae()
-    padded = torch.cat([torch.stack([to_tensor(image.numpy()) for image in images]), torch.zeros(2, 3, 16, 16)])
-    padded = padded.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(real_encoder()(images), network.encode(padded)[:2])
+    for image, moments in zip(images, real_encoder()(images), strict=True):
+        pixels = to_tensor(image.numpy())[None].contiguous(memory_format=torch.channels_last)
+        assert torch.equal(moments, network.encode(pixels)[0])
+
+
+def test_a_short_call_is_padded_to_the_shape_of_all_calls():
+    shapes, network = [], tiny_vae.tiny_vae()
+
+    class Noting(nn.Module):
+        def encode(self, pixels: Tensor) -> Tensor:
+            shapes.append(tuple(pixels.shape))
+            return network.encode(pixels)
+
+    encode, images = real_encoder(network=Noting()), random_images(6)
+    one_by_one = encode(images)
+    assert shapes == [(1, 3, 16, 16)] * 6  # on a CPU
+    encode.batch_size = 4  # as on a GPU
+    assert torch.allclose(encode(images), one_by_one, atol=1e-5)
+    assert shapes[6:] == [(4, 3, 16, 16)] * 2
 
 
 def test_the_vae_is_built_at_the_first_call_and_again_after_it_was_freed():

@@ -16,6 +16,7 @@ import prepare
 import vae
 from config import ImageSettings, PreprocessSettings, UserError
 from images import BadImage, Entry, Split
+from latent_dataset import LatentDataset
 
 FLAG = dict.fromkeys(config.specs(PreprocessSettings), "flag")
 MANIFEST = dict.fromkeys(config.specs(PreprocessSettings), "manifest of latents_cache")
@@ -194,3 +195,48 @@ def test_the_manifest_gives_the_space_back(world):
     assert manifest is not None
     assert prepare.space_of_manifest(manifest) == dataclasses.replace(chosen, vae_at_hand=False)
     assert manifest.settings["data_path"] == str(world / "data")
+
+
+# --- a cache in other people's loops -----------------------------------------------------------------------
+
+
+def test_a_complete_cache_opens_without_vae_and_images(cached, encoder):
+    shutil.rmtree(cached / "data")
+    (cached / "vae.pt").unlink()
+    dataset = prepare.open_cache(cached / "latents_cache")
+    assert dataset.fill() == [] and len(dataset) == 15 and encoder.built == []
+
+
+def test_what_a_cache_lacks_is_encoded_to_the_same_latents(emptied, trained, encoder):
+    assert prepare.open_cache(emptied / "latents_cache").fill() == []
+    assert encoder.num_images == 15
+    assert pipeline.stored_moments(emptied / "latents_cache") == pipeline.stored_moments(trained / "latents_cache")
+    assert len(LatentDataset.open(emptied / "latents_cache")) == 15
+
+
+def test_the_test_images_can_be_encoded_later(cached, encoder):
+    with pytest.raises(UserError, match="9 of 9 test images are not in"):
+        LatentDataset.open(cached / "latents_cache", split="test")
+    assert prepare.open_cache(cached / "latents_cache", split="test").fill() == []
+    assert encoder.num_images == 9
+    assert len(LatentDataset.open(cached / "latents_cache", split="test")) == 9
+
+
+def test_images_that_are_gone_are_named_with_the_reason(emptied):
+    shutil.rmtree(emptied / "data" / "ID_1")
+    dataset = prepare.open_cache(emptied / "latents_cache")
+    failed = dataset.fill()
+    assert [dataset.names[position].split("/")[0] for position, _ in failed] == ["ID_1"] * 5
+    assert {reason for _, reason in failed} == {"cannot be read: No such file or directory"}
+
+
+def test_another_vae_does_not_complete_a_cache(emptied):
+    tiny_vae.save_tiny_vae(emptied / "vae.pt", seed=1)
+    with pytest.raises(UserError, match=r"makes other latents than those of the cache \(vae\.weights: .* vs .*\)"):
+        prepare.open_cache(emptied / "latents_cache")
+
+
+def test_a_folder_that_is_no_cache_is_refused(tmp_path, cached):
+    for folder in (tmp_path, cached / "data"):
+        with pytest.raises(UserError, match=r"has no manifest\.json or no split\.json; run preprocess_latents\.py"):
+            prepare.open_cache(folder)

@@ -1,8 +1,9 @@
 """Both READMEs are true: blocks run or parse, what they name exists, and they say the same.
 
-A python block is run, in a folder with a complete cache in `latents_cache`; one marked ```python not-run is not. A
-line of a bash block is a command, `!` or `%` before it being a notebook's; one that no function here checks is a
-failure. A text block is output or a drawing. A message in a table is code with an ellipsis for what varies.
+A python block is run, in a folder with a complete cache in `latents_cache` and a model in `exported`; one marked
+```python not-run is not. A line of a bash block is a command, `!` or `%` before it being a notebook's; one that no
+function here checks is a failure. A text block is output or a drawing. A message in a table is code with an ellipsis
+for what varies.
 """
 
 import ast
@@ -20,13 +21,15 @@ import tiny
 import tiny_vae
 
 import config
+import export_model
 import preprocess_latents
 import script
 import settings_table
+import train_latent_cfg
 
 ROOT = Path(__file__).parents[1]
 READMES = {language: (ROOT / path).read_text(encoding="utf-8") for language, path in settings_table.READMES.items()}
-WRITTEN_BY_USERS = {"kl_vae_best.pt", "vae.pt", "001.jpg", "002.jpg"}
+WRITTEN_BY_USERS = {"kl_vae_best.pt", "vae.pt", "user_07_name.pt", "001.jpg", "002.jpg"}
 KINDS_OF_FILE = "py|yaml|json|jsonl|toml|txt|md|png|jpg|csv|safetensors|pt|pth"
 OTHER_FLAGS = {"--config", "--help", "--write"}
 by_language = pytest.mark.parametrize("language", READMES)
@@ -64,6 +67,9 @@ def cache_of_both_splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.make_images(root / "data", {"ID_1": 7, "ID_2": 7, "ID_10": 7})
     tiny_vae.save_tiny_vae(root / "vae.pt")
     assert preprocess_latents.main(tiny.preprocess_flags(root, splits=["train", "test"])) == script.DONE
+    assert train_latent_cfg.main(tiny.train_flags(root, train_num_steps=1, num_samples=0)) == script.DONE
+    exported = {"checkpoint": root / "results", "output_folder": root / "exported", "ddim_steps": 3}
+    assert export_model.main(tiny.flags(exported)) == script.DONE
     return root
 
 
@@ -141,6 +147,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "pip": check_pip,
     "git": check_nothing,
     "cd": check_nothing,
+    "tensorboard": check_nothing,
 }
 
 
@@ -197,6 +204,21 @@ def test_a_file_that_nobody_knows_is_noticed():
     assert is_known_file("results/ema-00002000.safetensors") and is_known_file("constraints.txt")
     assert not is_known_file("results/weights-00002000.safetensors")
     assert not is_known_file("latents_cache/index.json")
+
+
+OF_OTHER_PROGRAMS = {"MDSWriter", "DistributedDataParallel", "open"}
+
+
+def test_what_the_page_on_scale_names_exists():
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert all((ROOT / "docs" / target).exists() for target in re.findall(r"\]\((\.[^)]+)\)", page))
+    code, num_found = "\n".join(sources().values()), 0
+    for span in set(code_spans(page)) - OF_OTHER_PROGRAMS:
+        name = span.rpartition(".")[2]
+        is_known = is_known_file(span) or re.search(rf"^ *(def|class) {re.escape(name)}\b", code, re.MULTILINE)
+        assert is_known or span == "index.json", span
+        num_found += 1
+    assert num_found > 25
 
 
 @by_language

@@ -1,11 +1,13 @@
 """What the scripts share: exit codes, signals, progress, the words for times and sizes; and the device."""
 
+import contextlib
 import io
 import os
 import re
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -19,7 +21,7 @@ from config import UserError
 from script import Failed, Stopped, StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("preprocess_latents.py", "train_latent_cfg.py", "generate.py")
+SCRIPTS = ("preprocess_latents.py", "train_latent_cfg.py", "generate.py", "export_model.py")
 
 
 # --- how a script ends -------------------------------------------------------------------------------------
@@ -71,7 +73,7 @@ def test_help_comes_before_torch_is_imported(name):
     code += f"runpy.run_path('{name}', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.startswith("usage: ") and "--seed INT" in done.stdout
+    assert done.stdout.startswith("usage: ") and "--config FILE" in done.stdout and " INT " in done.stdout
 
 
 # --- signals -----------------------------------------------------------------------------------------------
@@ -88,7 +90,7 @@ class Finder:
         if wanted == "{module}":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder())
-sys.argv = ["{name}", "--device", "cpu"]
+sys.argv = ["{name}", "--config", "configs/demo.yaml"]
 runpy.run_path("{name}", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -127,16 +129,29 @@ def test_signals_are_left_alone_outside_the_main_thread():
 # --- what is shown -----------------------------------------------------------------------------------------
 
 
-def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(capsys, monkeypatch):
-    with script.progress(total=30, unit="images", label="encode", initial=10) as bar:
-        bar.advance(5)
-        bar.advance(5, loss="0.25")
-        assert capsys.readouterr().err == ""
-        monkeypatch.setattr(bar, "last_line", time.monotonic() - 31)
-        bar.advance(5)
-        assert re.match(r"encode: +83%\|.*\| 25/30 \[.*, loss=0\.25\]\n$", capsys.readouterr().err)
+def test_a_log_gets_a_line_when_a_minute_and_a_tenth_have_passed_and_one_at_the_end(capsys, monkeypatch):
+    with script.progress(total=3000, unit="images", label="encode", initial=1000) as bar:
+        bar.advance(500)
+        bar.advance(500, loss="0.25")
+        assert capsys.readouterr().err == ""  # no minute has passed
+        monkeypatch.setattr(bar, "last_time", time.monotonic() - 61)
+        bar.advance(200)
+        line = r"encode: 2,200 of 3,000 images \(73%\) after 0\.\d s, about 0\.\d s to go, loss=0\.25\n"
+        assert re.fullmatch(line, capsys.readouterr().err)
+        monkeypatch.setattr(bar, "last_time", time.monotonic() - 61)
+        bar.advance(299)
+        assert capsys.readouterr().err == ""  # no tenth
+        bar.advance(501)
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and "25/30" in captured.err and captured.out == ""
+    assert re.fullmatch(r"encode: 3,000 of 3,000 images \(100%\) after 0\.\d s, loss=0\.25\n", captured.err)
+    assert captured.out == ""
+
+
+def test_no_line_of_a_log_comes_twice(capsys, monkeypatch):
+    with script.progress(total=2, unit="images", label="encode") as bar:
+        monkeypatch.setattr(bar, "last_time", time.monotonic() - 61)
+        bar.advance(2)
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_nothing_is_shown_of_work_that_never_began(capsys):
@@ -145,16 +160,40 @@ def test_nothing_is_shown_of_work_that_never_began(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_terminal_gets_a_bar(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+WORK = """
+import time, script
+with script.progress(total=300, unit="steps", label="train") as bar:
+    for _ in range(300):
+        bar.advance()
+        time.sleep(0.003)
+"""
 
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with script.progress(total=2, unit="steps", label="train") as bar:
-        bar.advance(2)
-    assert "\r" in terminal.getvalue() and "2/2" in terminal.getvalue()
+
+def test_a_pipe_gets_one_line_of_short_work():
+    done = subprocess.run([sys.executable, "-c", WORK], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert re.fullmatch(r"train: 300 of 300 steps \(100%\) after \d\.\d s\n", done.stderr) and done.stdout == ""
+
+
+@pytest.mark.parametrize("in_cell", [False, True])
+def test_a_terminal_gets_a_bar_but_not_that_of_a_notebook_cell(in_cell):
+    environment = {name: value for name, value in os.environ.items() if name != "JPY_PARENT_PID"}
+    environment |= {"JPY_PARENT_PID": "1"} if in_cell else {}
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    with subprocess.Popen([sys.executable, "-c", WORK], cwd=ROOT, env=environment, stderr=theirs):
+        os.close(theirs)
+        text = read_terminal(ours)
+    assert "300" in text
+    assert text.count("\r") - text.count("\r\n") > 3 if not in_cell else text.count("\r") == 1
+
+
+def read_terminal(descriptor: int) -> str:
+    """Reads what comes through a pseudo-terminal until its other end is closed."""
+    parts = []
+    with contextlib.suppress(OSError), open(descriptor, "rb", buffering=0) as file:  # Linux ends it by an error
+        while part := file.read(4096):
+            parts.append(part)
+    return b"".join(parts).decode()
 
 
 def test_lines_and_warnings_go_to_their_own_streams(capsys):

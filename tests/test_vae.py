@@ -100,6 +100,17 @@ def plain_decode(latents, state, *, num_levels, num_blocks):
     return plain_end(x, state, "decoder")
 
 
+def test_channels_last_changes_only_rounding(tmp_path):
+    save_tiny_vae(tmp_path / "vae.pt", multipliers=(1, 2))
+    plain = load_vae(str(tmp_path / "vae.pt"), "cpu")
+    turned = load_vae(str(tmp_path / "vae.pt"), "cpu", memory_format=torch.channels_last)
+    assert not all(parameter.is_contiguous() for parameter in turned.parameters())
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    latents = plain.encode(images)[:, :4]
+    assert torch.allclose(turned.encode(images), plain.encode(images), atol=1e-4)
+    assert torch.allclose(turned.decode(latents), plain.decode(latents), atol=1e-4)
+
+
 def test_default_width_has_the_known_size_and_shapes():
     with torch.device("meta"):
         network = KLVAE(

@@ -54,6 +54,7 @@ def train_flags(root: Path, **changes: object) -> list[str]:
         "log_every": 2,
         "join_passes": "false",
         "compile": "false",
+        "trackers": "none",
         "device": "cpu",
     }
     return flags(settings | changes)

@@ -33,6 +33,7 @@ from tiny_vae import save_tiny_diffusers_vae, save_tiny_vae, tiny_vae
 
 import checkpoint
 import durable
+import export_model
 import generate as generate_script
 import images
 import latent_cache
@@ -50,7 +51,12 @@ from vae import load_vae, read_identity
 
 ROOT = Path(latent_cache.__file__).parent
 MEMORY = 150_000_000  # bytes that a refusal may cost at most
-SCRIPTS = {"preprocess": preprocess_latents, "train": train_latent_cfg, "generate": generate_script}
+SCRIPTS = {
+    "preprocess": preprocess_latents,
+    "train": train_latent_cfg,
+    "generate": generate_script,
+    "export": export_model,
+}
 
 
 @pytest.fixture
