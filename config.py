@@ -50,7 +50,7 @@ def _setting(default: Any, kind: type, group: str, help: str, **facts: Any) -> A
     return field(default=default, metadata={"spec": Spec(kind=kind, help=help, group=group, **facts)})
 
 
-DATA, CACHE, NETWORK, DIFFUSION, TRAINING, SAVING, SAMPLING, OUTPUT, MACHINE = (
+DATA, CACHE, NETWORK, DIFFUSION, TRAINING, SAVING, SAMPLING, OUTPUT, EVALUATION, MACHINE = (
     "images",
     "cache and VAE",
     "network",
@@ -59,10 +59,11 @@ DATA, CACHE, NETWORK, DIFFUSION, TRAINING, SAVING, SAMPLING, OUTPUT, MACHINE = (
     "saving and logging",
     "sampling",
     "generated images",
+    "evaluation",
     "machine",
 )
 # The order in which --help and the READMEs show them: what a newcomer sets stands first.
-GROUPS = (OUTPUT, DATA, CACHE, TRAINING, SAVING, SAMPLING, MACHINE, NETWORK, DIFFUSION)
+GROUPS = (OUTPUT, EVALUATION, DATA, CACHE, TRAINING, SAVING, SAMPLING, MACHINE, NETWORK, DIFFUSION)
 
 
 @dataclass(frozen=True)
@@ -381,6 +382,58 @@ class GenerateSettings(SamplingSettings, DryRunSettings):
     )
 
 
+@dataclass(frozen=True)
+class EvaluateSettings(MachineSettings):
+    """Settings of evaluate_images.py."""
+
+    checkpoint: str = _setting("./results", str, EVALUATION, "run folder, or one checkpoint file in it", path=True)
+    synthetic_path: str = _setting(
+        "./synthetic", str, EVALUATION, "folder with one sub-folder of generated images per class", path=True
+    )
+    output_folder: str = _setting("./evaluation", str, EVALUATION, "where the report goes", path=True)
+    data_path: str | None = _setting(
+        None, str, DATA, "the real images; none takes the run's own folder", words=("none",), path=True
+    )
+    vae_path: str | None = _setting(
+        None, str, CACHE, "the VAE that encodes; none takes the run's own", words=("none",), path=True
+    )
+    neighbours: int = _setting(5, int, EVALUATION, "k of precision, recall, density and coverage", low=1, high=1000)
+    inception_weights: str | None = _setting(
+        None,
+        str,
+        EVALUATION,
+        "weights for FID with Inception features: a file, or download; none leaves FID out",
+        words=("none", "download"),
+        path=True,
+    )
+    classifier: str = _setting(
+        "auto",
+        str,
+        EVALUATION,
+        "train classifiers with and without the generated images, and test them: auto does so on a GPU",
+        choices=("auto", "true", "false"),
+    )
+    classifier_steps: int = _setting(1000, int, EVALUATION, "training steps of each classifier", low=1)
+    classifier_seeds: int = _setting(3, int, EVALUATION, "classifiers of each kind, to see the spread", low=1, high=100)
+    classifier_image_size: int = _setting(
+        64, int, EVALUATION, "side of the images that the classifiers see, in pixels", low=8, high=512
+    )
+    sweep: tuple[float, ...] = _setting(
+        (),
+        float,
+        EVALUATION,
+        "sample at these guidance scales instead of looking at images, and compare",
+        low=0.0,
+        high=100.0,
+        many=True,
+        needed=False,
+    )
+    sweep_checkpoints: tuple[str, ...] = _setting(
+        ("newest",), str, EVALUATION, "checkpoints of the sweep: newest, all, or their steps", many=True
+    )
+    sweep_images: int = _setting(40, int, EVALUATION, "samples per class at each point of the sweep", low=1)
+
+
 def _as_in(cls: type, name: str) -> Any:
     """Makes the same setting as another script has."""
     (known,) = (f for f in fields(cls) if f.name == name)
@@ -403,6 +456,7 @@ SCRIPTS: dict[str, type] = {
     "preprocess_latents.py": PreprocessSettings,
     "train_latent_cfg.py": TrainSettings,
     "generate.py": GenerateSettings,
+    "evaluate_images.py": EvaluateSettings,
     "export_model.py": ExportSettings,
 }
 

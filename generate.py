@@ -51,9 +51,9 @@ from run_folder import SavedState, read_averages
 from sampling import BATCH_SIZE, Decoder, check_decodes, num_solver_steps, sample_padded
 from script import DONE, Failed, Progress, StopSignals, say, warn
 
-_RECORD_NAME, _LABELS_NAME = "settings.json", "labels.csv"
+RECORD_NAME, _LABELS_NAME = "settings.json", "labels.csv"
 _OVERVIEW_NAME, _STRIP_NAME = "overview.png", "strip.png"
-_LARGEST_RECORD_BYTES = 1 << 20
+LARGEST_RECORD_BYTES = 1 << 20
 _OVERVIEW_ROWS, _OVERVIEW_COLUMNS = 16, 6
 
 
@@ -80,7 +80,7 @@ def open_generator(argv: Sequence[str] | None, ranks: Ranks) -> "Generator":
     state = read_averages(Path(config.resolve(GenerateSettings, layers).settings.checkpoint))
     for line in state.warnings:
         warn(line)
-    trained_with = {k: v for k, v in state.meta["settings"].items() if k in _FROM_RUN}
+    trained_with = {k: v for k, v in state.meta["settings"].items() if k in FROM_RUN}
     layers.append(config.stored_layer(GenerateSettings, f"run {state.path.parent}", trained_with))
     resolved = config.resolve(GenerateSettings, layers)
     settings: GenerateSettings = resolved.settings
@@ -88,10 +88,12 @@ def open_generator(argv: Sequence[str] | None, ranks: Ranks) -> "Generator":
         say(line)
     device = hardware.pick_device(ranks.device_name(settings.device))
     ranks.say_unused(settings.device, "generate.py")
-    return Generator(settings, state, device, ranks)
+    generator = Generator(settings, state, device, ranks)
+    say(generator.description)
+    return generator
 
 
-_FROM_RUN = ("vae_path", "seed", "cond_scale", "sampler", "sampling_timesteps", "precision")
+FROM_RUN = ("vae_path", "seed", "cond_scale", "sampler", "sampling_timesteps", "precision")
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,13 @@ class Generator:
         self.suffix = _suffix(settings.image_format, state.meta["image_suffix"])
         trained = state.meta["settings"]
         self.steps = num_solver_steps(settings.sampler, settings.sampling_timesteps, trained["timesteps"])
-        vae_path = _checked_vae(settings.vae_path, state.meta)
+        vae_path = checked_vae(settings.vae_path, state.meta)
         self.vae_name = Path(vae_path).name
         self.decoder = Decoder(vae_path, LatentNorm.from_json(state.meta["latent_norm"]), device)
         self.weights_digest = vae.weights_digest(state.averages)
         self.diffusion = run_folder.averaged_diffusion(state).to(device)
         self.dtype, reason = hardware.pick_precision(settings.precision, device)
-        say(
+        self.description = (
             f"{state.path} (step {state.step:,}), {len(self.classes)} of {len(self.all_classes)} classes, guidance "
             f"{settings.cond_scale:g}, {self.steps} steps of {settings.sampler}, "
             f"{str(self.dtype).removeprefix('torch.')} ({reason}) on {hardware.describe(device)}"
@@ -262,10 +264,10 @@ class Generator:
         for place in (self.folder, *(self.folder / name for name in self.classes.values())):
             durable.remove_stale_temporaries(place)
         self._refuse_other_images()
-        durable.publish(self.folder / _RECORD_NAME, (json.dumps(self._record(), indent=2) + "\n").encode())
+        durable.publish(self.folder / RECORD_NAME, (json.dumps(self._record(), indent=2) + "\n").encode())
 
     def _refuse_other_images(self) -> None:
-        record, path = self._record(), self.folder / _RECORD_NAME
+        record, path = self._record(), self.folder / RECORD_NAME
         if path.exists():
             before = _read_record(path)
             for name, value in record.items():
@@ -345,7 +347,7 @@ def _read_made(path: Path, image_size: int) -> np.ndarray:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(durable.read_whole(path, at_most=_LARGEST_RECORD_BYTES))
+        record = json.loads(durable.read_whole(path, at_most=LARGEST_RECORD_BYTES))
     except (OSError, ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
@@ -371,7 +373,7 @@ def _suffix(image_format: str, trained_on: str) -> str:
     return ".jpg" if trained_on in (".jpg", ".jpeg", ".jpe", ".jfif") else ".png"
 
 
-def _checked_vae(vae_path: str | None, meta: dict[str, Any]) -> str:
+def checked_vae(vae_path: str | None, meta: dict[str, Any]) -> str:
     """Returns the path of the VAE; refuses one whose encoder did not make the latents that the model learnt."""
     if vae_path is None:
         raise UserError("--vae_path is needed: the checkpoint does not name a VAE")

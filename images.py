@@ -60,30 +60,31 @@ def natural_key(name: str) -> tuple:
     return tuple((len(text.lstrip("0")), text.lstrip("0")) if i % 2 else text for i, text in pieces), name
 
 
-def list_images(data_path: str | os.PathLike[str]) -> dict[str, list[str]]:
+def list_images(data_path: str | os.PathLike[str], *, setting: str = "data_path") -> dict[str, list[str]]:
     """Lists the image files directly in each class folder, classes and files in natural order.
 
     Hidden files and folders and files of other endings are passed over; a folder without images has an empty list.
+    Errors name the `setting` that the folder comes from.
 
     Raises:
         UserError: when the folder is missing or unreadable, or no sub-folder has an image.
     """
     root = Path(data_path)
-    classes = sorted(_class_folders(root), key=natural_key)
+    classes = sorted(_class_folders(root, setting), key=natural_key)
     index = {name: sorted(_image_names(root / name), key=natural_key) for name in classes}
     if not any(index.values()):
-        raise UserError(_nothing_found_message(root, classes))
+        raise UserError(_nothing_found_message(root, classes, setting))
     return index
 
 
-def _class_folders(root: Path) -> list[str]:
+def _class_folders(root: Path, setting: str) -> list[str]:
     if not root.is_dir():
         found = "is a file, not a folder; unpack it first" if root.exists() else "does not exist"
-        raise UserError(f"data_path {shown(root)} {found}")
+        raise UserError(f"{setting} {shown(root)} {found}")
     children = _visible_children(root)
     dangling = [child.name for child in children if _leads_nowhere(child)]
     if dangling:
-        raise UserError(f"in data_path {shown(root)} are links that lead nowhere: {_listing(dangling)}; remove them")
+        raise UserError(f"in {setting} {shown(root)} are links that lead nowhere: {_listing(dangling)}; remove them")
     return [child.name for child in children if child.is_dir()]
 
 
@@ -114,8 +115,8 @@ def _leads_nowhere(child: os.DirEntry[str]) -> bool:
     return False
 
 
-def _nothing_found_message(root: Path, classes: Sequence[str]) -> str:
-    where = f"data_path {shown(root)}"
+def _nothing_found_message(root: Path, classes: Sequence[str], setting: str) -> str:
+    where = f"{setting} {shown(root)}"
     if not classes:
         loose = len(_image_names(root))
         found = f"{loose} images but no sub-folders" if loose else "no sub-folders"

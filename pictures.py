@@ -85,6 +85,67 @@ def _running_median(values: np.ndarray) -> np.ndarray:
     return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
+def confusion_matrix(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Image.Image:
+    """Draws a confusion matrix: a row per true class, a column per class that was said, darker for a larger share.
+
+    Args:
+        counts: whole numbers [K][K]; the colour of a cell is its share of its row.
+        names: the K classes, in the same order.
+    """
+    num_classes = len(names)
+    cell = max(30, min(64, 400 // num_classes))
+    font_size = max(12, round(cell / 3.5))
+    font = ImageFont.load_default(size=font_size)
+    small = ImageFont.load_default(size=11 if cell < 40 else 14)
+    texts = [_one_line(name) for name in names]
+    reach = math.ceil(max(font.getlength(text) for text in texts))
+    title = round(font_size * 1.8)
+    start = _MARGIN + title + reach + 2 * _MARGIN  # where the cells begin, in both directions
+    side = max(start + cell * num_classes, start + math.ceil(font.getlength(_SAID))) + 2 * _MARGIN
+    canvas = Image.new("RGB", (side, side), _WHITE)
+    draw = ImageDraw.Draw(canvas)
+    middle = start + cell * num_classes / 2
+    draw.text((middle, _MARGIN), _SAID, fill=_BLACK, font=font, anchor="ma")
+    _draw_upright(canvas, (_MARGIN, round(middle)), _TRUE, font, anchor="mm")
+    for i, text in enumerate(texts):
+        place = start + i * cell + cell / 2
+        draw.text((start - 2 * _MARGIN, place), text, fill=_BLACK, font=font, anchor="rm")
+        _draw_upright(canvas, (round(place), start - 2 * _MARGIN), text, font, anchor="bottom")
+    for i, row in enumerate(counts):
+        for j, count in enumerate(row):
+            share = count / max(1, sum(row))
+            left, top = start + j * cell, start + i * cell
+            fill = tuple(round(255 + share * (level - 255)) for level in _BLUE)
+            draw.rectangle([left, top, left + cell, top + cell], fill=fill, outline=_GREY)
+            if count:
+                ink = _WHITE if share > 0.5 else _BLACK
+                draw.text((left + cell / 2, top + cell / 2), f"{count}", fill=ink, font=small, anchor="mm")
+    return canvas
+
+
+_SAID, _TRUE = "said by the classifier", "true class"
+
+
+def _draw_upright(
+    canvas: Image.Image,
+    place: tuple[int, int],
+    text: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    *,
+    anchor: str,
+) -> None:
+    """Writes text from bottom to top: its end at `place` horizontally centred ("bottom"), or around it ("mm")."""
+    box = ImageDraw.Draw(canvas).textbbox((0, 0), text or " ", font=font)
+    height = math.ceil(font.getbbox("Ag")[3])
+    strip = Image.new("RGB", (max(1, math.ceil(box[2])), height + 2), _WHITE)
+    ImageDraw.Draw(strip).text((0, 0), text, fill=_BLACK, font=font)
+    strip = strip.rotate(90, expand=True)
+    if anchor == "bottom":
+        canvas.paste(strip, (place[0] - strip.width // 2, place[1] - strip.height))
+    else:
+        canvas.paste(strip, (place[0], place[1] - strip.height // 2))
+
+
 # About what a pixel of `encode_image` takes. Spectrograms and photographs lie 30 % around it.
 BYTES_PER_PIXEL = {".png": 1.8, ".jpg": 0.9}
 

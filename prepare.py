@@ -121,13 +121,21 @@ def _key_of_no_content(class_name: str, name: str) -> str:
 
 def warn_of_shared_content(split: Split) -> None:
     """Warns when the same file content is in the training and the test images."""
+    notice = shared_content_warning(split)
+    if notice:
+        warn(notice)
+
+
+def shared_content_warning(split: Split) -> str | None:
+    """Returns a warning when the same file content is in the training and the test images, else None."""
     pairs = images.shared_content(split)
-    if pairs:
-        train, test = pairs[0]
-        warn(
-            f"{len(pairs)} test image(s) have the same content as a training image, such as "
-            f"{test.class_name}/{test.name} and {train.class_name}/{train.name}; scores on them will look too good"
-        )
+    if not pairs:
+        return None
+    train, test = pairs[0]
+    return (
+        f"{len(pairs)} test image(s) have the same content as a training image, such as "
+        f"{test.class_name}/{test.name} and {train.class_name}/{train.name}; scores on them will look too good"
+    )
 
 
 def find_bad_images(entries: Iterable[Entry], *, data_path: str, image_size: int) -> tuple[Skipped, ...]:

@@ -506,7 +506,7 @@ def _needed_keys(settings: PreprocessSettings, sources: dict[str, str], found: F
 def import_latents(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     """Makes a cache of the latents that an older script left in a folder of .pt files."""
     folder = Path(settings.output_folder)
-    script.check_writable(folder, "output_folder", dry_run=False)
+    script.check_writable(folder, "output_folder")
     _refuse_mixture(folder)
     index = images.list_images(settings.data_path) if prepare.is_explicit(sources, "data_path") else None
     lists = None if settings.import_split is None else old_caches.read_name_lists(Path(settings.import_split))

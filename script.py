@@ -153,7 +153,7 @@ def _describe_os_error(error: OSError) -> str:
     return f"{place}{error.strerror or error}"
 
 
-def check_writable(folder: Path, setting: str, *, dry_run: bool) -> None:
+def check_writable(folder: Path, setting: str, *, dry_run: bool = False) -> None:
     """Raises UserError, naming the setting, when files cannot be made in a folder; it need not exist yet.
 
     With `dry_run` that is not tried, but told from permissions.

@@ -40,6 +40,7 @@ GROUPS_ZH = {
     config.SAVING: "保存与日志",
     config.SAMPLING: "采样",
     config.OUTPUT: "生成的图像",
+    config.EVALUATION: "评估",
     config.MACHINE: "机器",
 }
 
@@ -156,6 +157,25 @@ HELP_ZH = {
     ),
     "where the exported model goes": "存放导出模型的文件夹",
     "make only a picture of classes x these guidance scales": "只画一张图：各类别 × 这些引导强度",
+    "folder with one sub-folder of generated images per class": "生成图像的文件夹，其中每个类别一个子文件夹",
+    "where the report goes": "存放报告的文件夹",
+    "the real images; none takes the run's own folder": "真实图像的文件夹；none 表示用训练时的那个",
+    "the VAE that encodes; none takes the run's own": "用于编码的 VAE；none 表示用训练时的那个",
+    "k of precision, recall, density and coverage": "precision、recall、density、coverage 所用的 k",
+    "weights for FID with Inception features: a file, or download; none leaves FID out": (
+        "用 Inception 特征计算 FID 所需的权重：文件，或 download（下载）；none 表示不计算 FID"
+    ),
+    "train classifiers with and without the generated images, and test them: auto does so on a GPU": (
+        "分别在有和没有生成图像的情况下训练分类器并测试；auto 只在 GPU 上这样做"
+    ),
+    "training steps of each classifier": "每个分类器的训练步数",
+    "classifiers of each kind, to see the spread": "每种分类器训练几个，以看出离散程度",
+    "side of the images that the classifiers see, in pixels": "分类器所见图像的边长（像素）",
+    "sample at these guidance scales instead of looking at images, and compare": (
+        "不看图像，而是在这些引导强度下采样并比较"
+    ),
+    "checkpoints of the sweep: newest, all, or their steps": "扫描哪些检查点：newest（最新）、all（全部），或其步数",
+    "samples per class at each point of the sweep": "扫描的每一点上每个类别的样本数",
 }
 
 

@@ -106,7 +106,10 @@ def test_the_manifest_speaks_only_of_the_cache():
         (["--vae_path", ""], "vae_path is '' in --vae_path; it takes a text"),
         (["--dim"], "argument --dim: expected one argument; --help lists the settings"),
         (["--output_folder", "x"], "there is no setting --output_folder; did you mean --latents_cache_folder?"),
-        (["--checkpoint", "x"], "there is no setting --checkpoint; it is one of generate.py and export_model.py"),
+        (
+            ["--checkpoint", "x"],
+            "there is no setting --checkpoint; it is one of generate.py and evaluate_images.py and export_model.py",
+        ),
         (["stray"], "there is no setting stray; --help lists the settings"),
     ],
 )

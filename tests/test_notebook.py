@@ -44,11 +44,7 @@ Notebook = Any
 
 
 def read() -> Notebook:
-    """Reads the notebook, without the cell of a script that is not here."""
-    notebook = nbformat.read(FILE, as_version=4)
-    if not (ROOT / "evaluate_images.py").exists():
-        notebook.cells = [cell for cell in notebook.cells if "evaluate" not in cell.metadata.get("tags", [])]
-    return notebook
+    return nbformat.read(FILE, as_version=4)
 
 
 def with_settings(**settings: object) -> Notebook:
@@ -150,13 +146,14 @@ def first(root: Path) -> Notebook:
 # --- two sessions ------------------------------------------------------------------------------------------
 
 
-def test_the_first_session_runs_from_top_to_bottom(first):
+def test_the_first_session_runs_from_top_to_bottom(root, first):
     assert "the code is in " in text_of(first, "code")
     assert text_of(first, "packages") == "to install: nothing\n"
     said = text_of(first, "preprocess")
     assert "newly encoded   6\n" in said and "disk: about " in said
     assert re.search(r"stopped after --max_hours 1e-06 at step 1; saved", text_of(first, "train"))
     assert "4 images made in synthetic" in text_of(first, "generate")
+    assert (root / "first" / "gait-latents" / "evaluation" / "report.html").is_file()
     kinds = Counter(output.output_type for cell in first.cells for output in cell.get("outputs", []))
     assert set(kinds) == {"stream", "display_data"} and kinds["display_data"] == 4
 
@@ -198,6 +195,7 @@ def test_the_archive_holds_what_is_worth_keeping(root, first):
         "results/ema-00000001.safetensors",
     ]
     assert "latents_cache/manifest.json" in names and "synthetic/settings.json" in names
+    assert "evaluation/report.json" in names and "evaluation/report.html" in names
     assert sum(name.endswith(".jpg") for name in names) == 4
     assert len(names) == len(set(names))
     assert re.search(rf"gait-latents.zip: {len(names)} files, [\d.]+ MB\n$", text_of(first, "pack"))
@@ -226,6 +224,7 @@ def test_the_second_session_goes_on_where_the_first_one_stopped(root, first, sec
     metrics = (root / "second" / "results" / "metrics.jsonl").read_text()
     assert len(re.findall('"loss"', metrics)) == 3
     assert "(step 3)" in text_of(second, "generate")
+    assert text_of(second, "evaluate") == "the images are not attached, so there is nothing to compare with\n"
 
 
 def test_the_output_of_the_session_before_is_left_as_it_was(root, first, second):
@@ -295,7 +294,12 @@ def calls() -> list[tuple[str, set[str]]]:
 
 
 def test_the_commands_use_settings_that_exist():
-    assert [script for script, _ in calls()][:3] == ["preprocess_latents.py", "train_latent_cfg.py", "generate.py"]
+    assert [script for script, _ in calls()] == [
+        "preprocess_latents.py",
+        "train_latent_cfg.py",
+        "generate.py",
+        "evaluate_images.py",
+    ]
     for script, settings in calls():
         assert settings - {"config"} <= set(config.specs(config.SCRIPTS[script]))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pictures import encode_image, labelled_grid, loss_curve, psnr, save_picture, to_uint8
+from pictures import confusion_matrix, encode_image, labelled_grid, loss_curve, psnr, save_picture, to_uint8
 
 
 def tile(value: int, side: int = 32) -> np.ndarray:
@@ -102,3 +102,32 @@ def test_psnr_is_its_closed_form():
     assert psnr(tile(100), tile(100)) == math.inf
     assert psnr(tile(100), tile(110)) == pytest.approx(10 * math.log10(255**2 / 100))
     assert psnr(tile(0), tile(255)) == psnr(tile(255), tile(0)) == 0  # no wrap-around in uint8
+
+
+@pytest.mark.parametrize("num_classes", [3, 31])
+def test_a_confusion_matrix_is_darker_where_the_share_of_its_row_is_larger(num_classes):
+    counts = (30 * np.eye(num_classes, dtype=int)).tolist()
+    counts[0][-1] = 10  # a quarter of the first row
+    pixels = np.asarray(confusion_matrix(counts, [f"ID_{i + 1}" for i in range(num_classes)])).astype(int)
+    bottom, right = (axis.max() for axis in np.nonzero((pixels == (31, 90, 180)).all(2)))  # of the last cell
+    cell = max(30, min(64, 400 // num_classes))
+
+    def colour(row: int, column: int) -> list[int]:
+        """Looks into the corner of a cell, beside the digits; the last cell has number -1."""
+        return pixels[bottom + (row + 1) * cell - 3, right + (column + 1) * cell - 3].tolist()
+
+    def blue(share: float) -> list[int]:
+        return [round(255 + share * (level - 255)) for level in (31, 90, 180)]
+
+    assert colour(-1, -1) == colour(-2, -2) == blue(1)
+    assert colour(-num_classes, -1) == blue(0.25) and colour(-num_classes, -num_classes) == blue(0.75)
+    assert colour(-1, -num_classes) == colour(-1, -2) == blue(0)
+    top, left = bottom - num_classes * cell, right - num_classes * cell
+    assert is_inked(pixels[:top, left:]) and is_inked(pixels[top:, :left]) and not is_inked(pixels[:top, :left])
+
+
+def test_names_of_every_kind_stand_beside_a_confusion_matrix():
+    names = ["行走者_3", "a name\nof two lines", "x" * 300, "\udcff broken", ""]
+    picture = confusion_matrix(np.eye(5, dtype=int).tolist(), names)
+    assert picture.width == picture.height < 800
+    assert confusion_matrix([[0, 0], [0, 0]], ["a", "b"]).width < 400  # no images at all

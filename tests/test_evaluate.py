@@ -1,0 +1,487 @@
+"""evaluate_images.py on a tiny run: figures of the right images, nothing computed twice, mistakes named."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pipeline
+import pytest
+import tiny
+import tiny_vae
+import torch
+from PIL import Image
+from pipeline import CLASSES, HALF, SIZE, STEPS, one_error
+
+import classifier
+import evaluate_images
+import evaluation
+import images
+import inception
+import run_folder
+import vae
+from generate import Generator
+from latent_dataset import BatchEncoder, read_split
+from latent_norm import LatentNorm
+
+PER_CLASS = 4  # synthetic images
+
+
+@pytest.fixture(scope="module")
+def generated(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images that the finished run made; to be copied and not to be changed."""
+    folder = tmp_path_factory.mktemp("generated") / "synthetic"
+    assert pipeline.generate(trained, output_folder=folder, images_per_class=PER_CLASS) == 0
+    return folder
+
+
+@pytest.fixture
+def synthetic(generated: Path, tmp_path: Path) -> Path:
+    """A copy of these images."""
+    return shutil.copytree(generated, tmp_path / "synthetic")
+
+
+@pytest.fixture(scope="module")
+def first_evaluation(trained: Path, generated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a whole evaluation of these images; to be copied and not to be changed."""
+    folder = tmp_path_factory.mktemp("evaluated") / "evaluation"
+    assert evaluate(trained, generated, folder) == 0
+    return folder
+
+
+@pytest.fixture
+def evaluated(first_evaluation: Path, tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    return shutil.copytree(first_evaluation, tmp_path / "evaluation")
+
+
+def evaluate(root: Path, synthetic: Path, folder: Path, **changes: object) -> int:
+    """Runs evaluate_images.py; without changes, with few neighbours, for there are three test images per class."""
+    settings = {
+        "checkpoint": root / "results",
+        "synthetic_path": synthetic,
+        "output_folder": folder,
+        "neighbours": 2,
+        "device": "cpu",
+    }
+    return evaluate_images.main(tiny.flags({**settings, **changes}))
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    for name in names:
+        monkeypatch.setattr(evaluation, name, lambda *_, name=name, **__: pytest.fail(f"{name} was computed again"))
+
+
+# --- the figures -------------------------------------------------------------------------------------------
+
+
+def latents_by_hand(root: Path, paths: list[Path]) -> torch.Tensor:
+    """Encodes files one by one, without cache, with the normalisation that stands in the checkpoint."""
+    encoder = vae.load_vae(root / "vae.pt", "cpu", parts="encoder")
+    meta = run_folder.read_averages(root / "results").meta
+    norm = LatentNorm.from_json(meta["latent_norm"])
+    found = []
+    for path in paths:
+        pixels = torch.from_numpy(images.decode(path.read_bytes(), image_size=SIZE)).permute(2, 0, 1)[None] / 255
+        with torch.no_grad():
+            found.append(norm.mean_latent(encoder.encode(pixels)))
+    return torch.cat(found)
+
+
+def test_the_figures_are_those_of_the_images_in_the_folders(trained, generated, first_evaluation):
+    report = read_report(first_evaluation)
+    split = read_split(trained / "results")
+    assert split is not None
+    training, test = (
+        [images.image_path(trained / "data", entry) for entry in entries] for entries in (split.train, split.test)
+    )
+    made = [path for name in CLASSES for path in sorted((generated / name).iterdir())]
+    labels = torch.arange(3).repeat_interleave(PER_CLASS)
+    points = [
+        evaluation.Points(latents_by_hand(trained, paths), its_labels)
+        for paths, its_labels in (
+            (made, labels),
+            (training, torch.tensor(split.labels(split.train))),
+            (test, torch.tensor(split.labels(split.test))),
+        )
+    ]
+    expected = evaluation.closeness(*points, neighbours=2, seed=42, num_directions=16)
+    found = report["latents"]
+    assert (found["images"], found["test_images"]) == (12, 9) == (expected["images"], expected["test_images"])
+    for kind in ("synthetic", "training"):
+        for name in ("frechet", "frechet_mean", "kernel", "precision", "recall", "coverage"):
+            assert found[kind][name] == pytest.approx(expected[kind][name], rel=1e-2, abs=1e-3), (kind, name)
+        assert list(found[kind]["frechet_per_class"]) == list(CLASSES)
+    copies = evaluation.memorisation(*points, seed=42)
+    assert report["memorisation"]["distances"] == pytest.approx(copies["distances"], rel=1e-2)
+    assert report["memorisation"]["test_distances"] == pytest.approx(copies["test_distances"], rel=1e-2)
+    first = report["memorisation"]["pairs"][0]
+    i, j, _ = copies["pairs"][0]
+    assert first["synthetic"] == f"{made[i].parent.name}/{made[i].name}"
+    assert first["training"] == f"{training[j].parent.name}/{training[j].name}"
+
+
+def test_the_report_says_what_was_evaluated(first_evaluation, generated):
+    report = read_report(first_evaluation)
+    told = report["evaluated"]
+    assert told["step"] == STEPS and told["checkpoint"] == f"ema-{STEPS:08d}.safetensors"
+    assert told["images"] == {"synthetic": 12, "training": 15, "test": 9}
+    assert told["images_per_class"] == {name: {"synthetic": 4, "training": 5, "test": 3} for name in CLASSES}
+    assert told["made_with"]["cond_scale"] == 2.0 and told["split"] == "random"
+    assert report["settings"]["synthetic_path"] == str(generated)
+    assert report["memorisation"]["same_content"] == []
+    page = (first_evaluation / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in CLASSES) and "data:image/png;base64," in page
+    with Image.open(first_evaluation / "closest_pairs.png") as picture:
+        assert picture.height > 2 * SIZE and picture.width > evaluation.NUM_PAIRS * SIZE
+
+
+def test_the_table_is_printed_with_its_yardstick_and_its_warnings(trained, generated, evaluated, capsys):
+    assert evaluate(trained, generated, evaluated) == 0
+    out, err = capsys.readouterr()
+    found = read_report(evaluated)["latents"]
+    (line,) = [line for line in out.splitlines() if line.startswith("Fréchet distance per class")]
+    shown = [evaluate_images._shown(found[kind]["frechet_mean"]) for kind in ("synthetic", "training")]
+    assert line.split()[-2:] == shown
+    assert "no classifier: on a CPU it takes long" in out and "no inception" not in out
+    assert "warning: the split is random" in err and "very content" not in err
+
+
+def test_the_cache_of_the_run_is_read_and_not_written_to(trained, synthetic, tmp_path, encoder):
+    before = content(trained / "latents_cache")
+    assert evaluate(trained, synthetic, tmp_path / "evaluation") == 0
+    assert encoder.num_images == 12 + 9  # the training images were copied from there
+    assert content(trained / "latents_cache") == before
+
+
+# --- again -------------------------------------------------------------------------------------------------
+
+
+def test_a_second_time_computes_nothing(trained, generated, evaluated, encoder, monkeypatch):
+    forbid(monkeypatch, "closeness", "memorisation")
+    assert evaluate(trained, generated, evaluated) == 0
+    before = content(evaluated)
+    assert evaluate(trained, generated, evaluated) == 0
+    assert encoder.num_images == 0 and content(evaluated) == before
+
+
+def test_an_image_that_changed_is_encoded_and_everything_is_computed_again(trained, synthetic, evaluated, encoder):
+    before = read_report(evaluated)
+    tiny.make_image(77, size=SIZE).save(synthetic / "ID_2" / "ID_2_000001.jpg")
+    assert evaluate(trained, synthetic, evaluated) == 0
+    after = read_report(evaluated)
+    assert encoder.num_images == 1
+    assert after["latents"]["synthetic"] != before["latents"]["synthetic"]
+    assert after["memorisation"]["distances"] != before["memorisation"]["distances"]
+
+
+def test_other_neighbours_change_only_what_depends_on_them(trained, generated, evaluated, monkeypatch):
+    before = read_report(evaluated)
+    forbid(monkeypatch, "memorisation")
+    assert evaluate(trained, generated, evaluated, neighbours=1) == 0
+    after = read_report(evaluated)
+    assert after["latents"]["neighbours"] == 1 and after["latents"]["digest"] != before["latents"]["digest"]
+    assert after["memorisation"] == before["memorisation"]
+
+
+@pytest.mark.parametrize("damage", ["edited", "cut short", "no picture"])
+def test_what_was_damaged_is_computed_again(trained, generated, evaluated, damage):
+    before = content(evaluated)
+    path = evaluated / "report.json"
+    if damage == "edited":
+        report = read_report(evaluated)
+        report["latents"]["synthetic"]["frechet"] = 0.0
+        path.write_text(json.dumps(report))
+    elif damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-50])
+    else:
+        (evaluated / "closest_pairs.png").unlink()
+    assert evaluate(trained, generated, evaluated) == 0
+    after = content(evaluated)
+    assert after["closest_pairs.png"] == before["closest_pairs.png"]
+    reports = [json.loads(files["report.json"]) for files in (before, after)]
+    for report in reports:
+        del report["settings"], report["sha256"]  # settings name the folder
+    assert reports[0] == reports[1]
+
+
+def test_an_encoding_that_is_stopped_goes_on(trained, synthetic, tmp_path, encoder, monkeypatch, capsys):
+    encode = BatchEncoder.__call__
+
+    def stop_after_four(self: BatchEncoder, pixels: torch.Tensor) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return encode(self, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchEncoder, "__call__", stop_after_four)
+        assert evaluate(trained, synthetic, tmp_path / "evaluation") == 128 + signal.SIGTERM
+    assert "what is encoded is kept" in capsys.readouterr().out
+    done = encoder.num_images
+    assert 0 < done < 12 and not (tmp_path / "evaluation" / "report.json").exists()
+    assert evaluate(trained, synthetic, tmp_path / "evaluation") == 0
+    assert encoder.num_images == 12 + 9
+
+
+def test_neither_vae_nor_real_images_are_needed_once_all_is_encoded(trained, generated, evaluated, tmp_path, capsys):
+    gone = {"vae_path": tmp_path / "gone.pt", "data_path": tmp_path / "gone"}
+    (evaluated / "report.json").unlink()
+    assert evaluate(trained, generated, evaluated, classifier="true", **gone) == 0
+    report = read_report(evaluated)
+    assert report["latents"]["synthetic"]["frechet"] > 0
+    assert report["memorisation"]["picture"] is None and "not at hand" in report["memorisation"]["why_no_picture"]
+    assert "no classifier: the real images are not at hand" in capsys.readouterr().out
+
+
+# --- what may be wrong with the images ---------------------------------------------------------------------
+
+
+def test_copies_of_training_images_are_named_as_copies(trained, synthetic, tmp_path, capsys):
+    split = read_split(trained / "results")
+    assert split is not None
+    for number, entry in enumerate(split.train):
+        target = synthetic / entry.class_name / f"{entry.class_name}_{number % 5:06d}.jpg"
+        shutil.copyfile(images.image_path(trained / "data", entry), target)
+    shutil.copyfile(synthetic / "ID_1" / "ID_1_000000.jpg", synthetic / "ID_2" / "twice.jpg")
+    assert evaluate(trained, synthetic, tmp_path / "evaluation") == 0
+    found = read_report(tmp_path / "evaluation")["memorisation"]
+    assert found["median"] == 0.0 and found["near_share"] == 1.0
+    assert len(found["same_content"]) == 16 and {pair["kind"] for pair in found["same_content"]} == {"training"}
+    assert found["pairs"][0]["distance"] == 0.0
+    assert "warning: 16 synthetic file(s) have the very content of another file" in capsys.readouterr().err
+    with Image.open(tmp_path / "evaluation" / "closest_pairs.png") as picture:
+        pixels = np.asarray(picture)
+    above, below = pixels[-2 * SIZE - 4 - 4 : -SIZE - 4 - 4, -SIZE - 4 : -4], pixels[-SIZE - 4 : -4, -SIZE - 4 : -4]
+    assert np.array_equal(above, below)
+
+
+def test_classes_that_are_missing_or_unknown_are_said(trained, synthetic, tmp_path, capsys):
+    shutil.rmtree(synthetic / "ID_2")
+    tiny.make_images(synthetic, {"strangers": 2}, size=SIZE)
+    assert evaluate(trained, synthetic, tmp_path / "evaluation", classifier="true") == 0
+    out, err = capsys.readouterr()
+    assert "folders of classes that the run does not know: strangers" in err
+    assert "there are no synthetic images of ID_2" in err
+    assert "no classifier: there are classes without synthetic images" in out
+    report = read_report(tmp_path / "evaluation")
+    assert list(report["latents"]["synthetic"]["frechet_per_class"]) == ["ID_1", "ID_10"]
+    assert list(report["memorisation"]["per_class"]) == ["ID_1", "ID_10"]
+    assert report["evaluated"]["images_per_class"]["ID_2"]["synthetic"] == 0
+
+
+def test_without_test_images_only_what_needs_none_is_computed(world, synthetic, tmp_path, capsys):
+    flags = {"images_per_user": "all", "train_num_steps": 1, "num_samples": 0}
+    assert pipeline.train(world, **flags) == 0
+    assert evaluate(world, synthetic, tmp_path / "evaluation") == 0
+    report = read_report(tmp_path / "evaluation")
+    assert "latents" not in report and report["why"]["latents"].startswith("the run has no test images")
+    assert len(report["memorisation"]["distances"]) == 12 and "near_share" not in report["memorisation"]
+    out, err = capsys.readouterr()
+    assert "no latents: the run has no test images" in out and "made with other weights" in err
+    assert evaluate(world, synthetic, tmp_path / "evaluation", sweep=1) == 2
+    assert "a sweep compares with test images" in one_error_of(capsys)
+
+
+def one_error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """Returns the error on stderr, which may stand below warnings."""
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "Trace"))]
+    return line
+
+
+def test_a_folder_that_cannot_be_evaluated_is_named(trained, tmp_path, capsys):
+    assert evaluate(trained, tmp_path / "absent", tmp_path / "evaluation") == 2
+    assert f"synthetic_path {tmp_path / 'absent'} does not exist" in one_error(capsys)
+    (tmp_path / "empty").mkdir()
+    assert evaluate(trained, tmp_path / "empty", tmp_path / "evaluation") == 2
+    assert "has no sub-folders; it needs one folder for the images of each class" in one_error(capsys)
+    tiny.make_images(tmp_path / "others", {"a": 1, "b": 1}, size=SIZE)
+    assert evaluate(trained, tmp_path / "others", tmp_path / "evaluation") == 2
+    assert "has images of a, b, and the run knows ID_1, ID_2, ID_10" in one_error(capsys)
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_an_image_that_cannot_be_read_is_named(trained, synthetic, tmp_path, capsys):
+    (synthetic / "ID_2" / "ID_2_000001.jpg").write_bytes(b"no image")
+    assert evaluate(trained, synthetic, tmp_path / "evaluation") == 1
+    out, err = capsys.readouterr()
+    assert "    ID_2/ID_2_000001.jpg: not an image" in out
+    assert "error: 1 synthetic image(s) cannot be read" in err
+
+
+def test_another_vae_is_refused(trained, synthetic, tmp_path, capsys):
+    tiny_vae.save_tiny_vae(tmp_path / "other.pt", seed=9)
+    assert evaluate(trained, synthetic, tmp_path / "evaluation", vae_path=tmp_path / "other.pt") == 2
+    assert "is not the VAE that the model was trained with" in one_error(capsys)
+
+
+def test_real_images_that_are_gone_are_asked_for(trained, synthetic, tmp_path, capsys):
+    assert evaluate(trained, synthetic, tmp_path / "evaluation", data_path=tmp_path / "gone") == 2
+    assert "9 of its images are not in the run's cache" in one_error(capsys)
+
+
+def test_a_run_without_its_split_is_refused(trained, synthetic, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    shutil.copy(trained / "results" / f"ema-{STEPS:08d}.safetensors", tmp_path / "results")
+    assert evaluate(tmp_path, synthetic, tmp_path / "evaluation") == 2
+    assert "holds no split.json" in one_error(capsys)
+
+
+# --- features and classifiers ------------------------------------------------------------------------------
+
+
+def test_inception_features_are_compared_when_weights_are_given(trained, generated, evaluated, tmp_path, monkeypatch):
+    (tmp_path / "weights.pth").write_bytes(b"here")
+    seen: list[tuple[int, ...]] = []
+
+    def mean_colours(_network: object, pixels: torch.Tensor, *, advance) -> torch.Tensor:
+        seen.append(tuple(pixels.shape))
+        advance(len(pixels))
+        return pixels.float().mean((1, 2))
+
+    monkeypatch.setattr(inception, "load_network", lambda *_: None)
+    monkeypatch.setattr(inception, "features", mean_colours)
+    asked = {"inception_weights": tmp_path / "weights.pth"}
+    assert evaluate(trained, generated, evaluated, **asked) == 0
+    found = read_report(evaluated)["inception"]
+    assert seen == [(12, SIZE, SIZE, 3), (15, SIZE, SIZE, 3), (9, SIZE, SIZE, 3)]
+    assert found["directions"] is None and found["synthetic"]["frechet"] > 0
+    monkeypatch.setattr(inception, "load_network", lambda *_: pytest.fail("looked again"))
+    assert evaluate(trained, generated, evaluated, **asked) == 0
+    assert evaluate(trained, generated, evaluated) == 0
+    assert "inception" not in read_report(evaluated)
+
+
+def test_inception_weights_that_are_absent_are_named(trained, generated, evaluated, capsys):
+    assert evaluate(trained, generated, evaluated, inception_weights="absent.pth") == 2
+    assert "--inception_weights absent.pth does not exist" in one_error_of(capsys)
+
+
+def test_classifiers_are_trained_once_and_go_on_where_they_were_stopped(
+    trained, generated, evaluated, monkeypatch, capsys
+):
+    asked = {"classifier": "true", "classifier_steps": 1, "classifier_seeds": 2, "classifier_image_size": 8}
+    trainings: list[tuple[int, ...]] = []
+    real = classifier._train_and_test
+
+    def noted(sets: Any, test: Any, **facts: Any) -> classifier.Score:
+        trainings.append(tuple(len(labels) for _, labels in sets))
+        assert sets[0][0].shape[1:] == (8, 8, 3) and len(test[1]) == 9
+        if len(trainings) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(sets, test, **facts)
+
+    monkeypatch.setattr(classifier, "_train_and_test", noted)
+    assert evaluate(trained, generated, evaluated, **asked) == 128 + signal.SIGINT
+    left = classifier.trainings_left([42], read_report(evaluated)["classifier"]["scores"])
+    assert left == [("real + synthetic", 42)]
+    assert evaluate(trained, generated, evaluated, **asked) == 0
+    assert trainings == [(15,), (12,), (15, 12), (15, 12), (15,), (12,), (15, 12)]
+    report = read_report(evaluated)
+    assert report["classifier"]["seeds"] == [42, 43] and report["classifier"]["image_size"] == 8
+    assert report["classifier"]["images"] == {"real": 15, "synthetic": 12, "test": 9}
+    out = capsys.readouterr().out
+    assert "classifier trained on real + synthetic: recognised" in out
+    assert report["classifier"]["difference"]["sentence"] in out
+    assert evaluate(trained, generated, evaluated, **asked) == 0
+    assert len(trainings) == 7
+
+
+# --- the sweep ---------------------------------------------------------------------------------------------
+
+
+def sweep(root: Path, folder: Path, *scales: float, **changes: object) -> int:
+    facts = {"sweep": list(scales), "sweep_images": 3, "sweep_checkpoints": "all", **changes}
+    return evaluate(root, folder / "absent", folder, **facts)
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, list[int]]]:
+    """Notes guidance and labels of each call of the sampler."""
+    calls: list[tuple[float, list[int]]] = []
+    sample = Generator.sample
+
+    def noted(self: Generator, labels: list[int], indices: list[int], cond_scale: float) -> torch.Tensor:
+        calls.append((cond_scale, labels))
+        return sample(self, labels, indices, cond_scale)
+
+    monkeypatch.setattr(Generator, "sample", noted)
+    return calls
+
+
+def test_a_sweep_compares_scales_and_checkpoints_and_names_the_best(trained, evaluated, sampled, capsys):
+    assert sweep(trained, evaluated, 2, 1) == 0
+    assert sampled == [(scale, [0, 0, 0, 1, 1, 1, 2, 2, 2]) for _ in range(2) for scale in (2.0, 1.0)]
+    report = read_report(evaluated)
+    points = report["sweep"]["points"]
+    assert [(point["step"], point["guidance"]) for point in points] == [
+        (step, scale) for step in (HALF, STEPS) for scale in (1.0, 2.0)
+    ]
+    best = report["sweep"]["best"]
+    assert best in points and best["frechet_mean"] == min(point["frechet_mean"] for point in points)
+    assert report["latents"]["synthetic"]["frechet"] > 0  # what was there before is still there
+    out = capsys.readouterr().out
+    assert f"guidance {best['guidance']:g} at step {best['step']}; one seed" in out
+    assert sum(line.lstrip().startswith(("4 ", "8 ", "real ")) for line in out.splitlines()) == 5
+
+
+def test_a_point_has_the_figures_of_its_samples(trained, evaluated):
+    assert sweep(trained, evaluated, 1.5, sweep_checkpoints=STEPS) == 0
+    (point,) = read_report(evaluated)["sweep"]["points"]
+    plan = evaluate_images.make_plan(tiny.flags({"checkpoint": trained / "results", "output_folder": evaluated}))
+    real = evaluate_images.open_real(plan)
+    generator = Generator(evaluate_images.sampling_settings(plan), plan.state, plan.device)
+    labels = torch.arange(3).repeat_interleave(3)
+    samples = torch.cat([generator.sample([label], [i], 1.5) for label in range(3) for i in range(3)])
+    expected = evaluation.closeness(
+        evaluation.Points(samples, labels),
+        real.training.latents,
+        real.test.latents,
+        neighbours=2,
+        seed=42,
+        num_directions=16,
+    )
+    for name in ("frechet", "frechet_mean", "kernel", "precision", "coverage"):
+        assert point[name] == pytest.approx(expected["synthetic"][name], rel=1e-4, abs=1e-5)
+        assert read_report(evaluated)["sweep"]["training"][name] == pytest.approx(expected["training"][name])
+
+
+def test_a_sweep_goes_on_and_a_new_scale_is_added(trained, evaluated, sampled, monkeypatch, capsys):
+    measure = evaluate_images.measure
+
+    def stop(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return measure(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_images, "measure", stop)
+        assert sweep(trained, evaluated, 1, 2, sweep_checkpoints="newest") == 128 + signal.SIGINT
+    first = read_report(evaluated)["sweep"]["points"]
+    assert [point["guidance"] for point in first] == [1.0]
+    sampled.clear()
+    assert sweep(trained, evaluated, 1, 2, sweep_checkpoints="newest") == 0
+    assert {scale for scale, _ in sampled} == {
+        2.0
+    } and "1 of 2 points are in the report already" in capsys.readouterr().out
+    assert sweep(trained, evaluated, 3, sweep_checkpoints="newest") == 0
+    points = read_report(evaluated)["sweep"]["points"]
+    assert [point["guidance"] for point in points] == [1.0, 2.0, 3.0] and points[0] == first[0]
+    sampled.clear()
+    assert sweep(trained, evaluated, 3, sweep_checkpoints="newest", sweep_images=4) == 0
+    assert [point["guidance"] for point in read_report(evaluated)["sweep"]["points"]] == [3.0]  # others do not compare
+
+
+def test_a_checkpoint_that_is_not_there_is_named(trained, tmp_path, capsys):
+    assert sweep(trained, tmp_path / "evaluation", 1, sweep_checkpoints=[STEPS, 5]) == 2
+    assert "--sweep_checkpoints 8 5" in (message := one_error(capsys)) and "of the steps 4, 8" in message
+    assert sweep(trained, tmp_path / "evaluation", 1, sweep_checkpoints="last") == 2
+    assert "give some of these, or all, or newest" in one_error(capsys)

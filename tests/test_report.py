@@ -1,0 +1,384 @@
+"""The report page: well-formed, self-contained, deaf to hostile names, and shown by a real browser."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+from copy import deepcopy
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from properties import given, settings, st
+
+import classifier
+from report import write_html
+
+VOID = {"meta", "link", "img", "line", "rect", "circle", "polyline"}  # an SVG child counts as void if it closes itself
+HOSTILE = "<script>alert(1)</script>\"'><img src=http://x.invalid/>&amp;\u202eשלום 😀"
+
+
+def png(width: int = 900, height: int = 60) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (90, 120, 160)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def make_report(names: list[str]) -> dict[str, Any]:
+    """Makes a report with all its parts, of as many classes as there are names."""
+    distances = {name: 3.5 + i for i, name in enumerate(names)}
+    figures = {
+        "frechet": 20.5,
+        "frechet_mean": 4.25,
+        "kernel": -0.0125,
+        "kernel_deviation": 0.031,
+        "kernel_mean": 0.5,
+        "frechet_per_class": distances,
+        "kernel_per_class": distances,
+        "precision": 0.875,
+        "recall": 0.5,
+        "density": 1.031,
+        "coverage": 0.61,
+    }
+    latents = {
+        "images": 40 * len(names),
+        "test_images": 60,
+        "synthetic": figures,
+        "training": {**figures, "frechet_mean": 4.0},
+        "recognition": {"synthetic": 0.91, "test": 0.99},
+    }
+    return {
+        "evaluated": {
+            "checkpoint": "ema-00001500.safetensors",
+            "step": 1500,
+            "synthetic_path": "/somewhere/synthetic",
+            "made_with": {"cond_scale": 2.0, "sampler": "dpm++", "seed": 42},
+            "split": "random",
+            "images": {"synthetic": 120, "training": 90, "test": 60},
+            "images_per_class": {name: {"synthetic": 40, "training": 30, "test": 20} for name in names},
+        },
+        "warnings": ["the split is random"],
+        "latents": latents,
+        "inception": deepcopy(latents),
+        "memorisation": {
+            "distances": [5.0, 5.5, 6.0, 6.25, 9.0],
+            "test_distances": [4.0, 6.0, 7.0, 9.0],
+            "median": 6.0,
+            "test_median": 6.5,
+            "threshold": 4.5,
+            "near_share": 0.04,
+            "near_share_limit": 0.12,
+            "nearer_to_training": 0.48,
+            "nearer_to_training_limit": 0.6,
+            "per_class": {name: {"median": 6.0, "test_median": 6.5, "near_share": 0.0} for name in names},
+            "pairs": [{"synthetic": f"{names[0]}/a.jpg", "training": f"{names[-1]}/b.jpg", "distance": 5.0}],
+            "picture": "closest_pairs.png",
+            "same_content": [{"synthetic": f"{names[0]}/a.jpg", "same_as": f"{names[0]}/c.jpg", "kind": "test"}],
+        },
+        "classifier": make_classifier(len(names)),
+        "sweep": {
+            "points": [
+                {**figures, "step": step, "guidance": scale, "recognition": 0.9, "near_share": 0.03}
+                for step in (500, 1000)
+                for scale in (1.0, 2.0, 3.0)
+            ],
+            "training": figures,
+            "best": {"step": 1000, "guidance": 2.0},
+        },
+        "settings": {"checkpoint": "results", "sweep": [1.0, 2.0], "neighbours": 5, "classifier": True, "x": None},
+    }
+
+
+def make_classifier(num_classes: int) -> dict[str, Any]:
+    """Makes what `classifier.compare` returns, without any training."""
+    import torch
+
+    def score(wrong: int) -> dict[str, Any]:
+        truth = torch.arange(num_classes).repeat_interleave(4)
+        said = truth.clone()
+        said[:wrong] = (said[:wrong] + 1) % num_classes
+        return classifier._plain(classifier._score(said, truth, num_classes))
+
+    done = {
+        name: {str(seed): score(wrong + seed % 2) for seed in range(3)}
+        for name, wrong in ((classifier.REAL, 3), (classifier.SYNTHETIC, 4), (classifier.BOTH, 0))
+    }
+    images, labels = torch.zeros(num_classes, 4, 4, 3, dtype=torch.uint8), torch.arange(num_classes)
+    found = classifier.compare(
+        *(images, labels) * 3,
+        num_classes=num_classes,
+        num_steps=1000,
+        seeds=[0, 1, 2],
+        device=torch.device("cpu"),
+        done=done,
+        save=lambda _: pytest.fail("nothing is left to train"),
+    )
+    return json.loads(json.dumps({**found, "image_size": 64}))
+
+
+class Page(HTMLParser):
+    """Reads a page, and notes what it is made of; raises AssertionError where tags do not fit each other."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.headings: list[str] = []
+        self.feed(data.decode("utf-8"))
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(attrs) == len(dict(attrs)), f"{tag} says something twice"
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in VOID
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style",):
+            self.words.append(data)
+            if self.open[-1] == "h2":
+                self.headings.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def page_of(report: dict[str, Any], pictures: dict[str, bytes] | None = None) -> Page:
+    return Page(write_html(report, pictures or {}))
+
+
+NAMES = ["ID_1", "ID_2", "ID_10"]
+
+
+def test_the_page_shows_every_part_with_its_figures():
+    page = page_of(make_report(NAMES), {"closest_pairs.png": png()})
+    assert page.headings == [
+        "In three sentences",
+        "To keep in mind",
+        "In latent space",
+        "In the features of Inception",
+        "Are they copies?",
+        "Do they help a classifier?",
+        "Which guidance scale?",
+        "What was evaluated",
+        "How the figures are computed",
+        "Settings",
+    ]
+    assert len(page.all("h1")) == 1 and page.all("html")[0]["lang"] == "en"
+    for words in (
+        "model ema-00001500.safetensors · step 1,500 · guidance 2 · 120 synthetic images",
+        "1.1 times that of real training images",
+        "No sign of it. 4.0 % of them are as near",
+        "the split is random",
+        "−0.0125 ± 0.031",
+        "87.5 %",
+        "ID_10/b.jpg",
+        "step 1,000, guidance 2 (best)",
+        "1,000 training steps, 32 images per step, 64 pixels wide",
+        "They help: accuracy changes by +25.0 points",
+    ):
+        assert words in page.text, words
+
+
+def test_the_page_is_for_everyone():
+    """Tables have captions and heads with a scope, pictures have texts, what scrolls can be reached by the keyboard."""
+    page = page_of(make_report(NAMES), {"closest_pairs.png": png()})
+    assert len(page.all("table")) == len(page.all("caption")) > 8
+    assert all(attributes.get("scope") in ("row", "col") for attributes in page.all("th"))
+    assert len(page.all("img")) == 1 + 3 and all(len(attributes["alt"] or "") > 30 for attributes in page.all("img"))
+    assert "most often ID_1 was taken for ID_2" in (page.all("img")[1]["alt"] or "")
+    for attributes in page.all("svg"):
+        assert attributes.get("aria-label") if attributes.get("role") == "img" else attributes.get("aria-hidden")
+    boxes = [attributes for attributes in page.all("div") if attributes.get("class") == "scroll"]
+    assert boxes and all(attributes["tabindex"] == "0" and attributes["aria-label"] for attributes in boxes)
+
+
+def test_nothing_is_asked_for_from_elsewhere():
+    data = write_html(make_report([HOSTILE, "ID_2"]), {"closest_pairs.png": png()})
+    page = Page(data)
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "iframe", "object", "embed", "form", "base")
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "srcset", "poster", "action", "xlink:href"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:", "#")), (tag, value)
+    styles = re.findall(r"<style>(.*?)</style>", data.decode(), re.DOTALL)
+    assert len(styles) == 1 and "url(" not in styles[0] and "@import" not in styles[0]
+
+
+@pytest.mark.parametrize(
+    "name", [HOSTILE, "", "a" * 255, "\x00\x1b[31m", "\udcff", "--><!--", "{style} {0} %s", "日本"]
+)
+def test_any_name_is_text_and_nothing_else(name):
+    plain, hostile = page_of(make_report(["ID_1", "ID_2"])), page_of(make_report([name, "ID_2"]))
+    assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in plain.tags]
+
+
+@settings(max_examples=25, deadline=None)
+@given(name=st.text(min_size=1, max_size=40))
+def test_texts_of_every_kind_keep_the_page_whole(name):
+    report = make_small_report(name)
+    page = page_of(report)
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in page_of(make_small_report("x")).tags]
+    shown = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]", "\ufffd", name)
+    assert " ".join(f"|{shown}|".replace("\r", "\n").split()) in page.text
+
+
+def make_small_report(text: str) -> dict[str, Any]:
+    distances = {"frechet_per_class": {text: 1.0}}
+    return {
+        "evaluated": {"checkpoint": text, "images_per_class": {text: {text: 1}}},
+        "warnings": [f"|{text}|"],
+        "why": {"classifier": text, "sweep": text},
+        "latents": {"synthetic": distances},
+        "memorisation": {
+            "pairs": [{"synthetic": text, "training": text, "distance": None}],
+            "same_content": [{"synthetic": text, "same_as": text, "kind": text}],
+            "per_class": {text: {}},
+            "picture": None,
+            "why_no_picture": text,
+        },
+        "settings": {text: text},
+    }
+
+
+PARTS = ["evaluated", "warnings", "latents", "inception", "memorisation", "classifier", "sweep", "settings"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_may_be_absent_or_stand_alone(part):
+    whole = make_report(NAMES)
+    without = page_of({name: value for name, value in whole.items() if name != part})
+    assert len(without.headings) == 9
+    alone = page_of({part: whole[part]})
+    assert set(alone.headings) <= set(page_of(whole).headings) and alone.headings
+
+
+def test_an_empty_report_is_a_page_without_sections():
+    page = page_of({})
+    assert page.headings == [] and "How good are the generated images?" in page.text
+
+
+def test_a_part_that_was_asked_for_and_is_not_there_says_why():
+    report = make_report(NAMES)
+    del report["classifier"]
+    report["why"] = {"classifier": "the test images are not at hand"}
+    page = page_of(report)
+    assert page.text.count("the test images are not at hand") == 2  # in the verdict and in its section
+    assert "Not known. Why: the test images are not at hand" in page.text
+
+
+def without_numbers(value: Any) -> Any:
+    """Returns a report in which no figure could be computed."""
+    if isinstance(value, dict):
+        return {name: without_numbers(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_numbers(inner) for inner in value]
+    return None if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def test_figures_that_could_not_be_computed_are_dashes():
+    whole = make_report(NAMES)
+    report = without_numbers({name: part for name, part in whole.items() if name != "classifier"})
+    page = page_of(report)
+    assert page.text.count("–") > 50 and "nan" not in page.text and "None" not in page.text
+    assert "There are too few images for a Fréchet distance." in page.text
+
+
+def verdict(**parts: Any) -> str:
+    return page_of(parts).text.split("How the figures")[0]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "words"),
+    [
+        (4.9, 4.0, "Yes. Their Fréchet distance to the test images is 1.2 times that of real training images."),
+        (6.0, 4.0, "Nearly. "),
+        (8.1, 4.0, "No. "),
+        (1.0, 0.0, "No. Their Fréchet distance to the test images is more than the 0 of real training images."),
+        (None, 4.0, "Not known. "),
+    ],
+)
+def test_closeness_is_judged_by_the_training_images(ours, theirs, words):
+    figures = {"images": 60, "synthetic": {"frechet_mean": ours, "frechet_per_class": {"a": 1.0, "b": 2.0}}}
+    text = verdict(latents={**figures, "training": {"frechet_mean": theirs}})
+    assert words in text and "scatters" not in text
+    few = verdict(latents={**figures, "images": 10, "training": {"frechet_mean": theirs}})
+    assert ("scatters much with so few images: 5 per class" in few) == (ours is not None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "No sign of it. 4.0 %"),
+        ({"near_share": 0.13}, "Perhaps. 13.0 % of them are as near"),
+        ({"nearer_to_training": 0.61}, "Perhaps. 61.0 % of them are nearer"),
+        ({"near_share": None}, "Not known. "),
+        (
+            {"same_content": [{"synthetic": "a", "same_as": "b", "kind": "training"}]},
+            "Yes. Synthetic files that are training images, byte for byte: 1.",
+        ),
+    ],
+)
+def test_copies_are_judged_by_what_chance_explains(changes, words):
+    assert words in verdict(memorisation={**make_report(["a"])["memorisation"], **changes})
+
+
+# --- in a browser ------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium")
+PROBE = """<script>addEventListener("load", () => { const d = document.documentElement;
+  d.dataset.seen = JSON.stringify({wide: d.scrollWidth, window: innerWidth, height: d.scrollHeight,
+    pictures: [...document.images].every(i => i.naturalWidth > 0),
+    asked: performance.getEntriesByType("resource").map(e => e.name).filter(n => !n.startsWith("data:"))}); });
+</script></head>"""
+
+
+def browse(place: Path, *flags: str) -> str:
+    """Opens a page in a headless browser with nothing stored, and returns what it prints."""
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+    command += ["--disable-background-networking", "--disable-component-update", "--hide-scrollbars"]
+    command += [f"--user-data-dir={place.parent / 'profile'}", *flags, place.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_browser_shows_it_at_any_width_and_asks_for_nothing(tmp_path):
+    """The page is put in a frame of 400 pixels: a window cannot be made that narrow."""
+    data = write_html(make_report([f"ID_{i + 1}" for i in range(9)] + ["W" * 200]), {"closest_pairs.png": png()})
+    page = re.sub(r"<meta http-equiv=.*?>", "", data.decode()).replace("</head>", PROBE)
+    assert page.count("data-seen") == 0 and "<script>" in page  # the probe itself is no part of the page
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    outer = f"""<!DOCTYPE html><body style="margin: 0"><iframe width="400" height="800" srcdoc='{page_in_quotes(page)}'>
+      </iframe><iframe width="1100" height="800" srcdoc='{page_in_quotes(page)}'></iframe><script>
+      addEventListener("load", () => {{ document.body.dataset.seen = JSON.stringify([...document.querySelectorAll(
+      "iframe")].map(f => JSON.parse(f.contentDocument.documentElement.dataset.seen))); }}); </script></body>"""
+    (tmp_path / "outer.html").write_text(outer, encoding="utf-8")
+    dumped = browse(tmp_path / "outer.html", "--virtual-time-budget=20000", "--dump-dom")
+    found = re.search(r'<body[^>]* data-seen="([^"]*)"', dumped)
+    assert found is not None
+    narrow, wide = json.loads(found[1].replace("&quot;", '"'))
+    assert (narrow["window"], narrow["wide"]) == (400, 400)
+    assert (wide["window"], wide["wide"]) == (1100, 1100)
+    for seen in (narrow, wide):
+        assert seen["pictures"] and seen["asked"] == [] and seen["height"] > 2000
+
+
+def page_in_quotes(page: str) -> str:
+    return page.replace("&", "&amp;").replace("'", "&#39;")
