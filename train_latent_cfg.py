@@ -54,6 +54,7 @@ from sample_grid import GridMaker
 from sampling import num_solver_steps
 from script import DONE, Failed, Progress, Stopped, StopSignals, say, warn
 
+_SETTLING_STEPS = 10  # first steps of a process, among which are compiling and the first save: they tell no pace
 _FORECAST_STEPS = 50  # steps after which the length of the run is told
 _COMPILED_STEPS = 5000  # a shorter run does not repay the minute or two that compiling takes
 _JOINED_VALUES = 64 * 48 * 32 * 32  # of one activation at full width: four batches of the default recipe
@@ -917,6 +918,7 @@ class Clock:
         self.trainer = trainer
         self.limit = math.inf if max_hours is None else 3600 * max_hours  # seconds
         self.started = self.marked = time.monotonic()
+        self.settled = self.started
         self.first_step = self.marked_step = trainer.finished_steps
         self.longest_save = 0.0
 
@@ -935,8 +937,13 @@ class Clock:
         """Says once, after the first steps, how long the rest will take."""
         taken = self.trainer.finished_steps - self.first_step
         left = num_steps - self.trainer.finished_steps
+        if taken in (_SETTLING_STEPS, _FORECAST_STEPS):
+            hardware.synchronize(self.trainer.device)
+        if taken == _SETTLING_STEPS:
+            self.settled = time.monotonic()
         if taken == _FORECAST_STEPS and left > 0:
-            say(f"{left:,} steps to go will take about {script.duration(self.seconds() / taken * left)}")
+            seconds = (time.monotonic() - self.settled) / (_FORECAST_STEPS - _SETTLING_STEPS)
+            say(f"{left:,} steps to go will take about {script.duration(seconds * left)}")
 
     def note_save(self, seconds: float) -> None:
         """Remembers how long a save took, so that the last one fits into the budget."""

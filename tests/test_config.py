@@ -221,9 +221,10 @@ def test_help_shows_each_setting_once_under_its_topic_with_unit_and_default(cls)
     expected = {spec.group for spec in config.specs(cls).values()}
     assert list(words) == ["options", *(group for group in config.GROUPS if group in expected)]
     for name, spec in config.specs(cls).items():
-        found = words[spec.group]
-        assert found.count(f"--{name} ") == 1
-        own = found.partition(f"--{name} ")[2].partition(" --")[0].partition(" * may change")[0]
+        _, *entries = re.split(rf"^  --{name} ", text, flags=re.MULTILINE)
+        assert len(entries) == 1
+        own = " ".join(re.split(r"^  (?:--|\*)|\n\n", entries[0], flags=re.MULTILINE)[0].split())
+        assert own in words[spec.group]
         assert config.metavar(spec) in own and spec.unit.upper() in own
         mark = " *" if spec.free and config.can_resume(cls) else ""
         assert f"(default: {config.show(config.defaults(cls)[name])}){mark}" in own

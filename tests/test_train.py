@@ -368,11 +368,13 @@ def test_another_ending_of_the_images_is_remembered(world):
     assert state is not None and state.meta["image_suffix"] == ".png"
 
 
-def test_the_length_of_the_run_is_told_once(capsys):
-    trainer = SimpleNamespace(finished_steps=100)
+def test_the_length_of_the_run_is_told_once_and_without_its_slow_first_steps(monkeypatch, capsys):
+    now = 1000.0
+    monkeypatch.setattr(train_latent_cfg.time, "monotonic", lambda: now)
+    trainer = SimpleNamespace(finished_steps=100, device=torch.device("cpu"))
     clock = Clock(None, trainer)  # type: ignore[arg-type]
-    clock.started -= 25.0
     for step in range(101, 153):
+        now += 60 if step == 101 else 0.5
         trainer.finished_steps = step
         clock.forecast(1150)
     assert capsys.readouterr().out == "1,000 steps to go will take about 8 min 20 s\n"
