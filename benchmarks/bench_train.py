@@ -166,7 +166,7 @@ def ours(arguments: argparse.Namespace, folder: Path, shares: dict[str, float]) 
             trainer.train_step()
         trainer.losses[-1].item()
         shares["share of data and draws"] = data_seconds(trainer, arguments.steps) / (time.perf_counter() - started)
-        trainer.losses = []
+        trainer.losses, trainer.sample_losses = [], []
         return arguments.steps
 
     return one_round
