@@ -115,7 +115,7 @@ def set_up(arguments: argparse.Namespace, folder: Path, ranks: Any) -> tuple[Act
 
     def agree() -> None:
         with ranks.together():
-            trainer.losses = []
+            trainer.losses, trainer.sample_losses = [], []
         ranks.agree_to_stop(None, False)
 
     def step() -> None:
