@@ -281,7 +281,7 @@ class TrainSettings(SamplingSettings, ImageSettings, DryRunSettings):
     attn_dim_head: int = _setting(32, int, NETWORK, "channels per attention head", low=1, unit="channels")
     attn_heads: int = _setting(4, int, NETWORK, "attention heads", low=1, unit="heads")
     cond_drop_prob: float = _setting(
-        0.5,
+        0.1,
         float,
         DIFFUSION,
         "probability that a training latent loses its class, for guidance",
@@ -299,7 +299,7 @@ class TrainSettings(SamplingSettings, ImageSettings, DryRunSettings):
     gradient_accumulate_every: int = _setting(
         2, int, TRAINING, "forward passes per step; a step sees train_batch_size times this", low=1
     )
-    train_lr: float = _setting(1e-4, float, TRAINING, "learning rate of Adam", low=0.0)
+    train_lr: float = _setting(4e-4, float, TRAINING, "learning rate of Adam", low=0.0)
     train_num_steps: int = _setting(150_000, int, TRAINING, "steps in all", low=1, free=True, unit="steps")
     join_passes: bool = _setting(
         True,

@@ -155,7 +155,7 @@ def test_only_settings_that_define_the_run_are_fixed_on_resume():
     free = read(TrainSettings, "--train_num_steps", "7", "--max_hours", "1", "--num_samples", "9", "--cond_scale", "3")
     assert config.differences_on_resume(stored, free.settings) == []
     fixed = read(TrainSettings, "--dim", "64", "--train_lr", "1")
-    assert config.differences_on_resume(stored, fixed.settings) == [("dim", 48, 64), ("train_lr", 1e-4, 1.0)]
+    assert config.differences_on_resume(stored, fixed.settings) == [("dim", 48, 64), ("train_lr", 4e-4, 1.0)]
 
 
 def test_the_batch_is_fixed_as_a_whole():
