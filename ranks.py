@@ -8,6 +8,7 @@ A process that is alone has no group, and each method below then does nothing. N
 exchange: a process that failed in it would answer with something else.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -225,11 +226,18 @@ class Ranks:
         return int(largest)
 
     def _gather(self, value: Any) -> list[Any]:
-        """Returns the value of each process, in the order of their ranks."""
-        values: list[Any] = [None] * self.count
+        """Returns the value of each process, in the order of their ranks.
+
+        Values are sent as JSON: what comes from another process runs nothing here, as a pickle might.
+        """
+        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        longest = self._largest(len(text))
+        padded = torch.full((longest,), ord(" "), dtype=torch.uint8)
+        padded[: len(text)] = text
+        texts = [torch.empty_like(padded) for _ in range(self.count)]
         with self._reaching_others():
-            dist.all_gather_object(values, value)
-        return values
+            dist.all_gather(texts, padded)
+        return [json.loads(bytes(one.tolist())) for one in texts]
 
     @contextmanager
     def _reaching_others(self) -> Iterator[None]:
