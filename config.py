@@ -212,7 +212,7 @@ class SamplingSettings(MachineSettings):
     """Settings of the scripts that sample images."""
 
     cond_scale: float = _setting(
-        2.0,
+        1.5,
         float,
         SAMPLING,
         "guidance scale s in uncond + s * (cond - uncond); 1 is off",

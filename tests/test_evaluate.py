@@ -138,7 +138,7 @@ def test_the_report_says_what_was_evaluated(first_evaluation, generated):
     assert told["step"] == STEPS and told["checkpoint"] == f"ema-{STEPS:08d}.safetensors"
     assert told["images"] == {"synthetic": 12, "training": 15, "test": 9}
     assert told["images_per_class"] == {name: {"synthetic": 4, "training": 5, "test": 3} for name in CLASSES}
-    assert told["made_with"]["cond_scale"] == 2.0 and told["split"] == "random"
+    assert told["made_with"]["cond_scale"] == 1.5 and told["split"] == "random"
     assert report["settings"]["synthetic_path"] == str(generated)
     assert report["memorisation"]["same_content"] == []
     page = (first_evaluation / "report.html").read_text(encoding="utf-8")

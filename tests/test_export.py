@@ -118,7 +118,7 @@ def test_the_config_says_all_that_a_sampler_must_know(trained, tmp_path):
     assert facts["latent_shape"] == [4, 8, 8] and facts["latent_norm"] == meta["latent_norm"]
     assert (facts["objective"], facts["timesteps"], facts["beta_schedule"]) == ("pred_v", 1000, "cosine")
     assert facts["vae"]["path"] == str(trained / "vae.pt") and facts["vae"]["scale_factor"] == meta["scale_factor"]
-    assert facts["cond_scale"] == 2.0 and facts["image_size"] == 16
+    assert facts["cond_scale"] == 1.5 and facts["image_size"] == 16
     assert facts["versions"]["torch"] == torch.__version__ and len(facts["versions"]) == 3
     times, alphas, sigmas = zip(*facts["levels"], strict=True)
     assert list(times) == [*range(times[0], -1, -1), -1]  # no more than there are

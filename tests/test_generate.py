@@ -63,7 +63,7 @@ def test_each_class_has_its_folder_of_images_and_a_row_in_the_labels(make, tmp_p
     rows += [[f"{name}/{name}_{i:06d}.jpg", name, str(label)] for label, name in enumerate(CLASSES) for i in range(2)]
     assert labels_of(folder) == rows
     record = json.loads((folder / "settings.json").read_text())
-    assert record["step"] == STEPS and record["cond_scale"] == 2.0 and record["seed"] == 42
+    assert record["step"] == STEPS and record["cond_scale"] == 1.5 and record["seed"] == 42
     assert record["sampling_timesteps"] == 2 and record["image_format"] == "jpg"  # as the run had them
     blank = [[np.zeros((16, 16, 3), dtype=np.uint8)] * 2] * 3
     with Image.open(folder / "overview.png") as overview:
