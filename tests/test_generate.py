@@ -107,7 +107,7 @@ def test_a_rerun_makes_only_what_is_missing(make, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"cond_scale": 1}, "cond_scale 2.0, now it is 1.0"),
+        ({"cond_scale": 1}, "cond_scale 1.5, now it is 1.0"),
         ({"seed": 1}, "seed 42, now it is 1"),
         ({"sampling_timesteps": 3}, "sampling_timesteps 2, now it is 3"),
         ({"sampler": "ddim"}, "sampler dpm++, now it is ddim"),
@@ -242,7 +242,7 @@ def test_the_strip_shows_classes_by_guidance_scales_and_makes_nothing_else(make,
     assert make("strip", strip=[0, 2, 4], classes=["ID_1", "ID_10"]) == 0
     assert [path.name for path in (tmp_path / "strip").iterdir()] == ["strip.png"]
     strip = np.asarray(Image.open(tmp_path / "strip" / "strip.png"))
-    assert make("images", image_format="png", images_per_class=1) == 0
+    assert make("images", image_format="png", images_per_class=1, cond_scale=2) == 0
     blank = [[np.zeros((16, 16, 3), dtype=np.uint8)] * 3] * 2
     empty = pictures.labelled_grid(blank, ["ID_1", "ID_10"], ["0", "2", "4"])
     assert strip.shape == (empty.height, empty.width, 3)
