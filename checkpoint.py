@@ -26,6 +26,7 @@ FORMAT = 1
 _NUM_KEPT = 2  # full states that stay: the newest may be damaged by the disk later
 _HEADER_BYTES = 4 << 20  # a larger header is refused unread
 _FULL_NAME = re.compile(r"state-([0-9]{8,18})\.safetensors")
+_EMA_NAME = re.compile(r"ema-([0-9]{8,18})\.safetensors")
 _ANY_NAME = re.compile(r"(?:state|ema)-([0-9]{8,18})\.safetensors")
 _DTYPES = {
     "F64": torch.float64,
@@ -289,6 +290,11 @@ def prune(folder: str | os.PathLike[str], *, step: int) -> None:
     for path in until_now[_NUM_KEPT:]:
         with suppress(OSError):  # costs space only
             path.unlink()
+
+
+def saved_averages(folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """Returns the files of averaged weights alone in a run folder, by their step."""
+    return dict(_saved(Path(folder), _EMA_NAME))
 
 
 def _saved(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:

@@ -54,11 +54,12 @@ class Score:
 # --- one training ------------------------------------------------------------------------------------------
 
 
+_Images = tuple[Tensor, Tensor]  # uint8 [N S S 3] and labels [N]
+
+
 def train_and_test(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
+    sets: Sequence[_Images],
+    test: _Images,
     *,
     num_classes: int,
     num_steps: int,
@@ -78,39 +79,12 @@ def train_and_test(
     number of threads.
 
     Args:
-        train: uint8 images [N S S 3], with their labels [N] in `train_labels`.
-        test: uint8 images [M S S 3] that are in no training set, likewise.
+        sets: training images uint8 [N S S 3] and their labels [N]; several sets have equal shares of every batch.
+        test: images [M S S 3] that are in no training set, and their labels [M].
         num_classes: labels are 0 to this - 1.
         batch_size: images per step; a smaller set fills a batch by more than one round.
         progress: called after each step; what it raises ends the work.
     """
-    return _train_and_test(
-        [(train, train_labels)],
-        (test, test_labels),
-        num_classes=num_classes,
-        num_steps=num_steps,
-        seed=seed,
-        device=device,
-        batch_size=batch_size,
-        progress=progress,
-    )
-
-
-_Images = tuple[Tensor, Tensor]  # uint8 [N S S 3] and labels [N]
-
-
-def _train_and_test(
-    sets: Sequence[_Images],
-    test: _Images,
-    *,
-    num_classes: int,
-    num_steps: int,
-    seed: int,
-    device: torch.device,
-    batch_size: int,
-    progress: Callable[[], None] | None,
-) -> Score:
-    """Trains on sets that have equal shares of every batch."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         network = _build(num_classes, sets[0][0].shape[1], seed).to(device)
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -265,7 +239,7 @@ def compare(
     sets = {REAL: [real_set], SYNTHETIC: [synthetic_set], BOTH: [real_set, synthetic_set]}
     scores = {name: dict(done.get(name, {})) for name in sets}
     for name, seed in trainings_left(seeds, scores):
-        score = _train_and_test(
+        score = train_and_test(
             sets[name],
             (test, test_labels),
             num_classes=num_classes,

@@ -35,6 +35,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import checkpoint
 import classifier
 import durable
 import evaluation
@@ -60,7 +61,7 @@ from script import DONE, Failed, StopSignals, say, warn
 _REPORT_NAME, _PAGE_NAME, _PAIRS_NAME, _CACHE_NAME = "report.json", "report.html", "closest_pairs.png", "latents_cache"
 _LARGEST_REPORT_BYTES = 1 << 28
 _NUM_LISTED = 10
-_FEW_IMAGES = 20  # of a class; figures of fewer are shown with a warning
+_PARTS = ("latents", "memorisation", "inception", "classifier", "why")  # of the report, about synthetic images
 _READ_AT_ONCE = 64  # images whose pixels are in memory at once on their way into Inception
 
 
@@ -320,12 +321,26 @@ def _refuse_bad(bad: list[tuple[int, str]], dataset: LatentDataset, what: str) -
 class Report:
     """report.json and report.html: written after each finished part, so that nothing is computed twice.
 
-    A part is kept with a digest of all that it was computed from, and counts only as long as that is the same.
+    A part is kept with a digest of all that it was computed from, and counts only as long as that is the same. What
+    is about other images than those of this run goes at once, so that no page mixes two.
+
+    Args:
+        real: what the figures about real images depend on.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, real: dict[str, Any]) -> None:
         self.folder = folder
-        self.data = _read_report(folder / _REPORT_NAME)
+        stored = _read_report(folder / _REPORT_NAME)
+        digest = _digest(real)
+        self.data = stored if stored.get("real_digest") == digest else {"real_digest": digest}
+
+    def begin(self, *, evaluated: dict[str, Any], **facts: Any) -> None:
+        """Takes what is evaluated, and facts that are no part; drops the parts about other synthetic images."""
+        before = self.data.get("evaluated", {}).get("synthetic_digest")
+        if before != evaluated["synthetic_digest"]:
+            for name in _PARTS:
+                self.data.pop(name, None)
+        self.set_facts(evaluated=evaluated, **facts)
 
     def part(self, name: str, made_of: dict[str, Any]) -> dict[str, Any] | None:
         """Returns the figures of a part if they were computed from just this; None otherwise."""
@@ -339,13 +354,15 @@ class Report:
         self.write()
         return self.data[name]
 
-    def drop(self, name: str, *, why: str | None) -> None:
-        """Leaves out a part that cannot be computed, saying why, or that was not asked for."""
+    def drop(self, name: str, *, why: str | None = None) -> None:
+        """Leaves out a part that was not asked for, or that cannot be computed, saying why."""
         self.data.pop(name, None)
-        self.data["why"] = {**self.data.get("why", {}), name: why}
+        self.data.get("why", {}).pop(name, None)
+        if why is not None:
+            self.data["why"] = {**self.data.get("why", {}), name: why}
 
     def set_facts(self, **facts: Any) -> None:
-        """Takes facts that are no part: what was evaluated, warnings, settings."""
+        """Takes facts that are no part, such as warnings and settings."""
         self.data |= plain(facts)
 
     def write(self) -> None:
@@ -450,7 +467,7 @@ class Evaluation:
         synthetic, training = self.synthetic, self.real.training
         path = self.plan.folder / _PAIRS_NAME
         stored = self.report.part("memorisation", self.made_of)
-        if stored is not None and stored["picture"] is not None and path.is_file():
+        if stored is not None and (path.is_file() if stored["picture"] else not training.are_at_hand):
             return
         figures = evaluation.memorisation(*self._latents(), seed=self.settings.seed)
         figures["picture"], figures["why_no_picture"] = draw_pairs(path, synthetic, training, figures["pairs"])
@@ -466,7 +483,7 @@ class Evaluation:
         """Compares the Inception features of synthetic and training images with those of the test images, if asked."""
         asked = self.settings.inception_weights
         if asked is None:
-            self.report.drop("inception", why=None)
+            self.report.drop("inception")
             return
         path = inception.find_weights(asked)
         made_of = {**self.made_of, "neighbours": self.settings.neighbours, "weights": file_digest(path)}
@@ -491,7 +508,8 @@ class Evaluation:
         settings, sets = self.settings, (self.real.training, self.synthetic, self.real.test)
         why = self._why_no_classifier()
         if why is not None:
-            self.report.drop("classifier", why=why)
+            if "classifier" not in self.report.data:  # those of an earlier run are about the same images
+                self.report.drop("classifier", why=why)
             return
         size = settings.classifier_image_size
         seeds = list(range(settings.seed, settings.seed + settings.classifier_seeds))
@@ -500,10 +518,11 @@ class Evaluation:
         left = len(classifier.trainings_left(seeds, stored.get("scores", {})))
         if not left and stored.get("seeds") == seeds:
             return
-        say(
-            f"{left} trainings of a classifier to go, of {settings.classifier_steps:,} steps each; they may be "
-            "stopped, and the same command goes on"
-        )
+        if left:
+            say(
+                f"{left} trainings of a classifier to go, of {settings.classifier_steps:,} steps each; they may be "
+                "stopped, and the same command goes on"
+            )
         images_and_labels = [value for part in sets for value in (part.pixels(size), part.labels)]
         with script.progress(total=left * settings.classifier_steps, unit="steps", label="classifier") as bar:
 
@@ -553,13 +572,11 @@ def _features(network: torch.nn.Module, part: ImageSet, advance: Callable[[int],
 def evaluate(plan: Plan) -> None:
     """Makes the report about the images of a folder, and prints the main figures."""
     synthetic, real = open_synthetic(plan), open_real(plan)
-    report = Report(plan.folder)
+    report = Report(plan.folder, made_of_real(plan, real))
     warnings = find_warnings(plan, synthetic, real)
     for line in warnings:
         warn(line)
-    report.set_facts(
-        evaluated=describe(plan, synthetic, real), warnings=warnings, settings=config.to_dict(plan.settings)
-    )
+    report.begin(evaluated=describe(plan, synthetic, real), warnings=warnings, settings=config.to_dict(plan.settings))
     Evaluation(plan, synthetic, real, report).run()
     print_figures(report.data)
 
@@ -625,12 +642,13 @@ def find_warnings(plan: Plan, synthetic: ImageSet, real: RealImages) -> list[str
     missing = [name for label, name in enumerate(plan.classes) if not synthetic.latents.count(label)]
     if missing:
         found.append(f"there are no synthetic images of {_listing(missing)}; the figures are about the other classes")
-    counts = [synthetic.latents.count(label) for label in synthetic.labels.unique().tolist()]
-    if min(counts) < _FEW_IMAGES:
-        found.append(
-            f"only {min(counts)} synthetic images of a class: figures of so few scatter widely; generate {_FEW_IMAGES} "
-            "or more of each"
-        )
+    for part, remedy in ((synthetic, "generate"), (real.test, "have")):
+        counts = [part.latents.count(label) for label in part.labels.unique().tolist()]
+        if counts and min(counts) < report_page.FEW_PER_CLASS:
+            found.append(
+                f"only {min(counts)} {part.name} images of a class: figures of so few scatter widely; {remedy} "
+                f"{report_page.FEW_PER_CLASS} or more of each"
+            )
     record, weights = made_with(synthetic.folder), vae.weights_digest(plan.state.averages)
     if record.get("weights", weights) != weights:
         found.append(
@@ -651,9 +669,13 @@ def draw_pairs(
     path: Path, synthetic: ImageSet, training: ImageSet, pairs: Sequence[tuple[int, int, float]]
 ) -> tuple[str | None, str | None]:
     """Draws synthetic images above their nearest training images; returns the file's name, or why there is none."""
+    path.unlink(missing_ok=True)
     if not training.are_at_hand:
         return None, f"the training images are not at hand in {training.folder}"
-    above, below = synthetic.read(i for i, _, _ in pairs), training.read(j for _, j, _ in pairs)
+    try:
+        above, below = synthetic.read(i for i, _, _ in pairs), training.read(j for _, j, _ in pairs)
+    except Failed as error:  # changed or removed since it was encoded, which the figures do not need
+        return None, str(error)
     names = [
         " / ".join(dict.fromkeys((synthetic.entries[i].class_name, training.entries[j].class_name)))
         for i, j, _ in pairs
@@ -710,8 +732,7 @@ def print_figures(data: dict[str, Any]) -> None:
             say(_row(f"classifier trained on {name}: recognised", _share(found["mean"])))
         say(data["classifier"]["difference"]["sentence"])
     for name, why in data.get("why", {}).items():
-        if why is not None:
-            say(f"no {name}: {why}")
+        say(f"no {name}: {why}")
     if copies["same_content"]:
         first = copies["same_content"][0]
         warn(
@@ -738,7 +759,7 @@ def _share(value: float | None) -> str:
 def find_states(plan: Plan) -> list[Path]:
     """Returns the checkpoint files that the sweep samples from, oldest first; raises UserError when one is absent."""
     asked, newest = plan.settings.sweep_checkpoints, plan.state.path
-    saved = {int(path.stem.removeprefix("ema-")): path for path in newest.parent.glob("ema-*.safetensors")}
+    saved = checkpoint.saved_averages(newest.parent)
     if asked == ("newest",) or (asked == ("all",) and not saved):
         return [newest]
     if asked == ("all",):
@@ -748,7 +769,7 @@ def find_states(plan: Plan) -> list[Path]:
     if unknown:
         raise UserError(
             f"--sweep_checkpoints {config.show(asked)}: {newest.parent} has averaged weights of the steps "
-            f"{_listing([str(step) for step in sorted(saved)])}; give some of these, or all, or newest"
+            f"{_listing([str(step) for step in sorted(saved)])}; give some of these, or all alone, or newest alone"
         )
     return [saved[step] for step in sorted(saved) if step in steps]
 
@@ -761,7 +782,7 @@ def sweep(plan: Plan, states: Sequence[Path]) -> None:
     real = open_real(plan)
     if not len(real.test):
         raise UserError("a sweep compares with test images, and the run has none; train with fewer images_per_user")
-    sampling, report = sampling_settings(plan), Report(plan.folder)
+    sampling, report = sampling_settings(plan), Report(plan.folder, made_of_real(plan, real))
     for line in warnings_of_run(plan):
         warn(line)
     if "evaluated" not in report.data:

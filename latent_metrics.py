@@ -63,17 +63,6 @@ def _root_of_covariance(points: Tensor) -> Tensor:
     return torch.linalg.qr(centred, mode="r").R
 
 
-def frechet_per_class(
-    samples: Tensor, sample_labels: Tensor, real: Tensor, real_labels: Tensor, projection: Projection
-) -> list[float]:
-    """Returns the Fréchet distance of each class that the samples [N ...] have, in label order."""
-    ours, theirs = projection(samples), projection(real)
-    return [
-        frechet_distance(ours[sample_labels == label], theirs[real_labels == label])
-        for label in sample_labels.unique().tolist()
-    ]
-
-
 def kernel_distance(first: Tensor, second: Tensor) -> float:
     """Returns the unbiased squared maximum mean discrepancy of two sets of points, 2 or more in each.
 

@@ -13,7 +13,7 @@ folder and stand in label order. Keys that are not listed here (digests, for exa
         images                  {synthetic, training, test: count}
         images_per_class        {class: {synthetic, training, test: count}}, of all classes
     warnings                    [sentence], what the figures must be read with
-    why                         {name of a part below: sentence}, why that part is not there though it was asked for
+    why                         {name of a part below: sentence}, why that part is not there
     latents, inception          the same shape twice: in latent space, and with Inception features
         images, test_images     how many synthetic (and as many training) images, against how many test images
         directions, directions_per_class    principal directions of the Fréchet distance; None: all
@@ -54,9 +54,8 @@ import pictures
 _WIDTH, _HEIGHT = 640, 300  # of a chart, in its own units
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 16, 52
 _CLOSE, _NEAR = 1.25, 2.0  # times the yardstick
-_FEW_PER_CLASS = 20  # synthetic images
+FEW_PER_CLASS = 20  # images: figures of fewer are shown with a warning
 _MANY_CLASSES = 12  # that make confusion matrices as wide as the page, and folded
-_SETS = ("real", "synthetic", "real + synthetic")
 _NUM_LISTED = 20
 
 
@@ -286,7 +285,7 @@ def _is_close(latents: dict[str, Any]) -> tuple[str, str]:
     times = f"{ratio:.2g} times that" if math.isfinite(ratio) else "more than the 0"
     sentence = f"Their Fréchet distance to the test images is {times} of real training images."
     per_class = latents.get("images", 0) / max(1, len(ours.get("frechet_per_class") or {}))
-    if per_class < _FEW_PER_CLASS:
+    if per_class < FEW_PER_CLASS:
         sentence += f" It scatters much with so few images: {per_class:.3g} per class."
     if ratio <= _CLOSE:
         return "yes", sentence
@@ -401,7 +400,7 @@ def _memorisation(report: dict[str, Any], files: dict[str, bytes]) -> str:
     title = "Are they copies?"
     part = report.get("memorisation")
     if not part:
-        return _reason(report, "memorisation", title)
+        return ""
     rows = [
         (
             "median distance to the nearest training image",
@@ -505,7 +504,7 @@ def _classifier(report: dict[str, Any]) -> str:
     if not part:
         return _reason(report, "classifier", title)
     sets, difference = part.get("sets") or {}, part.get("difference") or {}
-    known = [name for name in _SETS if name in sets]
+    known = list(sets)
     rows = [
         (
             _text(name),
@@ -558,13 +557,14 @@ def _class_name(names: Sequence[str], label: int) -> str:
 def _matrices(sets: dict[str, Any], known: Sequence[str], names: Sequence[str]) -> str:
     figures = []
     for name in known:
+        title = _text(name)
         counts = sets[name].get("confusion")
         if counts:
             picture = pictures.confusion_matrix(counts, [_class_name(names, i) for i in range(len(counts))])
-            alt = f"Confusion matrix of the classifier trained on {name} images: {_confusions(counts, names)}"
+            alt = f"Confusion matrix of the classifier trained on {title} images: {_confusions(counts, names)}"
             shown = f'<div class="picture">{_png(pictures.encode_image(picture, ".png"), alt)}</div>'
-            caption = f"Trained on {name}: counts over all seeds."
-            figures.append(_figure(_scrolling(shown, f"Confusion matrix, trained on {name}"), caption))
+            caption = f"Trained on {title}: counts over all seeds."
+            figures.append(_figure(_scrolling(shown, f"Confusion matrix, trained on {title}"), caption))
     if len(names) > _MANY_CLASSES:
         return _folded("Confusion matrices", "".join(figures))
     return f'<div class="matrices">{"".join(figures)}</div>' if figures else ""
@@ -601,7 +601,7 @@ def _sweep(report: dict[str, Any]) -> str:
     title = "Which guidance scale?"
     part = report.get("sweep")
     if not part:
-        return _reason(report, "sweep", title)
+        return ""
     points, best, training = part.get("points") or [], part.get("best") or {}, part.get("training") or {}
 
     def row(head: str, figures: dict[str, Any]) -> list[str]:

@@ -35,15 +35,15 @@ def noise(count: int, *, seed: int) -> tuple[Tensor, Tensor]:
 
 def score_noise(seed: int) -> Score:
     return train_and_test(
-        *noise(24, seed=1), *noise(160, seed=2), num_classes=2, num_steps=5, seed=seed, device=CPU, batch_size=8
+        [noise(24, seed=1)], noise(160, seed=2), num_classes=2, num_steps=5, seed=seed, device=CPU, batch_size=8
     )
 
 
 def test_classes_that_differ_are_learnt_and_the_counts_are_in_label_order():
     steps = []
     score = train_and_test(
-        *coloured([9, 9, 9]),
-        *coloured([4, 0, 7], seed=5),
+        [coloured([9, 9, 9])],
+        coloured([4, 0, 7], seed=5),
         num_classes=3,
         num_steps=12,
         seed=0,
@@ -159,8 +159,8 @@ def test_an_interrupted_comparison_goes_on_and_ends_like_an_uninterrupted_one():
         assert figures["mean"] == pytest.approx(right / 18)
     assert whole["scores"][REAL]["5"] == classifier._plain(
         train_and_test(
-            *coloured([4, 4, 4]),
-            *coloured([2, 3, 4], seed=2),
+            [coloured([4, 4, 4])],
+            coloured([2, 3, 4], seed=2),
             num_classes=3,
             num_steps=2,
             seed=5,

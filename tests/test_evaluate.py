@@ -371,7 +371,7 @@ def test_classifiers_are_trained_once_and_go_on_where_they_were_stopped(
 ):
     asked = {"classifier": "true", "classifier_steps": 1, "classifier_seeds": 2, "classifier_image_size": 8}
     trainings: list[tuple[int, ...]] = []
-    real = classifier._train_and_test
+    real = classifier.train_and_test
 
     def noted(sets: Any, test: Any, **facts: Any) -> classifier.Score:
         trainings.append(tuple(len(labels) for _, labels in sets))
@@ -380,7 +380,7 @@ def test_classifiers_are_trained_once_and_go_on_where_they_were_stopped(
             os.kill(os.getpid(), signal.SIGINT)
         return real(sets, test, **facts)
 
-    monkeypatch.setattr(classifier, "_train_and_test", noted)
+    monkeypatch.setattr(classifier, "train_and_test", noted)
     assert evaluate(trained, generated, evaluated, **asked) == 128 + signal.SIGINT
     left = classifier.trainings_left([42], read_report(evaluated)["classifier"]["scores"])
     assert left == [("real + synthetic", 42)]
@@ -394,6 +394,41 @@ def test_classifiers_are_trained_once_and_go_on_where_they_were_stopped(
     assert report["classifier"]["difference"]["sentence"] in out
     assert evaluate(trained, generated, evaluated, **asked) == 0
     assert len(trainings) == 7
+    assert evaluate(trained, generated, evaluated) == 0  # which trains none on a CPU, and takes none away
+    assert read_report(evaluated)["classifier"] == report["classifier"] and len(trainings) == 7
+
+
+def test_what_was_found_about_other_images_goes_before_anything_is_computed(trained, synthetic, evaluated, monkeypatch):
+    asked = {"classifier": "true", "classifier_steps": 1, "classifier_seeds": 1, "classifier_image_size": 8}
+    assert evaluate(trained, synthetic, evaluated, **asked) == 0
+    assert sweep(trained, evaluated, 1, sweep_checkpoints="newest") == 0
+    sampled = read_report(evaluated)["sweep"]
+    first = next((synthetic / "ID_1").glob("*.*"))
+    Image.fromarray(255 - np.asarray(Image.open(first))).save(first)
+
+    def stop(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise evaluate_images.Failed("stopped")
+
+    monkeypatch.setattr(evaluation, "memorisation", stop)
+    assert evaluate(trained, synthetic, evaluated) != 0
+    report = read_report(evaluated)
+    assert "classifier" not in report and "memorisation" not in report
+    assert "latents" in report and report["sweep"] == sampled  # these are about the new images, and about none of them
+
+
+def test_a_training_image_that_has_changed_since_costs_the_picture_alone(trained, generated, tmp_path):
+    root, folder = shutil.copytree(trained, tmp_path / "world"), tmp_path / "evaluation"
+    split = read_split(root / "results")
+    assert split is not None
+    facts = {"data_path": root / "data", "vae_path": root / "vae.pt"}
+    for entry in split.train:
+        path = images.image_path(root / "data", entry)
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    assert evaluate(root, generated, folder, **facts) == 0
+    copies = read_report(folder)["memorisation"]
+    assert copies["picture"] is None and "changed since" in copies["why_no_picture"]
+    assert not (folder / "closest_pairs.png").exists() and (folder / "report.html").exists()
 
 
 # --- the sweep ---------------------------------------------------------------------------------------------
@@ -480,8 +515,15 @@ def test_a_sweep_goes_on_and_a_new_scale_is_added(trained, evaluated, sampled, m
     assert [point["guidance"] for point in read_report(evaluated)["sweep"]["points"]] == [3.0]  # others do not compare
 
 
+def test_a_file_that_only_looks_like_averages_is_passed_over(trained, tmp_path):
+    root = shutil.copytree(trained, tmp_path / "world")
+    (root / "results" / "ema-best.safetensors").write_bytes(b"")
+    assert sweep(root, tmp_path / "evaluation", 1, sweep_images=1) == 0
+    assert [point["step"] for point in read_report(tmp_path / "evaluation")["sweep"]["points"]] == [HALF, STEPS]
+
+
 def test_a_checkpoint_that_is_not_there_is_named(trained, tmp_path, capsys):
     assert sweep(trained, tmp_path / "evaluation", 1, sweep_checkpoints=[STEPS, 5]) == 2
     assert "--sweep_checkpoints 8 5" in (message := one_error(capsys)) and "of the steps 4, 8" in message
     assert sweep(trained, tmp_path / "evaluation", 1, sweep_checkpoints="last") == 2
-    assert "give some of these, or all, or newest" in one_error(capsys)
+    assert "give some of these, or all alone, or newest alone" in one_error(capsys)

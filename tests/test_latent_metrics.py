@@ -11,7 +11,6 @@ from latent_metrics import (
     Projection,
     coverage,
     frechet_distance,
-    frechet_per_class,
     kernel_distance,
     kernel_distance_of_subsets,
     nearest,
@@ -66,15 +65,6 @@ def test_the_projection_keeps_the_variance_of_its_directions():
     assert kept.shape == (200, 2)
     assert kept.var(0).sum() == pytest.approx(float(torch.linalg.eigvalsh(torch.cov(latents.T))[-2:].sum()), rel=1e-9)
     torch.testing.assert_close(projection.leading(1)(latents), kept[:, :1])
-
-
-def test_each_class_is_compared_with_its_own():
-    real, labels = normal(0, 100, 4), torch.arange(2).repeat(50)
-    samples = real + 10.0 * (labels == 1)[:, None]
-    projection = Projection.fit(real, 4)
-    near, far = frechet_per_class(samples, labels, real, labels, projection)
-    assert near == pytest.approx(0.0, abs=1e-6)
-    assert far == pytest.approx(400.0, rel=1e-6)
 
 
 # --- kernel distance ---------------------------------------------------------------------------------------
