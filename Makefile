@@ -25,7 +25,7 @@ faults: $(VENV)/installed-dev
 	$(PY) -m pytest tests/faults --long
 
 bench: $(VENV)/installed
-	for name in encode train lazy start open; do $(PY) benchmarks/bench_$$name.py --small --rounds 2 || exit 1; done
+	for name in encode train lazy start open ranks; do $(PY) benchmarks/bench_$$name.py --small --rounds 2 || exit 1; done
 
 check: $(VENV)/installed-dev
 	$(PY) -m ruff format --check .

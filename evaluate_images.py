@@ -332,7 +332,7 @@ class Report:
         self.folder = folder
         stored = _read_report(folder / _REPORT_NAME)
         digest = _digest(real)
-        self.data = stored if stored.get("real_digest") == digest else {"real_digest": digest}
+        self.data: dict[str, Any] = stored if stored.get("real_digest") == digest else {"real_digest": digest}
 
     def begin(self, *, evaluated: dict[str, Any], **facts: Any) -> None:
         """Takes what is evaluated, and facts that are no part; drops the parts about other synthetic images."""

@@ -164,7 +164,8 @@ class Generator:
     def make_images(self) -> int:
         """Makes the images that are missing in the output folder; writes labels.csv and settings.json.
 
-        Each process makes its share; rank 0 waits for the others' files, and makes those that do not appear.
+        Each process makes its share; rank 0 waits for the others' files, and makes those that do not appear, as on
+        the disk of another machine. (When a process fails, torchrun ends all.)
         """
         with self.ranks.together():
             cells = _not_there(self._cells())

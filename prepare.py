@@ -403,12 +403,14 @@ def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) ->
         Stopped: after a signal to any of the processes; what waits in memory is still to be published.
     """
     missing = dataset.missing()
-    if not missing:
+    if not missing and ranks.count == 1:
         return []
     with script.progress(total=len(missing), unit="images", label="encode") as bar:
 
         def advance(count: int) -> None:
             bar.advance(count)
+            if count:
+                ranks.sign_of_life("filled")
             ranks.raise_if_stopped(signals)
 
         try:
@@ -423,9 +425,14 @@ def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) ->
             advance(found)
             return found, len(_others(dataset, bad))
 
-        ranks.await_others("encoded", look)
-        left = _others(dataset, bad)
-        return sorted(bad + dataset.fill(left, advance=advance)) if left else bad
+        try:
+            ranks.await_others("encoded", look)
+            left = _others(dataset, bad)
+            bad = sorted(bad + dataset.fill(left, advance=advance)) if left else bad
+        finally:
+            ranks.tell("filled")
+        ranks.await_end("filled", lambda: ranks.raise_if_stopped(signals))  # an exchange comes next, with a limit
+        return bad
 
 
 def _others(dataset: LatentDataset, bad: list[tuple[int, str]]) -> list[int]:

@@ -119,10 +119,11 @@ def encode(settings: PreprocessSettings, sources: dict[str, str], ranks: Ranks) 
         if ranks.is_main:
             _merge(dataset.cache)
             _record(settings, work.split, work.entries, bad, work.chosen, folder)
-    if ranks.is_main:
-        newly = num_missing - len(dataset.missing())
-        _account(settings, dataset, bad, newly=newly, seconds=time.monotonic() - started)
-        _preview(settings, dataset, work.entries, device, folder / "preview.png", fresh=bool(num_missing))
+    with ranks.together():  # so that no process ends, for bad images, before rank 0 has told of them
+        if ranks.is_main:
+            newly = num_missing - len(dataset.missing())
+            _account(settings, dataset, bad, newly=newly, seconds=time.monotonic() - started)
+            _preview(settings, dataset, work.entries, device, folder / "preview.png", fresh=bool(num_missing))
     return _end(settings, bad)
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from script import Failed, Stopped, StopSignals, Told
 
 TIME_IS_UP = 1  # beside the numbers of signals, which are larger: 2 and 15
 _JOIN_SECONDS = 300.0  # for all processes to start and import
+_LAST_WORDS_SECONDS = 20.0  # for rank 0 to say why the run ended; torchrun gives 30 after a signal
 _ANSWER_SECONDS = 1800.0  # the longest that one waits for another, which may draw a grid meanwhile
 _LOOK_SECONDS = 0.5  # between two looks at what the others have published
 _PATIENCE_SECONDS = 300.0  # without anything new; latents are published each minute
@@ -215,6 +216,36 @@ class Ranks:
             else:
                 time.sleep(_LOOK_SECONDS)
 
+    def sign_of_life(self, topic: str) -> None:
+        """Lets those that wait for the end of a topic know that this process is at work on it."""
+        if self._store is not None:
+            with self._reaching_others():
+                self._store.add(f"{topic} alive", 1)
+
+    def await_end(self, topic: str, between: Callable[[], object]) -> None:
+        """Waits until all have told of a topic; gives up on the others without a sign of life.
+
+        Args:
+            between: called before each look; what it raises ends the waiting.
+        """
+        last_sign, last_news = -1, time.monotonic()
+        while len(self.have_told(topic)) < self.count and time.monotonic() - last_news < _PATIENCE_SECONDS:
+            between()
+            with self._reaching_others():
+                sign = self._store.add(f"{topic} alive", 0)  # type: ignore[union-attr]
+            if sign != last_sign:
+                last_sign, last_news = sign, time.monotonic()
+            time.sleep(_LOOK_SECONDS)
+
+    def await_words_of_main(self) -> None:
+        """Lets rank 0 finish and say why: once any process has ended badly, torchrun ends the rest."""
+        until = time.monotonic() + _LAST_WORDS_SECONDS
+        with suppress(Told):  # the store may have gone with rank 0
+            while not self.is_main and 0 not in self.have_told("ended") and time.monotonic() < until:
+                time.sleep(_LOOK_SECONDS / 5)
+        if not self.is_main:
+            time.sleep(_LOOK_SECONDS)  # in which it prints
+
     # --- gloo ---
 
     def _largest(self, value: int) -> int:
@@ -244,6 +275,8 @@ class Ranks:
         """Ends this process when another cannot be reached any more: it was killed, or has told why it failed."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             if not self.is_main:
                 raise Told(script.FAILED) from error
@@ -265,9 +298,12 @@ def joined() -> Iterator[Ranks]:
     ranks = _join()
     try:
         yield ranks
-    except Stopped:  # agreed upon
-        dist.destroy_process_group()
+    except (Stopped, Told):  # agreed upon
+        ranks.await_words_of_main()
         raise
+    finally:
+        if ranks.is_main:
+            ranks.tell("ended")
     dist.destroy_process_group()
 
 

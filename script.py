@@ -234,7 +234,7 @@ class Progress:
             self.bar.set_postfix(figures, refresh=False)
         self.bar.update(count)
         is_time = time.monotonic() - self.last_time >= _LOG_SECONDS
-        if self.is_log and is_time and self.bar.n - self.last_count >= _LOG_SHARE * self.total:
+        if self.is_log and is_time and self.bar.n - self.last_count >= max(1, _LOG_SHARE * self.total):
             self._print_line()
 
     def close(self) -> None:

@@ -164,6 +164,28 @@ def test_a_process_with_another_disk_that_takes_no_files_encodes_for_itself(worl
     assert len(stored_moments(world / "latents_cache")) == 15
 
 
+def test_a_process_that_lacks_nothing_waits_for_one_that_does_however_long_it_takes(world, trained, monkeypatch):
+    """The exchange after the encoding has a limit of time; the encoding has none."""
+    monkeypatch.setattr(ranks, "_ANSWER_SECONDS", 2.0)
+    encode = BatchEncoder.__call__
+
+    def encode_slowly(encoder: BatchEncoder, images: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.5)
+        return encode(encoder, images)
+
+    monkeypatch.setattr(BatchEncoder, "__call__", encode_slowly)
+
+    def work(rank: int) -> int:
+        full = {"latents_cache_folder": trained / "latents_cache"} if rank else {}
+        return train(world, num_samples=0, encode_batch_size=2, **full)
+
+    started = time.monotonic()
+    codes, told = Company(world, work).end()
+    assert codes == [0, 0] and told[1] == "", told
+    assert time.monotonic() - started < 60  # and not the patience with a process that is silent
+    assert_alike(world, trained)
+
+
 def test_what_a_dead_process_leaves_is_encoded_by_the_others(world, monkeypatch):
     """Without torchrun nobody tells of its death before the next exchange."""
     monkeypatch.setattr(ranks, "_PATIENCE_SECONDS", 0.2)
@@ -350,11 +372,39 @@ def test_a_gpu_that_is_not_used_is_told_of(monkeypatch, capsys):
 # --- torchrun ----------------------------------------------------------------------------------------------
 
 
-def test_torchrun_starts_them(cached, on_two):
+def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    words = [*command, str(ROOT / "train_latent_cfg.py"), *train_flags(cached, num_samples=0)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(words, env=one_thread, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_first_process_has_the_last_word_although_torchrun_ends_all_when_one_fails(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import sys, time
+import ranks, script
+
+@script.command
+def main(argv):
+    with ranks.joined() as company:
+        try:
+            with company.together():
+                if company.is_main:
+                    raise script.Failed("the disk is full")
+        finally:
+            time.sleep(3 if company.is_main else 0)  # as a tracker that ends
+
+sys.exit(main(None))
+"""
+    )
+    ended = torchrun(str(program))
+    assert ended.returncode == 1
+    assert ended.stderr.count("error: the disk is full") == 1, ended.stderr
+
+
+def test_torchrun_starts_them(cached, on_two):
+    ended = torchrun(str(ROOT / "train_latent_cfg.py"), *train_flags(cached, num_samples=0))
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("done: 8 steps") == 1
     pipeline.assert_same_run(cached, on_two)
