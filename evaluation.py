@@ -215,6 +215,7 @@ def memorisation(synthetic: Points, training: Points, test: Points, *, seed: int
         "test_distances": seen.tolist(),
         "test_median": _median(seen),
         "threshold": threshold,
+        "test_near_share": NEAR_SHARE,
         "near_share": float(is_near.double().mean()),
         "near_share_limit": _limit(NEAR_SHARE, 1 / len(synthetic) + 1 / len(test)),
         "per_class": per_class,

@@ -26,7 +26,8 @@ folder and stand in label order. Keys that are not listed here (digests, for exa
     memorisation                distances in latent space to the nearest training image
         distances, median       of each synthetic image
         test_distances, test_median     of each test image
-        threshold               the distance that 5 % of the test images stay below
+        threshold               the distance that few of the test images stay below
+        test_near_share         how few: the share that makes the threshold
         near_share, near_share_limit    share of synthetic images below it; what chance alone seldom exceeds
         nearer_to_training, nearer_to_training_limit    share nearer to a training than to a test image; likewise
         per_class               {class: {median, test_median, near_share}}
@@ -54,9 +55,10 @@ import pictures
 _WIDTH, _HEIGHT = 640, 300  # of a chart, in its own units
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 16, 52
 _CLOSE, _NEAR = 1.25, 2.0  # times the yardstick
-FEW_PER_CLASS = 20  # images: figures of fewer are shown with a warning
+FEW_PER_CLASS = 30  # images: figures of fewer are shown with a warning
 _MANY_CLASSES = 12  # that make confusion matrices as wide as the page, and folded
 _NUM_LISTED = 20
+_DIGITS = 4  # of the largest figure in a column
 
 
 def write_html(report: dict[str, Any], pictures: dict[str, bytes]) -> bytes:
@@ -103,8 +105,31 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}".replace("-", "−")
 
 
+def _column(values: Iterable[Any]) -> Callable[[Any], str]:
+    """Returns how the numbers of a column are written: with equally many decimals, so that they can be compared."""
+    largest = max((abs(value) for value in values if _is_number(value)), default=0.0)
+    decimals = max(0, _DIGITS - 1 - math.floor(math.log10(largest))) if largest > 0 else 0
+    return lambda value: f"{value:z,.{decimals}f}".replace("-", "−") if _is_number(value) else _number(None)
+
+
 def _share(value: Any) -> str:
-    return f"{100 * value:.1f} %" if _is_number(value) else _number(None)
+    return f"{100 * value:.1f}\u00a0%" if _is_number(value) else _number(None)
+
+
+def _round_share(value: float) -> str:
+    """Writes a share that was not measured."""
+    return f"{100 * value:.3g}\u00a0%"
+
+
+def _typeset(sentence: Any) -> str:
+    """Returns a sentence that was made for a terminal with minus signs, and numbers that keep their %."""
+    return re.sub(r"(?<=\d) %", "\u00a0%", re.sub(r"(?<![\w.])-(?=\d)", "−", _text(sentence)))
+
+
+def _sentence(line: Any) -> str:
+    """Returns a line that was made for a terminal as a sentence."""
+    text = str(line)
+    return _text(f"{text[:1].upper() if text[:1].isascii() else text[:1]}{text[1:]}{'' if text.endswith('.') else '.'}")
 
 
 def _points(value: Any) -> str:
@@ -161,9 +186,10 @@ def _png(data: bytes, alt: str) -> str:
 
 def _bars(ours: Any, theirs: Any, largest: float) -> str:
     """Draws two bars, one above the other: of the synthetic images, and of the real ones."""
+    first = 1 if _is_number(theirs) else 6  # a bar that is alone stands in the middle
     bars = [
         f'<rect class="{kind}" y="{y}" height="8" width="{100 * max(0.0, value) / largest:.1f}"/>'
-        for kind, y, value in (("ours", 1, ours), ("theirs", 11, theirs))
+        for kind, y, value in (("ours", first, ours), ("theirs", 11, theirs))
         if _is_number(value)
     ]
     return f'<svg class="bars" viewBox="0 0 100 20" preserveAspectRatio="none" aria-hidden="true">{"".join(bars)}</svg>'
@@ -300,7 +326,9 @@ def _are_copies(memorisation: dict[str, Any]) -> tuple[str, str]:
     nearer, nearer_limit = memorisation.get("nearer_to_training"), memorisation.get("nearer_to_training_limit")
     if not _is_number(share) or not _is_number(limit):
         return "not known", "Without test images nobody can say how near a training image is too near."
-    near = f"{_share(share)} of them are as near to a training image as only 5 % of the test images are"
+    few = memorisation.get("test_near_share")
+    of_test = f"only {_round_share(few)}" if _is_number(few) else "only few"
+    near = f"{_share(share)} of them are as near to a training image as {of_test} of the test images are"
     if share > limit:
         return "perhaps", f"{near}; chance explains up to {_share(limit)}. Look at the closest pairs."
     if _is_number(nearer) and _is_number(nearer_limit) and nearer > nearer_limit:
@@ -314,11 +342,11 @@ def _are_copies(memorisation: dict[str, Any]) -> tuple[str, str]:
 def _do_help(classifier: dict[str, Any]) -> tuple[str, str]:
     difference = classifier.get("difference") or {}
     mark = {"helps": "yes", "harms": "no"}.get(str(difference.get("verdict")), "not known")
-    return mark, _text(difference.get("sentence", "Not all classifiers are trained yet."))
+    return mark, _typeset(difference.get("sentence", "Not all classifiers are trained yet."))
 
 
 def _warnings(report: dict[str, Any]) -> str:
-    lines = "".join(f"<li>{_text(line)}</li>" for line in report.get("warnings") or [])
+    lines = "".join(f"<li>{_sentence(line)}</li>" for line in report.get("warnings") or [])
     return _section("To keep in mind", f'<ul class="warnings">{lines}</ul>' if lines else "")
 
 
@@ -361,9 +389,11 @@ def _distances(report: dict[str, Any], part: str, title: str) -> str:
 
 
 def _with_spread(figures: dict[str, Any], name: str, write: Callable[[Any], str]) -> str:
-    deviation = figures.get(f"{name}_deviation")
-    spread = f" ± {_number(deviation)}" if _is_number(deviation) else ""
-    return f"{write(figures.get(name))}{spread}"
+    value, deviation = figures.get(name), figures.get(f"{name}_deviation")
+    if not _is_number(value) or not _is_number(deviation) or deviation <= 0:
+        return write(value)
+    decimals = max(0, 1 - math.floor(math.log10(deviation)))  # two digits of the deviation, and no more of the figure
+    return f"{value:z,.{decimals}f} ±\u00a0{deviation:,.{decimals}f}".replace("-", "−")
 
 
 def _class_bars(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
@@ -372,17 +402,19 @@ def _class_bars(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     kernel = ours.get("kernel_per_class") or {}
     names = list(dict.fromkeys([*one, *two]))
     largest = max((value for value in [*one.values(), *two.values()] if _is_number(value)), default=0.0) or 1.0
+    write, write_kernel = _column([*one.values(), *two.values()]), _column(kernel.values())
     rows = [
         (
             _name(name),
             _bars(one.get(name), two.get(name), largest),
-            _number(one.get(name)),
-            _number(two.get(name)),
-            _number(kernel.get(name)),
+            write(one.get(name)),
+            write(two.get(name)),
+            write_kernel(kernel.get(name)),
         )
         for name in names
     ]
-    head = ("class", "Fréchet distance", "synthetic", "training", "kernel distance, synthetic")
+    above_bars = '<span class="above-bars">Fréchet distance</span>'
+    head = ("class", above_bars, "synthetic", "training", "kernel distance, synthetic")
     table = _table("Distance to the test images of each class", head, rows)
     return table and _key(ours="synthetic", theirs="training") + table
 
@@ -401,15 +433,17 @@ def _memorisation(report: dict[str, Any], files: dict[str, bytes]) -> str:
     part = report.get("memorisation")
     if not part:
         return ""
+    few = part.get("test_near_share")
+    expected = _round_share(few) if _is_number(few) else ""
     rows = [
         (
             "median distance to the nearest training image",
             _number(part.get("median")),
             _number(part.get("test_median")),
         ),
-        ("share nearer than 95 % of the test images", _share(part.get("near_share")), "5.0 %"),
+        (f"share {_nearer_than(part)}", _share(part.get("near_share")), expected),
         ("up to this share by chance", _share(part.get("near_share_limit")), ""),
-        ("share nearer to a training than to a test image", _share(part.get("nearer_to_training")), "50.0 %"),
+        ("share nearer to a training than to a test image", _share(part.get("nearer_to_training")), _round_share(0.5)),
         ("up to this share by chance", _share(part.get("nearer_to_training_limit")), ""),
     ]
     return _section(
@@ -422,7 +456,14 @@ def _memorisation(report: dict[str, Any], files: dict[str, bytes]) -> str:
     )
 
 
+def _nearer_than(part: dict[str, Any]) -> str:
+    few = part.get("test_near_share")
+    most = f"{_round_share(1 - few)} of the" if _is_number(few) else "nearly all"
+    return f"nearer than {most} test images"
+
+
 def _histogram(part: dict[str, Any]) -> str:
+    """Draws how far images are from the training images: synthetic ones as bars, test images as an outline."""
     ours, theirs = part.get("distances") or [], part.get("test_distances") or []
     values = [value for value in [*ours, *theirs] if _is_number(value)]
     if not values:
@@ -435,13 +476,18 @@ def _histogram(part: dict[str, Any]) -> str:
     chart = _Chart((low, high), (0.0, 100 * top))
     chart.axes("distance to the nearest training image", "% of images", _ticks(low, high), _ticks(0, 100 * top))
     width = (high - low) / num_bins
-    for kind, shares in (("theirs", two), ("ours", one)):
-        for i, share in enumerate(shares):
-            left, right, row = chart.x(low + i * width), chart.x(low + (i + 1) * width), chart.y(100 * share)
-            chart.parts.append(
-                f'<rect class="{kind} see-through" x="{left:.1f}" y="{row:.1f}" width="{right - left - 1:.1f}" '
-                f'height="{chart.y(0) - row:.1f}"/>'
-            )
+    outline = [f"{chart.x(low):.1f},{chart.y(0):.1f}"]
+    for i in range(num_bins):
+        left, right = chart.x(low + i * width), chart.x(low + (i + 1) * width)
+        row, other = chart.y(100 * one[i]), chart.y(100 * two[i])
+        chart.parts.append(
+            f'<rect class="ours see-through" x="{left:.1f}" y="{row:.1f}" width="{right - left - 1:.1f}" '
+            f'height="{chart.y(0) - row:.1f}"/>'
+        )
+        outline += [f"{left:.1f},{other:.1f}", f"{right:.1f},{other:.1f}"]
+    if theirs:
+        outline.append(f"{chart.x(high):.1f},{chart.y(0):.1f}")
+        chart.parts.append(f'<polyline class="outline" points="{" ".join(outline)}"/>')
     threshold = part.get("threshold")
     if _is_number(threshold) and low <= threshold <= high:
         place = f"{chart.x(threshold):.1f}"
@@ -450,9 +496,13 @@ def _histogram(part: dict[str, Any]) -> str:
         f"Histogram of distances to the nearest training image: {_plain(_number(part.get('median')))} in the median of "
         f"the synthetic, {_plain(_number(part.get('test_median')))} of the test images"
     )
-    key = _key(ours="synthetic", **({"theirs": "test"} if theirs else {}))
+    key = _key(ours="synthetic", **({"outline": "test"} if theirs else {}))
+    few = part.get("test_near_share")
     note = "Copies would stand at the left"
-    note += ", left of the dashed line, which 5 % of the test images are below." if _is_number(threshold) else "."
+    if _is_number(threshold):
+        of_test = _round_share(few) if _is_number(few) else "few"
+        note += f", left of the dashed line; {of_test} of the test images are there, too"
+    note += "."
     return _figure(key + chart.draw(label), note)
 
 
@@ -468,7 +518,8 @@ def _bin(values: Sequence[Any], low: float, high: float, num_bins: int) -> list[
 def _closest(part: dict[str, Any], files: dict[str, bytes]) -> str:
     pairs = part.get("pairs") or []
     rows = [(_name(p.get("synthetic")), _name(p.get("training")), _number(p.get("distance"))) for p in pairs]
-    table = _table("The closest pairs", ("synthetic", "nearest training image", "distance"), rows)
+    head = ("synthetic", "nearest training image", "distance")
+    table = _table("The closest pairs", head, rows, kind=' class="words pairs"')
     data = files.get(part.get("picture") or "")
     if data is None:
         why = part.get("why_no_picture")
@@ -482,15 +533,18 @@ def _same_content(part: dict[str, Any]) -> str:
     pairs = part.get("same_content") or []
     rows = [(_name(p.get("synthetic")), _name(p.get("same_as")), _text(p.get("kind"))) for p in pairs[:_NUM_LISTED]]
     more = f", the first {_NUM_LISTED} of {len(pairs):,}" if len(pairs) > _NUM_LISTED else ""
-    return _table(f"Files that are equal, byte for byte{more}", ("synthetic", "the same as", "which is"), rows)
+    caption, head = f"Files that are equal, byte for byte{more}", ("synthetic", "the same as", "which is")
+    return _table(caption, head, rows, kind=' class="words"')
 
 
 def _memorisation_per_class(part: dict[str, Any]) -> str:
+    classes = part.get("per_class") or {}
+    write = _column(p.get(name) for p in classes.values() for name in ("median", "test_median"))
     rows = [
-        (_name(name), _number(p.get("median")), _number(p.get("test_median")), _share(p.get("near_share")))
-        for name, p in (part.get("per_class") or {}).items()
+        (_name(name), write(p.get("median")), write(p.get("test_median")), _share(p.get("near_share")))
+        for name, p in classes.items()
     ]
-    head = ("class", "median, synthetic", "median, test", "nearer than 95 % of the test images")
+    head = ("class", "median, synthetic", "median, test", _nearer_than(part))
     return _table("Distance to the nearest training image", head, rows)
 
 
@@ -517,7 +571,7 @@ def _classifier(report: dict[str, Any]) -> str:
     counts = part.get("images") or {}
     facts = [f"{_number(counts[name])} {name}" for name in ("real", "synthetic", "test") if name in counts]
     facts += [f"{_number(part[name])} {label}" for name, label in _TRAINING_FACTS.items() if name in part]
-    sentence = f"<p>{_text(difference['sentence'])}</p>" if "sentence" in difference else ""
+    sentence = f"<p>{_typeset(difference['sentence'])}</p>" if "sentence" in difference else ""
     names = _class_names(report)
     return _section(
         title,
@@ -533,7 +587,7 @@ _TRAINING_FACTS = {"num_steps": "training steps", "batch_size": "images per step
 
 
 def _spread(deviation: Any) -> str:
-    return f" ± {100 * deviation:.1f}" if _is_number(deviation) else ""
+    return f" ±\u00a0{100 * deviation:.1f}" if _is_number(deviation) else ""
 
 
 def _class_names(report: dict[str, Any]) -> list[str]:
@@ -648,7 +702,10 @@ def _sweep_curve(points: Sequence[dict[str, Any]], training: dict[str, Any]) -> 
         dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>' for x, y in places)
         chart.parts.append(f'<g class="curve" opacity="{fade:.2f}"><polyline points="{line}"/>{dots}</g>')
     label = f"Fréchet distance per class against the guidance scale, from {low:g} to {high:g}"
-    key = _key(ours="synthetic" + (", later steps darker" if len(steps) > 1 else ""), theirs="training images")
+    ours = "synthetic" + (", later steps darker" if len(steps) > 1 else "")
+    if not _is_number(floor):
+        return _figure(_key(ours=ours) + chart.draw(label), "Lower is better.")
+    key = _key(ours=ours, dashed="training images")
     return _figure(key + chart.draw(label), "Lower is better; the dashed line is what real training images reach.")
 
 
@@ -658,8 +715,8 @@ def _sweep_curve(points: Sequence[dict[str, Any]], training: dict[str, Any]) -> 
 def _evaluated(report: dict[str, Any]) -> str:
     evaluated = report.get("evaluated") or {}
     made_with = evaluated.get("made_with") or {}
-    rows = [(label, _value(evaluated[name])) for name, label in _FACTS.items() if name in evaluated]
-    rows += [(label, _value(made_with[name])) for name, label in _MADE_WITH.items() if name in made_with]
+    rows = [(label, _fact(name, evaluated[name])) for name, label in _FACTS.items() if name in evaluated]
+    rows += [(label, _fact(name, made_with[name])) for name, label in _MADE_WITH.items() if name in made_with]
     classes = [
         (_name(name), *(_number(counts.get(kind)) for kind in ("synthetic", "training", "test")))
         for name, counts in (evaluated.get("images_per_class") or {}).items()
@@ -686,6 +743,10 @@ _MADE_WITH = {
     "sampling_timesteps": "sampler steps",
     "seed": "seed of the images",
 }
+
+
+def _fact(name: str, value: Any) -> str:
+    return _number(value) if name == "step" and _is_number(value) else _value(value)
 
 
 def _value(value: Any) -> str:
@@ -750,7 +811,7 @@ _HOW = (  # parts of the report that show it, the figure, and how it is computed
         "memorisation sweep",
         "Nearness to training images",
         "The distance of a latent to its nearest training latent. Test images were never seen, so where they lie is "
-        "where honest images may lie: about 5 % of those are nearer than the threshold. “By chance”: two standard "
+        "where honest images may lie, and the nearest few of them make the threshold. “By chance”: two standard "
         "deviations above what is expected of independent images.",
     ),
     (
@@ -769,8 +830,9 @@ _HOW = (  # parts of the report that show it, the figure, and how it is computed
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --card: #f5f7fa; --ink: #1b2026; --soft: #56616e; --line: #d5dbe2;
   --ours: #1f5ab4; --theirs: #d97a1f; --good: #1d7d46; --bad: #b3261e; --open: #8a6100; }
-@media (prefers-color-scheme: dark) { :root { --back: #14181d; --card: #1d232a; --ink: #e7eaee; --soft: #a2adb9;
-  --line: #37404a; --ours: #6ea6ff; --theirs: #f2a65e; --good: #62c98c; --bad: #ff8a80; --open: #e5b84b; } }
+@media screen and (prefers-color-scheme: dark) { :root { --back: #14181d; --card: #1d232a; --ink: #e7eaee;
+  --soft: #a2adb9; --line: #37404a; --ours: #6ea6ff; --theirs: #f2a65e; --good: #62c98c; --bad: #ff8a80;
+  --open: #e5b84b; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif;
   -webkit-text-size-adjust: 100%; }
@@ -791,7 +853,7 @@ p { margin: .5rem 0; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; min-width: 100%; font-size: .9375rem;
   overflow-wrap: normal; }
-caption { text-align: left; padding-bottom: .35rem; }
+caption { text-align: left; padding-bottom: .35rem; position: sticky; left: 0; max-width: calc(100vw - 2rem); }
 th, td { padding: .3rem .75rem .3rem 0; white-space: nowrap;
   border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:last-child, td:last-child { padding-right: 0; }
@@ -800,12 +862,17 @@ th:first-child, .words td, .words th { text-align: left; }
 tbody th { font-weight: 400; min-width: 7rem; }
 tbody th, thead th, .words td { white-space: normal; } tbody th, .words td { overflow-wrap: anywhere; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-td:has(.bars) { width: 40%; }
+.pairs td:last-child, .pairs th:last-child { text-align: right; }
+td:has(.bars) { width: 40%; } .above-bars { display: block; text-align: left; }
 .bars { display: block; width: 100%; min-width: 7rem; height: 1.25rem; }
 .chart { display: block; width: 100%; min-width: 30rem; max-width: 44rem; }
 .chart text { font-size: 14px; fill: var(--soft); }
 .ours { fill: var(--ours); background: var(--ours); } .theirs { fill: var(--theirs); background: var(--theirs); }
 .see-through { opacity: .65; }
+polyline.outline { fill: none; stroke: var(--theirs); stroke-width: 2.5; }
+.swatch.outline { border: 3px solid var(--theirs); }
+.swatch.dashed { width: 1.4rem; height: 0; border-top: 3px dashed var(--theirs); border-radius: 0;
+  vertical-align: .25em; }
 .grid { stroke: var(--line); } .mark { stroke: var(--ink); stroke-dasharray: 5 4; }
 .floor { stroke: var(--theirs); stroke-width: 2; stroke-dasharray: 7 5; }
 .curve polyline { fill: none; stroke: var(--ours); stroke-width: 2.5; } .curve circle { fill: var(--ours); }
@@ -821,10 +888,15 @@ img { display: block; max-width: 100%; height: auto; }
 details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
 dt { font-weight: 600; margin-top: .75rem; } dd { margin: 0; }
 main { padding-bottom: 3rem; }
-@media (max-width: 40rem) { .picture { width: max-content; } .picture img { max-width: none; } }
+@media screen and (max-width: 40rem) { .picture { width: max-content; } .picture img { max-width: none; }
+  table { font-size: .875rem; } th, td { padding-right: .5rem; } td { white-space: normal; }
+  tbody th { min-width: 5.5rem; } .bars { min-width: 3.5rem; } td:has(.bars) { width: 25%; } }
 @media print { :root { color-scheme: light; } body { font-size: 10pt; } .scroll { overflow: visible; }
   header, main { max-width: none; } h2 { break-after: avoid; } figure, .card, tr { break-inside: avoid; }
+  .cards { grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); }
+  .key, summary, dt { break-after: avoid; } .scroll { break-inside: avoid; }
   svg, .swatch, .card { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  table { font-size: 9pt; } .scroll td { white-space: normal; }
   .chart { min-width: 0; } details::details-content { content-visibility: visible; height: auto; } }
 """
 
