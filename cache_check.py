@@ -24,6 +24,7 @@ MAX_CLASS_ROWS = 38  # of the table; further classes are added up in one more
 MAX_ROWS_MEASURED = 2000  # rows that statistics are taken of: 64 MB of the usual ones
 UNUSED_SHARE = 0.9  # share of the posterior's own variance from which a channel carries next to nothing
 _BINS = np.linspace(-5, 5, 101)
+_SMALLEST_SHARE = 1e-5  # that is written as a number
 
 
 # --- status by class ---------------------------------------------------------------------------------------
@@ -167,12 +168,19 @@ def latents_picture(moments: np.ndarray, statistics: ChannelStatistics) -> Image
         scale = max(float(statistics.std[i]), latent_norm.SMALLEST_SCALE)
         values = (draws[:, i].ravel() - statistics.mean[i]) / scale
         density = np.histogram(values, _BINS)[0] / (len(values) * np.diff(_BINS))
-        outside = np.mean(np.abs(values) > _BINS[-1])
-        remark = statistics.remark(i).partition(":")[0] or f"{outside:.1g} beyond ±5" * bool(outside)
+        remark = statistics.remark(i).partition(":")[0] or outside_text(float(np.mean(np.abs(values) > _BINS[-1])))
         title = f"channel {i}: mean {statistics.mean[i]:.3g}, std {statistics.std[i]:.3g}"
         panels.append((title, remark, density))
     centers = (_BINS[1:] + _BINS[:-1]) / 2
     return pictures.histograms(panels, _BINS, np.exp(-(centers**2) / 2) / math.sqrt(2 * math.pi))
+
+
+def outside_text(share: float) -> str:
+    """Says which share of the latents, from 0 to 1, lies outside the picture; nothing where none does."""
+    if share == 0:
+        return ""
+    shown = f"{100 * share:.1g} %" if share >= _SMALLEST_SHARE else f"under {100 * _SMALLEST_SHARE:g} %"
+    return f"{shown} beyond ±{_BINS[-1]:g}"
 
 
 # --- other spaces ------------------------------------------------------------------------------------------

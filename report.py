@@ -894,9 +894,9 @@ main { padding-bottom: 3rem; }
 @media print { :root { color-scheme: light; } body { font-size: 10pt; } .scroll { overflow: visible; }
   header, main { max-width: none; } h2 { break-after: avoid; } figure, .card, tr { break-inside: avoid; }
   .cards { grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); }
-  .key, summary, dt { break-after: avoid; } .scroll { break-inside: avoid; }
+  .key, summary, dt { break-after: avoid; } section > .scroll { break-inside: avoid; }
   svg, .swatch, .card { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  table { font-size: 9pt; } .scroll td { white-space: normal; }
+  table { font-size: 9pt; } th, td { padding-block: .15rem; } .scroll td { white-space: normal; }
   .chart { min-width: 0; } details::details-content { content-visibility: visible; height: auto; } }
 """
 

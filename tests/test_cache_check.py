@@ -9,7 +9,7 @@ from PIL import Image
 
 import cache_check
 import preprocess_latents
-from cache_check import ChannelStatistics, ClassStatus, class_status, class_table, latents_picture
+from cache_check import ChannelStatistics, ClassStatus, class_status, class_table, latents_picture, outside_text
 from images import Entry
 from latent_norm import LatentNorm
 
@@ -85,6 +85,32 @@ def test_the_picture_shows_the_distribution_of_each_channel():
     heights = [[top_of_bars(picture, channel, value) for value in (-3, -1, 0, 1, 3)] for channel in (0, 1)]
     assert heights[0][2] > heights[0][1] > heights[0][0] and heights[0][2] > heights[0][3] > heights[0][4]
     assert heights[1][2] <= 2 and min(heights[1][1], heights[1][3]) > heights[0][1]
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.0, ""),
+        (6e-7, "under 0.001 % beyond ±5"),
+        (1e-5, "0.001 % beyond ±5"),
+        (0.001, "0.1 % beyond ±5"),
+        (0.0386, "4 % beyond ±5"),
+    ],
+)
+def test_what_lies_outside_the_picture_is_told_in_percent(share, text):
+    assert outside_text(share) == text
+
+
+def test_the_picture_tells_of_each_channel_what_lies_outside(monkeypatch):
+    seen, draw = [], cache_check.pictures.histograms
+    monkeypatch.setattr(
+        cache_check.pictures, "histograms", lambda panels, *more: seen.extend(panels) or draw(panels, *more)
+    )
+    mean = np.random.default_rng(0).standard_normal((100, 2, 10, 10))
+    mean[:10, 1, 0, 0] = 40.0  # 10 of 10,000
+    moments = np.concatenate([mean, np.full_like(mean, -30.0)], axis=1).astype(np.float16)
+    latents_picture(moments, ChannelStatistics.of(moments))
+    assert [remark for _, remark, _ in seen] == ["", "0.1 % beyond ±5"]
 
 
 def test_no_more_rows_than_needed_are_measured(cached, monkeypatch):

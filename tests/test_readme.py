@@ -21,8 +21,10 @@ import tiny
 import tiny_vae
 
 import config
+import evaluation
 import export_model
 import preprocess_latents
+import report
 import script
 import settings_table
 import train_latent_cfg
@@ -375,3 +377,18 @@ def test_both_languages_have_tables_of_the_same_length():
     english, chinese = (re.findall(r"^\|.*\|$", prose(language), re.MULTILINE) for language in READMES)
     assert [len(row.split("|")) for row in english] == [len(row.split("|")) for row in chinese]
     assert messages("en") == messages("zh")
+
+
+@by_language
+def test_the_numbers_of_an_evaluation_are_those_in_the_code(language):
+    text = prose(language)
+    advice = {"en": "have\n(\\d+) or more test images per class", "zh": "每个类别最好有 (\\d+) 张以上的测试图像"}[
+        language
+    ]
+    assert re.findall(advice, text) == [str(report.FEW_PER_CLASS)]
+    few = 100 * evaluation.NEAR_SHARE
+    near = {
+        "en": "nearer to one than (.*) % of the test images are \\| about (.*) %;",
+        "zh": "比 (.*) % 的测试图像.* 约 (.*) %；",
+    }
+    assert re.findall(near[language], text) == [(f"{100 - few:g}", f"{few:g}")]

@@ -15,7 +15,7 @@ from PIL import Image
 from properties import given, settings, st
 
 import classifier
-from report import write_html
+from report import FEW_PER_CLASS, write_html
 
 VOID = {"meta", "link", "img", "line", "rect", "circle", "polyline"}  # an SVG child counts as void if it closes itself
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://x.invalid/>&amp;\u202eשלום 😀"
@@ -69,6 +69,7 @@ def make_report(names: list[str]) -> dict[str, Any]:
             "median": 6.0,
             "test_median": 6.5,
             "threshold": 4.5,
+            "test_near_share": 0.05,
             "near_share": 0.04,
             "near_share_limit": 0.12,
             "nearer_to_training": 0.48,
@@ -185,8 +186,8 @@ def test_the_page_shows_every_part_with_its_figures():
         "model ema-00001500.safetensors · step 1,500 · guidance 2 · 120 synthetic images",
         "1.1 times that of real training images",
         "No sign of it. 4.0 % of them are as near",
-        "the split is random",
-        "−0.0125 ± 0.031",
+        "The split is random.",
+        "−0.013 ± 0.031",
         "87.5 %",
         "ID_10/b.jpg",
         "step 1,000, guidance 2 (best)",
@@ -316,11 +317,14 @@ def verdict(**parts: Any) -> str:
     ],
 )
 def test_closeness_is_judged_by_the_training_images(ours, theirs, words):
-    figures = {"images": 60, "synthetic": {"frechet_mean": ours, "frechet_per_class": {"a": 1.0, "b": 2.0}}}
+    figures = {
+        "images": 2 * FEW_PER_CLASS,
+        "synthetic": {"frechet_mean": ours, "frechet_per_class": {"a": 1.0, "b": 2.0}},
+    }
     text = verdict(latents={**figures, "training": {"frechet_mean": theirs}})
     assert words in text and "scatters" not in text
-    few = verdict(latents={**figures, "images": 10, "training": {"frechet_mean": theirs}})
-    assert ("scatters much with so few images: 5 per class" in few) == (ours is not None)
+    few = verdict(latents={**figures, "images": 2 * FEW_PER_CLASS - 1, "training": {"frechet_mean": theirs}})
+    assert (f"scatters much with so few images: {FEW_PER_CLASS - 0.5} per class" in few) == (ours is not None)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +342,106 @@ def test_closeness_is_judged_by_the_training_images(ours, theirs, words):
 )
 def test_copies_are_judged_by_what_chance_explains(changes, words):
     assert words in verdict(memorisation={**make_report(["a"])["memorisation"], **changes})
+
+
+def test_what_few_of_the_test_images_are_is_the_share_that_made_the_threshold():
+    memorisation = {**make_report(["a"])["memorisation"], "test_near_share": 0.025}
+    text = page_of({"memorisation": memorisation}).text
+    for words in (
+        "as near to a training image as only 2.5 % of the test images are",
+        "share nearer than 97.5 % of the test images4.0 %2.5 %",
+        "left of the dashed line; 2.5 % of the test images are there, too.",
+        "median, testnearer than 97.5 % of the test images",
+    ):
+        assert words in text, words
+    del memorisation["test_near_share"]
+    text = page_of({"memorisation": memorisation}).text
+    for words in (
+        "as near to a training image as only few of the test images are",
+        "share nearer than nearly all test images4.0 % up",
+        "left of the dashed line; few of the test images are there, too.",
+    ):
+        assert words in text, words
+
+
+def cells_of(html: str, row: str) -> list[str]:
+    """Returns the cells of the first row with a head, without what is drawn in them."""
+    found = re.search(rf'<th scope="row"><bdi>{row}</bdi></th>(.*?)</tr>', html)
+    assert found is not None
+    return [re.sub("<svg.*?</svg>|<[^>]*>", "", cell) for cell in found[1].split("</td>")[:-1]]
+
+
+def test_the_figures_of_a_column_have_equally_many_decimals():
+    report = {
+        "latents": {
+            "synthetic": {
+                "frechet_per_class": {"a": 109.24, "b": 7.0, "c": 0.31},
+                "kernel_per_class": {"a": 0.25, "b": -0.04386, "c": -1e-9},
+            },
+            "training": {"frechet_per_class": {"a": 33.0, "b": None}},
+        }
+    }
+    html = write_html(report, {}).decode()
+    assert cells_of(html, "a") == ["", "109.2", "33.0", "0.2500"]
+    assert cells_of(html, "b") == ["", "7.0", "–", "−0.0439"]
+    assert cells_of(html, "c") == ["", "0.3", "–", "0.0000"]
+
+
+@pytest.mark.parametrize(
+    ("value", "deviation", "text"),
+    [
+        (0.008767, 0.003984, "0.0088 ± 0.0040"),
+        (-0.004223, 0.0625, "−0.004 ± 0.062"),
+        (1234.5, 171.0, "1,234 ± 171"),
+        (0.5, 0.0, "0.5"),
+        (0.5, None, "0.5"),
+        (None, 0.1, "–"),
+    ],
+)
+def test_a_figure_with_a_spread_has_no_digits_that_are_chance(value, deviation, text):
+    figures = {"kernel": value, "kernel_deviation": deviation}
+    assert f"kernel distance, all classes as one{text}–low" in page_of({"latents": {"synthetic": figures}}).text
+
+
+def test_the_classifier_sentence_is_set_for_a_page():
+    sentence = "changes by -0.1 points with t-SNE-2 (95 % interval -1.4 to +1.2, 3 seeds); 5 %<b>"
+    html = write_html({"classifier": {"difference": {"sentence": sentence}}}, {}).decode()
+    shown = "changes by −0.1 points with t-SNE-2 (95\u00a0% interval −1.4 to +1.2, 3 seeds); 5\u00a0%&lt;b&gt;"
+    assert html.count(shown) == 2
+
+
+def test_warnings_become_sentences():
+    report = {"warnings": ["only 3 test images of a class", "ends already.", "ähnlich"]}
+    html = write_html(report, {}).decode()
+    assert re.findall("<li>(.*?)</li>", html) == ["Only 3 test images of a class.", "Ends already.", "ähnlich."]
+
+
+def drawn(html: str, kind: str) -> list[list[tuple[float, float]]]:
+    """Returns the points of each polyline of a kind."""
+    found = re.findall(f'<polyline class="{kind}" points="([^"]*)"/>', html)
+    return [[(float(x), float(y)) for x, y in (pair.split(",") for pair in points.split())] for points in found]
+
+
+def test_test_images_are_an_outline_over_the_bars_of_the_synthetic_ones():
+    part = {"distances": [0.0, 1.0, 1.0, 8.0], "test_distances": [0.0, 0.0, 4.5, 8.0]}
+    html = write_html({"memorisation": part}, {}).decode()
+    (points,) = drawn(html, "outline")
+    bars = [(float(x), float(y)) for x, y in re.findall('<rect class="ours see-through" x="(.*?)" y="(.*?)"', html)]
+    floor, top = max(y for _, y in points), min(y for _, y in points)
+    heights = [(floor - y) / (floor - top) for _, y in points[1:-1:2]]  # each of eight bins, of one unit each
+    assert heights == pytest.approx([1, 0, 0, 0, 0.5, 0, 0, 0.5], abs=0.01)
+    assert [(floor - y) / (floor - top) for _, y in bars] == pytest.approx([0.5, 1, 0, 0, 0, 0, 0, 0.5], abs=0.01)
+    assert [x for x, _ in bars] == [x for x, _ in points[1:-1:2]] and points[0][1] == points[-1][1] == floor
+    assert '<span class="swatch outline"></span>test' in html
+    without = write_html({"memorisation": {"distances": [0.0, 1.0]}}, {}).decode()
+    assert not drawn(without, "outline") and "swatch outline" not in without
+
+
+def test_the_sweep_speaks_of_training_images_only_where_their_line_is():
+    sweep = make_report(NAMES)["sweep"]
+    assert "the dashed line is what" in page_of({"sweep": sweep}).text
+    text = verdict(sweep={**sweep, "training": {}})
+    assert "Lower is better." in text and "dashed" not in text and "training images" not in text
 
 
 # --- in a browser ------------------------------------------------------------------------------------------
