@@ -889,8 +889,9 @@ details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
 dt { font-weight: 600; margin-top: .75rem; } dd { margin: 0; }
 main { padding-bottom: 3rem; }
 @media screen and (max-width: 40rem) { .picture { width: max-content; } .picture img { max-width: none; }
-  table { font-size: .875rem; } th, td { padding-right: .5rem; } td { white-space: normal; }
-  tbody th { min-width: 5.5rem; } .bars { min-width: 3.5rem; } td:has(.bars) { width: 25%; } }
+  table { font-size: .875rem; } thead th { font-size: .8125rem; } th, td { padding-right: .4rem; }
+  td { white-space: normal; }
+  tbody th { min-width: 5rem; } .bars { min-width: 3rem; } td:has(.bars) { width: 25%; } }
 @media print { :root { color-scheme: light; } body { font-size: 10pt; } .scroll { overflow: visible; }
   header, main { max-width: none; } h2 { break-after: avoid; } figure, .card, tr { break-inside: avoid; }
   .cards { grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); }

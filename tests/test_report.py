@@ -210,6 +210,13 @@ def test_the_page_is_for_everyone():
     assert boxes and all(attributes["tabindex"] == "0" and attributes["aria-label"] for attributes in boxes)
 
 
+def test_what_is_printed_is_dark_on_light():
+    style = write_html({}, {}).decode().partition("<style>")[2].partition("</style>")[0]
+    assert re.findall(r"@media ([^{]*prefers-color-scheme[^{]*) {", style) == [
+        "screen and (prefers-color-scheme: dark)"
+    ]
+
+
 def test_nothing_is_asked_for_from_elsewhere():
     data = write_html(make_report([HOSTILE, "ID_2"]), {"closest_pairs.png": png()})
     page = Page(data)
@@ -449,6 +456,9 @@ def test_the_sweep_speaks_of_training_images_only_where_their_line_is():
 CHROMIUM = shutil.which("chromium")
 PROBE = """<script>addEventListener("load", () => { const d = document.documentElement;
   d.dataset.seen = JSON.stringify({wide: d.scrollWidth, window: innerWidth, height: d.scrollHeight,
+    cut: [...document.querySelectorAll(".scroll:has(table)")].filter(
+      e => e.checkVisibility() && e.scrollWidth > e.clientWidth).map(
+      e => [e.getAttribute("aria-label"), e.querySelector("caption").offsetWidth]),
     pictures: [...document.images].every(i => i.naturalWidth > 0),
     asked: performance.getEntriesByType("resource").map(e => e.name).filter(n => !n.startsWith("data:"))}); });
 </script></head>"""
@@ -480,6 +490,8 @@ def test_a_browser_shows_it_at_any_width_and_asks_for_nothing(tmp_path):
     narrow, wide = json.loads(found[1].replace("&quot;", '"'))
     assert (narrow["window"], narrow["wide"]) == (400, 400)
     assert (wide["window"], wide["wide"]) == (1100, 1100)
+    ((label, caption_width),) = narrow["cut"]  # the widest table alone has to be moved, and its caption stays
+    assert label == "Against the test images" and 0 < caption_width <= 400 and wide["cut"] == []
     for seen in (narrow, wide):
         assert seen["pictures"] and seen["asked"] == [] and seen["height"] > 2000
 
