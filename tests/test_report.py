@@ -193,6 +193,8 @@ def test_the_page_shows_every_part_with_its_figures():
         "step 1,000, guidance 2 (best)",
         "1,000 training steps, 32 images per step, 64 pixels wide",
         "They help: accuracy changes by +25.0 points",
+        "training step1,500",
+        "seed of the images42",
     ):
         assert words in page.text, words
 
@@ -421,6 +423,16 @@ def test_warnings_become_sentences():
     report = {"warnings": ["only 3 test images of a class", "ends already.", "ähnlich"]}
     html = write_html(report, {}).decode()
     assert re.findall("<li>(.*?)</li>", html) == ["Only 3 test images of a class.", "Ends already.", "ähnlich."]
+
+
+def test_a_bar_that_is_alone_stands_in_the_middle():
+    figures = {"synthetic": {"frechet_per_class": {"a": 1.0, "b": 2.0}}, "training": {"frechet_per_class": {"b": 2.0}}}
+    html = write_html({"latents": figures}, {}).decode()
+    assert re.findall(r'<rect class="(\w+)" y="(\d+)" height="8" width="(.*?)"', html) == [
+        ("ours", "6", "50.0"),
+        ("ours", "1", "100.0"),
+        ("theirs", "11", "100.0"),
+    ]
 
 
 def drawn(html: str, kind: str) -> list[list[tuple[float, float]]]:
