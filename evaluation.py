@@ -48,6 +48,11 @@ class Points:
         return int((self.labels == label).sum())
 
 
+def written(value: float | None) -> str:
+    """Writes a figure for a table."""
+    return "-" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
 def matched(first: Points, second: Points, *, seed: int) -> tuple[Points, Points]:
     """Returns equally many points of each class from two sets, drawn by the seed: most figures depend on the number."""
     labels = sorted({*first.labels.tolist(), *second.labels.tolist()})

@@ -390,11 +390,16 @@ def _check_vae_of(manifest: Manifest, vae_path: str) -> None:
         raise UserError(f"{vae_path} makes other latents than those of the cache ({differences}); give that one")
 
 
-def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) -> list[tuple[int, str]]:
+def fill_together(
+    dataset: LatentDataset, ranks: Ranks, signals: StopSignals, *, what: str = ""
+) -> list[tuple[int, str]]:
     """Encodes all that is missing, each process its share, and takes up what the others have published.
 
     What does not appear in the cache folder is encoded here too: the disk of another process may not be this one, or
     take no files, or the process may have died.
+
+    Args:
+        what: names the images, where a program fills more than one dataset.
 
     Returns:
         (position, reason) of each image that could not be encoded, equal ones included.
@@ -402,7 +407,7 @@ def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) ->
     Raises:
         Stopped: after a signal to any of the processes; what waits in memory is still to be published.
     """
-    missing = dataset.missing()
+    missing, encoded, filled = dataset.missing(), f"encoded {what}", f"filled {what}"
     if not missing and ranks.count == 1:
         return []
     with script.progress(total=len(missing), unit="images", label="encode") as bar:
@@ -410,13 +415,13 @@ def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) ->
         def advance(count: int) -> None:
             bar.advance(count)
             if count:
-                ranks.sign_of_life("filled")
+                ranks.sign_of_life(filled)
             ranks.raise_if_stopped(signals)
 
         try:
             bad = dataset.fill(ranks.share(missing), advance=advance)
         finally:
-            ranks.tell("encoded")
+            ranks.tell(encoded)
         if ranks.count == 1:
             return bad
 
@@ -426,12 +431,12 @@ def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) ->
             return found, len(_others(dataset, bad))
 
         try:
-            ranks.await_others("encoded", look)
+            ranks.await_others(encoded, look)
             left = _others(dataset, bad)
             bad = sorted(bad + dataset.fill(left, advance=advance)) if left else bad
         finally:
-            ranks.tell("filled")
-        ranks.await_end("filled", lambda: ranks.raise_if_stopped(signals))  # an exchange comes next, with a limit
+            ranks.tell(filled)
+        ranks.await_end(filled, lambda: ranks.raise_if_stopped(signals))  # an exchange comes next, with a limit
         return bad
 
 

@@ -32,6 +32,7 @@ _LOOK_SECONDS = 0.5  # between two looks at what the others have published
 _PATIENCE_SECONDS = 300.0  # without anything new; latents are published each minute
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Ranks:
@@ -137,6 +138,20 @@ class Ranks:
     def of_main(self, value: Item) -> Item:
         """Returns the value that rank 0 has, of plain types."""
         return value if self.count == 1 else self._gather(value)[0]
+
+    def spread(self, items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:
+        """Yields each item with the result of its work, of plain types; each process does its share.
+
+        As many items as there are processes are worked on at a time, and all processes get all results. Work must
+        hold no exchange.
+        """
+        for start in range(0, len(items), self.count):
+            group: Sequence[Item] = items[start : start + self.count]
+            result: Any = None
+            with self.together():
+                if self.rank < len(group):
+                    result = work(group[self.rank])
+            yield from zip(group, [result] if self.count == 1 else self._gather(result), strict=False)
 
     def copy_of_main(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites tensors on the device with those of rank 0."""

@@ -37,9 +37,12 @@ folder and stand in label order. Keys that are not listed here (digests, for exa
     classifier                  as classifier.compare returns it, and what the script adds: image_size
     sweep
         points                  [{checkpoint, step, guidance, images, near_share, nearer_to_training, recognition, and
-                                the figures of latents.synthetic}]
-        training                the same figures of as many training images
-        best                    one of the points, or None
+                                the figures of latents.synthetic}]; where classifiers were trained, alone and with_real:
+                                the share that one recognises that saw these samples, or real images too; and
+                                classifier, as above
+        training                the same figures of as many training images; with_real: of real images alone
+        best                    the nearest to the test images of the points, or None
+        best_for_classifiers    the one with the largest with_real, or None
     settings                    {setting: value}
 """
 
@@ -648,6 +651,10 @@ _SWEEP_COLUMNS = {  # figure -> its name, how it is written
     "coverage": ("coverage", _share),
     "near_share": ("near copies", _share),
 }
+_SWEEP_CLASSIFIER_COLUMNS = {
+    "alone": ("classifier, these alone", _share),
+    "with_real": ("classifier, with real", _share),
+}
 
 
 def _sweep(report: dict[str, Any]) -> str:
@@ -657,23 +664,35 @@ def _sweep(report: dict[str, Any]) -> str:
     if not part:
         return ""
     points, best, training = part.get("points") or [], part.get("best") or {}, part.get("training") or {}
+    best_for_classifiers = part.get("best_for_classifiers") or {}
+    columns = _SWEEP_COLUMNS | _SWEEP_CLASSIFIER_COLUMNS if best_for_classifiers else _SWEEP_COLUMNS
 
     def row(head: str, figures: dict[str, Any]) -> list[str]:
-        return [head, *(write(figures.get(name)) for name, (_, write) in _SWEEP_COLUMNS.items())]
+        return [head, *(write(figures.get(name)) for name, (_, write) in columns.items())]
 
     rows = [row("real training images", training)] if training else []
     for point in points:
-        head = f"step {_number(point.get('step'))}, guidance {_number(point.get('guidance'))}"
+        head = _point_name(point)
         is_best = bool(best) and _place(point) == _place(best)
         rows.append(row(f"<strong>{head} (best)</strong>" if is_best else head, point))
     chosen = (
-        f"<p>Guidance {_number(best.get('guidance'))} at step {_number(best.get('step'))} has the lowest Fréchet "
-        "distance per class. It is one seed, so how far such figures scatter is not known.</p>"
+        f"<p>Lowest Fréchet distance per class: {_point_name(best)}. It is one seed, so how far such figures scatter "
+        "is not known.</p>"
         if best
         else ""
     )
-    head = ("", *(label for label, _ in _SWEEP_COLUMNS.values()))
+    if best_for_classifiers:
+        difference = (best_for_classifiers.get("classifier") or {}).get("difference") or {}
+        chosen += (
+            f"<p>Beside real images in the training of a classifier, {_point_name(best_for_classifiers)} did best. "
+            f"{_typeset(difference.get('sentence') or '')}</p>"
+        )
+    head = ("", *(label for label, _ in columns.values()))
     return _section(title, chosen, _sweep_curve(points, training), _table("Against the test images", head, rows))
+
+
+def _point_name(point: dict[str, Any]) -> str:
+    return f"step {_number(point.get('step'))}, guidance {_number(point.get('guidance'))}"
 
 
 def _place(point: dict[str, Any]) -> tuple[Any, Any]:

@@ -19,9 +19,11 @@ from pipeline import CLASSES, HALF, SIZE, STEPS, one_error
 import classifier
 import evaluate_images
 import evaluation
+import image_sets
 import images
 import inception
 import run_folder
+import sweep as sweep_module
 import vae
 from generate import Generator
 from latent_dataset import BatchEncoder, read_split
@@ -152,7 +154,7 @@ def test_the_table_is_printed_with_its_yardstick_and_its_warnings(trained, gener
     out, err = capsys.readouterr()
     found = read_report(evaluated)["latents"]
     (line,) = [line for line in out.splitlines() if line.startswith("Fréchet distance per class")]
-    shown = [evaluate_images._shown(found[kind]["frechet_mean"]) for kind in ("synthetic", "training")]
+    shown = [evaluation.written(found[kind]["frechet_mean"]) for kind in ("synthetic", "training")]
     assert line.split()[-2:] == shown
     assert "no classifier: on a CPU it takes long" in out and "no inception" not in out
     assert "warning: the split is random" in err and "very content" not in err
@@ -473,8 +475,8 @@ def test_a_point_has_the_figures_of_its_samples(trained, evaluated):
     assert sweep(trained, evaluated, 1.5, sweep_checkpoints=STEPS) == 0
     (point,) = read_report(evaluated)["sweep"]["points"]
     plan = evaluate_images.make_plan(tiny.flags({"checkpoint": trained / "results", "output_folder": evaluated}))
-    real = evaluate_images.open_real(plan)
-    generator = Generator(evaluate_images.sampling_settings(plan), plan.state, plan.device)
+    real = image_sets.open_real(plan)
+    generator = Generator(sweep_module.sampling_settings(plan), plan.state, plan.device)
     labels = torch.arange(3).repeat_interleave(3)
     samples = torch.cat([generator.sample([label], [i], 1.5) for label in range(3) for i in range(3)])
     expected = evaluation.closeness(
@@ -491,14 +493,14 @@ def test_a_point_has_the_figures_of_its_samples(trained, evaluated):
 
 
 def test_a_sweep_goes_on_and_a_new_scale_is_added(trained, evaluated, sampled, monkeypatch, capsys):
-    measure = evaluate_images.measure
+    measure = sweep_module.measure
 
     def stop(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return measure(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate_images, "measure", stop)
+        patch.setattr(sweep_module, "measure", stop)
         assert sweep(trained, evaluated, 1, 2, sweep_checkpoints="newest") == 128 + signal.SIGINT
     first = read_report(evaluated)["sweep"]["points"]
     assert [point["guidance"] for point in first] == [1.0]
@@ -527,3 +529,71 @@ def test_a_checkpoint_that_is_not_there_is_named(trained, tmp_path, capsys):
     assert "--sweep_checkpoints 8 5" in (message := one_error(capsys)) and "of the steps 4, 8" in message
     assert sweep(trained, tmp_path / "evaluation", 1, sweep_checkpoints="last") == 2
     assert "give some of these, or all alone, or newest alone" in one_error(capsys)
+
+
+# --- classifiers in the sweep ------------------------------------------------------------------------------
+
+CLASSIFIERS = {"classifier": "true", "classifier_steps": 2, "classifier_seeds": 1, "classifier_image_size": 8}
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Notes the number of images in each set of each training of a classifier."""
+    noted: list[tuple[int, ...]] = []
+    train = classifier.train_and_test
+
+    def train_and_note(sets: Any, test: Any, **facts: Any) -> classifier.Score:
+        noted.append(tuple(len(labels) for _, labels in sets))
+        return train(sets, test, **facts)
+
+    monkeypatch.setattr(classifier, "train_and_test", train_and_note)
+    return noted
+
+
+def test_classifiers_of_a_sweep_see_what_generate_writes(trained, generated, evaluated, tmp_path, trainings, capsys):
+    asked = {**CLASSIFIERS, "sweep_images": PER_CLASS, "sweep_checkpoints": STEPS}
+    assert sweep(trained, tmp_path / "swept", 1.5, 3, **asked) == 0
+    assert trainings == [(15,), (12,), (15, 12), (12,), (15, 12)]  # the real ones alone once
+    assert evaluate(trained, generated, evaluated, **CLASSIFIERS) == 0
+    part, expected = read_report(tmp_path / "swept")["sweep"], read_report(evaluated)["classifier"]
+    same, other = part["points"]
+    assert same["guidance"] == 1.5 and same["classifier"]["scores"] == expected["scores"]
+    assert same["classifier"]["difference"] == expected["difference"]
+    assert other["classifier"]["scores"]["real"] == expected["scores"]["real"]
+    means = {name: found["mean"] for name, found in expected["sets"].items()}
+    assert (same["alone"], same["with_real"]) == (means["synthetic"], means["real + synthetic"])
+    assert part["training"]["with_real"] == means["real"]
+    best = part["best_for_classifiers"]
+    assert best["with_real"] == max(point["with_real"] for point in part["points"])
+    out = capsys.readouterr().out
+    assert f"in training a classifier: guidance {best['guidance']:g} at step {STEPS}. accuracy changes" in out
+    (head,) = [line for line in out.splitlines() if line.lstrip().startswith("step")]
+    rows = [line.split() for line in out.splitlines() if line.lstrip().startswith(f"{STEPS} ")]
+    assert head.endswith("alone  with real") and rows[0][-1] == evaluation.written(same["with_real"])
+
+
+def test_classifiers_of_a_sweep_go_on_where_they_were_stopped(trained, evaluated, trainings, monkeypatch):
+    train = classifier.train_and_test
+
+    def train_and_stop(*sets: Any, **facts: Any) -> classifier.Score:
+        if len(trainings) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train(*sets, **facts)
+
+    asked = {**CLASSIFIERS, "sweep_checkpoints": STEPS}
+    with monkeypatch.context() as patch:
+        patch.setattr(classifier, "train_and_test", train_and_stop)
+        assert sweep(trained, evaluated, 1, 2, **asked) == 128 + signal.SIGTERM
+    first, second = read_report(evaluated)["sweep"]["points"]
+    assert "with_real" in first and "with_real" not in second and second["frechet_mean"] > 0
+    trainings.clear()
+    assert sweep(trained, evaluated, 1, 2, **asked) == 0
+    assert trainings == [(9,), (15, 9)]
+    assert read_report(evaluated)["sweep"]["points"][0] == first
+    trainings.clear()
+    assert sweep(trained, evaluated, 2, **{**asked, "classifier": "auto"}) == 0  # trains none here, takes none away
+    assert "with_real" in read_report(evaluated)["sweep"]["points"][1] and not trainings
+    assert sweep(trained, evaluated, 2, **{**asked, "classifier_steps": 1}) == 0
+    part = read_report(evaluated)["sweep"]
+    assert trainings == [(15,), (9,), (15, 9)]
+    assert "classifier" not in part["points"][0] and part["points"][1]["classifier"]["num_steps"] == 1

@@ -82,12 +82,27 @@ def make_report(names: list[str]) -> dict[str, Any]:
         "classifier": make_classifier(len(names)),
         "sweep": {
             "points": [
-                {**figures, "step": step, "guidance": scale, "recognition": 0.9, "near_share": 0.03}
+                {
+                    **figures,
+                    "step": step,
+                    "guidance": scale,
+                    "recognition": 0.9,
+                    "near_share": 0.03,
+                    "alone": 0.612,
+                    "with_real": 0.734,
+                    "classifier": make_classifier(len(names)),
+                }
                 for step in (500, 1000)
                 for scale in (1.0, 2.0, 3.0)
             ],
-            "training": figures,
+            "training": {**figures, "with_real": 0.701},
             "best": {"step": 1000, "guidance": 2.0},
+            "best_for_classifiers": {
+                "step": 500,
+                "guidance": 3.0,
+                "with_real": 0.734,
+                "classifier": {"difference": {"sentence": "They help a little."}},
+            },
         },
         "settings": {"checkpoint": "results", "sweep": [1.0, 2.0], "neighbours": 5, "classifier": True, "x": None},
     }
@@ -195,8 +210,19 @@ def test_the_page_shows_every_part_with_its_figures():
         "They help: accuracy changes by +25.0 points",
         "training step1,500",
         "seed of the images42",
+        "step 500, guidance 3 did best. They help a little.",
+        "classifier, these alone",
+        "70.1 %",
+        "73.4 %",
     ):
         assert words in page.text, words
+
+
+def test_a_sweep_without_classifiers_has_no_columns_for_them():
+    report = make_report(NAMES)
+    report["sweep"]["best_for_classifiers"] = None
+    text = page_of(report, {}).text
+    assert "step 1,000, guidance 2 (best)" in text and "classifier, these alone" not in text
 
 
 def test_the_page_is_for_everyone():

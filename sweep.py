@@ -1,0 +1,299 @@
+"""Guidance scales and checkpoints compared: each is sampled and measured, and classifiers train on its samples."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import checkpoint
+import classifier
+import classifier_trials
+import config
+import evaluation
+import generate
+import hardware
+import images
+import pictures
+import run_folder
+import script
+from classifier_trials import Trials
+from config import GenerateSettings, UserError
+from evaluation import Points
+from generate import Generator
+from image_sets import Plan, RealImages, listing, made_of_real, open_real, resized, warnings_of_run
+from report_file import Report, file_digest
+from sampling import BATCH_SIZE
+from script import StopSignals, say, warn
+
+
+def find_states(plan: Plan) -> list[Path]:
+    """Returns the checkpoint files that the sweep samples from, oldest first; raises UserError when one is absent."""
+    asked, newest = plan.settings.sweep_checkpoints, plan.state.path
+    saved = checkpoint.saved_averages(newest.parent)
+    if asked == ("newest",) or (asked == ("all",) and not saved):
+        return [newest]
+    if asked == ("all",):
+        return [saved[step] for step in sorted(saved)]
+    steps = {int(word) if word.isdecimal() else word for word in asked}
+    unknown = steps - saved.keys()
+    if unknown:
+        raise UserError(
+            f"--sweep_checkpoints {config.show(asked)}: {newest.parent} has averaged weights of the steps "
+            f"{listing([str(step) for step in sorted(saved)])}; give some of these, or all alone, or newest alone"
+        )
+    return [saved[step] for step in sorted(saved) if step in steps]
+
+
+def sampling_settings(plan: Plan) -> GenerateSettings:
+    """Returns how the run samples, as generate.py would without flags."""
+    trained_with = plan.state.meta["settings"]
+    of_run = {name: trained_with[name] for name in generate.FROM_RUN if name in trained_with}
+    layer = config.stored_layer(GenerateSettings, f"run {plan.state.path.parent}", of_run)
+    own = {"seed": plan.settings.seed, "vae_path": plan.settings.vae_path, "device": plan.settings.device}
+    return replace(config.resolve(GenerateSettings, [layer]).settings, **own)
+
+
+def sweep(plan: Plan, states: Sequence[Path]) -> None:
+    """Samples at each checkpoint and guidance scale, compares the samples with the test images, and says the best.
+
+    What is found about a point is kept in the report at once; with several processes, once each has done one point.
+    """
+    real = open_real(plan)
+    if not len(real.test):
+        raise UserError("a sweep compares with test images, and the run has none; train with fewer images_per_user")
+    report = Report(plan.folder, made_of_real(plan, real))
+    for line in warnings_of_run(plan):
+        warn(line)
+    if "evaluated" not in report.data:
+        report.set_facts(warnings=warnings_of_run(plan), settings=config.to_dict(plan.settings))
+    with StopSignals() as signals:
+        Sweep(plan, real, report, signals).run(states)
+
+
+class Sweep:
+    """The points of a sweep, as many as are known by now; a point is one checkpoint with one guidance scale."""
+
+    def __init__(self, plan: Plan, real: RealImages, report: Report, signals: StopSignals) -> None:
+        self.plan, self.real, self.report, self.signals = plan, real, report, signals
+        self.sampling = sampling_settings(plan)
+        self.made_of = made_of_sweep(plan, real, self.sampling)
+        self.part: dict[str, Any] = plan.ranks.of_main(report.part("sweep", self.made_of)) or {"points": []}
+        self.labels = torch.arange(len(plan.classes)).repeat_interleave(plan.settings.sweep_images)
+        why = plan.ranks.of_main(classifier_trials.why_not(plan, real, self.labels))
+        with plan.ranks.together():
+            self.trials = None if why else Trials.of(plan, real)
+            if self.trials is not None:
+                self._drop_other_classifiers()
+        self._generator: tuple[Path, Generator] | None = None
+
+    def run(self, states: Sequence[Path]) -> None:
+        """Does what is missing, and prints the figures."""
+        scales = list(dict.fromkeys(self.plan.settings.sweep))
+        weights = {path: file_digest(path) for path in states}
+        points = [self._begun(path, weights[path], scale) for path, scale in itertools.product(states, scales)]
+        todo = [point for point in points if not self._is_done(point)]
+        if len(todo) < len(points):
+            say(f"{len(points) - len(todo)} of {len(points)} points are in the report already")
+        for _, found in self.plan.ranks.spread(todo, self._look_at):
+            self._keep(found)
+        if self.plan.ranks.is_main:
+            print_sweep(self.part, self.plan.settings.sweep_images)
+
+    def _begun(self, path: Path, weights: str, scale: float) -> dict[str, Any]:
+        """Returns what is known of a point."""
+        name = {"weights": weights, "guidance": scale}
+        same = [point for point in self.part["points"] if name.items() <= point.items()]
+        return same[0] if same else {**name, "checkpoint": path.name}
+
+    def _drop_other_classifiers(self) -> None:
+        """Takes away what classifiers with other settings than those asked for made of the points."""
+        asked = classifier_trials.made_of(self.plan).items()
+        for point in self.part["points"]:
+            if not asked <= point.get("classifier", {}).items():
+                for figures, name in itertools.product(
+                    (point, self.part["training"]), ("classifier", *_CLASSIFIER_COLUMNS)
+                ):
+                    figures.pop(name, None)
+
+    def _is_done(self, point: dict[str, Any]) -> bool:
+        if "frechet_mean" not in point:
+            return False
+        return self.trials is None or point.get("classifier", {}).get("seeds") == classifier_trials.seeds(self.plan)
+
+    def _look_at(self, point: dict[str, Any]) -> dict[str, Any]:
+        """Returns a point with its figures, and with the yardstick of all points."""
+        generator = self._generator_of(point["checkpoint"])
+        say(f"guidance {point['guidance']:g} at step {generator.meta['step']:,}")
+        samples = self._sample(generator, point["guidance"])
+        figures, yardstick = measure(self.plan, self.real, Points(samples, self.labels))
+        found = {**point, "step": generator.meta["step"], **figures, "yardstick": yardstick}
+        if self.trials is not None:
+            self._keep_alone(found)
+            found["classifier"] = self._train_classifiers(found, samples, generator)
+            means = {name: trained["mean"] for name, trained in found["classifier"]["sets"].items()}
+            found |= {"alone": means[classifier.SYNTHETIC], "with_real": means[classifier.BOTH]}
+            yardstick["with_real"] = means[classifier.REAL]
+        return found
+
+    def _generator_of(self, name: str) -> Generator:
+        path = self.plan.state.path.parent / name
+        if self._generator is None or self._generator[0] != path:
+            self._generator = path, Generator(self.sampling, run_folder.read_state(path), self.plan.device)
+        return self._generator[1]
+
+    def _sample(self, generator: Generator, scale: float) -> Tensor:
+        """Samples latents [N C h w] of every class; those that generate.py would decode."""
+        labels, count = self.labels.tolist(), self.plan.settings.sweep_images
+        parts = []
+        with script.progress(total=len(labels), unit="samples", label="sample") as bar:
+            for start in range(0, len(labels), BATCH_SIZE):
+                own = labels[start : start + BATCH_SIZE]
+                indices = [place % count for place in range(start, start + len(own))]
+                parts.append(generator.sample(own, indices, scale).cpu())
+                bar.advance(len(own))
+                self.plan.ranks.raise_if_stopped(self.signals)
+        return torch.cat(parts)
+
+    def _train_classifiers(self, point: dict[str, Any], samples: Tensor, generator: Generator) -> dict[str, Any]:
+        assert self.trials is not None
+        others = [other.get("classifier", {}).get("scores", {}) for other in self.part["points"]]
+        real_alone = {seed: score for scores in others for seed, score in scores.get(classifier.REAL, {}).items()}
+        done = {**point.get("classifier", {}).get("scores", {}), classifier.REAL: real_alone}
+
+        def save(scores: dict[str, Any]) -> None:
+            self._keep_alone({**point, "classifier": {"scores": scores, **classifier_trials.made_of(self.plan)}})
+
+        return self.trials.run(
+            self._decode(samples, generator),
+            self.labels,
+            done=done,
+            save=save,
+            spread=classifier.one_by_one,
+            signals=self.signals,
+        )
+
+    def _decode(self, samples: Tensor, generator: Generator) -> Tensor:
+        """Decodes samples to the images [N S S 3] that classifiers see, by way of the files that would be written."""
+        size, side = self.plan.settings.classifier_image_size, self.plan.images.image_size
+        found = torch.zeros(len(samples), size, size, 3, dtype=torch.uint8)
+        with script.progress(total=len(samples), unit="images", label="decode") as bar:
+            for place, sample in enumerate(samples):
+                (image,) = generator.decoder(sample[None])
+                file = pictures.encode_image(Image.fromarray(image), generator.suffix)
+                found[place] = resized(images.decode(file, image_size=side), size)
+                bar.advance()
+                self.plan.ranks.raise_if_stopped(self.signals)
+        return found
+
+    def _keep_alone(self, point: dict[str, Any]) -> None:
+        """Keeps what is known of a point that is not finished, where there is one process."""
+        if self.plan.ranks.count == 1:
+            self._keep(point)
+
+    def _keep(self, point: dict[str, Any]) -> None:
+        own = {name: value for name, value in point.items() if name != "yardstick"}
+        others = [
+            other
+            for other in self.part["points"]
+            if (other["weights"], other["guidance"]) != (point["weights"], point["guidance"])
+        ]
+        points = sorted([*others, own], key=lambda one: (one["step"], one["guidance"]))
+        best = {"best": best_point(points), "best_for_classifiers": best_for_classifiers(points)}
+        training = {**self.part.get("training", {}), **point["yardstick"]}
+        self.part = {"points": points, "training": training, **best}
+        if self.plan.ranks.is_main:
+            self.part = self.report.put("sweep", self.made_of, self.part)
+
+
+def made_of_sweep(plan: Plan, real: RealImages, sampling: GenerateSettings) -> dict[str, Any]:
+    """Returns what all points of a sweep depend on."""
+    return {
+        **made_of_real(plan, real),
+        "neighbours": plan.settings.neighbours,
+        "images_per_class": plan.settings.sweep_images,
+        "sampler": sampling.sampler,
+        "sampling_timesteps": sampling.sampling_timesteps,
+        "precision": str(hardware.pick_precision(sampling.precision, plan.device)[0]),
+    }
+
+
+def measure(plan: Plan, real: RealImages, samples: Points) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the figures of a point of the sweep, and those of as many training images."""
+    seed, training, test = plan.settings.seed, real.training.latents, real.test.latents
+    found = evaluation.closeness(
+        samples,
+        training,
+        test,
+        neighbours=plan.settings.neighbours,
+        seed=seed,
+        num_directions=evaluation.NUM_DIRECTIONS,
+    )
+    copies = evaluation.memorisation(samples, training, test, seed=seed)
+    figures = {
+        "images": found["images"],
+        **found["synthetic"],
+        "recognition": evaluation.recognition(samples, training),
+        **{name: copies[name] for name in ("near_share", "nearer_to_training")},
+    }
+    yardstick = {
+        **found["training"],
+        "recognition": evaluation.recognition(test, training),
+        "near_share": evaluation.NEAR_SHARE,
+    }
+    return figures, yardstick
+
+
+def best_point(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Returns the point with the lowest Fréchet distance per class; of several classes, their mean."""
+    known = [point for point in points if point["frechet_mean"] is not None]
+    return min(known, key=lambda point: point["frechet_mean"], default=None)
+
+
+def best_for_classifiers(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Returns the point whose samples, beside the real images, made the best classifiers."""
+    known = [point for point in points if "with_real" in point]
+    return max(known, key=lambda point: point["with_real"], default=None)
+
+
+_COLUMNS = {  # figure -> its head
+    "frechet_mean": "Fréchet/class",
+    "frechet": "Fréchet",
+    "kernel": "kernel",
+    "recognition": "own class",
+    "precision": "precision",
+    "recall": "recall",
+    "coverage": "coverage",
+    "near_share": "near copies",
+}
+_CLASSIFIER_COLUMNS = {"alone": "alone", "with_real": "with real"}
+
+
+def print_sweep(part: dict[str, Any], images_per_class: int) -> None:
+    """Prints a row for each point of a sweep, and which ones are best."""
+    best, best_for_classifiers = part["best"], part.get("best_for_classifiers")
+    columns = _COLUMNS if best_for_classifiers is None else _COLUMNS | _CLASSIFIER_COLUMNS
+    say()
+    say(f"{'step':>8}  {'guidance':>8}  " + "  ".join(columns.values()))
+    rows = [(f"{p['step']:>8,}  {p['guidance']:>8g}", p) for p in part["points"]]
+    for name, figures in [(f"{'real (training)':>18}", part["training"]), *rows]:
+        cells = [f"{evaluation.written(figures.get(column)):>{len(head)}}" for column, head in columns.items()]
+        say(f"{name}  " + "  ".join(cells))
+    if best is None:
+        say(f"no point can be called the best: {images_per_class} samples per class, or the test images, are too few")
+    else:
+        say(
+            f"nearest to the test images by Fréchet distance per class: {_named(best)}; one seed, so how far such "
+            "figures scatter is not known"
+        )
+    if best_for_classifiers is not None:
+        sentence = best_for_classifiers["classifier"]["difference"]["sentence"]
+        say(f"best beside real images in training a classifier: {_named(best_for_classifiers)}. {sentence}")
+
+
+def _named(point: dict[str, Any]) -> str:
+    return f"guidance {point['guidance']:g} at step {point['step']:,}"
