@@ -916,7 +916,7 @@ main { padding-bottom: 3rem; }
   .cards { grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); }
   .key, summary, dt { break-after: avoid; } section > .scroll { break-inside: avoid; }
   svg, .swatch, .card { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  table { font-size: 9pt; } th, td { padding-block: .15rem; } .scroll td { white-space: normal; }
+  table { font-size: 9pt; } th, td { padding: .15rem .4rem .15rem 0; } .scroll td { white-space: normal; }
   .chart { min-width: 0; } details::details-content { content-visibility: visible; height: auto; } }
 """
 
