@@ -322,8 +322,8 @@ def find_warnings(plan: Plan, synthetic: ImageSet, real: RealImages) -> list[str
         counts = [part.latents.count(label) for label in part.labels.unique().tolist()]
         if counts and min(counts) < report_page.FEW_PER_CLASS:
             found.append(
-                f"only {min(counts)} {part.name} images of a class: distances of so few are too large, and all figures scatter; {remedy} "
-                f"{report_page.FEW_PER_CLASS} or more of each"
+                f"only {min(counts)} {part.name} images of a class: distances of so few are too large, and all figures "
+                f"scatter; {remedy} {report_page.FEW_PER_CLASS} or more of each"
             )
     record, weights = made_with(synthetic.folder), vae.weights_digest(plan.state.averages)
     if record.get("weights", weights) != weights:
