@@ -84,9 +84,9 @@ class Sweep:
         self.made_of = made_of_sweep(plan, real, self.sampling)
         self.part: dict[str, Any] = plan.ranks.of_main(report.part("sweep", self.made_of)) or {"points": []}
         self.labels = torch.arange(len(plan.classes)).repeat_interleave(plan.settings.sweep_images)
-        why = plan.ranks.of_main(classifier_trials.why_not(plan, real, self.labels))
+        self.why_no_classifier = plan.ranks.of_main(classifier_trials.why_not(plan, real, self.labels))
         with plan.ranks.together():
-            self.trials = None if why else Trials.of(plan, real)
+            self.trials = None if self.why_no_classifier else Trials.of(plan, real)
             if self.trials is not None:
                 self._drop_other_classifiers()
         self._generator: tuple[Path, Generator] | None = None
@@ -103,12 +103,14 @@ class Sweep:
             self._keep(found)
         if self.plan.ranks.is_main:
             print_sweep(self.part, self.plan.settings.sweep_images)
+            if self.why_no_classifier:
+                say(f"no classifier: {self.why_no_classifier}")
 
     def _begun(self, path: Path, weights: str, scale: float) -> dict[str, Any]:
         """Returns what is known of a point."""
         name = {"weights": weights, "guidance": scale}
         same = [point for point in self.part["points"] if name.items() <= point.items()]
-        return same[0] if same else {**name, "checkpoint": path.name}
+        return {**(same[0] if same else name), "checkpoint": path.name}
 
     def _drop_other_classifiers(self) -> None:
         """Takes away what classifiers with other settings than those asked for made of the points."""
