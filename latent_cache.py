@@ -740,8 +740,11 @@ class LatentCache:
         """
         if not self.writable:
             return
-        for shard in self._in_order:
-            if not all(key in needed for key in _hex_keys(shard.keys)):
+        kept = [(shard, sum(key in needed for key in _hex_keys(shard.keys))) for shard in self._in_order]
+        for shard, count in sorted(
+            kept, key=lambda item: item[1]
+        ):  # the less is written anew, the sooner there is room
+            if count < len(shard):
                 self._prune_shard(shard, needed)
         with suppress(OSError):  # not empty, or never made
             self._space_folder.rmdir()

@@ -437,7 +437,7 @@ class LatentDataset(Dataset):
         stored = read_split(folder)
         if stored is None:
             raise UserError(f"{folder} holds no split.json; run preprocess_latents.py")
-        entries = stored.train if split == "train" else stored.test
+        entries = stored.part(split)
         dataset = cls(
             LatentCache(folder, manifest.space, writable=False),
             [entry.key for entry in entries],

@@ -137,6 +137,8 @@ def read_latent(path: Path) -> tuple[Tensor, str]:
     except UserError as error:  # its remedy is for weights
         raise BadLatent(str(error).removeprefix(str(path)).lstrip(": ").partition("; ")[0]) from None
     latent = latent.detach()
+    if latent.itemsize < 2:  # formats of 8 bits, in which torch can do next to nothing
+        latent = latent.float()
     shape = tuple(latent.shape)
     if len(shape) == 4 and shape[0] == 1:
         latent, shape = latent[0], shape[1:]
@@ -286,9 +288,9 @@ def _lists_of_json(text: str, path: Path) -> NameLists:
     except (ValueError, RecursionError):
         document = None
     found = {"train": document} if isinstance(document, list) else document
-    if not isinstance(found, dict) or not all(_are_names(found.get(part, [])) for part in ("train", "test")):
+    if not isinstance(found, dict) or not all(_are_names(found.get(part) or []) for part in ("train", "test")):
         raise UserError(f'--import_split {shown(path)} is not JSON of the form {{"train": [names], "test": [names]}}')
-    return NameLists(found.get("train", []), found.get("test"))
+    return NameLists(found.get("train") or [], found.get("test"))
 
 
 def _are_names(value: object) -> bool:
@@ -298,8 +300,13 @@ def _are_names(value: object) -> bool:
 def _lists_of_csv(text: str, path: Path) -> NameLists:
     """Reads a table with a line for each image: its name, and train or test in another column."""
     parts: dict[str, list[str]] = {"train": [], "test": []}
-    for row in csv.reader(text.splitlines()):
-        words = [cell.strip() for cell in row]
+    try:
+        rows = list(csv.reader(text.splitlines()))
+    except csv.Error as error:
+        raise UserError(f"--import_split {shown(path)} is no CSV table: {error}") from None
+    has_index = bool(rows and len(rows[0]) > 1 and not rows[0][0].strip())  # a first column without a name
+    for row in rows:
+        words = [cell.strip() for cell in row[has_index:]]
         part = next((word.lower() for word in words if word.lower() in parts), None)
         names = [word for word in words if word.lower() not in parts]
         if part is not None and names:

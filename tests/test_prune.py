@@ -181,6 +181,9 @@ def test_what_cannot_be_pruned_is_refused(cached, tmp_path, capsys):
     assert "is no run folder: it has no split.json" in pipeline.one_error(capsys)
     assert preprocess_latents.main(["--yes", "--output_folder", str(folder)]) == 2
     assert "--yes belongs to --prune" in pipeline.one_error(capsys)
+    (tmp_path / "odd.yaml").write_text('keep_for: ["a\\0b"]\n')
+    assert prune(cached, keep_for=None, config=tmp_path / "odd.yaml") == 2
+    assert "that can be no path" in pipeline.one_error(capsys)
     for name in ("split.json", "manifest.json"):
         (folder / name).rename(tmp_path / name)
         assert prune(cached, keep_for=None) == 2
@@ -188,7 +191,7 @@ def test_what_cannot_be_pruned_is_refused(cached, tmp_path, capsys):
         (tmp_path / name).rename(folder / name)
 
 
-def test_a_read_only_cache_is_refused(cached, capfd):
+def test_a_read_only_cache_is_listed_and_not_pruned(cached, capfd):
     folder = cached / "latents_cache"
 
     def child() -> None:
@@ -196,12 +199,34 @@ def test_a_read_only_cache_is_refused(cached, capfd):
             pipeline.mount_read_only(folder)
         except OSError:
             os._exit(77)
-        os._exit(prune(cached, keep_for=None))
+        os._exit(10 * prune(cached, keep_for=None) + prune(cached, keep_for=None, yes="true"))
 
     code = forked(child)
     if code == 77:
         pytest.skip("this system lets nobody mount a folder read-only")
-    assert code == 2 and "cannot be written to" in capfd.readouterr().err
+    captured = capfd.readouterr()
+    assert code == 2 and "nothing to remove" in captured.out and "cannot be written to" in captured.err
+
+
+def test_a_full_disk_is_made_room_on(crowded, monkeypatch, capsys):
+    folder = crowded / "latents_cache"
+    stored(folder, [0, 1], pipeline.open_cache(folder).space)  # a shard that nobody needs, beside one needed in part
+    shutil.rmtree(crowded / "results")
+    publish, room = durable.publish, folder / pipeline.open_cache(folder).space.id
+
+    def full(path: Path, data: object) -> None:
+        spare = [place for place in folder.glob("*/*.safetensors") if place.parent != room]
+        if spare or len(list(room.iterdir())) > 1:
+            raise OSError(28, "No space left on device", str(path))
+        publish(path, data)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(durable, "publish", full)
+    monkeypatch.setattr(durable, "why_not_writable", lambda place: "No space left on device")
+    capsys.readouterr()
+    assert prune(crowded, yes="true", keep_for=None) == 0
+    split = read_split(folder)
+    assert split is not None
+    assert set(pipeline.open_cache(folder).keys()) == {entry.key for entry in split.train}
 
 
 def test_a_prune_that_cannot_publish_removes_nothing_that_is_needed(crowded, monkeypatch, capsys):
