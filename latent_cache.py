@@ -909,7 +909,6 @@ class Report:
         missing: keys without a row.
         orphaned: {key: name} of valid rows that were not asked about.
         shards: one entry per shard of the space.
-        other_spaces: {space id: lines "field: here vs there"} of the other spaces in the folder.
         problems: one line per damaged file.
     """
 
@@ -918,13 +917,11 @@ class Report:
     missing: list[str]
     orphaned: dict[str, str]
     shards: list[ShardReport]
-    other_spaces: dict[str, list[str]]
     problems: list[str]
 
 
 def verify(cache: LatentCache, keys: Sequence[str]) -> Report:
     """Checks the seal of every row on disk, and compares with `keys`; rows in memory do not count."""
-    others = {name: Space(spec) for name, spec in spaces(cache.folder).items() if name != cache.space.id}
     stored = LatentCache(cache.folder, cache.space, writable=False)
     checks = [_check_shard(path, cache.space) for path in stored.shard_paths()]
     valid = {key: name for check in reversed(checks) for key, name in check.valid.items()}
@@ -936,7 +933,6 @@ def verify(cache: LatentCache, keys: Sequence[str]) -> Report:
         missing=[key for key in wanted if key not in broken and key not in valid],
         orphaned={key: name for key, name in valid.items() if key not in wanted},
         shards=[check.report for check in checks],
-        other_spaces={name: cache.space.differing_fields(other) for name, other in others.items()},
         problems=stored.problems + [line for check in checks for line in check.problems],
     )
 

@@ -7,7 +7,6 @@ VAE's latents may stand beside it. Its key is the SHA-256 of the file.
 
 import csv
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -438,9 +437,3 @@ def images_not_imported(
 def usual_image_size(shape: tuple[int, int, int]) -> int:
     """Returns the side of the images behind latents [C h w] of a VAE that downsamples 8 times, as most do."""
     return min(8 * shape[1], 4096)
-
-
-def check_scale_factor(scale_factor: float) -> None:
-    """Raises UserError for a factor that nothing can have been multiplied by."""
-    if not (math.isfinite(scale_factor) and scale_factor > 0):
-        raise UserError(f"--import_scale_factor is {scale_factor}; it must be more than 0")

@@ -277,27 +277,27 @@ def _preview(
     path: Path,
     *,
     fresh: bool,
-) -> list[float]:
+) -> None:
     """Decodes a few entries again, draws them below their images, and says how close they are."""
     if not fresh and path.exists():
-        return []
+        return
     lost = set(dataset.missing())
     present = [position for position in range(len(dataset)) if position not in lost]
     if not present:
-        return []
+        return
     chosen = [present[i] for i in np.linspace(0, len(present) - 1, min(_NUM_PREVIEWS, len(present))).astype(int)]
     pairs = [(i, image) for i in chosen if (image := _read_or_none(settings, entries[i])) is not None]
     if pairs:
         chosen = [i for i, _ in pairs]
     elif not dataset.cache.space.is_imported:  # of which there may never have been any images here
-        return []
+        return
     originals = [image for _, image in pairs]
     try:
         decoded = decode_means(dataset, chosen, settings.vae_path, device)
     except (UserError, torch.OutOfMemoryError) as error:  # the latents are good all the same
         reason = error if isinstance(error, UserError) else "the GPU has too little memory for the VAE decoder"
         warn(f"no {path.name}: {reason}")
-        return []
+        return
     scores = [pictures.psnr(a, b) for a, b in zip(originals, decoded, strict=True)] if originals else []
     names = [dataset.names[i].split("/")[0] for i in chosen]
     rows = {"image": originals, "decoded": decoded} if originals else {"decoded": decoded}
@@ -311,7 +311,6 @@ def _preview(
         say(f"round trip      {quality}; {where}")
     else:
         say(f"decoded         {len(decoded)} latents, with no images to compare; {where}")
-    return scores
 
 
 def _read_or_none(settings: PreprocessSettings, entry: Entry) -> np.ndarray | None:
@@ -538,7 +537,7 @@ def _needed_keys(settings: PreprocessSettings, sources: dict[str, str], found: F
             if prepare.is_explicit(sources, "keep_for"):
                 raise UserError(f"--keep_for {place} is no run folder: it has no {SPLIT_NAME}")
             continue
-        state = run_folder.newest_state(place)
+        state = run_folder.newest_averages(place)  # its full states may be deleted
         space = used if state is None else Space.stored(state.meta["space"]).id
         needed.setdefault(space, set()).update(split.keys().values())
     return needed

@@ -242,6 +242,12 @@ def test_a_split_that_is_none_is_refused(cached):
             opened(cached / "latents_cache", split="tests")
 
 
+def test_a_split_without_test_images_is_told(world):
+    assert pipeline.preprocess(world, images_per_user="all") == 0
+    with pytest.raises(UserError, match="has no test images; lower --images_per_user"):
+        LatentDataset.open(world / "latents_cache", split="test")
+
+
 def test_a_folder_that_is_no_cache_is_refused(tmp_path, cached):
     for folder in (tmp_path, cached / "data"):
         with pytest.raises(UserError, match=r"has no manifest\.json or no split\.json; run preprocess_latents\.py"):

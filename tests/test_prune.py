@@ -8,11 +8,13 @@ import pipeline
 import pytest
 import tiny
 import tiny_cache
+import tiny_vae
 from os_faults import forked
 from tiny_cache import SPACE, found_rows, key, make_space, put, reader, stored, strangers
 
 import cache_check
 import durable
+import latent_cache
 import preprocess_latents
 from latent_cache import LatentCache
 from latent_dataset import read_split
@@ -163,6 +165,20 @@ def test_what_a_run_needs_is_kept_and_what_nobody_needs_goes(crowded, encoder, c
     capsys.readouterr()
     assert prune(crowded, keep_for=None) == 0
     assert "nothing to remove" in capsys.readouterr().out
+
+
+def test_a_run_without_full_states_keeps_its_kind_of_latents(cached, trained, encoder, capsys):
+    shutil.copytree(trained / "results", cached / "results")
+    for path in (cached / "results").glob("state-*"):
+        path.unlink()
+    tiny_vae.save_tiny_vae(cached / "vae.pt", seed=1)
+    assert pipeline.preprocess(cached) == 0
+    assert len(latent_cache.spaces(cached / "latents_cache")) == 2
+    capsys.readouterr()
+    assert prune(cached) == 0
+    assert "nothing to remove" in capsys.readouterr().out
+    assert prune(cached, keep_for=None) == 0
+    assert "other kind  15 rows" in capsys.readouterr().out
 
 
 def test_what_is_freed_is_what_was_said(crowded, capsys):
