@@ -741,9 +741,8 @@ class LatentCache:
         if not self.writable:
             return
         kept = [(shard, sum(key in needed for key in _hex_keys(shard.keys))) for shard in self._in_order]
-        for shard, count in sorted(
-            kept, key=lambda item: item[1]
-        ):  # the less is written anew, the sooner there is room
+        # On a full disk, those of which little is written anew make room for the others.
+        for shard, count in sorted(kept, key=lambda item: item[1]):
             if count < len(shard):
                 self._prune_shard(shard, needed)
         with suppress(OSError):  # not empty, or never made

@@ -66,7 +66,7 @@ def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | Non
         also = f", and {where} holds no split of earlier images"
         raise UserError(no_images_message(settings.data_path, also=also))
     if at_hand:
-        _refuse_to_be_a_class(Path(where), settings.data_path)
+        refuse_to_be_a_class(Path(where), settings.data_path)
     else:
         _check_classes_known(settings, stored, where)  # type: ignore[arg-type]
     index = images.list_images(settings.data_path) if at_hand else stored.index()  # type: ignore[union-attr]
@@ -87,13 +87,13 @@ def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | Non
     return split.with_keys({place: known.get(place, _key_of_no_content(*place)) for place in _places(split)})
 
 
-def _refuse_to_be_a_class(cache_folder: Path, data_path: str) -> None:
-    """Raises UserError for a cache among the class folders: the next run would take its pictures for images."""
-    place, data = cache_folder.resolve(), Path(data_path).resolve()
+def refuse_to_be_a_class(folder: Path, data_path: str) -> None:
+    """Raises UserError for a folder to write to among the class folders: its pictures would be taken for images."""
+    place, data = folder.resolve(), Path(data_path).resolve()
     if data in (place, place.parent):
         raise UserError(
-            f"the cache folder {shown(cache_folder)} is among the class folders of --data_path {shown(data_path)} and "
-            "would count as one; give a folder outside"
+            f"{shown(folder)} is among the class folders of --data_path {shown(data_path)} and would count as one; "
+            "give a folder outside"
         )
 
 

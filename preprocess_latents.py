@@ -551,7 +551,10 @@ def import_latents(settings: PreprocessSettings, sources: dict[str, str]) -> int
     folder = Path(settings.output_folder)
     script.check_writable(folder, "output_folder")
     _refuse_mixture(folder)
-    index = images.list_images(settings.data_path) if prepare.is_explicit(sources, "data_path") else None
+    index = None
+    if prepare.is_explicit(sources, "data_path"):
+        prepare.refuse_to_be_a_class(folder, settings.data_path)
+        index = images.list_images(settings.data_path)
     lists = None if settings.import_split is None else old_caches.read_name_lists(Path(settings.import_split))
     files, others = old_caches.list_files(Path(settings.import_folder), index)  # type: ignore[arg-type]
     if others:
@@ -606,7 +609,7 @@ def _imported_space(
 
 
 def _store(files: list[old_caches.OldFile], cache: LatentCache, settings: PreprocessSettings) -> old_caches.Imported:
-    """Takes the files over under a progress bar; a signal ends it between files, and the same command starts again."""
+    """Takes the files over under a progress bar; a signal ends it between batches of files."""
     with StopSignals() as signals, script.progress(total=len(files), unit="latents", label="import") as bar:
 
         def advance(count: int) -> None:
@@ -615,6 +618,9 @@ def _store(files: list[old_caches.OldFile], cache: LatentCache, settings: Prepro
 
         try:
             return old_caches.store(files, cache, scale_factor=settings.import_scale_factor, advance=advance)
+        except script.Stopped:
+            say("stopped; no cache was made, and the same command begins anew")
+            raise
         except OSError as error:
             raise Failed(f"a shard could not be written to {cache.folder}: {error.strerror or error}") from error
 

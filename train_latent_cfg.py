@@ -243,6 +243,8 @@ def _facts_of_data(data: "Data", device: torch.device) -> dict[str, object]:
 
 def _check_results_folder(plan: Plan) -> None:
     script.check_writable(plan.results, "results_folder", dry_run=plan.settings.dry_run)
+    if plan.state is None:
+        prepare.refuse_to_be_a_class(plan.results, plan.settings.data_path)
     if plan.state is None and any(plan.results.glob("ema-*.safetensors")):
         raise UserError(
             f"--results_folder {plan.results} holds averaged weights of an earlier run, but no state-*.safetensors to "

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,27 @@ def test_with_the_images_names_are_theirs_and_the_rest_is_for_testing(world, lat
     assert {entry.name for entry in (*split.train, *split.test)} == {f"walk_{i}.jpg" for i in range(8)}
     assert all(len(entry.key) == 64 for entry in split.test)
     assert "round trip" in capsys.readouterr().out
+
+
+def test_a_signal_ends_an_import_with_a_word(world, latents, monkeypatch, capsys):
+    read = old_caches.read_latent
+
+    def signalled(path: Path) -> tuple[torch.Tensor, str]:
+        pipeline.signal_self(signal.SIGTERM)()
+        return read(path)
+
+    monkeypatch.setattr(old_caches, "first_shape", lambda files: (4, 8, 8))
+    monkeypatch.setattr(old_caches, "read_latent", signalled)
+    monkeypatch.setattr(old_caches, "_batches", lambda files: [files[:1], files[1:]])
+    assert import_old(world) == 128 + signal.SIGTERM
+    assert "stopped; no cache was made, and the same command begins anew" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert import_old(world) == 0 and len(stored_split(world).train) == 15
+
+
+def test_an_imported_cache_does_not_become_a_class(world, latents, capsys):
+    assert import_old(world, data_path=world / "data", output_folder=world / "data" / "cache") == 2
+    assert "is among the class folders of --data_path" in pipeline.one_error(capsys)
 
 
 def test_a_user_without_a_class_folder_is_refused(world, latents, capsys):

@@ -153,7 +153,8 @@ def test_a_cache_does_not_become_a_class(world, capsys, place):
     folder = world / place
     for code in (preprocess(world, output_folder=folder), pipeline.train(world, latents_cache_folder=folder)):
         assert code == 2
-    assert capsys.readouterr().err.count("is among the class folders of --data_path") == 2
+    assert pipeline.train(world, results_folder=folder) == 2
+    assert capsys.readouterr().err.count("is among the class folders of --data_path") == 3
     assert sorted(path.name for path in (world / "data").iterdir()) == ["ID_1", "ID_10", "ID_2"]
 
 
