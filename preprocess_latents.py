@@ -158,9 +158,11 @@ def open_work(settings: PreprocessSettings, sources: dict[str, str], device: tor
     missing = dataset.missing()
     say(
         f"{len(split.classes)} classes, {len(entries):,} images ({' and '.join(names)}): "
-        f"{len(entries) - len(missing):,} cached, {len(missing):,} to encode in {settings.encode_precision} "
+        f"{_num_different(dataset) - len(missing):,} cached, {len(missing):,} to encode in {settings.encode_precision} "
         f"on {hardware.describe(device)}"
     )
+    if _num_different(dataset) < len(dataset):
+        say(f"{len(dataset) - _num_different(dataset):,} more have the very content of another, and share its latent")
     prepare.check_can_encode(dataset, settings)
     disk.tell(
         latent_cache.expected_bytes(chosen.space, len(missing)),
@@ -169,6 +171,10 @@ def open_work(settings: PreprocessSettings, sources: dict[str, str], device: tor
         remedy="give another --output_folder",
     )
     return Work(split, entries, chosen, dataset)
+
+
+def _num_different(dataset: LatentDataset) -> int:
+    return len(set(dataset.keys))
 
 
 def dry_run(settings: PreprocessSettings, work: Work) -> int:
@@ -260,7 +266,8 @@ def _account(
     pace = f", {newly / seconds:.1f} images/s" if newly else ""
     say()
     say(f"newly encoded   {newly:,}")
-    say(f"already cached  {len(dataset) - newly - len(bad):,}")
+    num_failed = len({dataset.keys[position] for position, _ in bad})  # as the others, without equal ones
+    say(f"already cached  {_num_different(dataset) - newly - num_failed:,}")
     say(f"failed          {len(bad):,}")
     for position, reason in bad:
         say(f"    {shown(dataset.names[position])}: {reason}")

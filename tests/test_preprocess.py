@@ -105,6 +105,17 @@ def test_a_vae_that_is_asked_for_and_gone_is_an_error_even_if_all_is_cached(worl
     assert "vae.pt" in pipeline.one_error(capsys)
 
 
+def test_equal_images_are_encoded_once_and_not_said_to_be_cached(world, encoder, capsys):
+    for name in ("walk_1", "walk_2"):
+        shutil.copy(world / "data" / "ID_1" / "walk_0.jpg", world / "data" / "ID_1" / f"{name}.jpg")
+    assert preprocess(world, images_per_user="all") == 0
+    said = capsys.readouterr().out
+    assert "24 images (train): 0 cached, 22 to encode" in said and "2 more have the very content of another" in said
+    assert "newly encoded   22\nalready cached  0\nfailed          0\n" in said and encoder.num_images == 22
+    assert preprocess(world, images_per_user="all") == 0
+    assert account(capsys) == (0, 22, 0)
+
+
 def test_more_images_encode_only_the_new_ones_and_end_in_one_shard(world, encoder, capsys):
     preprocess(world, images_per_user=2)
     encoder.forget()
