@@ -260,10 +260,13 @@ class PrunePlan:
         return not (self.own.num_rows or self.others or self.temporaries)
 
     def carry_out(self) -> None:
-        """Removes it; raises OSError, and what is needed is then still there."""
+        """Removes it; raises OSError, and what is needed is then still there.
+
+        What takes no room comes first: on a full disk it makes the room for what is written anew.
+        """
         for path in self.temporaries:
             path.unlink(missing_ok=True)
-        for surplus in self.surpluses:
+        for surplus in sorted(self.surpluses, key=lambda surplus: bool(surplus.needed)):
             surplus.cache.writable = True  # it was opened for reading, so that the plan alone changes nothing
             surplus.cache.prune(surplus.needed)
 

@@ -24,6 +24,9 @@ class UserError(Exception):
     """A mistake that its user can mend; a script prints it as one line on stderr and exits with 2."""
 
 
+DOWNLOAD = "download"  # a word that stands in place of a path, for what can be fetched
+
+
 # --- what a setting is -------------------------------------------------------------------------------------
 
 
@@ -185,6 +188,7 @@ class PreprocessSettings(ImageSettings, DryRunSettings):
         "run folders whose latents --prune keeps, besides those of the cache's own split",
         many=True,
         needed=False,
+        path=True,
     )
     import_folder: str | None = _setting(
         None,
@@ -402,8 +406,8 @@ class EvaluateSettings(MachineSettings):
         None,
         str,
         EVALUATION,
-        "weights for FID with Inception features: a file, or download; none leaves FID out",
-        words=("none", "download"),
+        f"weights for FID with Inception features: a file, or {DOWNLOAD}; none leaves FID out",
+        words=("none", DOWNLOAD),
         path=True,
     )
     classifier: str = _setting(
@@ -762,9 +766,10 @@ def to_dict(settings: Any) -> dict[str, Any]:
     plain = {}
     for name, spec in specs(type(settings)).items():
         value = getattr(settings, name)
-        if spec.path and value is not None:
-            value = absolute_path(value)
-        plain[name] = list(value) if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            plain[name] = [absolute_path(item) for item in value] if spec.path else list(value)
+        else:
+            plain[name] = absolute_path(value) if spec.path and value is not None else value
     return plain
 
 

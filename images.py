@@ -42,6 +42,8 @@ RECIPE: dict[str, object] = {
     "crop": "centre",
 }
 
+LAYOUT_REMEDY = "give the folder that has one sub-folder of images for each class"
+
 MAX_FILE_BYTES = 2**29 + 2**24  # 16-bit colours and alpha of so many pixels, not compressed
 MAX_SCANS = 100  # of a JPEG
 MAX_PIXELS = 2**26  # of the file as it claims, and of the resized image before it is cropped: 256 MiB in memory
@@ -79,12 +81,12 @@ def list_images(data_path: str | os.PathLike[str], *, setting: str = "data_path"
 
 def _class_folders(root: Path, setting: str) -> list[str]:
     if not root.is_dir():
-        found = "is a file, not a folder; unpack it first" if root.exists() else "does not exist"
-        raise UserError(f"{setting} {shown(root)} {found}")
+        found = "is a file, not a folder; unpack it first" if root.exists() else f"does not exist; {LAYOUT_REMEDY}"
+        raise UserError(f"--{setting} {shown(root)} {found}")
     children = _visible_children(root)
     dangling = [child.name for child in children if _leads_nowhere(child)]
     if dangling:
-        raise UserError(f"in {setting} {shown(root)} are links that lead nowhere: {_listing(dangling)}; remove them")
+        raise UserError(f"in --{setting} {shown(root)} are links that lead nowhere: {_listing(dangling)}; remove them")
     return [child.name for child in children if child.is_dir()]
 
 
@@ -116,7 +118,7 @@ def _leads_nowhere(child: os.DirEntry[str]) -> bool:
 
 
 def _nothing_found_message(root: Path, classes: Sequence[str], setting: str) -> str:
-    where = f"{setting} {shown(root)}"
+    where = f"--{setting} {shown(root)}"
     if not classes:
         loose = len(_image_names(root))
         found = f"{loose} images but no sub-folders" if loose else "no sub-folders"
@@ -176,6 +178,12 @@ class Split:
     skipped: tuple[Skipped, ...]
     rule: dict[str, int | str]
     gap: tuple[Entry, ...] = ()
+
+    def part(self, name: str) -> tuple[Entry, ...]:
+        """Returns the entries of "train" or "test"; raises UserError for any other name."""
+        if name not in ("train", "test"):
+            raise UserError(f"split is {name!r}; it is train or test")
+        return getattr(self, name)
 
     def labels(self, entries: Iterable[Entry]) -> list[int]:
         """Returns the label of each entry: the place of its class among the classes."""
@@ -308,7 +316,7 @@ def _draw_order(seed: int, class_name: str) -> Callable[[str], bytes]:
 def _check_enough(counts: Mapping[str, int], images_per_user: int | str) -> None:
     wanted = 1 if images_per_user == "all" else int(images_per_user)
     if wanted < 1:
-        raise UserError(f"images_per_user is {wanted}; it must be at least 1")
+        raise UserError(f"--images_per_user is {wanted}; it must be at least 1")
     few = [name for name, count in counts.items() if count < wanted]
     if not few:
         return
@@ -319,7 +327,7 @@ def _check_enough(counts: Mapping[str, int], images_per_user: int | str) -> None
         remedy = f"lower it to {would_do} or add images"
     if any(counts[name] == 0 for name in few):
         remedy += ", and remove the folders that have none"
-    raise UserError(f"images_per_user is {images_per_user} but {listing}; {remedy}")
+    raise UserError(f"--images_per_user is {images_per_user} but {listing}; {remedy}")
 
 
 def missing_classes_warning(index: Mapping[str, Sequence[str]], num_users: int | str) -> str | None:
@@ -327,7 +335,7 @@ def missing_classes_warning(index: Mapping[str, Sequence[str]], num_users: int |
     if num_users == "all" or len(index) >= int(num_users):
         return None
     folders = _listing(list(index), limit=100)
-    return f"num_users is {num_users} but there are only {len(index)} class folders: {folders}"
+    return f"--num_users is {num_users} but there are only {len(index)} class folders: {folders}"
 
 
 def shared_content(split: Split) -> list[tuple[Entry, Entry]]:

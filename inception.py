@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import weight_files
-from config import UserError
+from config import DOWNLOAD, UserError
 
 NUM_FEATURES = 2048
-DOWNLOAD = "download"  # in place of a path
 _BATCH_SIZE = 16
 
 

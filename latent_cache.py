@@ -740,8 +740,10 @@ class LatentCache:
         """
         if not self.writable:
             return
-        for shard in self._in_order:
-            if not all(key in needed for key in _hex_keys(shard.keys)):
+        kept = [(shard, sum(key in needed for key in _hex_keys(shard.keys))) for shard in self._in_order]
+        # On a full disk, those of which little is written anew make room for the others.
+        for shard, count in sorted(kept, key=lambda item: item[1]):
+            if count < len(shard):
                 self._prune_shard(shard, needed)
         with suppress(OSError):  # not empty, or never made
             self._space_folder.rmdir()
@@ -906,7 +908,6 @@ class Report:
         missing: keys without a row.
         orphaned: {key: name} of valid rows that were not asked about.
         shards: one entry per shard of the space.
-        other_spaces: {space id: lines "field: here vs there"} of the other spaces in the folder.
         problems: one line per damaged file.
     """
 
@@ -915,13 +916,11 @@ class Report:
     missing: list[str]
     orphaned: dict[str, str]
     shards: list[ShardReport]
-    other_spaces: dict[str, list[str]]
     problems: list[str]
 
 
 def verify(cache: LatentCache, keys: Sequence[str]) -> Report:
     """Checks the seal of every row on disk, and compares with `keys`; rows in memory do not count."""
-    others = {name: Space(spec) for name, spec in spaces(cache.folder).items() if name != cache.space.id}
     stored = LatentCache(cache.folder, cache.space, writable=False)
     checks = [_check_shard(path, cache.space) for path in stored.shard_paths()]
     valid = {key: name for check in reversed(checks) for key, name in check.valid.items()}
@@ -933,7 +932,6 @@ def verify(cache: LatentCache, keys: Sequence[str]) -> Report:
         missing=[key for key in wanted if key not in broken and key not in valid],
         orphaned={key: name for key, name in valid.items() if key not in wanted},
         shards=[check.report for check in checks],
-        other_spaces={name: cache.space.differing_fields(other) for name, other in others.items()},
         problems=stored.problems + [line for check in checks for line in check.problems],
     )
 

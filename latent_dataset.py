@@ -428,7 +428,7 @@ class LatentDataset(Dataset):
             seed: chooses the images that the normalisation is measured on.
 
         Raises:
-            UserError: when the folder is no cache, or rows are missing or damaged.
+            UserError: when the folder is no cache, the split has no such images, or rows are missing or damaged.
         """
         folder = Path(folder)
         manifest = latent_cache.read_manifest(folder)
@@ -437,7 +437,9 @@ class LatentDataset(Dataset):
         stored = read_split(folder)
         if stored is None:
             raise UserError(f"{folder} holds no split.json; run preprocess_latents.py")
-        entries = stored.train if split == "train" else stored.test
+        entries = stored.part(split)
+        if not entries:
+            raise UserError(f"the split in {folder} has no {split} images; lower --images_per_user to leave some")
         dataset = cls(
             LatentCache(folder, manifest.space, writable=False),
             [entry.key for entry in entries],

@@ -7,7 +7,6 @@ VAE's latents may stand beside it. Its key is the SHA-256 of the file.
 
 import csv
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -137,6 +136,8 @@ def read_latent(path: Path) -> tuple[Tensor, str]:
     except UserError as error:  # its remedy is for weights
         raise BadLatent(str(error).removeprefix(str(path)).lstrip(": ").partition("; ")[0]) from None
     latent = latent.detach()
+    if latent.itemsize < 2:  # formats of 8 bits, in which torch can do next to nothing
+        latent = latent.float()
     shape = tuple(latent.shape)
     if len(shape) == 4 and shape[0] == 1:
         latent, shape = latent[0], shape[1:]
@@ -286,9 +287,9 @@ def _lists_of_json(text: str, path: Path) -> NameLists:
     except (ValueError, RecursionError):
         document = None
     found = {"train": document} if isinstance(document, list) else document
-    if not isinstance(found, dict) or not all(_are_names(found.get(part, [])) for part in ("train", "test")):
+    if not isinstance(found, dict) or not all(_are_names(found.get(part) or []) for part in ("train", "test")):
         raise UserError(f'--import_split {shown(path)} is not JSON of the form {{"train": [names], "test": [names]}}')
-    return NameLists(found.get("train", []), found.get("test"))
+    return NameLists(found.get("train") or [], found.get("test"))
 
 
 def _are_names(value: object) -> bool:
@@ -298,8 +299,13 @@ def _are_names(value: object) -> bool:
 def _lists_of_csv(text: str, path: Path) -> NameLists:
     """Reads a table with a line for each image: its name, and train or test in another column."""
     parts: dict[str, list[str]] = {"train": [], "test": []}
-    for row in csv.reader(text.splitlines()):
-        words = [cell.strip() for cell in row]
+    try:
+        rows = list(csv.reader(text.splitlines()))
+    except csv.Error as error:
+        raise UserError(f"--import_split {shown(path)} is no CSV table: {error}") from None
+    has_index = bool(rows and len(rows[0]) > 1 and not rows[0][0].strip())  # a first column without a name
+    for row in rows:
+        words = [cell.strip() for cell in row[has_index:]]
         part = next((word.lower() for word in words if word.lower() in parts), None)
         names = [word for word in words if word.lower() not in parts]
         if part is not None and names:
@@ -431,9 +437,3 @@ def images_not_imported(
 def usual_image_size(shape: tuple[int, int, int]) -> int:
     """Returns the side of the images behind latents [C h w] of a VAE that downsamples 8 times, as most do."""
     return min(8 * shape[1], 4096)
-
-
-def check_scale_factor(scale_factor: float) -> None:
-    """Raises UserError for a factor that nothing can have been multiplied by."""
-    if not (math.isfinite(scale_factor) and scale_factor > 0):
-        raise UserError(f"--import_scale_factor is {scale_factor}; it must be more than 0")

@@ -51,22 +51,23 @@ def no_images_message(data_path: str, *, also: str = "") -> str:
     """Says what is wrong with a data folder that cannot be used, and what to give instead."""
     folder = Path(data_path)
     state = "has no sub-folders" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
-    remedy = "give the folder that has one sub-folder of images for each class"
-    return f"--data_path {shown(data_path)} {state}{also}; {remedy}"
+    return f"--data_path {shown(data_path)} {state}{also}; {images.LAYOUT_REMEDY}"
 
 
 def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | None, where: str) -> Split:
-    """Draws the split, from the image folder when it is at hand, else from the one stored in `where`.
+    """Draws the split, from the image folder when it is at hand, else from the one stored in the cache `where`.
 
     Both give the same split when the folder is as it was. Every entry comes with its content key.
 
     Raises:
-        UserError: when neither is there, or a class has too few images.
+        UserError: when neither is there, a class has too few images, or the cache would count as a class.
     """
     if not at_hand and stored is None:
         also = f", and {where} holds no split of earlier images"
         raise UserError(no_images_message(settings.data_path, also=also))
-    if not at_hand:
+    if at_hand:
+        refuse_to_be_a_class(Path(where), settings.data_path)
+    else:
         _check_classes_known(settings, stored, where)  # type: ignore[arg-type]
     index = images.list_images(settings.data_path) if at_hand else stored.index()  # type: ignore[union-attr]
     notice = images.missing_classes_warning(index, settings.num_users)
@@ -84,6 +85,16 @@ def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | Non
         return with_fresh_keys(split, settings.data_path)
     known = stored.keys()  # type: ignore[union-attr]
     return split.with_keys({place: known.get(place, _key_of_no_content(*place)) for place in _places(split)})
+
+
+def refuse_to_be_a_class(folder: Path, data_path: str) -> None:
+    """Raises UserError for a folder to write to among the class folders: its pictures would be taken for images."""
+    place, data = folder.resolve(), Path(data_path).resolve()
+    if data in (place, place.parent):
+        raise UserError(
+            f"{shown(folder)} is among the class folders of --data_path {shown(data_path)} and would count as one; "
+            "give a folder outside"
+        )
 
 
 def _check_classes_known(settings: ImageSettings, stored: Split, where: str) -> None:
@@ -106,7 +117,7 @@ def with_fresh_keys(split: Split, data_path: str) -> Split:
 
     entries = [*split.train, *split.test]
     with ThreadPoolExecutor() as pool:
-        keys = list(pool.map(key_of, entries, chunksize=64))
+        keys = list(pool.map(key_of, entries))
     return split.with_keys(dict(zip(_places(split), keys, strict=True)))
 
 
@@ -150,7 +161,7 @@ def find_bad_images(entries: Iterable[Entry], *, data_path: str, image_size: int
 
     entries = list(entries)
     with ThreadPoolExecutor() as pool:
-        reasons = list(pool.map(reason, entries, chunksize=16))
+        reasons = list(pool.map(reason, entries))
     return tuple(Skipped(e.class_name, e.name, r) for e, r in zip(entries, reasons, strict=True) if r is not None)
 
 
@@ -343,6 +354,17 @@ def open_dataset(
     )
 
 
+def check_can_encode(dataset: LatentDataset, settings: ImageSettings) -> None:
+    """Raises UserError when something is missing, and the VAE or the images, which could encode it, are so too."""
+    missing = dataset.missing()
+    if missing and not dataset.can_encode:
+        what = settings.vae_path if dataset.encode is None else settings.data_path
+        raise UserError(
+            f"{len(missing):,} of {len(dataset):,} images are not in {dataset.cache.folder} (the first is "
+            f"{dataset.names[missing[0]]}), and {what}, which is needed to encode them, is not there"
+        )
+
+
 def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.device = "cpu") -> LatentDataset:
     """Opens the dataset of a cache that may lack images, able to encode them as its manifest says.
 
@@ -355,7 +377,8 @@ def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.
         device: where the VAE encodes.
 
     Raises:
-        UserError: when the folder is no cache, or something is missing and its VAE is not the one of the cache.
+        UserError: when the folder is no cache, the split is neither, or something is missing and its VAE is not the
+            one of the cache.
     """
     folder = Path(folder)
     manifest, stored = read_manifest(folder), read_split(folder)
@@ -368,20 +391,19 @@ def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.
     cache = LatentCache(folder, manifest.space, writable=durable.can_write(folder))
 
     def opened(*, able: bool) -> LatentDataset:
-        entries = list(stored.train if split == "train" else stored.test)
+        entries = list(stored.part(split))
         how = {"cache": cache, "device": torch.device(device), "vae_at_hand": able, "images_at_hand": able}
         return open_dataset(settings, stored, entries, **how)
 
     dataset = opened(able=False)
     if not dataset.missing():
         return dataset
-    _check_vae_of(manifest, settings.vae_path)
+    check_vae_of(manifest.space, settings.vae_path)
     return opened(able=True)
 
 
-def _check_vae_of(manifest: Manifest, vae_path: str) -> None:
-    """Raises UserError unless this VAE is there and is the one that made the latents of the manifest."""
-    known = manifest.space
+def check_vae_of(known: Space, vae_path: str) -> None:
+    """Raises UserError unless this VAE can be read and is the one that makes latents of a known space."""
     space = Space.of(
         vae.read_identity(vae_path).fingerprint, known.spec["image_size"], images.RECIPE, known.moments_shape
     )

@@ -12,9 +12,11 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
 
+import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,6 +51,7 @@ from script import DONE, FAILED, Failed, StopSignals, say, warn
 
 _NUM_PREVIEWS = 6  # images decoded again for the PSNR and the preview
 _NUM_LISTED = 20  # names shown of a longer list
+_BELONGS_TO = {"yes": "prune", "import_split": "import_folder", "import_scale_factor": "import_folder"}
 
 
 @script.command
@@ -85,10 +88,9 @@ def other_work(settings: PreprocessSettings) -> Callable[[PreprocessSettings, di
         raise UserError(f"--{asked[0]} and --{asked[1]} are two commands; give one of them")
     if settings.dry_run and asked:
         raise UserError(f"--dry_run is for encoding; leave it or --{asked[0]} out")
-    if settings.yes and not settings.prune:
-        raise UserError("--yes belongs to --prune")
-    if settings.import_split is not None and settings.import_folder is None:
-        raise UserError("--import_split belongs to --import_folder")
+    for name, owner in _BELONGS_TO.items():
+        if getattr(settings, name) != config.defaults(PreprocessSettings)[name] and not getattr(settings, owner):
+            raise UserError(f"--{name} belongs to --{owner}")
     return works[asked[0]] if asked else None
 
 
@@ -112,7 +114,7 @@ def encode(settings: PreprocessSettings, sources: dict[str, str], ranks: Ranks) 
         work = open_work(settings, sources, device)
     dataset, num_missing = work.dataset, len(work.dataset.missing())
     if settings.dry_run:
-        return dry_run(settings, dataset, work.entries)
+        return dry_run(settings, work)
     ranks.check_same({"images and latents of the digest": dataset.digest()[:16]}, "give all the same images and VAE")
     with ranks.together():
         bad = fill(dataset, num_missing, ranks)
@@ -132,6 +134,8 @@ def open_work(settings: PreprocessSettings, sources: dict[str, str], device: tor
     folder = Path(settings.output_folder)
     script.check_writable(folder, "output_folder", dry_run=settings.dry_run)
     manifest = latent_cache.read_manifest(folder)
+    if manifest is not None and manifest.space.is_imported:  # whose split no setting draws again
+        raise UserError(f"{folder} holds imported latents; give another --output_folder for latents of images")
     if not prepare.images_at_hand(settings, sources, may_lack=False):
         raise UserError(prepare.no_images_message(settings.data_path))
     split = prepare.choose_images(settings, at_hand=True, stored=None, where=str(folder))
@@ -140,7 +144,8 @@ def open_work(settings: PreprocessSettings, sources: dict[str, str], device: tor
     cache = LatentCache(folder, chosen.space, writable=not settings.dry_run)
     for problem in cache.problems:
         warn(problem)
-    entries = [entry for name in settings.splits for entry in getattr(split, name)]
+    names = dict.fromkeys(settings.splits)
+    entries = [entry for name in names for entry in getattr(split, name)]
     dataset = prepare.open_dataset(
         settings,
         split,
@@ -152,10 +157,13 @@ def open_work(settings: PreprocessSettings, sources: dict[str, str], device: tor
     )
     missing = dataset.missing()
     say(
-        f"{len(split.classes)} classes, {len(entries):,} images ({' and '.join(settings.splits)}): "
-        f"{len(entries) - len(missing):,} cached, {len(missing):,} to encode in {settings.encode_precision} "
+        f"{len(split.classes)} classes, {len(entries):,} images ({' and '.join(names)}): "
+        f"{_num_different(dataset) - len(missing):,} cached, {len(missing):,} to encode in {settings.encode_precision} "
         f"on {hardware.describe(device)}"
     )
+    if _num_different(dataset) < len(dataset):
+        say(f"{len(dataset) - _num_different(dataset):,} more have the very content of another, and share its latent")
+    prepare.check_can_encode(dataset, settings)
     disk.tell(
         latent_cache.expected_bytes(chosen.space, len(missing)),
         f"{len(missing):,} latents",
@@ -165,27 +173,34 @@ def open_work(settings: PreprocessSettings, sources: dict[str, str], device: tor
     return Work(split, entries, chosen, dataset)
 
 
-def dry_run(settings: PreprocessSettings, dataset: LatentDataset, entries: list[Entry]) -> int:
+def _num_different(dataset: LatentDataset) -> int:
+    return len(set(dataset.keys))
+
+
+def dry_run(settings: PreprocessSettings, work: Work) -> int:
     """Tries every missing image and a few encoder calls, says what the run would take, and writes nothing."""
+    dataset = work.dataset
     missing = dataset.missing()
-    wanted = [entries[position] for position in missing]
+    wanted = [work.entries[position] for position in missing]
     bad = prepare.find_bad_images(wanted, data_path=settings.data_path, image_size=settings.image_size)
     for skipped in bad:
         say(f"    {shown(f'{skipped.class_name}/{skipped.name}')}: {skipped.reason}")
-    say(forecast.encoding(dataset, missing))
+    with _plain_memory_error(dataset):
+        say(forecast.encoding(dataset, missing))
     say(forecast.memory(dataset.device))
     if bad and not settings.skip_bad_images:
         warn(
             f"{len(bad)} image(s) cannot be read; mend or remove them, or give --skip_bad_images to go on without them"
         )
         return FAILED
+    work.split.without(bad)  # raises where nothing of a class is left
     say(script.DRY_RUN_END)
     return DONE
 
 
 def fill(dataset: LatentDataset, num_missing: int, ranks: Ranks) -> list[tuple[int, str]]:
     """Encodes what is missing under a progress bar; on a signal, what is encoded so far is kept."""
-    with StopSignals() as signals:
+    with StopSignals() as signals, _plain_memory_error(dataset):
         try:
             return prepare.fill_together(dataset, ranks, signals)
         except script.Stopped:
@@ -193,17 +208,26 @@ def fill(dataset: LatentDataset, num_missing: int, ranks: Ranks) -> list[tuple[i
             kept = num_missing - len(dataset.missing())
             say(f"stopped; {kept:,} new latents are kept, and the same command goes on from there")
             raise
-        except torch.OutOfMemoryError as error:
+        except torch.OutOfMemoryError:
             dataset.cache.flush()
-            raise Failed(
-                f"the GPU has too little memory for --encode_batch_size {dataset.encode_batch_size}; give a smaller "
-                "one: what is encoded already is kept"
-            ) from error
+            raise
         except OSError as error:
             raise Failed(
                 f"a shard could not be written to {dataset.cache.folder}: {error.strerror or error}; "
                 "what was written before is kept"
             ) from error
+
+
+@contextmanager
+def _plain_memory_error(dataset: LatentDataset) -> Iterator[None]:
+    """Turns too little memory on the GPU into one sentence with a remedy."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Failed(
+            f"the GPU has too little memory for --encode_batch_size {dataset.encode_batch_size}; give a smaller "
+            "one: what is encoded already is kept"
+        ) from error
 
 
 def _merge(cache: LatentCache) -> None:
@@ -242,7 +266,8 @@ def _account(
     pace = f", {newly / seconds:.1f} images/s" if newly else ""
     say()
     say(f"newly encoded   {newly:,}")
-    say(f"already cached  {len(dataset) - newly - len(bad):,}")
+    num_failed = len({dataset.keys[position] for position, _ in bad})  # as the others, without equal ones
+    say(f"already cached  {_num_different(dataset) - newly - num_failed:,}")
     say(f"failed          {len(bad):,}")
     for position, reason in bad:
         say(f"    {shown(dataset.names[position])}: {reason}")
@@ -259,26 +284,27 @@ def _preview(
     path: Path,
     *,
     fresh: bool,
-) -> list[float]:
+) -> None:
     """Decodes a few entries again, draws them below their images, and says how close they are."""
     if not fresh and path.exists():
-        return []
+        return
     lost = set(dataset.missing())
     present = [position for position in range(len(dataset)) if position not in lost]
     if not present:
-        return []
+        return
     chosen = [present[i] for i in np.linspace(0, len(present) - 1, min(_NUM_PREVIEWS, len(present))).astype(int)]
     pairs = [(i, image) for i in chosen if (image := _read_or_none(settings, entries[i])) is not None]
     if pairs:
         chosen = [i for i, _ in pairs]
     elif not dataset.cache.space.is_imported:  # of which there may never have been any images here
-        return []
+        return
     originals = [image for _, image in pairs]
     try:
         decoded = decode_means(dataset, chosen, settings.vae_path, device)
-    except UserError as error:  # the latents are good all the same
-        warn(f"no {path.name}: {error}")
-        return []
+    except (UserError, torch.OutOfMemoryError) as error:  # the latents are good all the same
+        reason = error if isinstance(error, UserError) else "the GPU has too little memory for the VAE decoder"
+        warn(f"no {path.name}: {reason}")
+        return
     scores = [pictures.psnr(a, b) for a, b in zip(originals, decoded, strict=True)] if originals else []
     names = [dataset.names[i].split("/")[0] for i in chosen]
     rows = {"image": originals, "decoded": decoded} if originals else {"decoded": decoded}
@@ -292,7 +318,6 @@ def _preview(
         say(f"round trip      {quality}; {where}")
     else:
         say(f"decoded         {len(decoded)} latents, with no images to compare; {where}")
-    return scores
 
 
 def _read_or_none(settings: PreprocessSettings, entry: Entry) -> np.ndarray | None:
@@ -326,7 +351,7 @@ def _end(settings: PreprocessSettings, bad: list[tuple[int, str]]) -> int:
 def _folder_flag(folder: str) -> str:
     standard = config.defaults(config.TrainSettings)["latents_cache_folder"]
     same = Path(folder).absolute() == Path(standard).absolute()
-    return "" if same else f" --latents_cache_folder {folder}"
+    return "" if same else f" --latents_cache_folder {shlex.quote(folder)}"
 
 
 # --- a check -----------------------------------------------------------------------------------------------
@@ -345,9 +370,8 @@ class Finished:
     @property
     def parts(self) -> dict[str, tuple[Entry, ...]]:
         """The entries that were to be encoded, under "train" and "test"."""
-        named = {
-            "splits": self.manifest.settings.get("splits", ["train"])
-        }  # training makes a cache of its images alone
+        # A cache that training made is of its images alone, and names no splits.
+        named = {"splits": self.manifest.settings.get("splits", ["train"])}
         parts = config.stored_layer(PreprocessSettings, "manifest", named).values["splits"]
         return {name: getattr(self.split, name) for name in parts}
 
@@ -365,12 +389,14 @@ def _open_finished(settings: PreprocessSettings, sources: dict[str, str]) -> Fin
 def verify(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     """Checks every seal of a cache, compares it with split and images, and looks at the latents themselves."""
     found = _open_finished(settings, sources)
+    if prepare.is_explicit(sources, "vae_path"):
+        _check_vae(settings.vae_path, found.manifest.space)
     cache = LatentCache(found.folder, found.manifest.space, writable=False)
     entries = [entry for part in found.parts.values() for entry in part]
     report = latent_cache.verify(cache, [entry.key for entry in entries])
     for problem in report.problems:
         warn(problem)
-    _say_status(found, report, entries)
+    _say_status(settings, found, report, entries)
     _say_contents(found, report, cache)
     if report.good:
         _say_statistics(found.folder, cache, report.good)
@@ -378,14 +404,21 @@ def verify(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     return FAILED if report.missing or report.damaged or report.problems else DONE
 
 
-def _say_status(found: Finished, report: Report, entries: list[Entry]) -> None:
+def _check_vae(vae_path: str, space: Space) -> None:
+    """Raises UserError unless this VAE can be read and is the one that the latents are of, as far as that is known."""
+    if space.is_imported:
+        check_decodes(vae_path, vae.read_identity(vae_path), space.moments_shape[0] // 2)
+    else:
+        prepare.check_vae_of(space, vae_path)
+
+
+def _say_status(settings: PreprocessSettings, found: Finished, report: Report, entries: list[Entry]) -> None:
     """Says which images are cached: in all, by class, and the names of those that are not."""
     lost = {*report.missing, *report.damaged}
     old_keys = set(found.stored.keys().values())
     stale = [entry for entry in entries if entry.key in lost and entry.key not in old_keys]
     absent = [entry for entry in entries if entry.key in lost and entry.key in old_keys]
-    imported = "imported" if found.manifest.space.is_imported else "images not at hand"
-    content = "content checked" if found.images_at_hand else f"{imported}, content not checked"
+    content = _what_was_compared(settings, found, entries)
     say(f"images      {len(entries):,} asked for, {len(entries) - len(stale) - len(absent):,} cached ({content})")
     for label, some in (("stale", stale), ("missing", absent)):
         say(f"{label:<11} {len(some):,}")
@@ -397,6 +430,16 @@ def _say_status(found: Finished, report: Report, entries: list[Entry]) -> None:
     for line in cache_check.class_table(status):
         say(line)
     say()
+
+
+def _what_was_compared(settings: PreprocessSettings, found: Finished, entries: list[Entry]) -> str:
+    """Says of how many images the content was compared with that of their latents."""
+    if found.manifest.space.is_imported:
+        return "imported, content not checked"
+    at_hand = found.images_at_hand and sum(images.image_path(settings.data_path, e).is_file() for e in entries)
+    if not at_hand:
+        return "images not at hand, content not checked"
+    return "content checked" if at_hand == len(entries) else f"content checked of {at_hand:,}, the rest not at hand"
 
 
 def _say_contents(found: Finished, report: Report, cache: LatentCache) -> None:
@@ -435,6 +478,11 @@ def _decode_some(settings: PreprocessSettings, found: Finished, cache: LatentCac
     is_imported = found.manifest.space.is_imported
     if not Path(settings.vae_path).exists() or not (found.images_at_hand or is_imported):
         return
+    try:
+        _check_vae(settings.vae_path, found.manifest.space)
+    except UserError as error:
+        warn(f"nothing is decoded: {error}")
+        return
     device = hardware.pick_device(settings.device)
     dataset = prepare.open_dataset(
         settings, found.split, entries, cache=cache, vae_at_hand=False, images_at_hand=not is_imported, device=device
@@ -449,7 +497,8 @@ def _decode_some(settings: PreprocessSettings, found: Finished, cache: LatentCac
 def prune(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     """Lists what nobody needs in a cache and, with --yes, removes it."""
     found = _open_finished(settings, sources)
-    script.check_writable(found.folder, "output_folder", dry_run=False)
+    if settings.yes:  # told from permissions: a full disk, on which no file can be made, is why one prunes
+        script.check_writable(found.folder, "output_folder", dry_run=True)
     used = found.manifest.space
     needed = _needed_keys(settings, sources, found)
     plan = cache_check.plan_prune(found.folder, used, needed)
@@ -495,7 +544,7 @@ def _needed_keys(settings: PreprocessSettings, sources: dict[str, str], found: F
             if prepare.is_explicit(sources, "keep_for"):
                 raise UserError(f"--keep_for {place} is no run folder: it has no {SPLIT_NAME}")
             continue
-        state = run_folder.newest_state(place)
+        state = run_folder.newest_averages(place)  # its full states may be deleted
         space = used if state is None else Space.stored(state.meta["space"]).id
         needed.setdefault(space, set()).update(split.keys().values())
     return needed
@@ -509,7 +558,10 @@ def import_latents(settings: PreprocessSettings, sources: dict[str, str]) -> int
     folder = Path(settings.output_folder)
     script.check_writable(folder, "output_folder")
     _refuse_mixture(folder)
-    index = images.list_images(settings.data_path) if prepare.is_explicit(sources, "data_path") else None
+    index = None
+    if prepare.is_explicit(sources, "data_path"):
+        prepare.refuse_to_be_a_class(folder, settings.data_path)
+        index = images.list_images(settings.data_path)
     lists = None if settings.import_split is None else old_caches.read_name_lists(Path(settings.import_split))
     files, others = old_caches.list_files(Path(settings.import_folder), index)  # type: ignore[arg-type]
     if others:
@@ -564,7 +616,7 @@ def _imported_space(
 
 
 def _store(files: list[old_caches.OldFile], cache: LatentCache, settings: PreprocessSettings) -> old_caches.Imported:
-    """Takes the files over under a progress bar; a signal ends it between files, and the same command starts again."""
+    """Takes the files over under a progress bar; a signal ends it between batches of files."""
     with StopSignals() as signals, script.progress(total=len(files), unit="latents", label="import") as bar:
 
         def advance(count: int) -> None:
@@ -573,6 +625,9 @@ def _store(files: list[old_caches.OldFile], cache: LatentCache, settings: Prepro
 
         try:
             return old_caches.store(files, cache, scale_factor=settings.import_scale_factor, advance=advance)
+        except script.Stopped:
+            say("stopped; no cache was made, and the same command begins anew")
+            raise
         except OSError as error:
             raise Failed(f"a shard could not be written to {cache.folder}: {error.strerror or error}") from error
 

@@ -68,6 +68,7 @@ class Trackers:
     Args:
         names: from `choose`.
         folder: the results folder.
+        earlier: the folder that the run began in, where it goes on from another one.
         step: the number of finished steps.
         rows: the lines of metrics.jsonl so far, told to a tracker that knows nothing of them yet.
         project: project in Weights & Biases.
@@ -83,6 +84,7 @@ class Trackers:
         names: Sequence[str],
         folder: Path,
         *,
+        earlier: Path | None = None,
         step: int,
         rows: Iterable[Mapping[str, Any]],
         project: str,
@@ -91,7 +93,7 @@ class Trackers:
     ) -> None:
         self._open: dict[str, Tracker] = {}
         if "wandb" in names:
-            self._open["wandb"] = WandB(folder, project=project, run_name=run_name, settings=settings)
+            self._open["wandb"] = WandB(folder, earlier=earlier, project=project, run_name=run_name, settings=settings)
         if "tensorboard" in names:
             self._guard("tensorboard", lambda: self._open_tensorboard(folder, step, rows))
 
@@ -192,8 +194,12 @@ class WandB:
     What is told again after a kill has the same values, and is not taken twice: a step there never goes back.
     """
 
-    def __init__(self, folder: Path, *, project: str, run_name: str, settings: Mapping[str, Any]) -> None:
-        run_id = _read_id(folder / WANDB_ID_NAME) or secrets.token_hex(4)
+    def __init__(
+        self, folder: Path, *, earlier: Path | None, project: str, run_name: str, settings: Mapping[str, Any]
+    ) -> None:
+        places = [folder] if earlier is None else [folder, earlier]
+        known = (_read_id(place / WANDB_ID_NAME) for place in places)
+        run_id = next(filter(None, known), None) or secrets.token_hex(4)
         try:
             self._wandb = importlib.import_module("wandb")
             self._run = self._wandb.init(

@@ -243,6 +243,8 @@ def _facts_of_data(data: "Data", device: torch.device) -> dict[str, object]:
 
 def _check_results_folder(plan: Plan) -> None:
     script.check_writable(plan.results, "results_folder", dry_run=plan.settings.dry_run)
+    if plan.state is None:
+        prepare.refuse_to_be_a_class(plan.results, plan.settings.data_path)
     if plan.state is None and any(plan.results.glob("ema-*.safetensors")):
         raise UserError(
             f"--results_folder {plan.results} holds averaged weights of an earlier run, but no state-*.safetensors to "
@@ -361,12 +363,7 @@ def _report_missing(plan: Plan, dataset: LatentDataset, when: str) -> None:
         f"{len(dataset):,} images asked, {len(dataset) - len(missing):,} cached, {len(missing):,} to encode"
         f"{f' {when}' if missing else ''} ({dataset.place} holds the latents)"
     )
-    if missing and not dataset.can_encode:
-        what = plan.settings.vae_path if dataset.encode is None else plan.settings.data_path
-        raise UserError(
-            f"{len(missing):,} of {len(dataset):,} images are not in {plan.cache_folder} (the first is "
-            f"{dataset.names[missing[0]]}), and {what}, which is needed to encode them, is not there"
-        )
+    prepare.check_can_encode(dataset, plan.settings)
 
 
 def _check_same_space(plan: Plan, chosen: ChosenSpace) -> None:
@@ -756,10 +753,10 @@ def run(trainer: Trainer, plan: Plan) -> int:
     settings, ranks = plan.settings, trainer.ranks
     with ranks.together():
         metrics = Metrics(plan.results, step=trainer.finished_steps, earlier=plan.origin, writes=ranks.is_main)
-        shown_in = open_trackers(settings, trainer.finished_steps, metrics)
+        shown_in = open_trackers(settings, trainer.finished_steps, metrics, plan.origin)
     grids = make_grid_maker(trainer, plan.results, metrics)
     metrics.on_row, grids.show = shown_in.add_row, shown_in.add_picture
-    tell_disk(trainer, grids, plan.results)
+    tell_disk(trainer, grids, plan, num_missing=len(trainer.dataset.missing()))
     clock = Clock(settings.max_hours, trainer)
     fresh = plan.state is None
     try:
@@ -790,12 +787,13 @@ def run(trainer: Trainer, plan: Plan) -> int:
     return DONE
 
 
-def open_trackers(settings: TrainSettings, step: int, metrics: Metrics) -> trackers.Trackers:
+def open_trackers(settings: TrainSettings, step: int, metrics: Metrics, origin: Path | None) -> trackers.Trackers:
     """Opens what shows the run besides its folder."""
     folder = Path(settings.results_folder)
     return trackers.Trackers(
         trackers.choose(settings.trackers) if metrics.writes else [],
         folder,
+        earlier=origin,
         step=step,
         rows=metrics.rows,
         project=settings.wandb_project,
@@ -835,24 +833,26 @@ def dry_run(trainer: Trainer, plan: Plan) -> int:
     grids = make_grid_maker(trainer, plan.results, metrics)
     grids.rehearse()
     say(f"{forecast.memory(trainer.device)}{' with the encoder' if missing and encoder is not None else ''}")
-    tell_disk(trainer, grids, plan.results)
-    num_bytes = latent_cache.expected_bytes(dataset.cache.space, len(missing))
-    disk.tell(num_bytes, f"{len(missing):,} latents", plan.cache_folder, remedy="give another --latents_cache_folder")
+    tell_disk(trainer, grids, plan, num_missing=len(missing))
     say(script.DRY_RUN_END)
     return DONE
 
 
-def tell_disk(trainer: Trainer, grids: GridMaker, folder: Path) -> None:
-    """Says what the saves to come, with their grids, will take on the disk."""
+def tell_disk(trainer: Trainer, grids: GridMaker, plan: Plan, *, num_missing: int) -> None:
+    """Says what the saves to come, with their grids, and the latents that are missing will take on the disk."""
     settings, every = trainer.settings, trainer.settings.save_and_sample_every
     num_saves = math.ceil(settings.train_num_steps / every) - trainer.finished_steps // every
-    states = checkpoint.bytes_for_saves(folder, num_saves, trainer.diffusion, trainer.ema.model)  # type: ignore[arg-type]
+    states = checkpoint.bytes_for_saves(plan.results, num_saves, trainer.diffusion, trainer.ema.model)  # type: ignore[arg-type]
     disk.tell(
         states + num_saves * grids.expected_bytes(),
         f"{num_saves:,} save{'s' * (num_saves > 1)}",
-        folder,
+        plan.results,
         remedy="raise --save_and_sample_every, or give another --results_folder",
     )
+    cache = trainer.dataset.cache
+    if cache.writable or settings.dry_run:  # else they stay in memory
+        num_bytes = latent_cache.expected_bytes(cache.space, num_missing)
+        disk.tell(num_bytes, f"{num_missing:,} latents", cache.folder, remedy="give another --latents_cache_folder")
 
 
 def _bar(trainer: Trainer, settings: TrainSettings) -> Any:

@@ -101,6 +101,26 @@ def test_each_script_tells_its_disk_once_and_about_right(world, capsys, monkeypa
     assert "disk:" not in capsys.readouterr().out
 
 
+def test_training_tells_the_latents_that_it_will_encode(world, capsys, monkeypatch):
+    assert pipeline.train(world, train_num_steps=1, num_samples=0) == 0
+    found = {what: (num_bytes, folder) for num_bytes, what, folder in map(stated, disk_lines(capsys.readouterr().out))}
+    assert found.keys() == {"1 save", "9 latents"}  # the normalisation has looked at six
+    num_bytes, folder = found["9 latents"]
+    assert num_bytes == pytest.approx(9 * (2 * 8 * 8 * 8 + 64), rel=0.01)
+    assert folder == str(world / "latents_cache")
+    monkeypatch.setattr(
+        train_latent_cfg.durable, "why_not_writable", lambda place: None if "results" in str(place) else "x"
+    )
+    flags = {"latents_cache_folder": world / "read_only", "results_folder": world / "results_2"}
+    assert pipeline.train(world, train_num_steps=1, num_samples=0, **flags) == 0
+    (line,) = disk_lines(capsys.readouterr().out)  # what stays in memory takes no disk
+    assert stated(line)[1] == "1 save"
+
+
+def disk_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "disk:" in line]
+
+
 def test_a_run_that_goes_on_counts_what_is_still_to_come(trained, world, capsys):
     for name in ("latents_cache", "results"):
         shutil.copytree(trained / name, world / name)

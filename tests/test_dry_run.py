@@ -95,6 +95,7 @@ def test_generating_is_told_and_nothing_is_written(trained, tmp_path, capsys):
         ("preprocess", {"images_per_user": 9}),
         ("preprocess", {"vae_path": "nowhere.pt"}),
         ("preprocess", {"output_folder": "{root}/vae.pt/cache"}),
+        ("preprocess", {"vae_path": None, "images_per_user": 7}),
         ("train", {"results_folder": "{root}/vae.pt"}),
         ("train", {"train_lr": 0.5, "train_num_steps": 9}),
         ("train", {"resume_from": "nowhere", "results_folder": "{root}/new"}),
@@ -125,6 +126,13 @@ def test_images_that_cannot_be_read_are_told(world, capsys):
     assert preprocess(world, images_per_user="all", skip_bad_images="true", dry_run="true") == 0
     assert train(world, images_per_user="all", dry_run="true") == 1
     assert tree(world) == before
+
+
+def test_a_class_without_one_good_image_is_told(world, capsys):
+    for path in (world / "data" / "ID_2").iterdir():
+        path.write_text(f"{path.name} is no image")
+    assert preprocess(world, skip_bad_images="true", dry_run="true") == 2
+    assert "no training image can be read of ID_2" in one_error(capsys)
 
 
 def test_verify_is_not_for_a_dry_run(world, capsys):

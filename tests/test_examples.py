@@ -17,6 +17,7 @@ from latent_dataset import LatentDataset
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NUM_IMAGES = 5 * len(CLASSES)
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core
 
 
 def main_of(name: str) -> Callable[..., list[float]]:

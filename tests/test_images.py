@@ -228,7 +228,7 @@ def test_classes_with_too_few_images_are_listed_with_the_number_that_would_do():
     index = {"ID_1": list("abcdefghi"), "ID_2": ["a", "b"], "ID_10": ["a", "b", "c"]}
     with pytest.raises(UserError) as caught:
         split_of(index, images_per_user=5)
-    assert str(caught.value) == ("images_per_user is 5 but ID_2 has 2, ID_10 has 3; lower it to 2 or add images")
+    assert str(caught.value) == ("--images_per_user is 5 but ID_2 has 2, ID_10 has 3; lower it to 2 or add images")
     assert len(split_of(index, images_per_user=5, num_users=1).train) == 5
 
 
@@ -242,7 +242,7 @@ def test_fewer_classes_than_asked_for_is_a_warning_that_lists_them():
     index = {"ID_1": ["a"], "ID_2": ["a"]}
     assert images.missing_classes_warning(index, "all") is None
     assert images.missing_classes_warning(index, 2) is None
-    assert images.missing_classes_warning(index, 3) == "num_users is 3 but there are only 2 class folders: ID_1, ID_2"
+    assert images.missing_classes_warning(index, 3) == "--num_users is 3 but there are only 2 class folders: ID_1, ID_2"
     assert split_of(index, images_per_user=1, num_users=3).classes == ("ID_1", "ID_2")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import config
 import inception
 from config import UserError
 
@@ -93,10 +94,10 @@ def test_a_download_that_fails_says_what_to_do_and_one_that_is_there_is_not_repe
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     with pytest.raises(UserError, match=r"no route to host.*download it elsewhere"):
-        inception.find_weights(inception.DOWNLOAD)
+        inception.find_weights(config.DOWNLOAD)
     place = tmp_path / "checkpoints" / package.FID_WEIGHTS_URL.rpartition("/")[2]
     place.write_bytes(b"here")
-    assert inception.find_weights(inception.DOWNLOAD) == place
+    assert inception.find_weights(config.DOWNLOAD) == place
 
 
 def test_a_download_is_checked_against_the_digest_in_its_name(tmp_path, monkeypatch):
@@ -105,5 +106,5 @@ def test_a_download_is_checked_against_the_digest_in_its_name(tmp_path, monkeypa
     source.write_bytes(b"something else")
     monkeypatch.setattr(package, "FID_WEIGHTS_URL", source.as_uri())
     with pytest.raises(UserError, match="invalid hash value"):
-        inception.find_weights(inception.DOWNLOAD)
+        inception.find_weights(config.DOWNLOAD)
     assert not list((tmp_path / "checkpoints").iterdir())

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,7 @@ def test_the_same_files_again_add_nothing_and_another_factor_is_another_space(wo
 
 def test_a_vae_never_hits_on_imported_latents(world, latents, encoder):
     import_old(world)
+    (world / "latents_cache" / "manifest.json").unlink()
     assert pipeline.preprocess(world) == 0
     assert encoder.num_images == 15
     assert len(latent_cache.spaces(world / "latents_cache")) == 2
@@ -185,6 +187,27 @@ def test_with_the_images_names_are_theirs_and_the_rest_is_for_testing(world, lat
     assert {entry.name for entry in (*split.train, *split.test)} == {f"walk_{i}.jpg" for i in range(8)}
     assert all(len(entry.key) == 64 for entry in split.test)
     assert "round trip" in capsys.readouterr().out
+
+
+def test_a_signal_ends_an_import_with_a_word(world, latents, monkeypatch, capsys):
+    read = old_caches.read_latent
+
+    def signalled(path: Path) -> tuple[torch.Tensor, str]:
+        pipeline.signal_self(signal.SIGTERM)()
+        return read(path)
+
+    monkeypatch.setattr(old_caches, "first_shape", lambda files: (4, 8, 8))
+    monkeypatch.setattr(old_caches, "read_latent", signalled)
+    monkeypatch.setattr(old_caches, "_batches", lambda files: [files[:1], files[1:]])
+    assert import_old(world) == 128 + signal.SIGTERM
+    assert "stopped; no cache was made, and the same command begins anew" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert import_old(world) == 0 and len(stored_split(world).train) == 15
+
+
+def test_an_imported_cache_does_not_become_a_class(world, latents, capsys):
+    assert import_old(world, data_path=world / "data", output_folder=world / "data" / "cache") == 2
+    assert "is among the class folders of --data_path" in pipeline.one_error(capsys)
 
 
 def test_a_user_without_a_class_folder_is_refused(world, latents, capsys):
@@ -255,6 +278,7 @@ def test_an_image_without_a_latent_can_only_be_for_testing():
         ("s.txt", "a\n\n  ID_1/b c.jpg \r\n", NameLists(["a", "ID_1/b c.jpg"], None)),
         ("s.csv", "file,split\na.jpg,train\nb.jpg,test\n", NameLists(["a.jpg"], ["b.jpg"])),
         ("s.csv", "train,a.jpg\n", NameLists(["a.jpg"], None)),
+        ("s.csv", ",file,split\n0,a.jpg,train\n1,b.jpg,test\n", NameLists(["a.jpg"], ["b.jpg"])),  # with an index
     ],
 )
 def test_lists_are_read(tmp_path, name, text, expected):
@@ -269,6 +293,7 @@ def test_lists_are_read(tmp_path, name, text, expected):
         ("s.json", b"{", "is not JSON of the form"),
         ("s.json", b"[" * 100_000, "is not JSON of the form"),
         ("s.json", b'{"test": ["a"]}', "names no training image"),
+        ("s.csv", b"a" * 200_000, "is no CSV table: field larger than"),
         ("s.csv", b"a.jpg\n", "no line with a name and the word train"),
         ("s.txt", b"\xff", "no UTF-8"),
         ("s.txt", None, "No such file"),
@@ -338,6 +363,16 @@ def test_what_holds_no_latent_is_named_and_nothing_of_it_taken(world, latents, c
     assert len(split.train) == 15 and len(split.skipped) == 16
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_numbers_of_8_bits_are_read(tmp_path, dtype):
+    torch.save(GOOD.to(dtype), tmp_path / "user_01_a.pt")
+    latent, _ = read_latent(tmp_path / "user_01_a.pt")
+    assert torch.equal(latent, GOOD.to(dtype).float())
+    torch.save((GOOD * float("nan")).to(dtype), tmp_path / "user_01_b.pt")
+    with pytest.raises(BadLatent, match="not finite"):
+        read_latent(tmp_path / "user_01_b.pt")
+
+
 @pytest.mark.parametrize("content", [GOOD, GOOD[None], {"latent": GOOD, "user": 7}, {"z": GOOD[None]}, GOOD.double()])
 def test_the_usual_forms_are_read(tmp_path, content):
     torch.save(content, tmp_path / "user_01_a.pt")
@@ -370,12 +405,22 @@ def test_a_cache_of_images_is_not_overwritten(world, latents, trained, capsys):
     assert "holds latents of images already" in pipeline.one_error(capsys)
 
 
+def test_an_imported_split_is_not_overwritten(world, latents, encoder, capsys):
+    assert import_old(world) == 0
+    split = (world / "latents_cache" / "split.json").read_bytes()
+    capsys.readouterr()
+    assert pipeline.preprocess(world) == 2
+    assert "holds imported latents; give another --output_folder" in pipeline.one_error(capsys)
+    assert (world / "latents_cache" / "split.json").read_bytes() == split and encoder.num_images == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"verify": "true"}, "are two commands"),
         ({"import_folder": "nowhere"}, "nowhere cannot be listed"),
-        ({"import_folder": None, "import_split": "a.txt"}, "belongs to --import_folder"),
+        ({"import_folder": None, "import_split": "a.txt"}, "--import_split belongs to --import_folder"),
+        ({"import_folder": None, "import_scale_factor": 0.5}, "--import_scale_factor belongs to --import_folder"),
         ({"vae_path": "nowhere.pt"}, "does not exist"),
         ({"import_scale_factor": 0}, "the smallest allowed"),
     ],

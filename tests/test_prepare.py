@@ -104,7 +104,7 @@ def test_an_image_is_read_only_while_it_has_the_content_of_its_key(world):
 
 def test_fewer_class_folders_than_asked_for_is_a_warning_that_lists_them(world, capsys):
     assert choose(world, num_users=31).classes == pipeline.CLASSES
-    assert "warning: num_users is 31 but there are only 3 class folders: ID_1, ID_2, ID_10" in capsys.readouterr().err
+    assert "warning: --num_users is 31 but there are only 3 class folders: ID_1, ID_2, ID_10" in capsys.readouterr().err
 
 
 def test_more_classes_than_a_stored_split_knows_need_the_images(world):
@@ -234,6 +234,18 @@ def test_another_vae_does_not_complete_a_cache(emptied):
     tiny_vae.save_tiny_vae(emptied / "vae.pt", seed=1)
     with pytest.raises(UserError, match=r"makes other latents than those of the cache \(vae\.weights: .* vs .*\)"):
         prepare.open_cache(emptied / "latents_cache")
+
+
+def test_a_split_that_is_none_is_refused(cached):
+    for opened in (prepare.open_cache, LatentDataset.open):
+        with pytest.raises(UserError, match="split is 'tests'; it is train or test"):
+            opened(cached / "latents_cache", split="tests")
+
+
+def test_a_split_without_test_images_is_told(world):
+    assert pipeline.preprocess(world, images_per_user="all") == 0
+    with pytest.raises(UserError, match="has no test images; lower --images_per_user"):
+        LatentDataset.open(world / "latents_cache", split="test")
 
 
 def test_a_folder_that_is_no_cache_is_refused(tmp_path, cached):

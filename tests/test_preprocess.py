@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pipeline
 import pytest
 import tiny
+import tiny_vae
 import torch
 from PIL import Image
 from pipeline import open_cache, preprocess, stored_moments
@@ -103,6 +105,17 @@ def test_a_vae_that_is_asked_for_and_gone_is_an_error_even_if_all_is_cached(worl
     assert "vae.pt" in pipeline.one_error(capsys)
 
 
+def test_equal_images_are_encoded_once_and_not_said_to_be_cached(world, encoder, capsys):
+    for name in ("walk_1", "walk_2"):
+        shutil.copy(world / "data" / "ID_1" / "walk_0.jpg", world / "data" / "ID_1" / f"{name}.jpg")
+    assert preprocess(world, images_per_user="all") == 0
+    said = capsys.readouterr().out
+    assert "24 images (train): 0 cached, 22 to encode" in said and "2 more have the very content of another" in said
+    assert "newly encoded   22\nalready cached  0\nfailed          0\n" in said and encoder.num_images == 22
+    assert preprocess(world, images_per_user="all") == 0
+    assert account(capsys) == (0, 22, 0)
+
+
 def test_more_images_encode_only_the_new_ones_and_end_in_one_shard(world, encoder, capsys):
     preprocess(world, images_per_user=2)
     encoder.forget()
@@ -139,6 +152,27 @@ def test_a_finished_cache_is_all_that_another_loop_needs(world):
     assert abs(latents.mean()) < 0.1 and 0.5 < latents.std() <= 1.01
     with pytest.raises(UserError, match=r"there is no manifest\.json; run preprocess_latents\.py"):
         LatentDataset.open(world)
+
+
+def test_a_part_that_is_named_twice_is_encoded_once(world, capsys):
+    assert preprocess(world, splits=["train", "test", "train"]) == 0
+    assert "3 classes, 24 images (train and test): 0 cached, 24 to encode" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["data", "data/latents_cache", "data/../data/latents_cache"])
+def test_a_cache_does_not_become_a_class(world, capsys, place):
+    folder = world / place
+    for code in (preprocess(world, output_folder=folder), pipeline.train(world, latents_cache_folder=folder)):
+        assert code == 2
+    assert pipeline.train(world, results_folder=folder) == 2
+    assert capsys.readouterr().err.count("is among the class folders of --data_path") == 3
+    assert sorted(path.name for path in (world / "data").iterdir()) == ["ID_1", "ID_10", "ID_2"]
+
+
+def test_the_next_command_can_be_typed_as_it_stands(world, capsys):
+    assert preprocess(world, output_folder=world / "my cache") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: python ")]
+    assert shlex.split(line)[-2:] == ["--latents_cache_folder", str(world / "my cache")]
 
 
 def test_a_contiguous_split_leaves_the_neighbours_out(world):
@@ -302,10 +336,11 @@ def test_the_preview_shows_images_above_their_reconstructions(world, capsys):
 # --- verify ------------------------------------------------------------------------------------------------
 
 
-def verify(world: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str], str]:
+def verify(world: Path, capsys: pytest.CaptureFixture[str], **changes: object) -> tuple[int, dict[str, str], str]:
     """Checks the cache; returns the exit code, what stands behind each word, and the lines on stderr."""
     capsys.readouterr()
-    code = preprocess_latents.main(["--output_folder", str(world / "latents_cache"), "--verify", "--device", "cpu"])
+    settings = {"output_folder": world / "latents_cache", "device": "cpu", **changes}
+    code = preprocess_latents.main(["--verify", *tiny.flags(settings)])
     captured = capsys.readouterr()
     facts = dict(re.findall(r"^(\w[\w ]*?) {2,}(.+(?:\n    .+)*)", captured.out, re.MULTILINE))
     return code, facts, captured.err
@@ -378,6 +413,29 @@ def test_a_check_works_without_images_and_vae_and_names_other_spaces(world, caps
     assert facts["images"] == "15 asked for, 15 cached (images not at hand, content not checked)"
     assert "image_size: 16 vs 32" in facts["also there"]
     assert "round trip" not in facts
+
+
+def test_a_check_says_how_many_images_it_looked_at(world, tmp_path, capsys):
+    preprocess(world)
+    for entry in stored_split(world).train[:2]:
+        images.image_path(world / "data", entry).unlink()
+    code, facts, _ = verify(world, capsys)
+    assert code == 0 and facts["images"].endswith("15 cached (content checked of 13, the rest not at hand)")
+    (tmp_path / "elsewhere" / "sub").mkdir(parents=True)
+    code, facts, _ = verify(world, capsys, data_path=tmp_path / "elsewhere")
+    assert code == 0 and facts["images"].endswith("15 cached (images not at hand, content not checked)")
+
+
+def test_a_check_decodes_with_the_vae_of_the_cache_alone(world, capsys):
+    preprocess(world)
+    tiny_vae.save_tiny_vae(world / "other.pt", seed=1)
+    for name, message in (("other.pt", "makes other latents than those of the cache"), ("gone.pt", "does not exist")):
+        code, facts, err = verify(world, capsys, vae_path=world / name)
+        assert code == 2 and message in err and not facts.keys() & {"images", "round trip"}
+    (world / "other.pt").replace(world / "vae.pt")
+    code, facts, err = verify(world, capsys)  # the manifest's own path, with another file
+    assert code == 0 and "warning: nothing is decoded: " in err and "makes other latents" in err
+    assert "round trip" not in facts and facts["images"].startswith("15 asked for, 15 cached")
 
 
 def test_a_cache_that_training_made_can_be_checked(world, capsys):

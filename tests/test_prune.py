@@ -8,11 +8,13 @@ import pipeline
 import pytest
 import tiny
 import tiny_cache
+import tiny_vae
 from os_faults import forked
 from tiny_cache import SPACE, found_rows, key, make_space, put, reader, stored, strangers
 
 import cache_check
 import durable
+import latent_cache
 import preprocess_latents
 from latent_cache import LatentCache
 from latent_dataset import read_split
@@ -165,6 +167,20 @@ def test_what_a_run_needs_is_kept_and_what_nobody_needs_goes(crowded, encoder, c
     assert "nothing to remove" in capsys.readouterr().out
 
 
+def test_a_run_without_full_states_keeps_its_kind_of_latents(cached, trained, encoder, capsys):
+    shutil.copytree(trained / "results", cached / "results")
+    for path in (cached / "results").glob("state-*"):
+        path.unlink()
+    tiny_vae.save_tiny_vae(cached / "vae.pt", seed=1)
+    assert pipeline.preprocess(cached) == 0
+    assert len(latent_cache.spaces(cached / "latents_cache")) == 2
+    capsys.readouterr()
+    assert prune(cached) == 0
+    assert "nothing to remove" in capsys.readouterr().out
+    assert prune(cached, keep_for=None) == 0
+    assert "other kind  15 rows" in capsys.readouterr().out
+
+
 def test_what_is_freed_is_what_was_said(crowded, capsys):
     folder = crowded / "latents_cache"
     plan = cache_check.plan_prune(folder, pipeline.open_cache(folder).space, {})
@@ -181,6 +197,9 @@ def test_what_cannot_be_pruned_is_refused(cached, tmp_path, capsys):
     assert "is no run folder: it has no split.json" in pipeline.one_error(capsys)
     assert preprocess_latents.main(["--yes", "--output_folder", str(folder)]) == 2
     assert "--yes belongs to --prune" in pipeline.one_error(capsys)
+    (tmp_path / "odd.yaml").write_text('keep_for: ["a\\0b"]\n')
+    assert prune(cached, keep_for=None, config=tmp_path / "odd.yaml") == 2
+    assert "that can be no path" in pipeline.one_error(capsys)
     for name in ("split.json", "manifest.json"):
         (folder / name).rename(tmp_path / name)
         assert prune(cached, keep_for=None) == 2
@@ -188,7 +207,7 @@ def test_what_cannot_be_pruned_is_refused(cached, tmp_path, capsys):
         (tmp_path / name).rename(folder / name)
 
 
-def test_a_read_only_cache_is_refused(cached, capfd):
+def test_a_read_only_cache_is_listed_and_not_pruned(cached, capfd):
     folder = cached / "latents_cache"
 
     def child() -> None:
@@ -196,12 +215,34 @@ def test_a_read_only_cache_is_refused(cached, capfd):
             pipeline.mount_read_only(folder)
         except OSError:
             os._exit(77)
-        os._exit(prune(cached, keep_for=None))
+        os._exit(10 * prune(cached, keep_for=None) + prune(cached, keep_for=None, yes="true"))
 
     code = forked(child)
     if code == 77:
         pytest.skip("this system lets nobody mount a folder read-only")
-    assert code == 2 and "cannot be written to" in capfd.readouterr().err
+    captured = capfd.readouterr()
+    assert code == 2 and "nothing to remove" in captured.out and "cannot be written to" in captured.err
+
+
+def test_a_full_disk_is_made_room_on(crowded, monkeypatch, capsys):
+    folder = crowded / "latents_cache"
+    stored(folder, [0, 1], pipeline.open_cache(folder).space)  # a shard that nobody needs, beside one needed in part
+    shutil.rmtree(crowded / "results")
+    publish, room = durable.publish, folder / pipeline.open_cache(folder).space.id
+
+    def full(path: Path, data: object) -> None:
+        spare = [place for place in folder.glob("*/*.safetensors") if place.parent != room]
+        if spare or len(list(room.iterdir())) > 1:
+            raise OSError(28, "No space left on device", str(path))
+        publish(path, data)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(durable, "publish", full)
+    monkeypatch.setattr(durable, "why_not_writable", lambda place: "No space left on device")
+    capsys.readouterr()
+    assert prune(crowded, yes="true", keep_for=None) == 0
+    split = read_split(folder)
+    assert split is not None
+    assert set(pipeline.open_cache(folder).keys()) == {entry.key for entry in split.train}
 
 
 def test_a_prune_that_cannot_publish_removes_nothing_that_is_needed(crowded, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,29 @@ def test_wandb_offline_keeps_one_run_that_goes_on(tmp_path, monkeypatch):
     (tmp_path / trackers.WANDB_ID_NAME).write_text("../elsewhere")
     with pytest.raises(UserError, match="is damaged; remove it"):
         open_trackers(tmp_path, "wandb")
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Puts a package in the place of wandb that only notes how it is started."""
+    started: list[dict] = []
+    module = types.ModuleType("wandb")
+    run = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    module.init = lambda **how: started.append(how) or run  # type: ignore[attr-defined]
+    module.Settings = dict  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(trackers, "_is_installed", lambda name: name == "wandb")
+    return started
+
+
+def test_a_run_that_moves_is_the_same_run_in_wandb(cached, wandb):
+    for number, results in enumerate(("results", "session_2", "session_3", "another")):
+        origin = cached / ("results", "results", "session_2")[number] if number in (1, 2) else None
+        flags = {"results_folder": cached / results, "resume_from": origin, "train_num_steps": 1 + number}
+        assert train(cached, trackers="wandb", num_samples=0, **flags) == 0
+    ids = [how["id"] for how in wandb]
+    assert ids[0] == ids[1] == ids[2] != ids[3]
+    assert (cached / "session_3" / trackers.WANDB_ID_NAME).read_text() == ids[0]
 
 
 def test_a_package_that_is_absent_is_told_before_anything_is_done(world, monkeypatch, capsys):
