@@ -418,6 +418,7 @@ def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) ->
         finally:
             ranks.tell("encoded")
         if ranks.count == 1:
+            signals.raise_if_received()
             return bad
 
         def look() -> tuple[int, int]:
@@ -432,6 +433,7 @@ def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) ->
         finally:
             ranks.tell("filled")
         ranks.await_end("filled", lambda: ranks.raise_if_stopped(signals))  # an exchange comes next, with a limit
+        ranks.raise_if_stopped(signals)
         return bad
 
 

@@ -27,8 +27,8 @@ from script import Failed, Stopped, StopSignals, Told
 TIME_IS_UP = 1  # beside the numbers of signals, which are larger: 2 and 15
 _JOIN_SECONDS = 300.0  # for all processes to start and import
 _LAST_WORDS_SECONDS = 20.0  # for rank 0 to say why the run ended; torchrun gives 30 after a signal
-_ANSWER_SECONDS = 1800.0  # the longest that one waits for another, which may draw a grid meanwhile
-_LOOK_SECONDS = 0.5  # between two looks at what the others have published
+_ANSWER_SECONDS = 1800.0  # the longest that one waits for another in an exchange
+_LOOK_SECONDS, _LOOK_SHARE = 0.5, 0.1  # between two looks at the others, at most; of the time waited so far
 _PATIENCE_SECONDS = 300.0  # without anything new; latents are published each minute
 
 Item = TypeVar("Item")
@@ -134,6 +134,11 @@ class Ranks:
                         raise Told(script.USER_ERROR)
                     raise UserError(f"process {rank} has {what} {theirs.get(what)}, process 0 has {value}; {remedy}")
 
+    def first_of(self, value: Item | None) -> Item | None:
+        """Returns the first value, of plain types, that is not None, in the order of the ranks."""
+        told = [value] if self.count == 1 else self._gather(value)
+        return next((one for one in told if one is not None), None)
+
     def of_main(self, value: Item) -> Item:
         """Returns the value that rank 0 has, of plain types."""
         return value if self.count == 1 else self._gather(value)[0]
@@ -228,14 +233,36 @@ class Ranks:
         Args:
             between: called before each look; what it raises ends the waiting.
         """
-        last_sign, last_news = -1, time.monotonic()
-        while len(self.have_told(topic)) < self.count and time.monotonic() - last_news < _PATIENCE_SECONDS:
+        self._await(topic, lambda told: len(told) == self.count, between)
+
+    @contextmanager
+    def while_main_works(self, topic: str, between: Callable[[], object]) -> Iterator[None]:
+        """Lets the others wait at the end of a block until rank 0 has come there, as long as it gives signs of life.
+
+        An exchange, for which they would else wait, has its limit of time.
+
+        Args:
+            topic: another one each time.
+            between: called before each look; what it raises ends the waiting.
+        """
+        try:
+            yield
+        finally:
+            if self.is_main:  # which then hears at once, in an exchange, of a process that has died
+                self.tell(topic)
+        if not self.is_main:
+            self._await(topic, lambda told: 0 in told, between)
+
+    def _await(self, topic: str, is_enough: Callable[[list[int]], bool], between: Callable[[], object]) -> None:
+        started = last_news = time.monotonic()
+        last_sign = -1
+        while not is_enough(self.have_told(topic)) and time.monotonic() - last_news < _PATIENCE_SECONDS:
             between()
             with self._reaching_others():
                 sign = self._store.add(f"{topic} alive", 0)  # type: ignore[union-attr]
             if sign != last_sign:
                 last_sign, last_news = sign, time.monotonic()
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(min(_LOOK_SECONDS, 0.01 + _LOOK_SHARE * (time.monotonic() - started)))
 
     def await_words_of_main(self) -> None:
         """Lets rank 0 finish and say why: once any process has ended badly, torchrun ends the rest."""
@@ -282,7 +309,7 @@ class Ranks:
                 raise Told(script.FAILED) from error
             raise Failed(
                 "another process of this run has ended or cannot be reached, so that this one ends too; what was saved "
-                f"before is whole, and the same command goes on from there ({_first_line(error)})"
+                f"before is whole, and the same command goes on from there ({_first_sentence(error)})"
             ) from error
 
 
@@ -319,12 +346,12 @@ def _join() -> Ranks:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=answer)
     except (RuntimeError, ValueError) as error:
         raise Failed(
-            f"process {rank} of {count} does not find the others at {place} ({_first_line(error)}); start them with "
+            f"process {rank} of {count} does not find the others at {place} ({_first_sentence(error)}); start them with "
             "torchrun, or leave RANK and WORLD_SIZE unset"
         ) from error
-    local_rank = os.environ.get("LOCAL_RANK", str(rank))
-    return Ranks(rank, count, int(local_rank), dist.PrefixStore("gait-latents", store))
+    local_rank = os.environ.get("LOCAL_RANK", "")
+    return Ranks(rank, count, int(local_rank) if local_rank.isdecimal() else rank, dist.PrefixStore("gait-latents", store))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].partition(". ")[0][:200]
