@@ -346,11 +346,13 @@ def _join() -> Ranks:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=answer)
     except (RuntimeError, ValueError) as error:
         raise Failed(
-            f"process {rank} of {count} does not find the others at {place} ({_first_sentence(error)}); start them with "
-            "torchrun, or leave RANK and WORLD_SIZE unset"
+            f"process {rank} of {count} does not find the others at {place} ({_first_sentence(error)}); start them "
+            "with torchrun, or leave RANK and WORLD_SIZE unset"
         ) from error
     local_rank = os.environ.get("LOCAL_RANK", "")
-    return Ranks(rank, count, int(local_rank) if local_rank.isdecimal() else rank, dist.PrefixStore("gait-latents", store))
+    return Ranks(
+        rank, count, int(local_rank) if local_rank.isdecimal() else rank, dist.PrefixStore("gait-latents", store)
+    )
 
 
 def _first_sentence(error: Exception) -> str:
