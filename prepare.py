@@ -25,7 +25,7 @@ from config import ImageSettings, PreprocessSettings, UserError
 from images import BadImage, Entry, Skipped, Split, shown
 from latent_cache import MANIFEST_NAME, LatentCache, Manifest, Space, read_manifest, write_manifest
 from latent_dataset import SPLIT_NAME, BatchEncoder, LatentDataset, read_split
-from ranks import Ranks
+from ranks import OtherFailed, Ranks
 from sampling import check_decodes
 from script import Stopped, StopSignals, say, warn
 
@@ -390,22 +390,18 @@ def _check_vae_of(manifest: Manifest, vae_path: str) -> None:
         raise UserError(f"{vae_path} makes other latents than those of the cache ({differences}); give that one")
 
 
-class _OtherFailed(Exception):
-    """Another process could not encode its share, and says why in the exchange that follows."""
-
-
 def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) -> list[tuple[int, str]]:
     """Encodes all that is missing, each process its share, and takes up what the others have published.
 
     What does not appear in the cache folder is encoded here too: the disk of another process may not be this one, or
-    take no files, or the process may have died. When one fails, all end, and learn of it at the end of the block of
-    `Ranks.together` that this belongs in.
+    take no files, or the process may have died. When one fails, all end; this belongs in a block of `Ranks.together`.
 
     Returns:
         (position, reason) of each image that could not be encoded, equal ones included.
 
     Raises:
         Stopped: after a signal to any of the processes; what waits in memory is still to be published.
+        OtherFailed: when another process could not encode its share; it tells why at the end of the block.
     """
     missing = dataset.missing()
     if not missing and ranks.count == 1:
@@ -417,44 +413,39 @@ def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) ->
             if count:
                 ranks.sign_of_life("filled")
             ranks.raise_if_stopped(signals)
-            if ranks.have_told("failed"):
-                raise _OtherFailed
+            ranks.raise_if_failed("filled")
 
         try:
             bad = _fill_shares(dataset, missing, ranks, advance)
             ranks.raise_if_stopped(signals)  # by one that came since the last look
             return bad
-        except _OtherFailed:
+        except OtherFailed:
             dataset.cache_flush()
-            return []
+            raise
         except Stopped:
             raise
-        except Exception:
-            ranks.tell("failed")
+        except BaseException:
+            ranks.tell("filled failed")
             raise
 
 
 def _fill_shares(
     dataset: LatentDataset, missing: list[int], ranks: Ranks, advance: Callable[[int], None]
 ) -> list[tuple[int, str]]:
-    try:
-        bad = dataset.fill(ranks.share(missing), advance=advance)
-    finally:
-        ranks.tell("encoded")
+    bad = dataset.fill(ranks.share(missing), advance=advance)
     if ranks.count == 1:
         return bad
+    ranks.tell("encoded")
 
     def look() -> tuple[int, int]:
         found = dataset.refresh()
         advance(found)
         return found, len(_others(dataset, bad))
 
-    try:
-        ranks.await_others("encoded", look)
-        left = _others(dataset, bad)
-        bad = sorted(bad + dataset.fill(left, advance=advance)) if left else bad
-    finally:
-        ranks.tell("filled")
+    ranks.await_others("encoded", look)
+    left = _others(dataset, bad)
+    bad = sorted(bad + dataset.fill(left, advance=advance)) if left else bad
+    ranks.tell("filled")
     ranks.await_end("filled", lambda: advance(0))  # an exchange comes next, with a limit of time
     return bad
 

@@ -34,6 +34,10 @@ _PATIENCE_SECONDS = 300.0  # without anything new; latents are published each mi
 Item = TypeVar("Item")
 
 
+class OtherFailed(Exception):
+    """Another process has failed, and says why where the block of `Ranks.together` ends, which this one leaves."""
+
+
 class Ranks:
     """This process among those of the run.
 
@@ -105,6 +109,8 @@ class Ranks:
         error: Exception | None = None
         try:
             yield
+        except OtherFailed:
+            pass
         except (UserError, Failed, OSError, Stopped) as caught:
             error = caught
         found = None if error is None else script.explain(error)
@@ -201,6 +207,11 @@ class Ranks:
             elif not self.have_told(f"signal {number}"):
                 continue
             raise Stopped(number)
+
+    def raise_if_failed(self, topic: str) -> None:
+        """Raises OtherFailed when another process has told that it failed in its share of a topic."""
+        if self.have_told(f"{topic} failed"):
+            raise OtherFailed(topic)
 
     def await_others(self, topic: str, look: Callable[[], tuple[int, int]]) -> None:
         """Waits until the others have told of a topic, or all that they do is there; gives up on them without news.
