@@ -91,7 +91,10 @@ class Ranks:
         """Says how to use the other GPUs of this machine, where there are any and --device is left to us."""
         num_gpus = torch.cuda.device_count()
         if self.count == 1 and asked == "auto" and num_gpus > 1:
-            script.say(f"one of {num_gpus} GPUs is used; torchrun --nproc_per_node={num_gpus} {command} uses them all")
+            script.say(
+                f"one of {num_gpus} GPUs is used; torchrun --nproc_per_node={num_gpus} {command}, with the same flags, "
+                "uses them all"
+            )
 
     def must_be_alone(self, what: str) -> None:
         """Raises UserError where there are several processes."""

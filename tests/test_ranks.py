@@ -541,8 +541,17 @@ def test_a_gpu_that_is_not_used_is_told_of(monkeypatch, capsys):
     Ranks().say_unused("cuda:0", "generate.py")
     assert capsys.readouterr().out == ""
     Ranks().say_unused("auto", "generate.py")
-    said = "one of 2 GPUs is used; torchrun --nproc_per_node=2 generate.py uses them all\n"
+    said = "one of 2 GPUs is used; torchrun --nproc_per_node=2 generate.py, with the same flags, uses them all\n"
     assert capsys.readouterr().out == said
+
+
+def test_each_script_tells_of_a_gpu_that_is_not_used(cached, trained, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    ways: dict[str, object] = {"device": "auto", "dry_run": "true"}
+    assert train(cached, **ways) == preprocess(cached, **ways) == generate(trained, **ways) == 0
+    said = capsys.readouterr().out
+    for name in ("train_latent_cfg.py", "preprocess_latents.py", "generate.py"):
+        assert said.count(f"torchrun --nproc_per_node=2 {name}, with the same flags") == 1
 
 
 # --- torchrun ----------------------------------------------------------------------------------------------
