@@ -354,6 +354,7 @@ def _join() -> Ranks:
     try:
         wait = timedelta(seconds=_JOIN_SECONDS)
         store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=wait))
+        store = dist.PrefixStore(_attempt(), store)
         answer = timedelta(seconds=_ANSWER_SECONDS)
         # Of the time to join, the group knows through the store; of the time to answer, from here.
         store.set_timeout(wait)
@@ -367,6 +368,15 @@ def _join() -> Ranks:
     return Ranks(
         rank, count, int(local_rank) if local_rank.isdecimal() else rank, dist.PrefixStore("gait-latents", store)
     )
+
+
+def _attempt() -> str:
+    """Names the attempt of a torchrun that starts all again: its store still has what the last one left.
+
+    Of several machines each counts for itself, so that the number is none that all know.
+    """
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if is_one_machine else 0}"
 
 
 def _first_sentence(error: Exception) -> str:

@@ -583,9 +583,10 @@ def main(argv):
 sys.exit(main(None))
 """
     )
-    ended = torchrun(str(program))
+    ended = torchrun("--max_restarts=1", str(program))
     assert ended.returncode == 1
-    assert ended.stderr.count("error: the disk is full") == 1, ended.stderr
+    assert ended.stderr.count("error: the disk is full") == 2, ended.stderr  # once in each of the two attempts
+    assert ended.stderr.count("error: ") == 2, ended.stderr
 
 
 def test_torchrun_starts_them(cached, on_two):
