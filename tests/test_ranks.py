@@ -583,10 +583,17 @@ def main(argv):
 sys.exit(main(None))
 """
     )
-    ended = torchrun("--max_restarts=1", str(program))
+    ended = torchrun(str(program))
     assert ended.returncode == 1
-    assert ended.stderr.count("error: the disk is full") == 2, ended.stderr  # once in each of the two attempts
-    assert ended.stderr.count("error: ") == 2, ended.stderr
+    assert ended.stderr.count("error: the disk is full") == 1, ended.stderr
+
+
+def test_each_attempt_of_a_torchrun_on_one_machine_has_keys_of_its_own(monkeypatch):
+    for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RESTART_COUNT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert ranks._attempt() == "attempt 1"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert ranks._attempt() == "attempt 0"
 
 
 def test_torchrun_starts_them(cached, on_two):
