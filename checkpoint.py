@@ -251,11 +251,16 @@ def newest_stamp(folder: str | os.PathLike[str]) -> tuple[str, str] | None:
     """
     with suppress(OSError):
         for _, path in _saved(Path(folder), _FULL_NAME)[:1]:
-            with path.open("rb") as file:
-                start = file.read(8)
-                start += file.read(min(_header_length(start), _HEADER_BYTES))  # holds the checksum of all the rest
-            return path.name, hashlib.sha256(start).hexdigest()
+            return path.name, stamp(path)
     return None
+
+
+def stamp(path: Path) -> str:
+    """Returns a digest that no other save has, of a file that need not be whole; raises OSError."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        start += file.read(min(_header_length(start), _HEADER_BYTES))  # holds the checksum of all the rest
+    return hashlib.sha256(start).hexdigest()
 
 
 def is_full(meta: Mapping[str, Any]) -> bool:

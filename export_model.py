@@ -39,7 +39,9 @@ _WEIGHTS_NAME, _CONFIG_NAME = "model.safetensors", "config.json"
 
 @script.command
 def main(argv: Sequence[str] | None) -> int:
-    """Runs the script; returns its exit code."""
+    """Runs the script; returns its exit code. Of several processes, as torchrun starts them, the first does it all."""
+    if script.rank():
+        return DONE
     layers = config.read_command_line(ExportSettings, argv, description=__doc__)
     state = run_folder.read_averages(Path(config.resolve(ExportSettings, layers).settings.checkpoint))
     for line in state.warnings:

@@ -25,9 +25,9 @@ from config import ImageSettings, PreprocessSettings, UserError
 from images import BadImage, Entry, Skipped, Split, shown
 from latent_cache import MANIFEST_NAME, LatentCache, Manifest, Space, read_manifest, write_manifest
 from latent_dataset import SPLIT_NAME, BatchEncoder, LatentDataset, read_split
-from ranks import Ranks
+from ranks import OtherFailed, Ranks
 from sampling import check_decodes
-from script import StopSignals, say, warn
+from script import Stopped, StopSignals, say, warn
 
 
 def is_explicit(sources: Mapping[str, str], name: str) -> bool:
@@ -418,7 +418,7 @@ def fill_together(
     """Encodes all that is missing, each process its share, and takes up what the others have published.
 
     What does not appear in the cache folder is encoded here too: the disk of another process may not be this one, or
-    take no files, or the process may have died.
+    take no files, or the process may have died. When one fails, all end; this belongs in a block of `Ranks.together`.
 
     Args:
         what: names the images, where a program fills more than one dataset.
@@ -428,8 +428,9 @@ def fill_together(
 
     Raises:
         Stopped: after a signal to any of the processes; what waits in memory is still to be published.
+        OtherFailed: when another process could not encode its share; it tells why at the end of the block.
     """
-    missing, encoded, filled = dataset.missing(), f"encoded {what}", f"filled {what}"
+    missing = dataset.missing()
     if not missing and ranks.count == 1:
         return []
     with script.progress(total=len(missing), unit="images", label="encode") as bar:
@@ -437,29 +438,44 @@ def fill_together(
         def advance(count: int) -> None:
             bar.advance(count)
             if count:
-                ranks.sign_of_life(filled)
+                ranks.sign_of_life(f"filled {what}")
             ranks.raise_if_stopped(signals)
+            ranks.raise_if_failed(f"filled {what}")
 
         try:
-            bad = dataset.fill(ranks.share(missing), advance=advance)
-        finally:
-            ranks.tell(encoded)
-        if ranks.count == 1:
+            bad = _fill_shares(dataset, missing, ranks, advance, what)
+            ranks.raise_if_stopped(signals)  # by one that came since the last look
             return bad
+        except OtherFailed:
+            dataset.cache_flush()
+            raise
+        except Stopped:
+            raise
+        except BaseException:
+            ranks.tell(f"filled {what} failed")
+            raise
 
-        def look() -> tuple[int, int]:
-            found = dataset.refresh()
-            advance(found)
-            return found, len(_others(dataset, bad))
 
-        try:
-            ranks.await_others(encoded, look)
-            left = _others(dataset, bad)
-            bad = sorted(bad + dataset.fill(left, advance=advance)) if left else bad
-        finally:
-            ranks.tell(filled)
-        ranks.await_end(filled, lambda: ranks.raise_if_stopped(signals))  # an exchange comes next, with a limit
+def _fill_shares(
+    dataset: LatentDataset, missing: list[int], ranks: Ranks, advance: Callable[[int], None], what: str
+) -> list[tuple[int, str]]:
+    bad = dataset.fill(ranks.share(missing), advance=advance)
+    if ranks.count == 1:
         return bad
+    encoded, filled = f"encoded {what}", f"filled {what}"
+    ranks.tell(encoded)
+
+    def look() -> tuple[int, int]:
+        found = dataset.refresh()
+        advance(found)
+        return found, len(_others(dataset, bad))
+
+    ranks.await_others(encoded, look)
+    left = _others(dataset, bad)
+    bad = sorted(bad + dataset.fill(left, advance=advance)) if left else bad
+    ranks.tell(filled)
+    ranks.await_end(filled, lambda: advance(0))  # an exchange comes next, with a limit of time
+    return bad
 
 
 def _others(dataset: LatentDataset, bad: list[tuple[int, str]]) -> list[int]:

@@ -60,9 +60,7 @@ def main(argv: Sequence[str] | None) -> int:
     with joined() as ranks:
         with ranks.together():
             settings, sources = resolve(argv)
-            other = other_work(settings)
-            if other is not None or settings.dry_run:
-                ranks.must_be_alone("a command that does not encode")
+            other = other_work(settings, ranks)
         return other(settings, sources) if other is not None else encode(settings, sources, ranks)
 
 
@@ -80,8 +78,14 @@ def resolve(argv: Sequence[str] | None) -> tuple[PreprocessSettings, dict[str, s
     return resolved.settings, resolved.sources
 
 
-def other_work(settings: PreprocessSettings) -> Callable[[PreprocessSettings, dict[str, str]], int] | None:
-    """Returns what is asked for besides encoding, a check, a prune or an import; raises UserError for two at once."""
+def other_work(
+    settings: PreprocessSettings, ranks: Ranks
+) -> Callable[[PreprocessSettings, dict[str, str]], int] | None:
+    """Returns what is asked for besides encoding, a check, a prune or an import.
+
+    Raises:
+        UserError: for two at once, and for several processes, which only encode together.
+    """
     works = {"verify": verify, "prune": prune, "import_folder": import_latents}
     asked = [name for name in works if getattr(settings, name)]
     if len(asked) > 1:
@@ -91,6 +95,8 @@ def other_work(settings: PreprocessSettings) -> Callable[[PreprocessSettings, di
     for name, owner in _BELONGS_TO.items():
         if getattr(settings, name) != config.defaults(PreprocessSettings)[name] and not getattr(settings, owner):
             raise UserError(f"--{name} belongs to --{owner}")
+    for name in (*asked, *["dry_run"] * settings.dry_run):
+        ranks.must_be_alone(f"--{name}")
     return works[asked[0]] if asked else None
 
 

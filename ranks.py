@@ -27,12 +27,16 @@ from script import Failed, Stopped, StopSignals, Told
 TIME_IS_UP = 1  # beside the numbers of signals, which are larger: 2 and 15
 _JOIN_SECONDS = 300.0  # for all processes to start and import
 _LAST_WORDS_SECONDS = 20.0  # for rank 0 to say why the run ended; torchrun gives 30 after a signal
-_ANSWER_SECONDS = 1800.0  # the longest that one waits for another, which may draw a grid meanwhile
-_LOOK_SECONDS = 0.5  # between two looks at what the others have published
+_ANSWER_SECONDS = 1800.0  # the longest that one waits for another in an exchange
+_LOOK_SECONDS, _LOOK_SHARE = 0.5, 0.1  # between two looks at the others, at most; of the time waited so far
 _PATIENCE_SECONDS = 300.0  # without anything new; latents are published each minute
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class OtherFailed(Exception):
+    """Another process has failed, and says why where the block of `Ranks.together` ends, which this one leaves."""
 
 
 class Ranks:
@@ -88,7 +92,10 @@ class Ranks:
         """Says how to use the other GPUs of this machine, where there are any and --device is left to us."""
         num_gpus = torch.cuda.device_count()
         if self.count == 1 and asked == "auto" and num_gpus > 1:
-            script.say(f"one of {num_gpus} GPUs is used; torchrun --nproc_per_node={num_gpus} {command} uses them all")
+            script.say(
+                f"one of {num_gpus} GPUs is used; torchrun --nproc_per_node={num_gpus} {command}, with the same flags, "
+                "uses them all"
+            )
 
     def must_be_alone(self, what: str) -> None:
         """Raises UserError where there are several processes."""
@@ -106,6 +113,8 @@ class Ranks:
         error: Exception | None = None
         try:
             yield
+        except OtherFailed:
+            pass
         except (UserError, Failed, OSError, Stopped) as caught:
             error = caught
         found = None if error is None else script.explain(error)
@@ -134,6 +143,11 @@ class Ranks:
                     if not self.is_main:
                         raise Told(script.USER_ERROR)
                     raise UserError(f"process {rank} has {what} {theirs.get(what)}, process 0 has {value}; {remedy}")
+
+    def first_of(self, value: Item | None) -> Item | None:
+        """Returns the first value, of plain types, that is not None, in the order of the ranks."""
+        told = [value] if self.count == 1 else self._gather(value)
+        return next((one for one in told if one is not None), None)
 
     def of_main(self, value: Item) -> Item:
         """Returns the value that rank 0 has, of plain types."""
@@ -212,6 +226,11 @@ class Ranks:
                 continue
             raise Stopped(number)
 
+    def raise_if_failed(self, topic: str) -> None:
+        """Raises OtherFailed when another process has told that it failed in its share of a topic."""
+        if self.have_told(f"{topic} failed"):
+            raise OtherFailed(topic)
+
     def await_others(self, topic: str, look: Callable[[], tuple[int, int]]) -> None:
         """Waits until the others have told of a topic, or all that they do is there; gives up on them without news.
 
@@ -243,14 +262,36 @@ class Ranks:
         Args:
             between: called before each look; what it raises ends the waiting.
         """
-        last_sign, last_news = -1, time.monotonic()
-        while len(self.have_told(topic)) < self.count and time.monotonic() - last_news < _PATIENCE_SECONDS:
+        self._await(topic, lambda told: len(told) == self.count, between)
+
+    @contextmanager
+    def while_main_works(self, topic: str, between: Callable[[], object]) -> Iterator[None]:
+        """Lets the others wait at the end of a block until rank 0 has come there, as long as it gives signs of life.
+
+        An exchange, for which they would else wait, has its limit of time.
+
+        Args:
+            topic: another one each time.
+            between: called before each look; what it raises ends the waiting.
+        """
+        try:
+            yield
+        finally:
+            if self.is_main:  # which then hears at once, in an exchange, of a process that has died
+                self.tell(topic)
+        if not self.is_main:
+            self._await(topic, lambda told: 0 in told, between)
+
+    def _await(self, topic: str, is_enough: Callable[[list[int]], bool], between: Callable[[], object]) -> None:
+        started = last_news = time.monotonic()
+        last_sign = -1
+        while not is_enough(self.have_told(topic)) and time.monotonic() - last_news < _PATIENCE_SECONDS:
             between()
             with self._reaching_others():
                 sign = self._store.add(f"{topic} alive", 0)  # type: ignore[union-attr]
             if sign != last_sign:
                 last_sign, last_news = sign, time.monotonic()
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(min(_LOOK_SECONDS, 0.01 + _LOOK_SHARE * (time.monotonic() - started)))
 
     def await_words_of_main(self) -> None:
         """Lets rank 0 finish and say why: once any process has ended badly, torchrun ends the rest."""
@@ -297,7 +338,7 @@ class Ranks:
                 raise Told(script.FAILED) from error
             raise Failed(
                 "another process of this run has ended or cannot be reached, so that this one ends too; what was saved "
-                f"before is whole, and the same command goes on from there ({_first_line(error)})"
+                f"before is whole, and the same command goes on from there ({_first_sentence(error)})"
             ) from error
 
 
@@ -328,18 +369,30 @@ def _join() -> Ranks:
     try:
         wait = timedelta(seconds=_JOIN_SECONDS)
         store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=wait))
+        store = dist.PrefixStore(_attempt(), store)
         answer = timedelta(seconds=_ANSWER_SECONDS)
         # Of the time to join, the group knows through the store; of the time to answer, from here.
         store.set_timeout(wait)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=answer)
     except (RuntimeError, ValueError) as error:
         raise Failed(
-            f"process {rank} of {count} does not find the others at {place} ({_first_line(error)}); start them with "
-            "torchrun, or leave RANK and WORLD_SIZE unset"
+            f"process {rank} of {count} does not find the others at {place} ({_first_sentence(error)}); start them "
+            "with torchrun, or leave RANK and WORLD_SIZE unset"
         ) from error
-    local_rank = os.environ.get("LOCAL_RANK", str(rank))
-    return Ranks(rank, count, int(local_rank), dist.PrefixStore("gait-latents", store))
+    local_rank = os.environ.get("LOCAL_RANK", "")
+    return Ranks(
+        rank, count, int(local_rank) if local_rank.isdecimal() else rank, dist.PrefixStore("gait-latents", store)
+    )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]
+def _attempt() -> str:
+    """Names the attempt of a torchrun that starts all again: its store still has what the last one left.
+
+    Of several machines each counts for itself, so that the number is none that all know.
+    """
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if is_one_machine else 0}"
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].partition(". ")[0][:200]

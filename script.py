@@ -102,7 +102,10 @@ def check_command_line(cls: type, description: str | None) -> None:
         config.read_command_line(cls, argv, description=description)
         return DONE
 
-    code = check(None) if num_ranks() == 1 else DONE  # else they agree on it, and one tells
+    asks_for_help = not {"-h", "--help"}.isdisjoint(sys.argv[1:])
+    if asks_for_help and rank():
+        sys.exit(DONE)
+    code = check(None) if asks_for_help or num_ranks() == 1 else DONE  # else they agree on it, and one tells
     if code != DONE:
         sys.exit(code)
     sys.excepthook = _explain_import

@@ -75,7 +75,8 @@ def train(argv: Sequence[str] | None, ranks: Ranks) -> int:
         _check_share(plan.settings, ranks)
         if not plan.settings.dry_run:
             durable.remove_stale_temporaries(plan.results)
-    ranks.check_same(_facts_of_plan(plan), "start all with the same command, and let all see the same --results_folder")
+        facts = _facts_of_plan(plan)
+    ranks.check_same(facts, "start all with the same command, and let all see the same --results_folder")
     if plan.state is not None and plan.state.step >= plan.settings.train_num_steps:
         say(
             f"the run in {plan.origin} is finished ({plan.state.step:,} steps); a larger --train_num_steps goes further"
@@ -223,13 +224,15 @@ def _check_share(settings: TrainSettings, ranks: Ranks) -> None:
 
 
 def _facts_of_plan(plan: Plan) -> dict[str, object]:
-    """Returns what all processes of a run must have alike: the step that it goes on from, and the settings."""
+    """Returns what all processes of a run must have alike: the state that it goes on from, and the settings."""
     settings = {
         f"--{name}": config.show(getattr(plan.settings, name))
         for name, spec in config.specs(TrainSettings).items()
         if name != "device" and not spec.path  # a machine may have its own folders
     }
-    return {"a run at step": "none" if plan.state is None else plan.state.step, **settings}
+    state = plan.state
+    step, digest = ("none", "none") if state is None else (state.step, checkpoint.stamp(state.path)[:16])
+    return {"a run at step": step, "a saved state of the digest": digest, **settings}
 
 
 def _facts_of_data(data: "Data", device: torch.device) -> dict[str, object]:
@@ -469,7 +472,7 @@ class Trainer:
         ).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.ema = EMA(self.diffusion, decay=settings.ema_decay, update_every=settings.ema_update_every)
         self.losses_of: Any = self.diffusion
-        self.is_compiled = False
+        self.is_compiled = self.has_compiled = False
         self.optimizer = torch.optim.Adam(
             self.diffusion.parameters(), lr=settings.train_lr, betas=(0.9, 0.99), fused=True
         )
@@ -508,6 +511,7 @@ class Trainer:
         """Makes sure that all processes begin with the same numbers."""
         ranks, networks = self.ranks, (self.diffusion, self.ema.model)
         ranks.check_same({"the number format": self.dtype}, "give --precision")
+        ranks.check_same({"a compiled network": self.is_compiled}, "give --compile false")
         ranks.copy_of_main(tensor for network in networks for tensor in network.state_dict().values())
         self.dataset.set_norm(LatentNorm.from_json(ranks.of_main(self.dataset.norm.to_json())))  # type: ignore[union-attr]
 
@@ -539,17 +543,28 @@ class Trainer:
     def train_step(self) -> None:
         """Takes one optimiser step on one effective batch; leaves its loss on the device."""
         parts = self.parts_of(self.finished_steps)
-        try:
-            loss, by_sample = self._gradients(parts)
-        except RuntimeError as error:
-            if not hardware.is_compiler_error(error):
-                raise
-            self._do_without_compiler(error)
-            loss, by_sample = self._gradients(parts)
+        loss, by_sample = self._compiled_gradients(parts) if self.is_compiled else self._gradients(parts)
         if self.ranks.count > 1:
             loss, by_sample = self._add_others(loss, by_sample)
         self.sample_losses += by_sample
         self._update(loss, self.finished_steps)
+
+    def _compiled_gradients(self, parts: Sequence[StepDraws]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Does what `_gradients` does; without the compiler, on all processes, where it fails on one."""
+        result, obstacle = None, None
+        try:
+            result = self._gradients(parts)
+        except RuntimeError as error:
+            if not hardware.is_compiler_error(error):
+                raise
+            obstacle = " ".join(str(error).split())[:200]
+        if not self.has_compiled:
+            obstacle, self.has_compiled = self.ranks.first_of(obstacle), True
+        if obstacle is not None:
+            with self.ranks.together():
+                self._do_without_compiler(obstacle)
+            result = self._gradients(parts)
+        return result  # type: ignore[return-value]
 
     def _gradients(self, parts: Sequence[StepDraws]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Leaves the gradients of this process's parts of a step in the network.
@@ -581,11 +596,10 @@ class Trainer:
         loss, table = self.ranks.add_up(self.diffusion, loss, table)
         return loss, [(table[0].long(), table[1])]
 
-    def _do_without_compiler(self, error: RuntimeError) -> None:
-        reason = " ".join(str(error).split())[:200]
+    def _do_without_compiler(self, obstacle: str) -> None:
         if self.settings.compile == "true":
-            raise Failed(f"the network cannot be compiled ({reason}); give --compile false") from error
-        warn(f"the network cannot be compiled, and trains without ({reason})")
+            raise Failed(f"the network cannot be compiled ({obstacle}); give --compile false")
+        warn(f"the network cannot be compiled, and trains without ({obstacle})")
         self.losses_of, self.is_compiled = self.diffusion, False
 
     def parts_of(self, step: int) -> list[StepDraws]:
@@ -890,14 +904,23 @@ def log(trainer: Trainer, metrics: Metrics, bar: Progress, clock: "Clock") -> No
 
 def save_and_sample(trainer: Trainer, grids: GridMaker, folder: Path, signals: StopSignals) -> None:
     """Saves the state, then makes the grid, which a signal cuts short, and the loss curve. Rank 0 does so."""
-    trainer.save(folder)
-    if not trainer.ranks.is_main:
-        return
+    ranks, step = trainer.ranks, trainer.finished_steps
+    topic = f"drawn {step}"
+
+    def between() -> None:
+        if ranks.is_main:
+            ranks.sign_of_life(topic)
+        ranks.raise_if_stopped(signals)
+
     try:
-        grids.make(trainer.finished_steps, between=signals.raise_if_received)
+        with ranks.while_main_works(topic, between):
+            trainer.save(folder)
+            if ranks.is_main:
+                grids.make(step, between=between)
     except Stopped:
-        say(f"step {trainer.finished_steps:,}: no sample grid, since a signal came")
-    grids.draw_loss()
+        say(f"step {step:,}: no sample grid, since a signal came")
+    if ranks.is_main:
+        grids.draw_loss()
 
 
 def _stop(trainer: Trainer, plan: Plan, reason: int) -> int:
