@@ -135,16 +135,22 @@ class Evaluation:
         """Computes what is missing, and publishes the report after each part; rank 0 does all but the classifiers."""
         ranks = self.plan.ranks
         with StopSignals() as signals:
-            with ranks.together():
+
+            def between() -> None:
+                if ranks.is_main:
+                    ranks.sign_of_life("compared")
+                ranks.raise_if_stopped(signals)
+
+            with ranks.together(), ranks.while_main_works("compared", between):
                 for part in (self.compare_latents, self.look_for_copies, self.compare_features):
                     if ranks.is_main:
-                        part(signals)
-                    ranks.raise_if_stopped(signals)
+                        part(between)
+                    between()
             self.try_classifiers(signals)
         if ranks.is_main:
             self.report.write()
 
-    def compare_latents(self, _signals: StopSignals) -> None:
+    def compare_latents(self, _between: Callable[[], None]) -> None:
         """Compares the latents of synthetic and training images with those of the test images."""
         made_of = {**self.made_of, "neighbours": self.settings.neighbours}
         if self._is_done("latents", made_of):
@@ -181,7 +187,7 @@ class Evaluation:
     def _by_name(self, by_label: dict[int, Any]) -> dict[str, Any]:
         return {self.plan.classes[label]: value for label, value in by_label.items()}
 
-    def look_for_copies(self, _signals: StopSignals) -> None:
+    def look_for_copies(self, _between: Callable[[], None]) -> None:
         """Measures how near synthetic images are to single training images, and draws the closest pairs."""
         synthetic, training = self.synthetic, self.real.training
         path = self.plan.folder / PAIRS_NAME
@@ -198,7 +204,7 @@ class Evaluation:
         figures["same_content"] = same_content(synthetic, self.real)
         self.report.put("memorisation", self.made_of, figures)
 
-    def compare_features(self, signals: StopSignals) -> None:
+    def compare_features(self, between: Callable[[], None]) -> None:
         """Compares the Inception features of synthetic and training images with those of the test images, if asked."""
         asked = self.settings.inception_weights
         if asked is None:
@@ -217,7 +223,7 @@ class Evaluation:
 
             def advance(count: int) -> None:
                 bar.advance(count)
-                signals.raise_if_received()
+                between()
 
             points = [_features(network, part, advance) for part in sets]
         self.report.put("inception", made_of, self._closeness(*points, num_directions=None))
