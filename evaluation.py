@@ -21,6 +21,7 @@ from sampling import nearest_class
 NUM_DIRECTIONS = 16  # principal directions in which latents are compared by the Fréchet distance
 NUM_PAIRS = 8  # of a synthetic image and its nearest training image, the closest ones
 NEAR_SHARE = 0.05  # of the test images count as near to a training image
+MANY_NEAR = 3 * NEAR_SHARE  # of the samples: more of them look like copies
 _FEWEST = 3  # images of a class below which it is not compared by itself
 _NUM_SUBSETS, _LARGEST_SUBSET = 100, 1000  # of the kernel distance
 

@@ -36,13 +36,14 @@ folder and stand in label order. Keys that are not listed here (digests, for exa
         same_content            [{synthetic, same_as: class/file, kind: training, test or synthetic}], equal files
     classifier                  as classifier.compare returns it, and what the script adds: image_size
     sweep
-        points                  [{checkpoint, step, guidance, images, near_share, nearer_to_training, recognition, and
-                                the figures of latents.synthetic}]; where classifiers were trained, alone and with_real:
-                                the share that one recognises that saw these samples, or real images too; and
-                                classifier, as above
+        points                  [{checkpoint, step, guidance, images, near_share, near_share_limit, nearer_to_training,
+                                recognition, and the figures of latents.synthetic}]; where classifiers were trained,
+                                alone and with_real: the share that one recognises that saw these samples, or real
+                                images too; and classifier, as above
         training                the same figures of as many training images; with_real: of real images alone
-        best                    the nearest to the test images of the points, or None
+        best                    the point that is nearest to the test images without many near copies, or None
         best_for_classifiers    the one with the largest with_real, or None
+        sentences               [sentence] about the best ones
     settings                    {setting: value}
 """
 
@@ -664,8 +665,8 @@ def _sweep(report: dict[str, Any]) -> str:
     if not part:
         return ""
     points, best, training = part.get("points") or [], part.get("best") or {}, part.get("training") or {}
-    best_for_classifiers = part.get("best_for_classifiers") or {}
-    columns = _SWEEP_COLUMNS | _SWEEP_CLASSIFIER_COLUMNS if best_for_classifiers else _SWEEP_COLUMNS
+    has_classifiers = part.get("best_for_classifiers") is not None
+    columns = _SWEEP_COLUMNS | _SWEEP_CLASSIFIER_COLUMNS if has_classifiers else _SWEEP_COLUMNS
 
     def row(head: str, figures: dict[str, Any]) -> list[str]:
         return [head, *(write(figures.get(name)) for name, (_, write) in columns.items())]
@@ -675,18 +676,7 @@ def _sweep(report: dict[str, Any]) -> str:
         head = _point_name(point)
         is_best = bool(best) and _place(point) == _place(best)
         rows.append(row(f"<strong>{head} (best)</strong>" if is_best else head, point))
-    chosen = (
-        f"<p>Lowest Fréchet distance per class: {_point_name(best)}. It is one seed, so how far such figures scatter "
-        "is not known.</p>"
-        if best
-        else ""
-    )
-    if best_for_classifiers:
-        difference = (best_for_classifiers.get("classifier") or {}).get("difference") or {}
-        chosen += (
-            f"<p>Beside real images in the training of a classifier, {_point_name(best_for_classifiers)} did best. "
-            f"{_typeset(difference.get('sentence') or '')}</p>"
-        )
+    chosen = "".join(f"<p>{_typeset(sentence)}</p>" for sentence in part.get("sentences") or ())
     head = ("", *(label for label, _ in columns.values()))
     return _section(title, chosen, _sweep_curve(points, training), _table("Against the test images", head, rows))
 

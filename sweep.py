@@ -102,7 +102,7 @@ class Sweep:
         for _, found in self.plan.ranks.spread(todo, self._look_at):
             self._keep(found)
         if self.plan.ranks.is_main:
-            print_sweep(self.part, self.plan.settings.sweep_images)
+            print_sweep(self.part)
             if self.why_no_classifier:
                 say(f"no classifier: {self.why_no_classifier}")
 
@@ -205,7 +205,11 @@ class Sweep:
             if (other["weights"], other["guidance"]) != (point["weights"], point["guidance"])
         ]
         points = sorted([*others, own], key=lambda one: (one["step"], one["guidance"]))
-        best = {"best": best_point(points), "best_for_classifiers": best_for_classifiers(points)}
+        best = {
+            "best": best_point(points),
+            "best_for_classifiers": best_for_classifiers(points),
+            "sentences": say_best(points, self.plan.settings.sweep_images),
+        }
         training = {**self.part.get("training", {}), **point["yardstick"]}
         self.part = {"points": points, "training": training, **best}
         if self.plan.ranks.is_main:
@@ -216,6 +220,7 @@ def made_of_sweep(plan: Plan, real: RealImages, sampling: GenerateSettings) -> d
     """Returns what all points of a sweep depend on."""
     return {
         **made_of_real(plan, real),
+        "figures": 2,  # counts up when the points get other figures
         "neighbours": plan.settings.neighbours,
         "images_per_class": plan.settings.sweep_images,
         "sampler": sampling.sampler,
@@ -240,7 +245,7 @@ def measure(plan: Plan, real: RealImages, samples: Points) -> tuple[dict[str, An
         "images": found["images"],
         **found["synthetic"],
         "recognition": evaluation.recognition(samples, training),
-        **{name: copies[name] for name in ("near_share", "nearer_to_training")},
+        **{name: copies[name] for name in ("near_share", "near_share_limit", "nearer_to_training")},
     }
     yardstick = {
         **found["training"],
@@ -251,15 +256,56 @@ def measure(plan: Plan, real: RealImages, samples: Points) -> tuple[dict[str, An
 
 
 def best_point(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Returns the point with the lowest Fréchet distance per class; of several classes, their mean."""
+    """Returns the point with the lowest Fréchet distance per class, of several classes their mean.
+
+    A model that draws its training images again comes near to the test images, too, so points with many near copies
+    count only where there are no others.
+    """
     known = [point for point in points if point["frechet_mean"] is not None]
-    return min(known, key=lambda point: point["frechet_mean"], default=None)
+    varied = [point for point in known if not _draws_copies(point)]
+    return min(varied or known, key=lambda point: point["frechet_mean"], default=None)
+
+
+def _draws_copies(point: dict[str, Any]) -> bool:
+    return point["near_share"] > max(evaluation.MANY_NEAR, point["near_share_limit"])
 
 
 def best_for_classifiers(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Returns the point whose samples, beside the real images, made the best classifiers."""
     known = [point for point in points if "with_real" in point]
     return max(known, key=lambda point: point["with_real"], default=None)
+
+
+def say_best(points: Sequence[dict[str, Any]], images_per_class: int) -> list[str]:
+    """Returns a sentence or more about which points are best."""
+    best, for_classifiers = best_point(points), best_for_classifiers(points)
+    if best is None:
+        found = [f"No point is the best: {images_per_class} samples per class, or the test images, are too few."]
+    else:
+        found = [
+            f"Nearest to the test images by Fréchet distance per class: {_named(best)}; one seed, so how far such "
+            "figures scatter is not known.",
+            _about_copies(points, best),
+        ]
+    if for_classifiers is not None:
+        sentence = for_classifiers["classifier"]["difference"]["sentence"]
+        found.append(f"Best beside real images in training a classifier: {_named(for_classifiers)}. {sentence}")
+    return found
+
+
+def _about_copies(points: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:
+    share = f"Of its samples, {best['near_share']:.0%} are very near to a training image (of unseen images, "
+    share += f"{evaluation.NEAR_SHARE:.0%})"
+    if _draws_copies(best):
+        return f"{share}, and no point has few: train for fewer steps, or with more images."
+    nearer = [p for p in points if p["frechet_mean"] is not None and p["frechet_mean"] < best["frechet_mean"]]
+    if nearer:
+        return f"{share}; points that are nearer draw copies, up to {max(p['near_share'] for p in nearer):.0%}."
+    return f"{share}."
+
+
+def _named(point: dict[str, Any]) -> str:
+    return f"guidance {point['guidance']:g} at step {point['step']:,}"
 
 
 _COLUMNS = {  # figure -> its head
@@ -275,27 +321,14 @@ _COLUMNS = {  # figure -> its head
 _CLASSIFIER_COLUMNS = {"alone": "alone", "with_real": "with real"}
 
 
-def print_sweep(part: dict[str, Any], images_per_class: int) -> None:
+def print_sweep(part: dict[str, Any]) -> None:
     """Prints a row for each point of a sweep, and which ones are best."""
-    best, best_for_classifiers = part["best"], part.get("best_for_classifiers")
-    columns = _COLUMNS if best_for_classifiers is None else _COLUMNS | _CLASSIFIER_COLUMNS
+    columns = _COLUMNS if part["best_for_classifiers"] is None else _COLUMNS | _CLASSIFIER_COLUMNS
     say()
     say(f"{'step':>8}  {'guidance':>8}  " + "  ".join(columns.values()))
     rows = [(f"{p['step']:>8,}  {p['guidance']:>8g}", p) for p in part["points"]]
     for name, figures in [(f"{'real (training)':>18}", part["training"]), *rows]:
         cells = [f"{evaluation.written(figures.get(column)):>{len(head)}}" for column, head in columns.items()]
         say(f"{name}  " + "  ".join(cells))
-    if best is None:
-        say(f"no point can be called the best: {images_per_class} samples per class, or the test images, are too few")
-    else:
-        say(
-            f"nearest to the test images by Fréchet distance per class: {_named(best)}; one seed, so how far such "
-            "figures scatter is not known"
-        )
-    if best_for_classifiers is not None:
-        sentence = best_for_classifiers["classifier"]["difference"]["sentence"]
-        say(f"best beside real images in training a classifier: {_named(best_for_classifiers)}. {sentence}")
-
-
-def _named(point: dict[str, Any]) -> str:
-    return f"guidance {point['guidance']:g} at step {point['step']:,}"
+    for sentence in part["sentences"]:
+        say(sentence)

@@ -464,7 +464,7 @@ def test_a_sweep_compares_scales_and_checkpoints_and_names_the_best(trained, eva
         (step, scale) for step in (HALF, STEPS) for scale in (1.0, 2.0)
     ]
     best = report["sweep"]["best"]
-    assert best in points and best["frechet_mean"] == min(point["frechet_mean"] for point in points)
+    assert best in points and best == sweep_module.best_point(points)
     assert report["latents"]["synthetic"]["frechet"] > 0  # what was there before is still there
     out = capsys.readouterr().out
     assert f"guidance {best['guidance']:g} at step {best['step']}; one seed" in out
@@ -566,7 +566,8 @@ def test_classifiers_of_a_sweep_see_what_generate_writes(trained, generated, eva
     best = part["best_for_classifiers"]
     assert best["with_real"] == max(point["with_real"] for point in part["points"])
     out = capsys.readouterr().out
-    assert f"in training a classifier: guidance {best['guidance']:g} at step {STEPS}. accuracy changes" in out
+    assert f"in training a classifier: guidance {best['guidance']:g} at step {STEPS}. " in out
+    assert "accuracy changes by" in out
     (head,) = [line for line in out.splitlines() if line.lstrip().startswith("step")]
     rows = [line.split() for line in out.splitlines() if line.lstrip().startswith(f"{STEPS} ")]
     assert head.endswith("alone  with real") and rows[0][-1] == evaluation.written(same["with_real"])
@@ -597,3 +598,22 @@ def test_classifiers_of_a_sweep_go_on_where_they_were_stopped(trained, evaluated
     part = read_report(evaluated)["sweep"]
     assert trainings == [(15,), (9,), (15, 9)]
     assert "classifier" not in part["points"][0] and part["points"][1]["classifier"]["num_steps"] == 1
+
+
+def point(distance: float | None, near_share: float, **facts: Any) -> dict[str, Any]:
+    return {"frechet_mean": distance, "near_share": near_share, "near_share_limit": 0.08, "guidance": 1, **facts}
+
+
+def test_a_point_that_draws_copies_is_best_only_where_all_do():
+    varied, copying, worse = point(50.0, 0.1, step=8), point(40.0, 0.75, step=20), point(45.0, 0.4, step=12)
+    points = [varied, copying, worse, point(None, 0.0, step=2)]
+    assert sweep_module.best_point(points) is varied
+    sentences = sweep_module.say_best(points, 20)
+    assert sentences[0].startswith("Nearest to the test images by Fréchet distance per class: guidance 1 at step 8;")
+    assert "10% are very near" in sentences[1] and "points that are nearer draw copies, up to 75%." in sentences[1]
+    assert sweep_module.best_point([copying, worse]) is copying
+    assert "75% are very near" in (told := sweep_module.say_best([copying, worse], 20)[1])
+    assert told.endswith("no point has few: train for fewer steps, or with more images.")
+    assert sweep_module.best_point([{**copying, "near_share_limit": 0.8}, varied]) is not varied  # so few images
+    assert sweep_module.best_point([points[-1]]) is None
+    assert sweep_module.say_best([points[-1]], 2)[0].startswith("No point is the best: 2 samples per class")

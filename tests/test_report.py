@@ -97,12 +97,8 @@ def make_report(names: list[str]) -> dict[str, Any]:
             ],
             "training": {**figures, "with_real": 0.701},
             "best": {"step": 1000, "guidance": 2.0},
-            "best_for_classifiers": {
-                "step": 500,
-                "guidance": 3.0,
-                "with_real": 0.734,
-                "classifier": {"difference": {"sentence": "They help a little."}},
-            },
+            "best_for_classifiers": {"step": 500, "guidance": 3.0, "with_real": 0.734},
+            "sentences": ["Nearest is guidance 2.", "Best for classifiers is guidance 3."],
         },
         "settings": {"checkpoint": "results", "sweep": [1.0, 2.0], "neighbours": 5, "classifier": True, "x": None},
     }
@@ -210,7 +206,7 @@ def test_the_page_shows_every_part_with_its_figures():
         "They help: accuracy changes by +25.0 points",
         "training step1,500",
         "seed of the images42",
-        "step 500, guidance 3 did best. They help a little.",
+        "Best for classifiers is guidance 3.",
         "classifier, these alone",
         "70.1 %",
         "73.4 %",
