@@ -825,6 +825,7 @@ def made_of_sweep(plan: Plan, real: RealImages, sampling: GenerateSettings) -> d
         **made_of_real(plan, real),
         "neighbours": plan.settings.neighbours,
         "images_per_class": plan.settings.sweep_images,
+        "guidance_interval": sampling.guidance_interval,
         "sampler": sampling.sampler,
         "sampling_timesteps": sampling.sampling_timesteps,
         "precision": str(hardware.pick_precision(sampling.precision, plan.device)[0]),

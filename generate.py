@@ -18,6 +18,7 @@ import difflib
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def open_generator(argv: Sequence[str] | None, ranks: Ranks) -> "Generator":
     return generator
 
 
-FROM_RUN = ("vae_path", "seed", "cond_scale", "sampler", "sampling_timesteps", "precision")
+FROM_RUN = ("vae_path", "seed", "cond_scale", "guidance_interval", "sampler", "sampling_timesteps", "precision")
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,12 @@ class Generator:
         self.weights_digest = vae.weights_digest(state.averages)
         self.diffusion = run_folder.averaged_diffusion(state).to(device)
         self.dtype, reason = hardware.pick_precision(settings.precision, device)
+        interval = settings.guidance_interval
+        where = "" if interval == (0, 1) else f" from {interval[0]:g} to {interval[1]:g} of the way"
+        passes = self.diffusion.num_passes(self.steps, cond_scale=settings.cond_scale, guidance_interval=interval)
         self.description = (
             f"{state.path} (step {state.step:,}), {len(self.classes)} of {len(self.all_classes)} classes, guidance "
-            f"{settings.cond_scale:g}, {self.steps} steps of {settings.sampler}, "
+            f"{settings.cond_scale:g}{where}, {self.steps} steps of {settings.sampler} ({passes} network passes), "
             f"{str(self.dtype).removeprefix('torch.')} ({reason}) on {hardware.describe(device)}"
         )
 
@@ -145,19 +149,29 @@ class Generator:
             self._tell_disk(count)
         if count:
             label = next(iter(self.classes))
-            samples = self.sample([label], [0], self.settings.cond_scale, steps=1)
+            samples = self.sample([label], [0], 1.0, steps=1)
             line = forecast.generating(
-                lambda steps: self.sample([label], [0], self.settings.cond_scale, steps=steps),
+                lambda scale, steps: self.sample([label], [0], scale, steps=min(steps, self.steps), interval=(0, 1)),
                 lambda: self.decoder(samples),
                 self.device,
                 num_images=count,
                 batch=BATCH_SIZE,
-                num_solver_steps=self.steps,
+                steps=self._steps_to_take(count),
             )
             say(line)
             say(forecast.memory(self.device))
         say(script.DRY_RUN_END)
         return DONE
+
+    def _steps_to_take(self, count: int) -> Counter[float]:
+        """Counts the solver steps of all batches by their guidance scale, for so many images or the strip."""
+        strip = self.settings.strip
+        num_batches = -(-(len(self.classes) if strip else count) // BATCH_SIZE)
+        levels, steps = self.diffusion.levels(self.steps), Counter()
+        for scale in strip or [self.settings.cond_scale]:
+            for own in self.diffusion.guidance(levels, scale, self.settings.guidance_interval):
+                steps[own] += num_batches
+        return steps
 
     # --- one folder per class ---
 
@@ -237,8 +251,15 @@ class Generator:
             durable.publish(cell.path, pictures.encode_image(Image.fromarray(image), self.suffix))
 
     def sample(
-        self, labels: list[int], indices: list[int], cond_scale: float, *, steps: int | None = None
+        self,
+        labels: list[int],
+        indices: list[int],
+        cond_scale: float,
+        *,
+        steps: int | None = None,
+        interval: Sequence[float] | None = None,
     ) -> torch.Tensor:
+        """Makes samples [B C h w] of at most BATCH_SIZE images; `steps` and `interval` stand in for the settings."""
         return sample_padded(
             self.diffusion,
             labels,
@@ -248,6 +269,7 @@ class Generator:
             ],
             dtype=self.dtype,
             cond_scale=cond_scale,
+            guidance_interval=self.settings.guidance_interval if interval is None else interval,
             sampler=self.settings.sampler,
             sampling_timesteps=self.steps if steps is None else steps,
         )
@@ -285,6 +307,7 @@ class Generator:
             "weights": self.weights_digest,
             "step": self.meta["step"],
             "cond_scale": self.settings.cond_scale,
+            "guidance_interval": list(self.settings.guidance_interval),
             "sampler": self.settings.sampler,
             "sampling_timesteps": self.steps,
             "seed": self.settings.seed,
@@ -353,7 +376,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = None
     if not isinstance(record, dict):
         raise UserError(f"{path} is damaged; give another --output_folder")
-    return record
+    return config.with_later_settings(record)
 
 
 def _chosen_classes(asked: Sequence[str], known: list[str]) -> dict[int, str]:

@@ -187,6 +187,7 @@ def test_the_images_are_what_the_averaged_network_and_the_decoder_give(trained, 
             torch.tensor([label]),
             [sample_generator(42, "image", name, 0)],
             cond_scale=3.0,
+            guidance_interval=(0, 1),
             sampler="ddim",
             sampling_timesteps=3,
         )
@@ -259,7 +260,13 @@ def test_a_sample_does_not_depend_on_how_many_are_asked_for(trained):
     plan = train_latent_cfg.make_plan(pipeline.train_flags(trained))
     assert plan.state is not None
     network = run_folder.build_diffusion(plan.state.meta["settings"], num_classes=3, latent_shape=(4, 8, 8))
-    how = {"dtype": torch.float32, "cond_scale": 2.0, "sampler": "dpm++", "sampling_timesteps": 2}
+    how = {
+        "dtype": torch.float32,
+        "cond_scale": 2.0,
+        "guidance_interval": (0, 1),
+        "sampler": "dpm++",
+        "sampling_timesteps": 2,
+    }
 
     def sample(labels: list[int]) -> torch.Tensor:
         return sample_padded(network, labels, [sample_generator(0, "sample", label) for label in labels], **how)
