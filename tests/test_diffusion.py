@@ -475,10 +475,11 @@ def test_ddim_over_every_timestep_is_that_of_diffusers(objective):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("steps", [1, 15, 100])
-def test_ddpm_is_that_of_diffusers_fed_the_same_noise(objective, steps):
-    model = with_formula(smooth, objective=objective, timesteps=100)
+def test_ddpm_is_that_of_diffusers_fed_the_same_noise(objective, steps, schedule):
+    model = with_formula(smooth, objective=objective, timesteps=100, beta_schedule=schedule)
     ours = model.sample(
         torch.zeros(2),
         generators(2),
@@ -698,6 +699,37 @@ def test_guidance_on_the_whole_way_is_full_guidance_and_on_none_of_it_no_guidanc
     torch.testing.assert_close(part, by_hand(scales), rtol=1e-4, atol=1e-4)
     for other in (full, none):
         assert (part - other).abs().max() > 1e-3
+
+
+SCHEDULERS = {
+    "dpm++": ("dpmsolver_multistep", "DPMSolverMultistepScheduler", {"solver_order": 2, "final_sigmas_type": "zero"}),
+    "ddim": ("dpmsolver_multistep", "DPMSolverMultistepScheduler", {"solver_order": 1, "final_sigmas_type": "zero"}),
+    "ddpm": ("ddpm", "DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
+}
+
+
+@pytest.mark.parametrize("sampler", list(SCHEDULERS))
+def test_guidance_in_an_interval_is_the_loop_of_diffusers_with_guidance_switched_on_there(sampler):
+    model, classes = tiny(), torch.tensor([2, 0])
+    ours = model.sample(
+        classes, generators(2), cond_scale=4.0, guidance_interval=(0.3, 0.8), sampler=sampler, sampling_timesteps=10
+    )
+    module, name, facts = SCHEDULERS[sampler]
+    scheduler = scheduler_class(module, name)(**scheduler_settings(model), **facts)
+    scheduler.set_timesteps(timesteps=timesteps_of(model, 10))
+    guided_times = timesteps_of(model, 10)[3:8]  # of the places 0, 1/9, ..., 1, about
+
+    @torch.no_grad()
+    def network(x: Tensor, time: Tensor) -> Tensor:
+        cond = Unet.forward(model.model, x, time, classes, cond_drop_prob=0.0)
+        if int(time[0]) not in guided_times:
+            return cond
+        uncond = Unet.forward(model.model, x, time, classes, cond_drop_prob=1.0)
+        return uncond + 4.0 * (cond - uncond)
+
+    own = generators(2)
+    theirs = sample_with_diffusers(scheduler, network, initial_noise(own), own)
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3 * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize("cond_scale", [0.0, 1.0, 3.0])

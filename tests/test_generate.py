@@ -17,6 +17,9 @@ from PIL import Image
 from pipeline import CLASSES, STEPS, generate
 
 import checkpoint
+import config
+import evaluate_images
+import export_model
 import generate as generate_script
 import pictures
 import run_folder
@@ -108,6 +111,7 @@ def test_a_rerun_makes_only_what_is_missing(make, tmp_path, monkeypatch, capsys)
     ("changes", "word"),
     [
         ({"cond_scale": 1}, "cond_scale 1.5, now it is 1.0"),
+        ({"guidance_interval": [0, 0.5]}, "guidance_interval [0.0, 1.0], now it is [0.0, 0.5]"),
         ({"seed": 1}, "seed 42, now it is 1"),
         ({"sampling_timesteps": 3}, "sampling_timesteps 2, now it is 3"),
         ({"sampler": "ddim"}, "sampler dpm++, now it is ddim"),
@@ -132,6 +136,64 @@ def test_images_of_another_checkpoint_are_refused_in_the_same_folder(trained, ma
     assert make() == 0
     assert make(checkpoint=other) == 2
     assert "holds images made with weights" in pipeline.one_error(capsys)
+
+
+def test_a_folder_made_before_there_was_an_interval_counts_as_guided_on_the_whole_way(make, tmp_path, capsys):
+    assert make(images_per_class=1) == 0
+    whole = image_files(tmp_path / "synthetic")
+    record_path = tmp_path / "synthetic" / "settings.json"
+    record = json.loads(record_path.read_text())
+    assert record.pop("guidance_interval") == [0, 1]
+    record_path.write_text(json.dumps(record))
+    (tmp_path / "synthetic" / "ID_2" / "ID_2_000000.jpg").unlink()
+    assert make(images_per_class=1, guidance_interval=[0, 0.5]) == 2
+    assert "guidance_interval [0.0, 1.0], now it is" in pipeline.one_error(capsys)
+    assert make(images_per_class=1) == 0
+    assert image_files(tmp_path / "synthetic") == whole
+
+
+def test_an_interval_is_told_with_the_passes_that_it_leaves(make, tmp_path, capsys):
+    assert make("whole", images_per_class=1, sampling_timesteps=4, image_format="png") == 0
+    assert "guidance 1.5, 4 steps of dpm++ (8 network passes), float32" in capsys.readouterr().out
+    assert make("part", images_per_class=1, sampling_timesteps=4, image_format="png", guidance_interval=[0, 0.5]) == 0
+    told = "guidance 1.5 from 0 to 0.5 of the way, 4 steps of dpm++ (6 network passes), float32"
+    assert told in capsys.readouterr().out
+    assert image_files(tmp_path / "whole") != image_files(tmp_path / "part")
+
+
+@pytest.fixture
+def old_run(trained: Path, tmp_path: Path, monkeypatch) -> Path:
+    """Makes the finished run one from before there was an interval, in a time when its default is another."""
+    results = tmp_path / "results"
+    shutil.copytree(trained / "results", results)
+    for path in results.glob("*.safetensors"):
+        tensors, meta = checkpoint.load(path)
+        assert meta["settings"].pop("guidance_interval") == [0.0, 1.0]
+        path.unlink()
+        checkpoint.save(path, tensors, meta)
+    defaults = config.defaults
+
+    def of_later(cls: type) -> dict:
+        known = defaults(cls)
+        return known | {"guidance_interval": (0.3, 0.4)} if "guidance_interval" in known else known
+
+    monkeypatch.setattr(config, "defaults", of_later)
+    return results
+
+
+def test_an_old_run_is_guided_on_the_whole_way_whatever_the_default_is_now(trained, make, tmp_path, old_run):
+    assert make("old", checkpoint=old_run) == 0
+    assert make("new") == 0  # from the run that says so
+    assert image_files(tmp_path / "old") == image_files(tmp_path / "new")
+    flags = {"checkpoint": old_run, "output_folder": tmp_path / "out"}
+    assert export_model.main(tiny.flags({**flags, "ddim_steps": 4})) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["guidance"] == [1.5] * 4
+    plan = evaluate_images.make_plan(tiny.flags({**flags, "device": "cpu"}))
+    assert evaluate_images.sampling_settings(plan).guidance_interval == (0, 1)
+    goes_on = train_latent_cfg.make_plan(pipeline.train_flags(trained, results_folder=old_run, train_num_steps=99))
+    assert goes_on.settings.guidance_interval == (0, 1)
+    begins = train_latent_cfg.make_plan(pipeline.train_flags(trained, results_folder=tmp_path / "begun"))
+    assert begins.settings.guidance_interval == (0.3, 0.4)
 
 
 def test_an_interrupted_run_keeps_its_images_and_goes_on(make, tmp_path, monkeypatch):
