@@ -51,10 +51,12 @@ from ranks import ALONE, Ranks, joined
 from run_folder import SavedState, read_averages
 from sampling import BATCH_SIZE, Decoder, check_decodes, num_solver_steps, sample_padded
 from script import DONE, Failed, Progress, StopSignals, say, warn
+from write_behind import WriteBehind
 
 RECORD_NAME, _LABELS_NAME = "settings.json", "labels.csv"
 _OVERVIEW_NAME, _STRIP_NAME = "overview.png", "strip.png"
 LARGEST_RECORD_BYTES = 1 << 20
+_MOST_UNWRITTEN = 2 * BATCH_SIZE  # images that wait to be written while the next are made
 _OVERVIEW_ROWS, _OVERVIEW_COLUMNS = 16, 6
 
 
@@ -213,11 +215,11 @@ class Generator:
         return DONE
 
     def _make(self, cells: Sequence[Cell], bar: Progress, signals: StopSignals) -> None:
-        for start in range(0, len(cells), BATCH_SIZE):
-            batch = cells[start : start + BATCH_SIZE]
-            self._make_batch(batch)
-            bar.advance(len(batch))
-            self.ranks.raise_if_stopped(signals)
+        with WriteBehind(self._write, at_most=_MOST_UNWRITTEN) as writer:
+            for start in range(0, len(cells), BATCH_SIZE):
+                bar.advance(self._make_batch(cells[start : start + BATCH_SIZE], writer))
+                self.ranks.raise_if_stopped(signals)
+            bar.advance(writer.finish())
 
     def _await_others(self, cells: Sequence[Cell], bar: Progress, signals: StopSignals) -> None:
         self.ranks.tell("made")
@@ -245,10 +247,13 @@ class Generator:
         pictures.save_picture(pictures.labelled_grid(rows, names), path)
         return path
 
-    def _make_batch(self, cells: Sequence[Cell]) -> None:
+    def _make_batch(self, cells: Sequence[Cell], writer: WriteBehind) -> int:
+        """Makes these images and hands them to the writer; returns how many images it has written meanwhile."""
         samples = self.sample([c.label for c in cells], [c.index for c in cells], self.settings.cond_scale)
-        for cell, image in zip(cells, self.decoder(samples), strict=True):
-            durable.publish(cell.path, pictures.encode_image(Image.fromarray(image), self.suffix))
+        return sum(writer.put(cell.path, image) for cell, image in zip(cells, self.decoder(samples), strict=True))
+
+    def _write(self, path: Path, image: np.ndarray) -> None:
+        durable.publish(path, pictures.encode_image(Image.fromarray(image), self.suffix))
 
     def sample(
         self,

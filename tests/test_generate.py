@@ -18,6 +18,7 @@ from pipeline import CLASSES, STEPS, generate
 
 import checkpoint
 import config
+import durable
 import evaluate_images
 import export_model
 import generate as generate_script
@@ -200,9 +201,10 @@ def test_an_interrupted_run_keeps_its_images_and_goes_on(make, tmp_path, monkeyp
     assert make("whole", images_per_class=7) == 0
     make_batch = generate_script.Generator._make_batch
 
-    def interrupted(self, cells) -> None:
-        make_batch(self, cells)
+    def interrupted(self, cells, writer) -> int:
+        done = make_batch(self, cells, writer)
         os.kill(os.getpid(), signal.SIGINT)
+        return done
 
     with monkeypatch.context() as patch:
         patch.setattr(generate_script.Generator, "_make_batch", interrupted)
@@ -211,6 +213,36 @@ def test_an_interrupted_run_keeps_its_images_and_goes_on(make, tmp_path, monkeyp
     assert len(part) == BATCH_SIZE == len(labels_of(tmp_path / "part")) - 1
     assert make("part", images_per_class=7) == 0
     assert image_files(tmp_path / "part") == image_files(tmp_path / "whole")
+
+
+def test_a_file_that_cannot_be_written_ends_the_work_in_one_line_and_the_rest_is_made_later(
+    make, tmp_path, monkeypatch, capsys
+):
+    assert make("whole", images_per_class=20) == 0
+    publish, samplings = durable.publish, []
+
+    def full_disk(path: Path, data: bytes) -> None:
+        if path.name == "ID_1_000003.jpg":
+            raise OSError(28, "No space left on device", str(path))
+        publish(path, data)
+
+    def noted(*args, **facts) -> torch.Tensor:
+        samplings.append(1)
+        return sample_padded(*args, **facts)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "publish", full_disk)
+        patch.setattr(generate_script, "sample_padded", noted)
+        assert make("part", images_per_class=20) == 1
+    error = pipeline.one_error(capsys)
+    assert "ID_1_000003.jpg" in error and "No space left on device" in error
+    assert len(samplings) < 4  # of the four batches
+    part, whole = image_files(tmp_path / "part"), image_files(tmp_path / "whole")
+    assert part.items() < whole.items()
+    assert len(labels_of(tmp_path / "part")) == 1 + len(part)
+    assert make("part", images_per_class=20) == 0
+    assert image_files(tmp_path / "part") == whole
 
 
 # --- what to make them from --------------------------------------------------------------------------------
