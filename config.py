@@ -383,6 +383,13 @@ class GenerateSettings(SamplingSettings, DryRunSettings):
     image_format: str = _setting(
         "auto", str, OUTPUT, "auto is the format of the training images", choices=("auto", "jpg", "png")
     )
+    compile: str = _setting(
+        "auto",
+        str,
+        MACHINE,
+        "compile the network: auto does so for images enough to repay it, where a compiler is at hand",
+        choices=("auto", "true", "false"),
+    )
     strip: tuple[float, ...] = _setting(
         (),
         float,

@@ -128,6 +128,6 @@ def generating(
     num_passes = sum(count * passes_per_step(scale) for scale, count in steps.items())
     return (
         f"generate: {num_images:,} images, about {duration(total)} ({total / num_images:.3g} s per image, measured on "
-        f"{_SOLVER_STEPS} solver steps for {batch} images, and on one decoded image; {num_passes:,} "
+        f"{_SOLVER_STEPS} solver steps for {batch} images, not compiled, and on one decoded image; {num_passes:,} "
         "network passes)"
     )

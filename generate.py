@@ -43,6 +43,7 @@ import images
 import pictures
 import run_folder
 import vae
+from diffusion import passes_per_step
 from draws import sample_generator
 from images import RECIPE, BadImage
 from latent_cache import Space
@@ -124,10 +125,14 @@ class Generator:
         self.steps = num_solver_steps(settings.sampler, settings.sampling_timesteps, trained["timesteps"])
         vae_path = checked_vae(settings.vae_path, state.meta)
         self.vae_name = Path(vae_path).name
-        self.decoder = Decoder(vae_path, LatentNorm.from_json(state.meta["latent_norm"]), device)
+        self.dtype, reason = hardware.pick_precision(settings.precision, device)
+        # The decoder follows where that was measured to be faster, and as good: on CPUs, in bfloat16.
+        follows = device.type == "cpu" and self.dtype == torch.bfloat16
+        norm = LatentNorm.from_json(state.meta["latent_norm"])
+        self.decoder = Decoder(vae_path, norm, device, dtype=self.dtype if follows else torch.float32)
         self.weights_digest = vae.weights_digest(state.averages)
         self.diffusion = run_folder.averaged_diffusion(state).to(device)
-        self.dtype, reason = hardware.pick_precision(settings.precision, device)
+        self.is_compiled = False
         interval = settings.guidance_interval
         where = "" if interval == (0, 1) else f" from {interval[0]:g} to {interval[1]:g} of the way"
         passes = self.diffusion.num_passes(self.steps, cond_scale=settings.cond_scale, guidance_interval=interval)
@@ -145,6 +150,7 @@ class Generator:
             self.decoder.open()
         script.check_writable(self.folder, "output_folder", dry_run=True)
         if not self.settings.strip:
+            self._choose_network(count)
             self._refuse_other_images()
             there = len(self.classes) * self.settings.images_per_class - count
             say(f"{there:,} of the images are already there, {count:,} to make in {self.folder}")
@@ -185,9 +191,14 @@ class Generator:
         """
         with self.ranks.together():
             cells = _not_there(self._cells())
+            told = self._choose_network(len(cells))
             if cells:
                 self.decoder.open()  # before anything is written
+            if cells and self.is_compiled:
+                say(told)
+                self._compile()
             self._check_output_folder()
+        self.ranks.check_same({"a compiled network": self.is_compiled}, "give --compile false")
         there = len(self.classes) * self.settings.images_per_class - len(cells)
         if there:
             say(f"{there:,} of the images are already there")
@@ -213,6 +224,36 @@ class Generator:
         )
         say(f"the first of each class: {self._draw_overview()}")
         return DONE
+
+    def _choose_network(self, count: int) -> str:
+        """Decides whether the network is compiled for so many images; returns what is to be said of it.
+
+        A folder that has images already goes on as it began.
+        """
+        path = self.folder / RECORD_NAME
+        began_compiled = _read_record(path)["compiled"] if path.exists() else None
+        num_steps = self._steps_to_take(count).total()
+        self.is_compiled, told = hardware.pick_compile(
+            self.settings.compile, self.device, num_steps=num_steps, as_before=began_compiled
+        )
+        return told
+
+    def _compile(self) -> None:
+        """Compiles the network, and takes a step of each kind that is to come: what cannot be done shows now."""
+        network, label = self.diffusion.model, next(iter(self.classes))
+        network.stand_in = torch.compile(network.forward, dynamic=False)
+        by_passes = {passes_per_step(scale): scale for scale in self._steps_to_take(1)}
+        try:
+            for scale in by_passes.values():
+                self.sample([label], [0], scale, steps=1, interval=(0, 1))
+        except RuntimeError as error:
+            if not hardware.is_compiler_error(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            if self.settings.compile == "true":
+                raise Failed(f"the network cannot be compiled ({reason}); give --compile false") from error
+            warn(f"the network cannot be compiled, and samples without ({reason})")
+            network.stand_in, self.is_compiled = None, False
 
     def _make(self, cells: Sequence[Cell], bar: Progress, signals: StopSignals) -> None:
         with WriteBehind(self._write, at_most=_MOST_UNWRITTEN) as writer:
@@ -317,6 +358,8 @@ class Generator:
             "sampling_timesteps": self.steps,
             "seed": self.settings.seed,
             "precision": str(self.dtype).removeprefix("torch."),
+            "decoder_precision": str(self.decoder.dtype).removeprefix("torch."),
+            "compiled": self.is_compiled,
             "image_format": self.suffix[1:],
             "vae": self.vae_name,
         }
@@ -381,7 +424,11 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = None
     if not isinstance(record, dict):
         raise UserError(f"{path} is damaged; give another --output_folder")
-    return config.with_later_settings(record)
+    return {**_BEFORE_RECORDED, **config.with_later_settings(record)}
+
+
+# What was done before settings.json said so.
+_BEFORE_RECORDED = {"decoder_precision": "float32", "compiled": False}
 
 
 def _chosen_classes(asked: Sequence[str], known: list[str]) -> dict[int, str]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ import durable
 import evaluate_images
 import export_model
 import generate as generate_script
+import hardware
 import pictures
 import run_folder
 import sampling
@@ -144,7 +146,11 @@ def test_a_folder_made_before_there_was_an_interval_counts_as_guided_on_the_whol
     whole = image_files(tmp_path / "synthetic")
     record_path = tmp_path / "synthetic" / "settings.json"
     record = json.loads(record_path.read_text())
-    assert record.pop("guidance_interval") == [0, 1]
+    assert [record.pop(name) for name in ("guidance_interval", "decoder_precision", "compiled")] == [
+        [0, 1],
+        "float32",
+        False,
+    ]
     record_path.write_text(json.dumps(record))
     (tmp_path / "synthetic" / "ID_2" / "ID_2_000000.jpg").unlink()
     assert make(images_per_class=1, guidance_interval=[0, 0.5]) == 2
@@ -243,6 +249,78 @@ def test_a_file_that_cannot_be_written_ends_the_work_in_one_line_and_the_rest_is
     assert len(labels_of(tmp_path / "part")) == 1 + len(part)
     assert make("part", images_per_class=20) == 0
     assert image_files(tmp_path / "part") == whole
+
+
+# --- compiled ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list[int]:
+    """Lets the network be traced as for the compiler, and run as traced; returns the batch size of each trace."""
+    batches, real_compile = [], torch.compile
+
+    def backend(graph, inputs):
+        batches.extend({len(each) for each in inputs if each.ndim == 4 and each.shape[1:] == (4, 8, 8)})
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda run, dynamic: real_compile(run, dynamic=dynamic, backend=backend))
+    monkeypatch.setattr(hardware, "why_not_compile", lambda device: None)
+    torch.compiler.reset()
+    yield batches
+    torch.compiler.reset()
+
+
+def test_a_compiled_network_makes_the_same_images_with_one_trace_for_each_shape(make, tmp_path, compiled, capsys):
+    flags = {"images_per_class": 7, "image_format": "png", "guidance_interval": [0, 0.5], "sampling_timesteps": 4}
+    assert make("plain", **flags, compile="false") == 0
+    assert not compiled
+    assert make("compiled", **flags, compile="true") == 0
+    assert sorted(compiled) == [BATCH_SIZE, 2 * BATCH_SIZE]
+    assert "compiled, which takes a minute" in capsys.readouterr().out
+    assert image_files(tmp_path / "compiled") == image_files(tmp_path / "plain")
+    assert json.loads((tmp_path / "compiled" / "settings.json").read_text())["compiled"] is True
+    assert json.loads((tmp_path / "plain" / "settings.json").read_text())["compiled"] is False
+
+
+def test_auto_compiles_what_repays_it_and_goes_on_as_the_folder_began(make, tmp_path, compiled, monkeypatch, capsys):
+    monkeypatch.setattr(hardware, "_COMPILED_STEPS", 2 * 2)  # two batches of two steps
+    assert make("few", images_per_class=5) == 0
+    assert not compiled
+    assert make("many", images_per_class=6) == 0
+    assert compiled == [2 * BATCH_SIZE]
+    assert make("few", images_per_class=6) == 0  # as the folder began
+    (tmp_path / "many" / "ID_1" / "ID_1_000000.jpg").unlink()
+    assert make("many", images_per_class=6) == 0
+    assert make("many", images_per_class=6) == make("many", images_per_class=7, dry_run="true") == 0
+    capsys.readouterr()
+    assert make("many", images_per_class=7, compile="false") == 2
+    assert "holds images made with compiled True, now it is False" in pipeline.one_error(capsys)
+    assert make("few", images_per_class=7, compile="true") == 2
+    assert "holds images made with compiled False, now it is True" in pipeline.one_error(capsys)
+
+
+def test_a_network_that_cannot_be_compiled_samples_without(make, tmp_path, monkeypatch, capsys):
+    class BackendCompilerFailed(RuntimeError):
+        pass
+
+    def fail(*_: object, **__: object) -> None:
+        raise BackendCompilerFailed("no such header")
+
+    BackendCompilerFailed.__module__ = "torch._dynamo.exc"
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    monkeypatch.setattr(hardware, "why_not_compile", lambda device: None)
+    assert make("plain", compile="false") == 0
+    assert make("other", compile="true") == 1
+    assert "the network cannot be compiled (no such header); give --compile false" in pipeline.one_error(capsys)
+    assert not (tmp_path / "other").exists()
+    monkeypatch.setattr(hardware, "_COMPILED_STEPS", 1)
+    assert make("auto") == 0
+    assert capsys.readouterr().err.count("cannot be compiled, and samples without (no such header)") == 1
+    assert image_files(tmp_path / "auto") == image_files(tmp_path / "plain")
+    assert json.loads((tmp_path / "auto" / "settings.json").read_text())["compiled"] is False
+    monkeypatch.setattr(hardware, "why_not_compile", lambda device: "there is no C++ compiler")
+    assert make("more", compile="true") == 2
+    assert "--compile true cannot be done: there is no C++ compiler" in pipeline.one_error(capsys)
 
 
 # --- what to make them from --------------------------------------------------------------------------------
@@ -386,6 +464,19 @@ def test_the_number_of_solver_steps():
     assert num_solver_steps("ddim", 7, 1000) == 7
     with pytest.raises(UserError, match="the model has 10 timesteps"):
         num_solver_steps("ddim", 11, 10)
+
+
+def test_on_a_cpu_the_decoder_computes_in_bfloat16_with_the_network_and_hardly_differs(trained, make, tmp_path):
+    flags = {"images_per_class": 1, "image_format": "png", "precision": "bfloat16"}
+    assert make("images", **flags) == 0
+    assert json.loads((tmp_path / "images" / "settings.json").read_text())["decoder_precision"] == "bfloat16"
+    words = tiny.flags({"checkpoint": trained / "results", "device": "cpu", **flags})
+    generator = generate_script.open_generator(words, generate_script.ALONE)
+    samples = generator.sample([0, 1, 2], [0, 0, 0], 1.5)
+    generator.decoder.dtype = torch.float32
+    for name, exact in zip(CLASSES, generator.decoder(samples), strict=True):
+        found = np.asarray(Image.open(tmp_path / "images" / name / f"{name}_000000.png"))
+        assert 30 < pictures.psnr(exact, found) < math.inf
 
 
 def test_the_decoder_is_built_when_needed_and_each_image_is_decoded_by_itself(trained, encoder):
