@@ -105,8 +105,8 @@ def our_variants(guidance: float) -> list[Variant]:
     ]
 
 
-def read_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line, or these words."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -117,7 +117,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--no_library", action="store_true", help="leave out the rows of the library")
     parser.add_argument("--picture", help="where the picture goes (.png); none without")
     parser.add_argument("--small", action="store_true", help="a tiny run of its own: shows that it works")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if (arguments.checkpoint is None) != arguments.small:
         parser.error("give --checkpoint, or --small, which makes a run of its own")
     return arguments

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -255,7 +256,7 @@ def test_a_file_that_cannot_be_written_ends_the_work_in_one_line_and_the_rest_is
 
 
 @pytest.fixture
-def compiled(monkeypatch) -> list[int]:
+def compiled(monkeypatch) -> Iterator[list[int]]:
     """Lets the network be traced as for the compiler, and run as traced; returns the batch size of each trace."""
     batches, real_compile = [], torch.compile
 
