@@ -405,7 +405,8 @@ def draw(table: Mapping[str, Mapping[str, list[float]]]) -> Any:
         pen.line([(LEFT, y_of(value)), (LEFT + ACROSS, y_of(value))], fill=FAINT)
         pen.text((LEFT - 8, y_of(value)), f"{value:g}", fill=INK, font=font, anchor="rm")
     pen.text((LEFT + ACROSS / 2, TOP + DOWN + 30), "network passes per image", fill=INK, font=font, anchor="mt")
-    pen.text((LEFT, 3), f"{FIGURES[figure]}: less is nearer to real images", fill=INK, font=font)
+    title = FIGURES[figure].replace("é", "e")  # which the font of Pillow lacks
+    pen.text((LEFT, 3), f"{title}: less is nearer to real images", fill=INK, font=font)
     if math.isfinite(real):
         pen.line([(LEFT, y_of(real)), (LEFT + ACROSS, y_of(real))], fill=INK)
         pen.text((LEFT + ACROSS - 4, y_of(real) - 2), "as many real images", fill=INK, font=font, anchor="rb")
