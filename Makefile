@@ -26,6 +26,7 @@ faults: $(VENV)/installed-dev
 
 bench: $(VENV)/installed
 	for name in encode train lazy start open ranks; do $(PY) benchmarks/bench_$$name.py --small --rounds 2 || exit 1; done
+	$(PY) benchmarks/bench_sample.py --small --seeds 2
 
 check: $(VENV)/installed-dev
 	$(PY) -m ruff format --check .

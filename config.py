@@ -44,6 +44,7 @@ class Spec:
     unit: str = ""  # what a number counts, such as "steps"
     many: bool = False  # a list, as separate words on the command line
     needed: bool = True  # a list must not be empty
+    pair: bool = False  # a list of two numbers, the first no larger than the second
     path: bool = False  # a file or folder name
     free: bool = False  # may change when a run is resumed
     about_cache: bool = False  # the manifest of the cache supplies a default
@@ -224,6 +225,17 @@ class SamplingSettings(MachineSettings):
         high=100.0,
         free=True,
     )
+    guidance_interval: tuple[float, ...] = _setting(
+        (0.0, 1.0),
+        float,
+        SAMPLING,
+        "part of the way from noise (0) to image (1) on which guidance acts; elsewhere a step takes one pass, not two",
+        low=0.0,
+        high=1.0,
+        many=True,
+        pair=True,
+        free=True,
+    )
     sampler: str = _setting(
         "dpm++",
         str,
@@ -375,6 +387,13 @@ class GenerateSettings(SamplingSettings, DryRunSettings):
     image_format: str = _setting(
         "auto", str, OUTPUT, "auto is the format of the training images", choices=("auto", "jpg", "png")
     )
+    compile: str = _setting(
+        "auto",
+        str,
+        MACHINE,
+        "compile the network: auto does so for images enough to repay it, where a compiler is at hand",
+        choices=("auto", "true", "false"),
+    )
     strip: tuple[float, ...] = _setting(
         (),
         float,
@@ -450,6 +469,7 @@ class ExportSettings:
 
     checkpoint: str = _as_in(GenerateSettings, "checkpoint")
     cond_scale: float = _as_in(GenerateSettings, "cond_scale")
+    guidance_interval: tuple[float, ...] = _as_in(GenerateSettings, "guidance_interval")
     ddim_steps: int = _setting(
         100, int, SAMPLING, "levels of noise listed for a DDIM loop; at most as many as the model has timesteps", low=1
     )
@@ -496,7 +516,10 @@ def parse(name: str, texts: Sequence[str], spec: Spec, where: str) -> Any:
     if spec.many:
         if not texts and spec.needed:
             raise UserError(f"{name} in {where} needs at least one value")
-        return tuple(_parse_word(name, text, spec, where) for text in texts)
+        values = tuple(_parse_word(name, text, spec, where) for text in texts)
+        if spec.pair and (len(values) != 2 or values[0] > values[1]):
+            raise UserError(f"{name} is {' '.join(texts)} in {where}; it takes two numbers, the smaller one first")
+        return values
     if len(texts) != 1:
         raise UserError(f"{name} takes one value, not {len(texts)} ({' '.join(texts)}), in {where}")
     return _parse_word(name, texts[0], spec, where)
@@ -759,6 +782,14 @@ def _help(cls: type, name: str, spec: Spec) -> str:
 
 
 # --- storing the settings of a run -------------------------------------------------------------------------
+
+# What was done before these settings existed: old runs and old images stand for it, whatever the defaults are now.
+_BEFORE = {"guidance_interval": [0.0, 1.0]}
+
+
+def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds to the stored settings of a run, or of images, what it did in those that came later than it."""
+    return {**_BEFORE, **stored}
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

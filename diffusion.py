@@ -88,7 +88,13 @@ from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusi
 
 
 class LatentUnet(Unet):
-    """The library's U-Net: from noisy latents [B C S S], times [B] and classes [B] to float32 [B C S S]."""
+    """The library's U-Net: from noisy latents [B C S S], times [B] and classes [B] to float32 [B C S S].
+
+    Attributes:
+        stand_in: runs in place of this network when samples are made: its forward, compiled.
+    """
+
+    stand_in: Callable[..., Tensor] | None = None
 
     def forward(
         self,
@@ -103,19 +109,23 @@ class LatentUnet(Unet):
 
     def guided(self, x: Tensor, time: Tensor, classes: Tensor, cond_scale: float) -> Tensor:
         """Gives uncond + cond_scale * (cond - uncond), so that 1 is no guidance and 0 unconditional."""
-        if cond_scale == 1:
-            return self(x, time, classes, cond_drop_prob=0.0)
-        if cond_scale == 0:
-            return self(x, time, classes, cond_drop_prob=1.0)
+        run = self.stand_in or self
+        if passes_per_step(cond_scale) == 1:
+            return run(x, time, classes, cond_drop_prob=1.0 - cond_scale)
         batch = len(x)
         keep = torch.arange(2 * batch, device=x.device) < batch  # 2B: with the class, then without
-        both = self(x.repeat(2, 1, 1, 1), time.repeat(2), classes.repeat(2), cond_keep_mask=keep)  # 2B C S S
+        both = run(x.repeat(2, 1, 1, 1), time.repeat(2), classes.repeat(2), cond_keep_mask=keep)  # 2B C S S
         cond, uncond = both[:batch], both[batch:]  # each B C S S
         return uncond + cond_scale * (cond - uncond)
 
     def forward_with_cond_scale(self, *args, **kwargs):
         """Refuses, and with it the library's samplers: its guidance projects, rescales and returns a pair or not."""
         raise NotImplementedError("use LatentUnet.guided and LatentDiffusion.sample")
+
+
+def passes_per_step(cond_scale: float) -> int:
+    """Returns the network passes per sample that guidance of this scale takes: with the class, without, or both."""
+    return 1 if cond_scale in (0, 1) else 2
 
 
 def mean_by_timestep(times: Sequence[int], losses: Sequence[float], timesteps: int) -> dict[str, float]:
@@ -257,17 +267,20 @@ class LatentDiffusion(GaussianDiffusion):
         generators: Sequence[torch.Generator],
         *,
         cond_scale: float,
+        guidance_interval: Sequence[float],
         sampler: str,
         sampling_timesteps: int,
         progress: Callable[[], object] | None = None,
     ) -> Tensor:
         """Makes a sample [B C S S] per class [B], each from its own CPU generator whatever else is in the batch.
 
-        `sampler` is a key of SAMPLERS; `progress`, where given, is called after every step.
+        `sampler` is a key of SAMPLERS; `progress`, where given, is called after every step. For `guidance_interval`
+        see `guidance`.
         """
         if len(generators) != len(classes):
             raise ValueError(f"{len(classes)} classes, but {len(generators)} generators")
         levels = self.levels(sampling_timesteps)
+        scales = dict(zip(levels[:-1], self.guidance(levels, cond_scale, guidance_interval), strict=True))
         device = self.get_buffer("betas").device
         classes = classes.to(device)
 
@@ -277,7 +290,7 @@ class LatentDiffusion(GaussianDiffusion):
 
         def denoise(x: Tensor, level: Level) -> Tensor:
             time = torch.full((len(x),), level.time, device=device)
-            clean = self._clean(x, level, self.model.guided(x, time, classes, cond_scale))
+            clean = self._clean(x, level, self.model.guided(x, time, classes, scales[level]))
             if progress is not None:
                 progress()
             return clean
@@ -299,11 +312,35 @@ class LatentDiffusion(GaussianDiffusion):
                 f"sampling_timesteps is {sampling_timesteps}, but the model was trained with"
                 f" {self.num_timesteps} timesteps; give a number from 1 to {self.num_timesteps}"
             )
+        usable = self._usable_levels()
+        return [*_spread(usable, min(sampling_timesteps, len(usable))), CLEAN]
+
+    def guidance(self, levels: Sequence[Level], cond_scale: float, interval: Sequence[float]) -> list[float]:
+        """Gives the guidance scale of each step: `cond_scale` in the interval, 1 outside (Kynkäänniemi et al. 2024).
+
+        `levels` are those of `levels`. The interval is a part of the way on which steps are spread, 0 at the first
+        level and 1 at the last noisy one, so that a level is in it or not whatever the number of steps. Of (0, 1) it
+        has all, of (a, a) none; between, it ends before the level at its end.
+        """
+        low, high = interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"{low} to {high} is no part of the way from 0 to 1")
+        usable = self._usable_levels()
+        ways = dict(zip(usable, _ways(usable), strict=True))
+        if high == 1 > low:
+            high = math.inf  # the last level belongs to the way
+        return [cond_scale if low <= ways[level] < high else 1.0 for level in levels if level is not CLEAN]
+
+    def num_passes(self, sampling_timesteps: int, *, cond_scale: float, guidance_interval: Sequence[float]) -> int:
+        """Returns the network passes that one sample takes."""
+        return sum(map(passes_per_step, self.guidance(self.levels(sampling_timesteps), cond_scale, guidance_interval)))
+
+    def _usable_levels(self) -> list[Level]:
+        """Gives every level that sampling may visit, noisiest first."""
         alphas = self.get_buffer("sqrt_alphas_cumprod").tolist()
         sigmas = self.get_buffer("sqrt_one_minus_alphas_cumprod").tolist()
         every = [Level(*level) for level in zip(range(self.num_timesteps), alphas, sigmas, strict=True)]
-        usable = [level for level in reversed(every) if level.log_snr >= START_LAMBDA]
-        return [*_spread(usable, min(sampling_timesteps, len(usable))), CLEAN]
+        return [level for level in reversed(every) if level.log_snr >= START_LAMBDA]
 
     def _clean(self, x: Tensor, level: Level, output: Tensor) -> Tensor:
         """Turns the network's output into the expected latent."""
@@ -315,15 +352,19 @@ class LatentDiffusion(GaussianDiffusion):
         return output
 
 
-def _spread(usable: Sequence[Level], steps: int) -> list[Level]:
-    """Chooses `steps` of the usable levels (noisiest first), from the first to the last and even on the way."""
+def _ways(usable: Sequence[Level]) -> list[float]:
+    """Says for each level how far it lies on the way from the first (0) to the last (1)."""
     first, last = usable[0], usable[-1]
     times, lambdas = last.time - first.time, last.log_snr - first.log_snr
-    ways = [
+    return [
         TIME_SHARE * (level.time - first.time) / times + (1 - TIME_SHARE) * (level.log_snr - first.log_snr) / lambdas
         for level in usable
     ]
-    chosen, place = [], -1
+
+
+def _spread(usable: Sequence[Level], steps: int) -> list[Level]:
+    """Chooses `steps` of the usable levels (noisiest first), from the first to the last and even on the way."""
+    ways, chosen, place = _ways(usable), [], -1
     for step in range(steps):
         wanted = bisect_left(ways, step / max(1, steps - 1))
         place = min(max(wanted, place + 1), len(usable) - steps + step)  # no level twice, and enough left for the rest

@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None) -> int:
     state = run_folder.read_averages(Path(config.resolve(ExportSettings, layers).settings.checkpoint))
     for line in state.warnings:
         warn(line)
-    trained_with = {"cond_scale": state.meta["settings"].get("cond_scale", ExportSettings.cond_scale)}
+    of_run = state.meta["settings"]
+    trained_with = {name: of_run[name] for name in ("cond_scale", "guidance_interval") if name in of_run}
     layers.append(config.stored_layer(ExportSettings, f"run {state.path.parent}", trained_with))
     resolved = config.resolve(ExportSettings, layers)
     for line in resolved.changes():
@@ -59,7 +60,15 @@ def _export(settings: ExportSettings, state: SavedState) -> None:
     """Publishes the two files, the weights first: a folder with config.json is whole."""
     diffusion = run_folder.averaged_diffusion(state)
     weights = safetensors.torch.save(diffusion.model.state_dict(), {"format": "pt"})
-    facts = _to_json(describe(state, diffusion, cond_scale=settings.cond_scale, ddim_steps=settings.ddim_steps))
+    facts = _to_json(
+        describe(
+            state,
+            diffusion,
+            cond_scale=settings.cond_scale,
+            guidance_interval=settings.guidance_interval,
+            ddim_steps=settings.ddim_steps,
+        )
+    )
     folder = Path(settings.output_folder)
     script.check_writable(folder, "output_folder", dry_run=False)
     files = {folder / _WEIGHTS_NAME: weights, folder / _CONFIG_NAME: facts}
@@ -71,7 +80,14 @@ def _export(settings: ExportSettings, state: SavedState) -> None:
     say(f"{state.path} (step {state.step:,}): a U-Net of {millions:.2f} M parameters, in {folder}")
 
 
-def describe(state: SavedState, diffusion: LatentDiffusion, *, cond_scale: float, ddim_steps: int) -> dict[str, Any]:
+def describe(
+    state: SavedState,
+    diffusion: LatentDiffusion,
+    *,
+    cond_scale: float,
+    guidance_interval: Sequence[float],
+    ddim_steps: int,
+) -> dict[str, Any]:
     """Returns the content of config.json; README.md says what each entry is."""
     meta = state.meta
     shape = meta["latent_shape"]
@@ -86,7 +102,7 @@ def describe(state: SavedState, diffusion: LatentDiffusion, *, cond_scale: float
         "beta_schedule": facts["beta_schedule"],
         "latent_shape": shape,
         "latent_norm": meta["latent_norm"],
-        "cond_scale": cond_scale,
+        "guidance": diffusion.guidance(levels, cond_scale, guidance_interval),
         "levels": [list(level) for level in levels],
         "image_size": meta["settings"]["image_size"],
         "vae": {

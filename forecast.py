@@ -2,13 +2,14 @@
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import hardware
+from diffusion import passes_per_step
 from images import BadImage
 from latent_dataset import Encode, LatentDataset
 from script import duration
@@ -100,25 +101,33 @@ def memory(device: torch.device) -> str:
 
 
 def generating(
-    sample: Callable[[int], object],
+    sample: Callable[[float, int], object],
     decode: Callable[[], object],
     device: torch.device,
     *,
     num_images: int,
     batch: int,
-    num_solver_steps: int,
+    steps: Mapping[float, int],
 ) -> str:
     """Says how long so many images take.
 
     Args:
-        sample: samples a whole batch in as many solver steps as it is told.
+        sample: samples a whole batch with a guidance scale that it is told, in as many solver steps as it is told.
         decode: decodes one sample.
+        batch: images in a batch.
+        steps: solver steps of all batches, by their guidance scale. One of each number of passes is timed.
     """
-    steps = min(_SOLVER_STEPS, num_solver_steps)
-    per_batch, _ = seconds_per_call(lambda: sample(steps), device, warm_up=1, count=1)
+    by_passes: dict[int, float] = {}
+    for scale in steps:
+        passes = passes_per_step(scale)
+        if passes not in by_passes:
+            seconds, _ = seconds_per_call(lambda: sample(scale, _SOLVER_STEPS), device, warm_up=1, count=1)  # noqa: B023
+            by_passes[passes] = seconds / _SOLVER_STEPS
     per_image, _ = seconds_per_call(decode, device, warm_up=1, count=1)
-    total = -(-num_images // batch) * per_batch * num_solver_steps / steps + num_images * per_image
+    total = sum(count * by_passes[passes_per_step(scale)] for scale, count in steps.items()) + num_images * per_image
+    num_passes = sum(count * passes_per_step(scale) for scale, count in steps.items())
     return (
         f"generate: {num_images:,} images, about {duration(total)} ({total / num_images:.3g} s per image, measured on "
-        f"{steps} of {num_solver_steps} solver steps for {batch} images, and on one decoded image)"
+        f"{_SOLVER_STEPS} solver steps for {batch} images, not compiled, and on one decoded image; {num_passes:,} "
+        "network passes)"
     )

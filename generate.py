@@ -18,6 +18,7 @@ import difflib
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ import images
 import pictures
 import run_folder
 import vae
+from diffusion import passes_per_step
 from draws import sample_generator
 from images import RECIPE, BadImage
 from latent_cache import Space
@@ -50,10 +52,12 @@ from ranks import ALONE, Ranks, joined
 from run_folder import SavedState, read_averages
 from sampling import BATCH_SIZE, Decoder, check_decodes, num_solver_steps, sample_padded
 from script import DONE, Failed, Progress, StopSignals, say, warn
+from write_behind import WriteBehind
 
 RECORD_NAME, _LABELS_NAME = "settings.json", "labels.csv"
 _OVERVIEW_NAME, _STRIP_NAME = "overview.png", "strip.png"
 LARGEST_RECORD_BYTES = 1 << 20
+_MOST_UNWRITTEN = 2 * BATCH_SIZE  # images that wait to be written while the next are made
 _OVERVIEW_ROWS, _OVERVIEW_COLUMNS = 16, 6
 
 
@@ -93,7 +97,7 @@ def open_generator(argv: Sequence[str] | None, ranks: Ranks) -> "Generator":
     return generator
 
 
-FROM_RUN = ("vae_path", "seed", "cond_scale", "sampler", "sampling_timesteps", "precision")
+FROM_RUN = ("vae_path", "seed", "cond_scale", "guidance_interval", "sampler", "sampling_timesteps", "precision")
 
 
 @dataclass(frozen=True)
@@ -121,13 +125,20 @@ class Generator:
         self.steps = num_solver_steps(settings.sampler, settings.sampling_timesteps, trained["timesteps"])
         vae_path = checked_vae(settings.vae_path, state.meta)
         self.vae_name = Path(vae_path).name
-        self.decoder = Decoder(vae_path, LatentNorm.from_json(state.meta["latent_norm"]), device)
+        self.dtype, reason = hardware.pick_precision(settings.precision, device)
+        # The decoder follows where that was measured to be faster, and as good: on CPUs, in bfloat16.
+        follows = device.type == "cpu" and self.dtype == torch.bfloat16
+        norm = LatentNorm.from_json(state.meta["latent_norm"])
+        self.decoder = Decoder(vae_path, norm, device, dtype=self.dtype if follows else torch.float32)
         self.weights_digest = vae.weights_digest(state.averages)
         self.diffusion = run_folder.averaged_diffusion(state).to(device)
-        self.dtype, reason = hardware.pick_precision(settings.precision, device)
+        self.is_compiled = False
+        interval = settings.guidance_interval
+        where = "" if interval == (0, 1) else f" from {interval[0]:g} to {interval[1]:g} of the way"
+        passes = self.diffusion.num_passes(self.steps, cond_scale=settings.cond_scale, guidance_interval=interval)
         self.description = (
             f"{state.path} (step {state.step:,}), {len(self.classes)} of {len(self.all_classes)} classes, guidance "
-            f"{settings.cond_scale:g}, {self.steps} steps of {settings.sampler}, "
+            f"{settings.cond_scale:g}{where}, {self.steps} steps of {settings.sampler} ({passes} network passes), "
             f"{str(self.dtype).removeprefix('torch.')} ({reason}) on {hardware.describe(device)}"
         )
 
@@ -139,25 +150,36 @@ class Generator:
             self.decoder.open()
         script.check_writable(self.folder, "output_folder", dry_run=True)
         if not self.settings.strip:
+            self._choose_network(count)
             self._refuse_other_images()
             there = len(self.classes) * self.settings.images_per_class - count
             say(f"{there:,} of the images are already there, {count:,} to make in {self.folder}")
             self._tell_disk(count)
         if count:
             label = next(iter(self.classes))
-            samples = self.sample([label], [0], self.settings.cond_scale, steps=1)
+            samples = self.sample([label], [0], 1.0, steps=1)
             line = forecast.generating(
-                lambda steps: self.sample([label], [0], self.settings.cond_scale, steps=steps),
+                lambda scale, steps: self.sample([label], [0], scale, steps=min(steps, self.steps), interval=(0, 1)),
                 lambda: self.decoder(samples),
                 self.device,
                 num_images=count,
                 batch=BATCH_SIZE,
-                num_solver_steps=self.steps,
+                steps=self._steps_to_take(count),
             )
             say(line)
             say(forecast.memory(self.device))
         say(script.DRY_RUN_END)
         return DONE
+
+    def _steps_to_take(self, count: int) -> Counter[float]:
+        """Counts the solver steps of all batches by their guidance scale, for so many images or the strip."""
+        strip = self.settings.strip
+        num_batches = -(-(len(self.classes) if strip else count) // BATCH_SIZE)
+        levels, steps = self.diffusion.levels(self.steps), Counter()
+        for scale in strip or [self.settings.cond_scale]:
+            for own in self.diffusion.guidance(levels, scale, self.settings.guidance_interval):
+                steps[own] += num_batches
+        return steps
 
     # --- one folder per class ---
 
@@ -169,9 +191,14 @@ class Generator:
         """
         with self.ranks.together():
             cells = _not_there(self._cells())
+            told = self._choose_network(len(cells))
             if cells:
                 self.decoder.open()  # before anything is written
+            if cells and self.is_compiled:
+                say(told)
+                self._compile()
             self._check_output_folder()
+        self.ranks.check_same({"a compiled network": self.is_compiled}, "give --compile false")
         there = len(self.classes) * self.settings.images_per_class - len(cells)
         if there:
             say(f"{there:,} of the images are already there")
@@ -198,12 +225,42 @@ class Generator:
         say(f"the first of each class: {self._draw_overview()}")
         return DONE
 
+    def _choose_network(self, count: int) -> str:
+        """Decides whether the network is compiled for so many images; returns what is to be said of it.
+
+        A folder that has images already goes on as it began.
+        """
+        path = self.folder / RECORD_NAME
+        began_compiled = _read_record(path)["compiled"] if path.exists() else None
+        num_steps = self._steps_to_take(count).total()
+        self.is_compiled, told = hardware.pick_compile(
+            self.settings.compile, self.device, num_steps=num_steps, as_before=began_compiled
+        )
+        return told
+
+    def _compile(self) -> None:
+        """Compiles the network, and takes a step of each kind that is to come: what cannot be done shows now."""
+        network, label = self.diffusion.model, next(iter(self.classes))
+        network.stand_in = torch.compile(network.forward, dynamic=False)
+        by_passes = {passes_per_step(scale): scale for scale in self._steps_to_take(1)}
+        try:
+            for scale in by_passes.values():
+                self.sample([label], [0], scale, steps=1, interval=(0, 1))
+        except RuntimeError as error:
+            if not hardware.is_compiler_error(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            if self.settings.compile == "true":
+                raise Failed(f"the network cannot be compiled ({reason}); give --compile false") from error
+            warn(f"the network cannot be compiled, and samples without ({reason})")
+            network.stand_in, self.is_compiled = None, False
+
     def _make(self, cells: Sequence[Cell], bar: Progress, signals: StopSignals) -> None:
-        for start in range(0, len(cells), BATCH_SIZE):
-            batch = cells[start : start + BATCH_SIZE]
-            self._make_batch(batch)
-            bar.advance(len(batch))
-            self.ranks.raise_if_stopped(signals)
+        with WriteBehind(self._write, at_most=_MOST_UNWRITTEN) as writer:
+            for start in range(0, len(cells), BATCH_SIZE):
+                bar.advance(self._make_batch(cells[start : start + BATCH_SIZE], writer))
+                self.ranks.raise_if_stopped(signals)
+            bar.advance(writer.finish())
 
     def _await_others(self, cells: Sequence[Cell], bar: Progress, signals: StopSignals) -> None:
         self.ranks.tell("made")
@@ -231,14 +288,24 @@ class Generator:
         pictures.save_picture(pictures.labelled_grid(rows, names), path)
         return path
 
-    def _make_batch(self, cells: Sequence[Cell]) -> None:
+    def _make_batch(self, cells: Sequence[Cell], writer: WriteBehind) -> int:
+        """Makes these images and hands them to the writer; returns how many images it has written meanwhile."""
         samples = self.sample([c.label for c in cells], [c.index for c in cells], self.settings.cond_scale)
-        for cell, image in zip(cells, self.decoder(samples), strict=True):
-            durable.publish(cell.path, pictures.encode_image(Image.fromarray(image), self.suffix))
+        return sum(writer.put(cell.path, image) for cell, image in zip(cells, self.decoder(samples), strict=True))
+
+    def _write(self, path: Path, image: np.ndarray) -> None:
+        durable.publish(path, pictures.encode_image(Image.fromarray(image), self.suffix))
 
     def sample(
-        self, labels: list[int], indices: list[int], cond_scale: float, *, steps: int | None = None
+        self,
+        labels: list[int],
+        indices: list[int],
+        cond_scale: float,
+        *,
+        steps: int | None = None,
+        interval: Sequence[float] | None = None,
     ) -> torch.Tensor:
+        """Makes samples [B C h w] of at most BATCH_SIZE images; `steps` and `interval` stand in for the settings."""
         return sample_padded(
             self.diffusion,
             labels,
@@ -248,6 +315,7 @@ class Generator:
             ],
             dtype=self.dtype,
             cond_scale=cond_scale,
+            guidance_interval=self.settings.guidance_interval if interval is None else interval,
             sampler=self.settings.sampler,
             sampling_timesteps=self.steps if steps is None else steps,
         )
@@ -285,10 +353,13 @@ class Generator:
             "weights": self.weights_digest,
             "step": self.meta["step"],
             "cond_scale": self.settings.cond_scale,
+            "guidance_interval": list(self.settings.guidance_interval),
             "sampler": self.settings.sampler,
             "sampling_timesteps": self.steps,
             "seed": self.settings.seed,
             "precision": str(self.dtype).removeprefix("torch."),
+            "decoder_precision": str(self.decoder.dtype).removeprefix("torch."),
+            "compiled": self.is_compiled,
             "image_format": self.suffix[1:],
             "vae": self.vae_name,
         }
@@ -353,7 +424,11 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = None
     if not isinstance(record, dict):
         raise UserError(f"{path} is damaged; give another --output_folder")
-    return record
+    return {**_BEFORE_RECORDED, **config.with_later_settings(record)}
+
+
+# What was done before settings.json said so.
+_BEFORE_RECORDED = {"decoder_precision": "float32", "compiled": False}
 
 
 def _chosen_classes(asked: Sequence[str], known: list[str]) -> dict[int, str]:

@@ -13,6 +13,7 @@ from config import UserError
 # Native bfloat16 arithmetic starts at this CUDA compute capability; older GPUs have fast float16 only.
 _BFLOAT16_CAPABILITY = (8, 0)
 _TRITON_CAPABILITY = (7, 0)  # the oldest GPUs that torch.compile generates code for
+_COMPILED_STEPS = 5000  # fewer do not repay the minute or two that compiling takes
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -78,6 +79,28 @@ def pick_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if (major, minor) >= _BFLOAT16_CAPABILITY:
         return torch.bfloat16, f"compute capability {major}.{minor}"
     return torch.float16, f"compute capability {major}.{minor} is below 8.0; with a loss scaler"
+
+
+def pick_compile(choice: str, device: torch.device, *, num_steps: float, as_before: bool | None) -> tuple[bool, str]:
+    """Returns whether to compile the network, and what to say of it.
+
+    Args:
+        choice: the setting: auto, true or false.
+        num_steps: of training or of a sampler, that are to be taken.
+        as_before: whether what goes on was compiled, so that it goes on with the same bits; None where it begins.
+
+    Raises:
+        UserError: when it is asked for and cannot be done.
+    """
+    obstacle = why_not_compile(device)
+    if choice == "true" and obstacle is not None:
+        raise UserError(f"--compile true cannot be done: {obstacle}; give --compile auto")
+    if choice == "false" or obstacle is not None:
+        return False, f"not compiled ({obstacle or 'as asked'})"
+    repays = num_steps >= _COMPILED_STEPS if as_before is None else as_before
+    if choice == "auto" and not repays:
+        return False, "not compiled, which so few steps do not repay"
+    return True, "compiled, which takes a minute or two at the first step"
 
 
 def why_not_compile(device: torch.device) -> str | None:

@@ -81,7 +81,7 @@ def _saved_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], w
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
         what = f"{type(error).__name__}: {error}"[:200]
         raise UserError(f"{path} is no checkpoint of a training run that can be gone on with ({what})") from error
-    return SavedState(path, tensors, meta, warnings)
+    return SavedState(path, tensors, {**meta, "settings": config.with_later_settings(meta["settings"])}, warnings)
 
 
 def _check_meta(meta: Mapping[str, Any]) -> None:

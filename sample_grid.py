@@ -117,6 +117,7 @@ class GridMaker:
             ],
             dtype=self.dtype,
             cond_scale=settings.cond_scale,
+            guidance_interval=settings.guidance_interval,
             sampler=settings.sampler,
             sampling_timesteps=steps,
             progress=progress,

@@ -1,7 +1,7 @@
 """From an averaged network and classes to samples, and from samples to pictures; shared by grids and generate.py."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ def sample_padded(
     *,
     dtype: torch.dtype,
     cond_scale: float,
+    guidance_interval: Sequence[float],
     sampler: str,
     sampling_timesteps: int,
     progress: Callable[[], None] | None = None,
@@ -58,11 +59,12 @@ def sample_padded(
     device = next(diffusion.parameters()).device
     padded = torch.tensor([*labels, *[labels[0]] * padding], device=device)
     spare = [torch.Generator().manual_seed(0) for _ in range(padding)]
-    with torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else nullcontext():
+    with _autocast(device, dtype):
         samples = diffusion.sample(
             padded,
             [*generators, *spare],
             cond_scale=cond_scale,
+            guidance_interval=guidance_interval,
             sampler=sampler,
             sampling_timesteps=sampling_timesteps,
             progress=progress,
@@ -70,14 +72,21 @@ def sample_padded(
     return samples[: len(labels)]
 
 
+def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
 class Decoder:
     """The VAE's decoder, built when first needed and freed by `close`.
 
-    Each sample is decoded by itself, so that an image does not depend on the images beside it.
+    Each sample is decoded by itself, so that an image does not depend on the images beside it. `dtype` is the number
+    format that it computes in.
     """
 
-    def __init__(self, vae_path: str, norm: LatentNorm, device: torch.device) -> None:
-        self.vae_path, self.norm, self.device = vae_path, norm.to(device), device
+    def __init__(
+        self, vae_path: str, norm: LatentNorm, device: torch.device, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.vae_path, self.norm, self.device, self.dtype = vae_path, norm.to(device), device, dtype
         self.vae = None
 
     @torch.inference_mode()
@@ -90,7 +99,9 @@ class Decoder:
         images = []
         for latent in self.norm.to_unscaled(samples.to(self.device)):
             between()
-            images.append(pictures.to_uint8(decoder.decode(latent[None]))[0])
+            with _autocast(self.device, self.dtype):
+                pixels = decoder.decode(latent[None]).float()
+            images.append(pictures.to_uint8(pixels)[0])
         return images
 
     def open(self) -> vae.VAE:

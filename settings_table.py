@@ -27,6 +27,7 @@ _KINDS = {
 }
 _PATHS = {"en": "path", "zh": "路径"}
 _SEVERAL = {"en": "one or more: {}", "zh": "一个或多个：{}"}
+_PAIRS = {"en": "two numbers", "zh": "两个数"}
 _OR = {"en": " or ", "zh": "或 "}
 _FREE_NOTES = {"en": "\\* may change when a run goes on.", "zh": "\\* 续训时可以更改。"}
 _NOTHING = {"en": "(none)", "zh": "（空）"}
@@ -87,12 +88,18 @@ HELP_ZH = {
     "guidance scale s in uncond + s * (cond - uncond); 1 is off": (
         "引导强度 s，公式为 uncond + s * (cond - uncond)；1 表示关闭"
     ),
+    "part of the way from noise (0) to image (1) on which guidance acts; elsewhere a step takes one pass, not two": (
+        "引导起作用的区段，以从噪声（0）到图像（1）的路程表示；区段之外每步只算一次网络，而不是两次"
+    ),
     "solver: dpm++ is DPM-Solver++(2M)": "求解器；dpm++ 即 DPM-Solver++(2M)",
     "solver steps; auto is 20 for dpm++, 250 for ddim, every step for ddpm": (
         "求解步数；auto 时 dpm++ 为 20，ddim 为 250，ddpm 为全部步数"
     ),
     "compile the network: auto does so in runs long enough to repay it, where a compiler is at hand": (
         "编译网络：auto 在训练足够长、值得编译且有编译器时编译"
+    ),
+    "compile the network: auto does so for images enough to repay it, where a compiler is at hand": (
+        "编译网络：auto 在图像足够多、值得编译且有编译器时编译"
     ),
     "number format of the network: auto is bfloat16 or float16 on a GPU, whichever is native, float32 on a CPU": (
         "网络的数值格式；auto 在 GPU 上取其原生支持的 bfloat16 或 float16，在 CPU 上取 float32"
@@ -215,6 +222,8 @@ def _takes(spec: Spec, language: str) -> str:
     if spec.choices:
         listed = ", ".join(f"`{choice}`" for choice in spec.choices)
         return _SEVERAL[language].format(listed) if spec.many else listed
+    if spec.pair:
+        return _PAIRS[language]
     kind = _PATHS[language] if spec.path else _KINDS[language][spec.kind]
     texts = [_SEVERAL[language].format(kind) if spec.many else kind, *(f"`{word}`" for word in spec.words)]
     return _OR[language].join(texts)

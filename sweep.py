@@ -223,6 +223,7 @@ def made_of_sweep(plan: Plan, real: RealImages, sampling: GenerateSettings) -> d
         "figures": 2,  # counts up when the points get other figures
         "neighbours": plan.settings.neighbours,
         "images_per_class": plan.settings.sweep_images,
+        "guidance_interval": sampling.guidance_interval,
         "sampler": sampling.sampler,
         "sampling_timesteps": sampling.sampling_timesteps,
         "precision": str(hardware.pick_precision(sampling.precision, plan.device)[0]),

@@ -56,7 +56,6 @@ from script import DONE, Failed, Progress, Stopped, StopSignals, say, warn
 
 _SETTLING_STEPS = 10  # first steps of a process, among which are compiling and the first save: they tell no pace
 _FORECAST_STEPS = 50  # steps after which the length of the run is told
-_COMPILED_STEPS = 5000  # a shorter run does not repay the minute or two that compiling takes
 _JOINED_VALUES = 64 * 48 * 32 * 32  # of one activation at full width: four batches of the default recipe
 _NOT_INHERITED = ("results_folder", "resume_from", "device")  # settings that say where a run is, not what it is
 
@@ -521,16 +520,13 @@ class Trainer:
         Args:
             began_compiled: whether the run that goes on was compiled, so that it goes on with the same bits.
         """
-        choice, obstacle = self.settings.compile, hardware.why_not_compile(self.device)
-        if choice == "true" and obstacle is not None:
-            raise UserError(f"--compile true cannot be done: {obstacle}; give --compile auto")
-        if choice == "false" or obstacle is not None:
-            return f"not compiled ({obstacle or 'as asked'})"
-        repays = self.settings.train_num_steps >= _COMPILED_STEPS if began_compiled is None else began_compiled
-        if choice == "auto" and not repays:
-            return "not compiled, which a short run does not repay"
-        self.losses_of, self.is_compiled = torch.compile(self.diffusion, dynamic=False), True
-        return "compiled, which takes a minute or two at the first step"
+        choice, num_steps = self.settings.compile, self.settings.train_num_steps
+        self.is_compiled, told = hardware.pick_compile(
+            choice, self.device, num_steps=num_steps, as_before=began_compiled
+        )
+        if self.is_compiled:
+            self.losses_of = torch.compile(self.diffusion, dynamic=False)
+        return told
 
     def _fit_norm(self) -> None:
         settings, chosen = self.settings, self.data.chosen

@@ -94,7 +94,7 @@ def compare(script: str, names: Sequence[str], arguments: argparse.Namespace, un
         worker.wait()
     figures = {name: _figures(found, answers[names[0]]) for name, found in answers.items()}
     _print_table(figures, unit)
-    print(json.dumps({"benchmark": Path(script).stem, **_machine(arguments.threads), "variants": figures}))
+    print(json.dumps({"benchmark": Path(script).stem, **machine(arguments.threads), "variants": figures}))
 
 
 def _start(script: str, name: str, words: list[str], threads: int) -> subprocess.Popen[str]:
@@ -161,7 +161,7 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _machine(threads: int) -> dict[str, Any]:
+def machine(threads: int) -> dict[str, Any]:
     """Describes the machine and the versions."""
     import torch
 

@@ -231,5 +231,32 @@ def test_help_shows_each_setting_once_under_its_topic_with_unit_and_default(cls)
         assert mark or ") *" not in own
 
 
+@pytest.mark.parametrize("cls", [TrainSettings, GenerateSettings, config.ExportSettings])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["0.8", "0.2"], "is 0.8 0.2 in --guidance_interval; it takes two numbers, the smaller one first"),
+        (["0.5"], "it takes two numbers"),
+        (["0", "0.5", "1"], "it takes two numbers"),
+        ([], "needs at least one value"),
+        (["-0.1", "1"], "the smallest allowed is 0"),
+        (["0", "1.01"], "the largest allowed is 1"),
+        (["0", "nan"], "it takes a number"),
+        (["all"], "it takes a number"),
+    ],
+)
+def test_what_is_no_interval_is_told_in_one_line(cls, words, told):
+    with pytest.raises(UserError) as caught:
+        read(cls, "--guidance_interval", *words)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_interval_is_read_from_flags_and_files_alike(tmp_path):
+    (tmp_path / "run.yaml").write_text("guidance_interval: [0.25, 0.75]\n")
+    from_file = read(TrainSettings, "--config", str(tmp_path / "run.yaml")).settings
+    assert from_file == read(TrainSettings, "--guidance_interval", "0.25", "0.75").settings
+    assert read(TrainSettings, "--guidance_interval", "1", "1").settings.guidance_interval == (1, 1)
+
+
 def test_every_group_has_its_place():
     assert {spec.group for cls in ALL for spec in config.specs(cls).values()} == set(config.GROUPS)

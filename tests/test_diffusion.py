@@ -38,7 +38,7 @@ TINY = {
     "min_snr_loss_weight": True,
     "min_snr_gamma": 5.0,
 }
-SAMPLING = {"cond_scale": 2.0, "sampler": "dpm++", "sampling_timesteps": 5}
+SAMPLING = {"cond_scale": 2.0, "guidance_interval": (0, 1), "sampler": "dpm++", "sampling_timesteps": 5}
 
 
 def scheduler_class(module: str, name: str) -> Any:
@@ -441,7 +441,12 @@ def timesteps_of(model: LatentDiffusion, steps: int) -> list[int]:
 def test_deterministic_samplers_are_the_multistep_solvers_of_diffusers(objective, schedule, steps, sampler, order):
     model = with_formula(smooth, objective=objective, beta_schedule=schedule)
     ours = model.sample(
-        torch.zeros(3, dtype=torch.long), generators(3), cond_scale=1.0, sampler=sampler, sampling_timesteps=steps
+        torch.zeros(3, dtype=torch.long),
+        generators(3),
+        cond_scale=1.0,
+        guidance_interval=(0, 1),
+        sampler=sampler,
+        sampling_timesteps=steps,
     )
     scheduler = scheduler_class("dpmsolver_multistep", "DPMSolverMultistepScheduler")(
         **scheduler_settings(model),
@@ -458,7 +463,9 @@ def test_deterministic_samplers_are_the_multistep_solvers_of_diffusers(objective
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_ddim_over_every_timestep_is_that_of_diffusers(objective):
     model = with_formula(smooth, objective=objective, timesteps=40, beta_schedule="linear")
-    ours = model.sample(torch.zeros(2), generators(2), cond_scale=1.0, sampler="ddim", sampling_timesteps=40)
+    ours = model.sample(
+        torch.zeros(2), generators(2), cond_scale=1.0, guidance_interval=(0, 1), sampler="ddim", sampling_timesteps=40
+    )
     scheduler = scheduler_class("ddim", "DDIMScheduler")(
         **scheduler_settings(model), clip_sample=False, set_alpha_to_one=True
     )
@@ -468,11 +475,19 @@ def test_ddim_over_every_timestep_is_that_of_diffusers(objective):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("steps", [1, 15, 100])
-def test_ddpm_is_that_of_diffusers_fed_the_same_noise(objective, steps):
-    model = with_formula(smooth, objective=objective, timesteps=100)
-    ours = model.sample(torch.zeros(2), generators(2), cond_scale=1.0, sampler="ddpm", sampling_timesteps=steps)
+def test_ddpm_is_that_of_diffusers_fed_the_same_noise(objective, steps, schedule):
+    model = with_formula(smooth, objective=objective, timesteps=100, beta_schedule=schedule)
+    ours = model.sample(
+        torch.zeros(2),
+        generators(2),
+        cond_scale=1.0,
+        guidance_interval=(0, 1),
+        sampler="ddpm",
+        sampling_timesteps=steps,
+    )
     scheduler = scheduler_class("ddpm", "DDPMScheduler")(
         **scheduler_settings(model), clip_sample=False, variance_type="fixed_small"
     )
@@ -518,7 +533,14 @@ def exact(objective: str, error: float = 0.0):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_samples_have_the_distribution_that_the_exact_network_knows(objective, sampler, steps, tolerance):
     model = with_formula(exact(objective), objective=objective, latent_size=48)
-    samples = model.sample(torch.zeros(4), generators(4), cond_scale=1.0, sampler=sampler, sampling_timesteps=steps)
+    samples = model.sample(
+        torch.zeros(4),
+        generators(4),
+        cond_scale=1.0,
+        guidance_interval=(0, 1),
+        sampler=sampler,
+        sampling_timesteps=steps,
+    )
     assert samples.mean().item() == pytest.approx(MIXTURE_MEAN, abs=tolerance * MIXTURE_STD)
     assert samples.std().item() == pytest.approx(MIXTURE_STD, rel=tolerance)
     low = samples[samples < sum(CENTERS) / 2]
@@ -530,7 +552,9 @@ def test_samples_have_the_distribution_that_the_exact_network_knows(objective, s
 
 def test_a_one_percent_error_of_noise_prediction_is_harmless_from_where_we_start_and_ruinous_from_the_end():
     model = with_formula(exact("pred_noise", error=0.01), objective="pred_noise", latent_size=32)
-    samples = model.sample(torch.zeros(2), generators(2), cond_scale=1.0, sampler="dpm++", sampling_timesteps=20)
+    samples = model.sample(
+        torch.zeros(2), generators(2), cond_scale=1.0, guidance_interval=(0, 1), sampler="dpm++", sampling_timesteps=20
+    )
     assert samples.std().item() == pytest.approx(MIXTURE_STD, rel=0.1)
     share = signal_share("cosine")
     even_in_time = [Level(time, math.sqrt(share[time]), math.sqrt(1 - share[time])) for time in range(999, 0, -50)]
@@ -548,7 +572,7 @@ def test_a_one_percent_error_of_noise_prediction_is_harmless_from_where_we_start
 
 def test_the_noise_of_a_sample_does_not_know_its_batch():
     model = with_formula(lambda x, time: x, objective="pred_x0")
-    given = {"cond_scale": 1.0, "sampler": "ddim", "sampling_timesteps": 1}
+    given = {"cond_scale": 1.0, "guidance_interval": (0, 1), "sampler": "ddim", "sampling_timesteps": 1}
     together = model.sample(torch.zeros(5), generators(5), **given)
     for index in range(5):
         alone = model.sample(torch.zeros(1), generators(5)[index : index + 1], **given)
@@ -631,6 +655,7 @@ def test_one_network_pass_and_one_sign_of_progress_per_step(sampler):
         torch.tensor([0, 1]),
         generators(2),
         cond_scale=3.0,
+        guidance_interval=(0, 1),
         sampler=sampler,
         sampling_timesteps=20,
         progress=lambda: signs.append(len(passes)),
@@ -638,6 +663,125 @@ def test_one_network_pass_and_one_sign_of_progress_per_step(sampler):
     hook.remove()
     assert passes == [4] * 20
     assert signs == list(range(1, 21))
+
+
+# ---- guidance in a part of the way
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "ddim", "ddpm"])
+def test_guidance_on_the_whole_way_is_full_guidance_and_on_none_of_it_no_guidance(sampler):
+    model, classes, given = tiny(), torch.tensor([0, 1]), {"sampler": sampler, "sampling_timesteps": 6}
+
+    def sample(cond_scale: float, *interval: float) -> Tensor:
+        return model.sample(classes, generators(2), cond_scale=cond_scale, guidance_interval=interval, **given)
+
+    def by_hand(scale_of_step: list[float]) -> Tensor:
+        """Follows the solver with one call of the network per class and pass, and the scale of each step."""
+        levels, own = model.levels(6), generators(2)
+
+        @torch.no_grad()
+        def denoise(x: Tensor, level: Level) -> Tensor:
+            time, scale = torch.full((2,), level.time), scale_of_step[levels.index(level)]
+            cond = Unet.forward(model.model, x, time, classes, cond_drop_prob=0.0)
+            uncond = Unet.forward(model.model, x, time, classes, cond_drop_prob=1.0)
+            return model._clean(x, level, uncond + scale * (cond - uncond))
+
+        return diffusion_module.SAMPLERS[sampler](denoise, lambda: initial_noise(own), levels, initial_noise(own))
+
+    full, none = sample(3.0, 0, 1), sample(1.0, 0, 1)
+    torch.testing.assert_close(full, by_hand([3.0] * 6), rtol=1e-4, atol=1e-4)
+    for place in (0, 0.3, 1):
+        assert torch.equal(sample(3.0, place, place), none)
+    assert torch.equal(sample(1.0, 0.2, 0.8), none)
+    part = sample(3.0, 0.2, 0.8)  # of the places 0, 0.2, 0.4, 0.6, 0.8, 1, about
+    scales = model.guidance(model.levels(6), 3.0, (0.2, 0.8))
+    assert scales[0] == scales[-1] == 1 and 2 <= scales.count(3.0) <= 4
+    torch.testing.assert_close(part, by_hand(scales), rtol=1e-4, atol=1e-4)
+    for other in (full, none):
+        assert (part - other).abs().max() > 1e-3
+
+
+SCHEDULERS = {
+    "dpm++": ("dpmsolver_multistep", "DPMSolverMultistepScheduler", {"solver_order": 2, "final_sigmas_type": "zero"}),
+    "ddim": ("dpmsolver_multistep", "DPMSolverMultistepScheduler", {"solver_order": 1, "final_sigmas_type": "zero"}),
+    "ddpm": ("ddpm", "DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
+}
+
+
+@pytest.mark.parametrize("sampler", list(SCHEDULERS))
+def test_guidance_in_an_interval_is_the_loop_of_diffusers_with_guidance_switched_on_there(sampler):
+    model, classes = tiny(), torch.tensor([2, 0])
+    ours = model.sample(
+        classes, generators(2), cond_scale=4.0, guidance_interval=(0.3, 0.8), sampler=sampler, sampling_timesteps=10
+    )
+    module, name, facts = SCHEDULERS[sampler]
+    scheduler = scheduler_class(module, name)(**scheduler_settings(model), **facts)
+    scheduler.set_timesteps(timesteps=timesteps_of(model, 10))
+    guided_times = timesteps_of(model, 10)[3:8]  # of the places 0, 1/9, ..., 1, about
+
+    @torch.no_grad()
+    def network(x: Tensor, time: Tensor) -> Tensor:
+        cond = Unet.forward(model.model, x, time, classes, cond_drop_prob=0.0)
+        if int(time[0]) not in guided_times:
+            return cond
+        uncond = Unet.forward(model.model, x, time, classes, cond_drop_prob=1.0)
+        return uncond + 4.0 * (cond - uncond)
+
+    own = generators(2)
+    theirs = sample_with_diffusers(scheduler, network, initial_noise(own), own)
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("cond_scale", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("interval", [(0, 1), (0.25, 0.75), (0, 0.5), (0.5, 1), (1, 1)])
+def test_the_number_of_passes_is_that_of_the_network_and_the_null_pass_is_skipped_outside(interval, cond_scale):
+    model, sizes = tiny(), []
+    hook = model.model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    given = {"cond_scale": cond_scale, "guidance_interval": interval}
+    model.sample(torch.tensor([0, 1, 2]), generators(3), sampler="dpm++", sampling_timesteps=12, **given)
+    hook.remove()
+    assert len(sizes) == 12 and sum(sizes) == 3 * model.num_passes(12, **given)
+    scales = model.guidance(model.levels(12), cond_scale, interval)
+    assert sizes == [3 if scale in (0, 1) else 6 for scale in scales]
+    expected = {(0, 1): 12, (0.25, 0.75): 6, (0, 0.5): 6, (0.5, 1): 6, (1, 1): 0}[interval]
+    if cond_scale == 3:
+        assert abs(scales.count(3.0) - expected) <= 1 and (expected not in (0, 12) or scales.count(3.0) == expected)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_level_is_in_the_interval_whatever_the_number_of_steps(schedule):
+    model, found, num_cases = tiny(beta_schedule=schedule), {}, 0
+    for steps in (1, 2, 5, 12, 20, 50, 250, 1000):
+        levels = model.levels(steps)
+        for interval in ((0, 0.3), (0.3, 0.6), (0.6, 1), (0, 1)):
+            scales = model.guidance(levels, 5.0, interval)
+            assert len(scales) == len(levels) - 1
+            for level, scale in zip(levels[:-1], scales, strict=True):
+                assert found.setdefault((level, interval), scale) == scale
+                num_cases += 1
+            inside = [number for number, scale in enumerate(scales) if scale == 5.0]
+            assert inside == list(range(inside[0], inside[-1] + 1)) if inside else steps < 5  # in one piece
+            if 20 <= steps <= 250:
+                assert len(inside) / len(scales) == pytest.approx(interval[1] - interval[0], abs=1 / steps)
+        parts = [model.guidance(levels, 5.0, interval) for interval in ((0, 0.3), (0.3, 0.6), (0.6, 1))]
+        assert all(sorted(own) == [1.0, 1.0, 5.0] for own in zip(*parts, strict=True))  # each level in one of them
+    assert num_cases > 5000
+
+
+def test_a_longer_interval_takes_no_fewer_steps():
+    model = tiny()
+    levels = model.levels(20)
+    ends = [number / 16 for number in range(17)]
+    counts = [model.guidance(levels, 2.0, (0, end)).count(2.0) for end in ends]
+    assert counts == sorted(counts) and (counts[0], counts[-1]) == (0, 20)
+    counts = [model.guidance(levels, 2.0, (begin, 1)).count(2.0) for begin in ends]
+    assert counts == sorted(counts, reverse=True) and (counts[0], counts[-1]) == (20, 0)
+
+
+@pytest.mark.parametrize("interval", [(0.8, 0.2), (-0.1, 1), (0, 1.1), (math.nan, 1)])
+def test_what_is_no_interval_is_refused(interval):
+    with pytest.raises(ValueError, match="no part of the way"):
+        tiny().sample(torch.tensor([0]), generators(1), **{**SAMPLING, "guidance_interval": interval})
 
 
 def test_under_autocast_only_the_network_is_in_low_precision():
@@ -792,7 +936,9 @@ def test_a_short_training_learns_which_class_is_which():
         optimizer.step()
         ema.update(model, step + 1)
     classes = torch.arange(16) % 2
-    samples = ema.model.sample(classes, generators(16), cond_scale=1.0, sampler="dpm++", sampling_timesteps=10)
+    samples = ema.model.sample(
+        classes, generators(16), cond_scale=1.0, guidance_interval=(0, 1), sampler="dpm++", sampling_timesteps=10
+    )
     distances = (samples[:, None] - means).flatten(2).norm(dim=2)  # 16 2
     assert (distances.argmin(dim=1) == classes).float().mean() > 0.9
 

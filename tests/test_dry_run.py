@@ -83,7 +83,8 @@ def test_generating_is_told_and_nothing_is_written(trained, tmp_path, capsys):
     out = capsys.readouterr().out
     assert tree(trained) == before and not list(tmp_path.iterdir())
     assert "0 of the images are already there, 6 to make" in out
-    assert re.search(r"generate: 6 images, about \S+ s \(\S+ s per image, measured on 2 of 2 solver steps", out)
+    assert re.search(r"generate: 6 images, about \S+ s \(\S+ s per image, measured on 2 solver steps", out)
+    assert "; 4 network passes)" in out  # one batch of 2 steps, with and without the class
     assert generate(trained, output_folder=tmp_path / "synthetic", strip=[1, 2], dry_run="true") == 0
     assert "generate: 6 images" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
@@ -169,5 +170,22 @@ def test_the_total_is_the_pace_times_the_number(monkeypatch, cached):
     device = torch.device("cpu")
     told = forecast.training(lambda: None, 1000, device)
     assert told.startswith("train: 1,000 steps, about 8 min 20 s (0.5 s per step")
-    line = forecast.generating(lambda steps: None, lambda: None, device, num_images=40, batch=16, num_solver_steps=20)
-    assert line.startswith("generate: 40 images, about 35 s (")  # 3 batches of 20 / 2 x 0.5 s, and 40 x 0.5 s
+    given = {"num_images": 40, "batch": 16}
+    line = forecast.generating(lambda scale, steps: None, lambda: None, device, **given, steps={2.0: 60})
+    assert line.startswith("generate: 40 images, about 35 s (")  # 60 / 2 x 0.5 s, and 40 x 0.5 s
+    assert line.endswith("; 120 network passes)")
+
+
+def test_steps_with_one_pass_and_with_two_are_timed_apart(monkeypatch):
+    seconds = {"decode": 0.25, 1: 1.0, 2: 4.0}
+    monkeypatch.setattr(forecast, "seconds_per_call", lambda action, *_, **__: (seconds[action()], 1))
+    line = forecast.generating(
+        lambda scale, steps: 1 if scale in (0, 1) else steps,
+        lambda: "decode",
+        torch.device("cpu"),
+        num_images=8,
+        batch=16,
+        steps={2.0: 10, 1.0: 6, 3.0: 4, 0.0: 2},
+    )
+    assert line.startswith("generate: 8 images, about 34 s (")  # 14 / 2 x 4 s, 8 / 2 x 1 s, and 8 x 0.25 s
+    assert line.endswith("; 36 network passes)")

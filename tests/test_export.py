@@ -40,13 +40,20 @@ def readme_program() -> str:
     return block
 
 
-def our_samples(results: Path, labels: list[int], *, cond_scale: float, steps: int) -> Tensor:
+def our_samples(
+    results: Path, labels: list[int], *, cond_scale: float, steps: int, interval: tuple[float, float] = (0, 1)
+) -> Tensor:
     """Samples [B C h w] as the VAE decodes them, by our own sampler, from the noise of the program in README.md."""
     state = run_folder.read_averages(results)
     diffusion = run_folder.averaged_diffusion(state)
     one = torch.Generator().manual_seed(0)  # its rows, drawn one after the other, are those of a single draw
     samples = diffusion.sample(
-        torch.tensor(labels), [one] * len(labels), cond_scale=cond_scale, sampler="ddim", sampling_timesteps=steps
+        torch.tensor(labels),
+        [one] * len(labels),
+        cond_scale=cond_scale,
+        guidance_interval=interval,
+        sampler="ddim",
+        sampling_timesteps=steps,
     )
     return LatentNorm.from_json(state.meta["latent_norm"]).to_unscaled(samples)
 
@@ -118,7 +125,7 @@ def test_the_config_says_all_that_a_sampler_must_know(trained, tmp_path):
     assert facts["latent_shape"] == [4, 8, 8] and facts["latent_norm"] == meta["latent_norm"]
     assert (facts["objective"], facts["timesteps"], facts["beta_schedule"]) == ("pred_v", 1000, "cosine")
     assert facts["vae"]["path"] == str(trained / "vae.pt") and facts["vae"]["scale_factor"] == meta["scale_factor"]
-    assert facts["cond_scale"] == 1.5 and facts["image_size"] == 16
+    assert facts["guidance"] == [1.5] * (len(facts["levels"]) - 1) and facts["image_size"] == 16
     assert facts["versions"]["torch"] == torch.__version__ and len(facts["versions"]) == 3
     times, alphas, sigmas = zip(*facts["levels"], strict=True)
     assert list(times) == [*range(times[0], -1, -1), -1]  # no more than there are
@@ -129,7 +136,24 @@ def test_the_config_says_all_that_a_sampler_must_know(trained, tmp_path):
 def test_the_guidance_is_that_of_the_run_unless_another_is_given(world, tmp_path):
     assert pipeline.train(world, train_num_steps=1, num_samples=0, cond_scale=1.5) == 0
     assert export(world, tmp_path / "a") == export(world, tmp_path / "b", cond_scale=4) == 0
-    assert [facts_of(tmp_path / name)["cond_scale"] for name in "ab"] == [1.5, 4.0]
+    assert [set(facts_of(tmp_path / name)["guidance"]) for name in "ab"] == [{1.5}, {4.0}]
+
+
+def test_the_program_guides_in_the_interval_of_the_run_or_of_the_flags(cached, tmp_path, monkeypatch):
+    assert pipeline.train(cached, train_num_steps=1, num_samples=0, guidance_interval=[0.2, 0.7]) == 0
+    assert export(cached, tmp_path / "exported", cond_scale=3) == 0
+    assert export(cached, tmp_path / "other", cond_scale=3, guidance_interval=[0, 0.5]) == 0
+    assert facts_of(tmp_path / "exported")["guidance"] == [1, 3, 3, 1, 1]
+    assert facts_of(tmp_path / "other")["guidance"] == [3, 3, 1, 1, 1]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(readme_program(), names)
+    expected, whole = (
+        our_samples(cached / "results", [0, 0, 1, 1], cond_scale=3.0, steps=5, interval=interval)
+        for interval in ((0.2, 0.7), (0, 1))
+    )
+    torch.testing.assert_close(names["latents"], expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(names["latents"], whole, rtol=1e-4, atol=1e-4)
 
 
 def test_an_export_needs_neither_vae_nor_images_nor_cache(cached, tmp_path):

@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,16 @@ from PIL import Image
 from pipeline import CLASSES, STEPS, generate
 
 import checkpoint
+import config
+import durable
+import evaluate_images
+import export_model
 import generate as generate_script
+import hardware
 import pictures
 import run_folder
 import sampling
+import sweep
 import train_latent_cfg
 import vae
 from config import UserError
@@ -108,6 +116,7 @@ def test_a_rerun_makes_only_what_is_missing(make, tmp_path, monkeypatch, capsys)
     ("changes", "word"),
     [
         ({"cond_scale": 1}, "cond_scale 1.5, now it is 1.0"),
+        ({"guidance_interval": [0, 0.5]}, "guidance_interval [0.0, 1.0], now it is [0.0, 0.5]"),
         ({"seed": 1}, "seed 42, now it is 1"),
         ({"sampling_timesteps": 3}, "sampling_timesteps 2, now it is 3"),
         ({"sampler": "ddim"}, "sampler dpm++, now it is ddim"),
@@ -134,13 +143,76 @@ def test_images_of_another_checkpoint_are_refused_in_the_same_folder(trained, ma
     assert "holds images made with weights" in pipeline.one_error(capsys)
 
 
+def test_a_folder_made_before_there_was_an_interval_counts_as_guided_on_the_whole_way(make, tmp_path, capsys):
+    assert make(images_per_class=1) == 0
+    whole = image_files(tmp_path / "synthetic")
+    record_path = tmp_path / "synthetic" / "settings.json"
+    record = json.loads(record_path.read_text())
+    assert [record.pop(name) for name in ("guidance_interval", "decoder_precision", "compiled")] == [
+        [0, 1],
+        "float32",
+        False,
+    ]
+    record_path.write_text(json.dumps(record))
+    (tmp_path / "synthetic" / "ID_2" / "ID_2_000000.jpg").unlink()
+    assert make(images_per_class=1, guidance_interval=[0, 0.5]) == 2
+    assert "guidance_interval [0.0, 1.0], now it is" in pipeline.one_error(capsys)
+    assert make(images_per_class=1) == 0
+    assert image_files(tmp_path / "synthetic") == whole
+
+
+def test_an_interval_is_told_with_the_passes_that_it_leaves(make, tmp_path, capsys):
+    assert make("whole", images_per_class=1, sampling_timesteps=4, image_format="png") == 0
+    assert "guidance 1.5, 4 steps of dpm++ (8 network passes), float32" in capsys.readouterr().out
+    assert make("part", images_per_class=1, sampling_timesteps=4, image_format="png", guidance_interval=[0, 0.5]) == 0
+    told = "guidance 1.5 from 0 to 0.5 of the way, 4 steps of dpm++ (6 network passes), float32"
+    assert told in capsys.readouterr().out
+    assert image_files(tmp_path / "whole") != image_files(tmp_path / "part")
+
+
+@pytest.fixture
+def old_run(trained: Path, tmp_path: Path, monkeypatch) -> Path:
+    """Makes the finished run one from before there was an interval, in a time when its default is another."""
+    results = tmp_path / "results"
+    shutil.copytree(trained / "results", results)
+    for path in results.glob("*.safetensors"):
+        tensors, meta = checkpoint.load(path)
+        assert meta["settings"].pop("guidance_interval") == [0.0, 1.0]
+        path.unlink()
+        checkpoint.save(path, tensors, meta)
+    defaults = config.defaults
+
+    def of_later(cls: type) -> dict:
+        known = defaults(cls)
+        return known | {"guidance_interval": (0.3, 0.4)} if "guidance_interval" in known else known
+
+    monkeypatch.setattr(config, "defaults", of_later)
+    return results
+
+
+def test_an_old_run_is_guided_on_the_whole_way_whatever_the_default_is_now(trained, make, tmp_path, old_run):
+    assert make("old", checkpoint=old_run) == 0
+    assert make("new") == 0  # from the run that says so
+    assert image_files(tmp_path / "old") == image_files(tmp_path / "new")
+    flags = {"checkpoint": old_run, "output_folder": tmp_path / "out"}
+    assert export_model.main(tiny.flags({**flags, "ddim_steps": 4})) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["guidance"] == [1.5] * 4
+    plan = evaluate_images.make_plan(tiny.flags({**flags, "device": "cpu"}))
+    assert sweep.sampling_settings(plan).guidance_interval == (0, 1)
+    goes_on = train_latent_cfg.make_plan(pipeline.train_flags(trained, results_folder=old_run, train_num_steps=99))
+    assert goes_on.settings.guidance_interval == (0, 1)
+    begins = train_latent_cfg.make_plan(pipeline.train_flags(trained, results_folder=tmp_path / "begun"))
+    assert begins.settings.guidance_interval == (0.3, 0.4)
+
+
 def test_an_interrupted_run_keeps_its_images_and_goes_on(make, tmp_path, monkeypatch):
     assert make("whole", images_per_class=7) == 0
     make_batch = generate_script.Generator._make_batch
 
-    def interrupted(self, cells) -> None:
-        make_batch(self, cells)
+    def interrupted(self, cells, writer) -> int:
+        done = make_batch(self, cells, writer)
         os.kill(os.getpid(), signal.SIGINT)
+        return done
 
     with monkeypatch.context() as patch:
         patch.setattr(generate_script.Generator, "_make_batch", interrupted)
@@ -149,6 +221,108 @@ def test_an_interrupted_run_keeps_its_images_and_goes_on(make, tmp_path, monkeyp
     assert len(part) == BATCH_SIZE == len(labels_of(tmp_path / "part")) - 1
     assert make("part", images_per_class=7) == 0
     assert image_files(tmp_path / "part") == image_files(tmp_path / "whole")
+
+
+def test_a_file_that_cannot_be_written_ends_the_work_in_one_line_and_the_rest_is_made_later(
+    make, tmp_path, monkeypatch, capsys
+):
+    assert make("whole", images_per_class=20) == 0
+    publish, samplings = durable.publish, []
+
+    def full_disk(path: Path, data: bytes) -> None:
+        if path.name == "ID_1_000003.jpg":
+            raise OSError(28, "No space left on device", str(path))
+        publish(path, data)
+
+    def noted(*args, **facts) -> torch.Tensor:
+        samplings.append(1)
+        return sample_padded(*args, **facts)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "publish", full_disk)
+        patch.setattr(generate_script, "sample_padded", noted)
+        assert make("part", images_per_class=20) == 1
+    error = pipeline.one_error(capsys)
+    assert "ID_1_000003.jpg" in error and "No space left on device" in error
+    assert len(samplings) < 4  # of the four batches
+    part, whole = image_files(tmp_path / "part"), image_files(tmp_path / "whole")
+    assert part.items() < whole.items()
+    assert len(labels_of(tmp_path / "part")) == 1 + len(part)
+    assert make("part", images_per_class=20) == 0
+    assert image_files(tmp_path / "part") == whole
+
+
+# --- compiled ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> Iterator[list[int]]:
+    """Lets the network be traced as for the compiler, and run as traced; returns the batch size of each trace."""
+    batches, real_compile = [], torch.compile
+
+    def backend(graph, inputs):
+        batches.extend({len(each) for each in inputs if each.ndim == 4 and each.shape[1:] == (4, 8, 8)})
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda run, dynamic: real_compile(run, dynamic=dynamic, backend=backend))
+    monkeypatch.setattr(hardware, "why_not_compile", lambda device: None)
+    torch.compiler.reset()
+    yield batches
+    torch.compiler.reset()
+
+
+def test_a_compiled_network_makes_the_same_images_with_one_trace_for_each_shape(make, tmp_path, compiled, capsys):
+    flags = {"images_per_class": 7, "image_format": "png", "guidance_interval": [0, 0.5], "sampling_timesteps": 4}
+    assert make("plain", **flags, compile="false") == 0
+    assert not compiled
+    assert make("compiled", **flags, compile="true") == 0
+    assert sorted(compiled) == [BATCH_SIZE, 2 * BATCH_SIZE]
+    assert "compiled, which takes a minute" in capsys.readouterr().out
+    assert image_files(tmp_path / "compiled") == image_files(tmp_path / "plain")
+    assert json.loads((tmp_path / "compiled" / "settings.json").read_text())["compiled"] is True
+    assert json.loads((tmp_path / "plain" / "settings.json").read_text())["compiled"] is False
+
+
+def test_auto_compiles_what_repays_it_and_goes_on_as_the_folder_began(make, tmp_path, compiled, monkeypatch, capsys):
+    monkeypatch.setattr(hardware, "_COMPILED_STEPS", 2 * 2)  # two batches of two steps
+    assert make("few", images_per_class=5) == 0
+    assert not compiled
+    assert make("many", images_per_class=6) == 0
+    assert compiled == [2 * BATCH_SIZE]
+    assert make("few", images_per_class=6) == 0  # as the folder began
+    (tmp_path / "many" / "ID_1" / "ID_1_000000.jpg").unlink()
+    assert make("many", images_per_class=6) == 0
+    assert make("many", images_per_class=6) == make("many", images_per_class=7, dry_run="true") == 0
+    capsys.readouterr()
+    assert make("many", images_per_class=7, compile="false") == 2
+    assert "holds images made with compiled True, now it is False" in pipeline.one_error(capsys)
+    assert make("few", images_per_class=7, compile="true") == 2
+    assert "holds images made with compiled False, now it is True" in pipeline.one_error(capsys)
+
+
+def test_a_network_that_cannot_be_compiled_samples_without(make, tmp_path, monkeypatch, capsys):
+    class BackendCompilerFailed(RuntimeError):
+        pass
+
+    def fail(*_: object, **__: object) -> None:
+        raise BackendCompilerFailed("no such header")
+
+    BackendCompilerFailed.__module__ = "torch._dynamo.exc"
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    monkeypatch.setattr(hardware, "why_not_compile", lambda device: None)
+    assert make("plain", compile="false") == 0
+    assert make("other", compile="true") == 1
+    assert "the network cannot be compiled (no such header); give --compile false" in pipeline.one_error(capsys)
+    assert not (tmp_path / "other").exists()
+    monkeypatch.setattr(hardware, "_COMPILED_STEPS", 1)
+    assert make("auto") == 0
+    assert capsys.readouterr().err.count("cannot be compiled, and samples without (no such header)") == 1
+    assert image_files(tmp_path / "auto") == image_files(tmp_path / "plain")
+    assert json.loads((tmp_path / "auto" / "settings.json").read_text())["compiled"] is False
+    monkeypatch.setattr(hardware, "why_not_compile", lambda device: "there is no C++ compiler")
+    assert make("more", compile="true") == 2
+    assert "--compile true cannot be done: there is no C++ compiler" in pipeline.one_error(capsys)
 
 
 # --- what to make them from --------------------------------------------------------------------------------
@@ -187,6 +361,7 @@ def test_the_images_are_what_the_averaged_network_and_the_decoder_give(trained, 
             torch.tensor([label]),
             [sample_generator(42, "image", name, 0)],
             cond_scale=3.0,
+            guidance_interval=(0, 1),
             sampler="ddim",
             sampling_timesteps=3,
         )
@@ -259,7 +434,13 @@ def test_a_sample_does_not_depend_on_how_many_are_asked_for(trained):
     plan = train_latent_cfg.make_plan(pipeline.train_flags(trained))
     assert plan.state is not None
     network = run_folder.build_diffusion(plan.state.meta["settings"], num_classes=3, latent_shape=(4, 8, 8))
-    how = {"dtype": torch.float32, "cond_scale": 2.0, "sampler": "dpm++", "sampling_timesteps": 2}
+    how = {
+        "dtype": torch.float32,
+        "cond_scale": 2.0,
+        "guidance_interval": (0, 1),
+        "sampler": "dpm++",
+        "sampling_timesteps": 2,
+    }
 
     def sample(labels: list[int]) -> torch.Tensor:
         return sample_padded(network, labels, [sample_generator(0, "sample", label) for label in labels], **how)
@@ -285,6 +466,19 @@ def test_the_number_of_solver_steps():
     assert num_solver_steps("ddim", 7, 1000) == 7
     with pytest.raises(UserError, match="the model has 10 timesteps"):
         num_solver_steps("ddim", 11, 10)
+
+
+def test_on_a_cpu_the_decoder_computes_in_bfloat16_with_the_network_and_hardly_differs(trained, make, tmp_path):
+    flags = {"images_per_class": 1, "image_format": "png", "precision": "bfloat16"}
+    assert make("images", **flags) == 0
+    assert json.loads((tmp_path / "images" / "settings.json").read_text())["decoder_precision"] == "bfloat16"
+    words = tiny.flags({"checkpoint": trained / "results", "device": "cpu", **flags})
+    generator = generate_script.open_generator(words, generate_script.ALONE)
+    samples = generator.sample([0, 1, 2], [0, 0, 0], 1.5)
+    generator.decoder.dtype = torch.float32
+    for name, exact in zip(CLASSES, generator.decoder(samples), strict=True):
+        found = np.asarray(Image.open(tmp_path / "images" / name / f"{name}_000000.png"))
+        assert 30 < pictures.psnr(exact, found) < math.inf
 
 
 def test_the_decoder_is_built_when_needed_and_each_image_is_decoded_by_itself(trained, encoder):

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import bench_sample
 import pytest
 import tiny
 import tiny_vae
@@ -112,6 +113,8 @@ def check_python(words: list[str]) -> None:
         config.read_command_line(config.SCRIPTS[file], flags, description=None)
     elif file == "demo/train_vae.py":
         config.read_command_line(importlib.import_module("train_vae").VAESettings, flags, description=None)
+    elif file == "benchmarks/bench_sample.py":
+        bench_sample.read_arguments(flags)
     else:
         raise AssertionError(f"nobody checks the flags of {file}")
 

@@ -147,7 +147,7 @@ def test_a_joined_pass_is_the_larger_batch_bit_for_bit(cached, trained):
 
 @needs_compiler
 def test_a_compiled_network_trains_alike_and_a_run_goes_on_as_it_began(cached, trained, monkeypatch, capsys):
-    monkeypatch.setattr(train_latent_cfg, "_COMPILED_STEPS", STEPS)  # so that a longer run would choose otherwise
+    monkeypatch.setattr(hardware, "_COMPILED_STEPS", STEPS)  # so that a longer run would choose otherwise
     assert train(cached, compile="auto", results_folder=cached / "whole") == 0
     assert "compiled, which takes a minute" in capsys.readouterr().out
     expected = list(losses(trained / "results").values())
@@ -155,14 +155,14 @@ def test_a_compiled_network_trains_alike_and_a_run_goes_on_as_it_began(cached, t
     with monkeypatch.context() as patch:
         at_step(patch, HALF, signal_self(signal.SIGTERM))
         assert train(cached, compile="auto") == 143
-    monkeypatch.setattr(train_latent_cfg, "_COMPILED_STEPS", STEPS + 1)
+    monkeypatch.setattr(hardware, "_COMPILED_STEPS", STEPS + 1)
     assert train(cached, compile="auto") == 0
     assert state_digests(cached / "results") == state_digests(cached / "whole")
 
 
 def test_without_a_compiler_auto_does_without_and_true_is_refused(cached, trained, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(train_latent_cfg, "_COMPILED_STEPS", 1)
+    monkeypatch.setattr(hardware, "_COMPILED_STEPS", 1)
     assert train(cached, compile="auto") == 0
     assert "not compiled (there is no C++ compiler)" in capsys.readouterr().out
     assert_same_run(cached, trained)
@@ -179,7 +179,7 @@ def test_a_network_that_cannot_be_compiled_trains_without(cached, trained, monke
 
     BackendCompilerFailed.__module__ = "torch._dynamo.exc"
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
-    monkeypatch.setattr(train_latent_cfg, "_COMPILED_STEPS", 1)
+    monkeypatch.setattr(hardware, "_COMPILED_STEPS", 1)
     assert train(cached, compile="auto") == 0
     assert capsys.readouterr().err.count("cannot be compiled, and trains without (no such header)") == 1
     assert_same_run(cached, trained)
