@@ -316,7 +316,16 @@ class TrainSettings(SamplingSettings, ImageSettings, DryRunSettings):
         2, int, TRAINING, "forward passes per step; a step sees train_batch_size times this", low=1
     )
     train_lr: float = _setting(4e-4, float, TRAINING, "learning rate of Adam", low=0.0)
-    train_num_steps: int = _setting(150_000, int, TRAINING, "steps in all", low=1, free=True, unit="steps")
+    train_num_steps: int | str = _setting(
+        "auto",
+        int,
+        TRAINING,
+        "steps in all; auto is as many as see each training image 150 times",
+        low=1,
+        words=("auto",),
+        free=True,
+        unit="steps",
+    )
     join_passes: bool = _setting(
         True,
         bool,

@@ -129,7 +129,7 @@ HELP_ZH = {
         "每个训练步包含的前向传播次数；每步共用 train_batch_size 乘以此数个 latent"
     ),
     "learning rate of Adam": "Adam 的学习率",
-    "steps in all": "总步数",
+    "steps in all; auto is as many as see each training image 150 times": "总步数；auto 使每张训练图像被看到 150 次",
     "compute the forward passes of a step as one where they are small: the same training, and faster": (
         "一步中的各次前向传播若规模不大，则合为一次计算：训练相同，但更快"
     ),

@@ -57,6 +57,7 @@ from script import DONE, Failed, Progress, Stopped, StopSignals, say, warn
 _SETTLING_STEPS = 10  # first steps of a process, among which are compiling and the first save: they tell no pace
 _FORECAST_STEPS = 50  # steps after which the length of the run is told
 _JOINED_VALUES = 64 * 48 * 32 * 32  # of one activation at full width: four batches of the default recipe
+_AUTO_PASSES = 150  # over the training images; after 130 to 200, samples turned into copies (LOG.md)
 _NOT_INHERITED = ("results_folder", "resume_from", "device")  # settings that say where a run is, not what it is
 
 
@@ -76,10 +77,8 @@ def train(argv: Sequence[str] | None, ranks: Ranks) -> int:
             durable.remove_stale_temporaries(plan.results)
         facts = _facts_of_plan(plan)
     ranks.check_same(facts, "start all with the same command, and let all see the same --results_folder")
-    if plan.state is not None and plan.state.step >= plan.settings.train_num_steps:
-        say(
-            f"the run in {plan.origin} is finished ({plan.state.step:,} steps); a larger --train_num_steps goes further"
-        )
+    asked = plan.settings.train_num_steps
+    if not isinstance(asked, str) and _is_finished(plan, asked):
         return DONE
     with ranks.together():
         device = hardware.pick_device(ranks.device_name(plan.settings.device))
@@ -94,6 +93,8 @@ def train(argv: Sequence[str] | None, ranks: Ranks) -> int:
         if ranks.count > 1:
             _fill(data.dataset, ranks)
         trainer = Trainer(plan.settings, data, device, ranks)
+        if _is_finished(plan, trainer.num_steps):
+            return DONE
         if plan.settings.dry_run:
             return dry_run(trainer, plan)
         if ranks.is_main:
@@ -166,6 +167,14 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
     trackers.choose(resolved.settings.trackers)  # before anything else is done
     _refuse_impossible(resolved.settings)
     return Plan(resolved.settings, resolved.sources, origin, state, manifest, newest_save)
+
+
+def _is_finished(plan: Plan, num_steps: int) -> bool:
+    """Says whether the run has taken all its steps, and tells the user so."""
+    if plan.state is None or plan.state.step < num_steps:
+        return False
+    say(f"the run in {plan.origin} is finished ({plan.state.step:,} steps); a larger --train_num_steps goes further")
+    return True
 
 
 def find_run(results: Path, resume_from: str | None) -> tuple[Path | None, SavedState | None]:
@@ -439,6 +448,13 @@ def batch_size(settings: TrainSettings) -> int:
     return settings.train_batch_size * settings.gradient_accumulate_every
 
 
+def num_steps(settings: TrainSettings, num_images: int) -> int:
+    """Returns how many steps a run of so many training images takes in all."""
+    if isinstance(settings.train_num_steps, str):
+        return math.ceil(_AUTO_PASSES * num_images / batch_size(settings))
+    return settings.train_num_steps
+
+
 def pass_size(settings: TrainSettings, latent_shape: tuple[int, int, int], *, num_ranks: int = 1) -> int:
     """Returns how many latents [C h w] go through the network at once: a process's share of a step where it is small.
 
@@ -456,6 +472,7 @@ class Trainer:
         self.settings, self.data, self.device, self.ranks = settings, data, device, ranks
         self.dataset = data.dataset
         self.batch = batch_size(settings)
+        self.num_steps = num_steps(settings, len(self.dataset))
         self.share = self.batch // ranks.count
         self.own = slice(ranks.rank * self.share, (ranks.rank + 1) * self.share)  # of the batch
         self.pass_size = pass_size(settings, self.dataset.latent_shape, num_ranks=ranks.count)
@@ -497,9 +514,10 @@ class Trainer:
         parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
         shared = "" if self.ranks.count == 1 else f", {self.share} on each of {self.ranks.count} processes"
         passes = "" if self.pass_size == self.share else f" in passes of {self.pass_size}"
+        auto = f" ({_AUTO_PASSES} passes over the images)" if isinstance(self.settings.train_num_steps, str) else ""
         say(
             f"U-Net of {parameters:.2f} M parameters, {len(self.data.split.classes)} classes, "
-            f"batch {self.batch}{shared}{passes}"
+            f"batch {self.batch}{shared}{passes}, {self.num_steps:,} steps{auto}"
         )
         precision = str(self.dtype).removeprefix("torch.")
         say(f"{precision} ({self.precision_reason}) on {hardware.describe(self.device)}, {compiled}")
@@ -520,9 +538,8 @@ class Trainer:
         Args:
             began_compiled: whether the run that goes on was compiled, so that it goes on with the same bits.
         """
-        choice, num_steps = self.settings.compile, self.settings.train_num_steps
         self.is_compiled, told = hardware.pick_compile(
-            choice, self.device, num_steps=num_steps, as_before=began_compiled
+            self.settings.compile, self.device, num_steps=self.num_steps, as_before=began_compiled
         )
         if self.is_compiled:
             self.losses_of = torch.compile(self.diffusion, dynamic=False)
@@ -771,9 +788,9 @@ def run(trainer: Trainer, plan: Plan) -> int:
     fresh = plan.state is None
     try:
         with StopSignals() as signals, _bar(trainer, settings) as bar:
-            while trainer.finished_steps < settings.train_num_steps:
+            while trainer.finished_steps < trainer.num_steps:
                 trainer.train_step()
-                clock.forecast(settings.train_num_steps)
+                clock.forecast(trainer.num_steps)
                 done = trainer.finished_steps
                 with ranks.together():
                     if done % settings.log_every == 0:  # before a save, which holds the losses not told yet
@@ -781,12 +798,12 @@ def run(trainer: Trainer, plan: Plan) -> int:
                     if fresh:  # a full disk or too little memory shows now, not hours later
                         fresh = _rehearse(trainer, grids, plan.results)
                     bar.advance()
-                    if done % settings.save_and_sample_every == 0 or done == settings.train_num_steps:
+                    if done % settings.save_and_sample_every == 0 or done == trainer.num_steps:
                         started = time.monotonic()
                         save_and_sample(trainer, grids, plan.results, signals)
                         clock.note_save(time.monotonic() - started)
                 reason = ranks.agree_to_stop(signals.received, clock.is_up())
-                if done < settings.train_num_steps and reason is not None:
+                if done < trainer.num_steps and reason is not None:
                     return _stop(trainer, plan, reason)
     finally:
         shown_in.close()
@@ -830,14 +847,14 @@ def dry_run(trainer: Trainer, plan: Plan) -> int:
 
     The steps are the real ones, on random latents where an image is not encoded yet. All stays in memory.
     """
-    dataset, settings = trainer.dataset, plan.settings
+    dataset = trainer.dataset
     missing, encoder = dataset.missing(), dataset.encode
     say(forecast.encoding(dataset, missing))
     dataset.encode, dataset.read_image = forecast.random_moments(dataset.moments_shape), forecast.blank_image
     trainer.start(plan)
     trainer.losses_of, trainer.is_compiled = trainer.diffusion, False
     first_step = trainer.finished_steps
-    say(forecast.training(trainer.train_step, settings.train_num_steps - first_step, trainer.device))
+    say(forecast.training(trainer.train_step, trainer.num_steps - first_step, trainer.device))
     trainer.finished_steps = first_step
     metrics = Metrics(plan.results, step=first_step, earlier=plan.origin, writes=False)
     grids = make_grid_maker(trainer, plan.results, metrics)
@@ -851,7 +868,7 @@ def dry_run(trainer: Trainer, plan: Plan) -> int:
 def tell_disk(trainer: Trainer, grids: GridMaker, plan: Plan, *, num_missing: int) -> None:
     """Says what the saves to come, with their grids, and the latents that are missing will take on the disk."""
     settings, every = trainer.settings, trainer.settings.save_and_sample_every
-    num_saves = math.ceil(settings.train_num_steps / every) - trainer.finished_steps // every
+    num_saves = math.ceil(trainer.num_steps / every) - trainer.finished_steps // every
     states = checkpoint.bytes_for_saves(plan.results, num_saves, trainer.diffusion, trainer.ema.model)  # type: ignore[arg-type]
     disk.tell(
         states + num_saves * grids.expected_bytes(),
@@ -866,7 +883,7 @@ def tell_disk(trainer: Trainer, grids: GridMaker, plan: Plan, *, num_missing: in
 
 
 def _bar(trainer: Trainer, settings: TrainSettings) -> Any:
-    return script.progress(total=settings.train_num_steps, unit="steps", label="train", initial=trainer.finished_steps)
+    return script.progress(total=trainer.num_steps, unit="steps", label="train", initial=trainer.finished_steps)
 
 
 def _rehearse(trainer: Trainer, grids: GridMaker, folder: Path) -> bool:

@@ -378,3 +378,16 @@ def test_the_length_of_the_run_is_told_once_and_without_its_slow_first_steps(mon
         trainer.finished_steps = step
         clock.forecast(1150)
     assert capsys.readouterr().out == "1,000 steps to go will take about 8 min 20 s\n"
+
+
+def test_auto_sees_each_image_as_often_whatever_their_number(cached, monkeypatch, capsys):
+    monkeypatch.setattr(train_latent_cfg, "_AUTO_PASSES", 2)
+    assert train(cached, train_num_steps="auto", num_samples=0) == 0
+    told = "batch 4, 8 steps (2 passes over the images)"  # 15 images
+    assert told in capsys.readouterr().out
+    state = run_folder.newest_state(cached / "results")
+    assert state is not None and state.step == 8 and state.meta["settings"]["train_num_steps"] == "auto"
+    assert train(cached, train_num_steps="auto", num_samples=0) == 0
+    assert "is finished (8 steps); a larger --train_num_steps goes further" in capsys.readouterr().out
+    assert train(cached, train_num_steps=9, num_samples=0) == 0
+    assert (state := run_folder.newest_state(cached / "results")) is not None and state.step == 9
