@@ -1,0 +1,76 @@
+"""A few latents of a cache decoded again, and drawn below their images."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import pictures
+import prepare
+import vae
+from config import PreprocessSettings, UserError
+from images import BadImage, Entry
+from latent_dataset import LatentDataset
+from script import say, warn
+
+_NUM_PREVIEWS = 6  # images decoded again for the PSNR and the picture
+
+
+def draw_preview(
+    settings: PreprocessSettings,
+    dataset: LatentDataset,
+    entries: list[Entry],
+    device: torch.device,
+    path: Path,
+    *,
+    fresh: bool,
+) -> None:
+    """Decodes a few entries again, draws them below their images, and says how close they are."""
+    if not fresh and path.exists():
+        return
+    lost = set(dataset.missing())
+    present = [position for position in range(len(dataset)) if position not in lost]
+    if not present:
+        return
+    chosen = [present[i] for i in np.linspace(0, len(present) - 1, min(_NUM_PREVIEWS, len(present))).astype(int)]
+    pairs = [(i, image) for i in chosen if (image := _read_or_none(settings, entries[i])) is not None]
+    if pairs:
+        chosen = [i for i, _ in pairs]
+    elif not dataset.cache.space.is_imported:  # of which there may never have been any images here
+        return
+    originals = [image for _, image in pairs]
+    try:
+        decoded = decode_means(dataset, chosen, settings.vae_path, device)
+    except (UserError, torch.OutOfMemoryError) as error:  # the latents are good all the same
+        reason = error if isinstance(error, UserError) else "the GPU has too little memory for the VAE decoder"
+        warn(f"no {path.name}: {reason}")
+        return
+    scores = [pictures.psnr(a, b) for a, b in zip(originals, decoded, strict=True)] if originals else []
+    names = [dataset.names[i].split("/")[0] for i in chosen]
+    rows = {"image": originals, "decoded": decoded} if originals else {"decoded": decoded}
+    try:
+        pictures.save_picture(pictures.labelled_grid(list(rows.values()), list(rows), names), path)
+        where = f"see {path}"
+    except OSError as error:  # a cache may be checked where it is read-only
+        where = f"{path.name} cannot be written ({error.strerror or error})"
+    if scores:
+        quality = f"PSNR {np.mean(scores):.1f} dB over {len(scores)} images (worst {min(scores):.1f})"
+        say(f"round trip      {quality}; {where}")
+    else:
+        say(f"decoded         {len(decoded)} latents, with no images to compare; {where}")
+
+
+def _read_or_none(settings: PreprocessSettings, entry: Entry) -> np.ndarray | None:
+    try:
+        return prepare.read_image(settings.data_path, entry, image_size=settings.image_size)
+    except BadImage:  # its latent outlives it
+        return None
+
+
+@torch.inference_mode()
+def decode_means(dataset: LatentDataset, positions: list[int], vae_path: str, device: torch.device) -> list[np.ndarray]:
+    """Decodes the posterior means at `positions`; returns uint8 images [S S 3]."""
+    decoder = vae.load_vae(vae_path, device, parts="decoder", memory_format=torch.channels_last)
+    moments = dataset.moments(torch.tensor(positions))
+    means = moments[:, : moments.shape[1] // 2]
+    return [image for mean in means for image in pictures.to_uint8(decoder.decode(mean[None]))]
