@@ -70,7 +70,7 @@ class Trials:
 
             def progress() -> None:
                 bar.advance()
-                self.plan.ranks.raise_if_stopped(signals)
+                self.plan.ranks.work_goes_on(signals)
 
             found = classifier.compare(
                 *self.training,

@@ -24,6 +24,7 @@ class UserError(Exception):
     """A mistake that its user can mend; a script prints it as one line on stderr and exits with 2."""
 
 
+AUTO_PASSES = 150  # of training over the images; after 130 to 200, samples turned into copies (LOG.md)
 DOWNLOAD = "download"  # a word that stands in place of a path, for what can be fetched
 
 
@@ -320,7 +321,7 @@ class TrainSettings(SamplingSettings, ImageSettings, DryRunSettings):
         "auto",
         int,
         TRAINING,
-        "steps in all; auto is as many as see each training image 150 times",
+        f"steps in all; auto is as many as see each training image {AUTO_PASSES} times",
         low=1,
         words=("auto",),
         free=True,
@@ -400,7 +401,7 @@ class GenerateSettings(SamplingSettings, DryRunSettings):
         "auto",
         str,
         MACHINE,
-        "compile the network: auto does so for images enough to repay it, where a compiler is at hand",
+        "compile the network, save for --strip: auto does so for enough images, where a compiler is at hand",
         choices=("auto", "true", "false"),
     )
     strip: tuple[float, ...] = _setting(

@@ -142,15 +142,17 @@ class Evaluation:
                 ranks.raise_if_stopped(signals)
 
             with ranks.together(), ranks.while_main_works("compared", between):
-                for part in (self.compare_latents, self.look_for_copies, self.compare_features):
-                    if ranks.is_main:
-                        part(between)
+                if ranks.is_main:
+                    self.compare_latents()
                     between()
+                    self.look_for_copies()
+                    between()
+                    self.compare_features(between)
             self.try_classifiers(signals)
         if ranks.is_main:
             self.report.write()
 
-    def compare_latents(self, _between: Callable[[], None]) -> None:
+    def compare_latents(self) -> None:
         """Compares the latents of synthetic and training images with those of the test images."""
         made_of = {**self.made_of, "neighbours": self.settings.neighbours}
         if self._is_done("latents", made_of):
@@ -187,7 +189,7 @@ class Evaluation:
     def _by_name(self, by_label: dict[int, Any]) -> dict[str, Any]:
         return {self.plan.classes[label]: value for label, value in by_label.items()}
 
-    def look_for_copies(self, _between: Callable[[], None]) -> None:
+    def look_for_copies(self) -> None:
         """Measures how near synthetic images are to single training images, and draws the closest pairs."""
         synthetic, training = self.synthetic, self.real.training
         path = self.plan.folder / PAIRS_NAME
@@ -259,7 +261,7 @@ class Evaluation:
             self.synthetic.labels,
             done=done,
             save=lambda scores: keep({"scores": scores}),
-            spread=plan.ranks.spread,
+            spread=lambda trainings, train: plan.ranks.spread(trainings, train, signals),
             signals=signals,
         )
         keep(found)
@@ -311,9 +313,9 @@ def made_with(folder: Path) -> dict[str, Any]:
         record = json.loads(durable.read_whole(folder / generate.RECORD_NAME, at_most=generate.LARGEST_RECORD_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
-    known = ("weights", "step", "cond_scale", "sampler", "sampling_timesteps", "seed")
-    found = record if isinstance(record, dict) else {}
-    return {name: found[name] for name in known if isinstance(found.get(name), str | int | float)}
+    known = ("weights", "step", "cond_scale", "guidance_interval", "sampler", "sampling_timesteps", "seed")
+    found = config.with_later_settings(record) if isinstance(record, dict) else {}
+    return {name: found[name] for name in known if isinstance(found.get(name), str | int | float | list)}
 
 
 def find_warnings(plan: Plan, synthetic: ImageSet, real: RealImages) -> list[str]:

@@ -108,6 +108,7 @@ def generating(
     num_images: int,
     batch: int,
     steps: Mapping[float, int],
+    most_steps: int,
 ) -> str:
     """Says how long so many images take.
 
@@ -116,18 +117,19 @@ def generating(
         decode: decodes one sample.
         batch: images in a batch.
         steps: solver steps of all batches, by their guidance scale. One of each number of passes is timed.
+        most_steps: that a batch may take.
     """
-    by_passes: dict[int, float] = {}
+    by_passes, timed = dict[int, float](), min(_SOLVER_STEPS, most_steps)
     for scale in steps:
         passes = passes_per_step(scale)
         if passes not in by_passes:
-            seconds, _ = seconds_per_call(lambda: sample(scale, _SOLVER_STEPS), device, warm_up=1, count=1)  # noqa: B023
-            by_passes[passes] = seconds / _SOLVER_STEPS
+            seconds, _ = seconds_per_call(lambda: sample(scale, timed), device, warm_up=1, count=1)  # noqa: B023
+            by_passes[passes] = seconds / timed
     per_image, _ = seconds_per_call(decode, device, warm_up=1, count=1)
     total = sum(count * by_passes[passes_per_step(scale)] for scale, count in steps.items()) + num_images * per_image
     num_passes = sum(count * passes_per_step(scale) for scale, count in steps.items())
     return (
         f"generate: {num_images:,} images, about {duration(total)} ({total / num_images:.3g} s per image, measured on "
-        f"{_SOLVER_STEPS} solver steps for {batch} images, not compiled, and on one decoded image; {num_passes:,} "
+        f"{timed} solver steps for {batch} images, not compiled, and on one decoded image; {num_passes:,} "
         "network passes)"
     )

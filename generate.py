@@ -4,8 +4,8 @@
     python generate.py --checkpoint results --classes ID_1 ID_7 --cond_scale 3
     python generate.py --checkpoint results --strip 1 1.5 2 3 4 6
 
-An image depends on the checkpoint, the settings, its class and its number alone. Running it again makes only what
-is missing.
+An image depends on the checkpoint, the settings, its class and its number alone (and, within rounding, on whether the
+network was compiled: settings.json says so). Running it again makes only what is missing.
 """
 
 import signal
@@ -43,7 +43,6 @@ import images
 import pictures
 import run_folder
 import vae
-from diffusion import passes_per_step
 from draws import sample_generator
 from images import RECIPE, BadImage
 from latent_cache import Space
@@ -159,12 +158,13 @@ class Generator:
             label = next(iter(self.classes))
             samples = self.sample([label], [0], 1.0, steps=1)
             line = forecast.generating(
-                lambda scale, steps: self.sample([label], [0], scale, steps=min(steps, self.steps), interval=(0, 1)),
+                lambda scale, steps: self.sample([label], [0], scale, steps=steps, interval=(0, 1)),
                 lambda: self.decoder(samples),
                 self.device,
                 num_images=count,
                 batch=BATCH_SIZE,
                 steps=self._steps_to_take(count),
+                most_steps=self.steps,
             )
             say(line)
             say(forecast.memory(self.device))
@@ -191,14 +191,19 @@ class Generator:
         """
         with self.ranks.together():
             cells = _not_there(self._cells())
-            told = self._choose_network(len(cells))
+            self._choose_network(len(cells))
+            script.check_writable(self.folder, "output_folder", dry_run=True)
+            self._refuse_other_images()  # before minutes of compiling
             if cells:
                 self.decoder.open()  # before anything is written
-            if cells and self.is_compiled:
-                say(told)
-                self._compile()
-            self._check_output_folder()
         self.ranks.check_same({"a compiled network": self.is_compiled}, "give --compile false")
+        with self.ranks.together():
+            obstacle = self._compile() if cells and self.is_compiled else None
+        obstacle = self.ranks.first_of(obstacle)
+        with self.ranks.together():
+            if obstacle is not None:
+                self._do_without_compiler(obstacle)
+            self._check_output_folder()
         there = len(self.classes) * self.settings.images_per_class - len(cells)
         if there:
             say(f"{there:,} of the images are already there")
@@ -225,35 +230,35 @@ class Generator:
         say(f"the first of each class: {self._draw_overview()}")
         return DONE
 
-    def _choose_network(self, count: int) -> str:
-        """Decides whether the network is compiled for so many images; returns what is to be said of it.
-
-        A folder that has images already goes on as it began.
-        """
+    def _choose_network(self, count: int) -> None:
+        """Decides whether the network is compiled for so many images; a folder with images goes on as it began."""
         path = self.folder / RECORD_NAME
         began_compiled = _read_record(path)["compiled"] if path.exists() else None
         num_steps = self._steps_to_take(count).total()
         self.is_compiled, told = hardware.pick_compile(
             self.settings.compile, self.device, num_steps=num_steps, as_before=began_compiled
         )
-        return told
+        if count and (self.is_compiled or began_compiled):
+            say(told)
 
-    def _compile(self) -> None:
-        """Compiles the network, and takes a step of each kind that is to come: what cannot be done shows now."""
+    def _compile(self) -> str | None:
+        """Compiles the network, and takes a step of each kind that is to come; returns what cannot be done, if so."""
         network, label = self.diffusion.model, next(iter(self.classes))
         network.stand_in = torch.compile(network.forward, dynamic=False)
-        by_passes = {passes_per_step(scale): scale for scale in self._steps_to_take(1)}
         try:
-            for scale in by_passes.values():
+            for scale in self._steps_to_take(1):
                 self.sample([label], [0], scale, steps=1, interval=(0, 1))
         except RuntimeError as error:
             if not hardware.is_compiler_error(error):
                 raise
-            reason = " ".join(str(error).split())[:200]
-            if self.settings.compile == "true":
-                raise Failed(f"the network cannot be compiled ({reason}); give --compile false") from error
-            warn(f"the network cannot be compiled, and samples without ({reason})")
-            network.stand_in, self.is_compiled = None, False
+            return " ".join(str(error).split())[:200]
+        return None
+
+    def _do_without_compiler(self, obstacle: str) -> None:
+        if self.settings.compile == "true":
+            raise Failed(f"the network cannot be compiled ({obstacle}); give --compile false")
+        warn(f"the network cannot be compiled, and samples without ({obstacle})")
+        self.diffusion.model.stand_in, self.is_compiled = None, False
 
     def _make(self, cells: Sequence[Cell], bar: Progress, signals: StopSignals) -> None:
         with WriteBehind(self._write, at_most=_MOST_UNWRITTEN) as writer:

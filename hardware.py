@@ -97,8 +97,9 @@ def pick_compile(choice: str, device: torch.device, *, num_steps: float, as_befo
         raise UserError(f"--compile true cannot be done: {obstacle}; give --compile auto")
     if choice == "false" or obstacle is not None:
         return False, f"not compiled ({obstacle or 'as asked'})"
-    repays = num_steps >= _COMPILED_STEPS if as_before is None else as_before
-    if choice == "auto" and not repays:
+    if choice == "auto" and as_before is False:
+        return False, "not compiled, as it began"
+    if choice == "auto" and as_before is None and num_steps < _COMPILED_STEPS:
         return False, "not compiled, which so few steps do not repay"
     return True, "compiled, which takes a minute or two at the first step"
 

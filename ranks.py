@@ -52,6 +52,7 @@ class Ranks:
         self.rank, self.count, self.local_rank = rank, count, local_rank
         self._store = store
         self._device_group: Any = None  # the group of all, until there are GPUs
+        self._num_spread, self._at_work_on = 0, None  # of `spread`: how many groups of items, and the present one
 
     @property
     def is_main(self) -> bool:
@@ -117,6 +118,9 @@ class Ranks:
             pass
         except (UserError, Failed, OSError, Stopped) as caught:
             error = caught
+        except torch.OutOfMemoryError as caught:
+            error = Failed("the GPU has too little memory; end what else uses it, or give --device cpu")
+            error.__cause__ = caught
         found = None if error is None else script.explain(error)
         if not self._largest(found is not None):
             return
@@ -153,18 +157,28 @@ class Ranks:
         """Returns the value that rank 0 has, of plain types."""
         return value if self.count == 1 else self._gather(value)[0]
 
-    def spread(self, items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:
+    def spread(
+        self, items: Sequence[Item], work: Callable[[Item], Result], signals: StopSignals
+    ) -> Iterator[tuple[Item, Result]]:
         """Yields each item with the result of its work, of plain types; each process does its share.
 
         As many items as there are processes are worked on at a time, and all processes get all results. Work must
-        hold no exchange.
+        hold no exchange, and call `work_goes_on` now and then.
         """
         for start in range(0, len(items), self.count):
             group: Sequence[Item] = items[start : start + self.count]
             result: Any = None
+            self._num_spread += 1
+            topic = self._at_work_on = f"spread {self._num_spread}"
             with self.together():
-                if self.rank < len(group):
-                    result = work(group[self.rank])
+                try:
+                    if self.rank < len(group):
+                        result = work(group[self.rank])
+                finally:
+                    self._at_work_on = None
+                    self.tell(topic)
+                if self.count > 1:  # not in an exchange, which has its limit of time
+                    self.await_end(topic, lambda: self.raise_if_stopped(signals))
             yield from zip(group, [result] if self.count == 1 else self._gather(result), strict=False)
 
     def copy_of_main(self, tensors: Iterable[Tensor]) -> None:
@@ -225,6 +239,12 @@ class Ranks:
             elif not self.have_told(f"signal {number}"):
                 continue
             raise Stopped(number)
+
+    def work_goes_on(self, signals: StopSignals) -> None:
+        """Lets those that wait for this process's share of `spread` know that it is at work; raises Stopped."""
+        if self._at_work_on is not None:
+            self.sign_of_life(self._at_work_on)
+        self.raise_if_stopped(signals)
 
     def raise_if_failed(self, topic: str) -> None:
         """Raises OtherFailed when another process has told that it failed in its share of a topic."""

@@ -8,7 +8,8 @@ folder and stand in label order. Keys that are not listed here (digests, for exa
     evaluated
         checkpoint, step        file name and training step of the model
         synthetic_path          the folder with the generated images
-        made_with               what generate.py wrote beside them: step, cond_scale, sampler, sampling_timesteps, seed
+        made_with               what generate.py wrote beside them: step, cond_scale, guidance_interval, sampler,
+                                sampling_timesteps, seed
         split, image_size       random or contiguous; pixels
         images                  {synthetic, training, test: count}
         images_per_class        {class: {synthetic, training, test: count}}, of all classes
@@ -748,6 +749,7 @@ _FACTS = {
 _MADE_WITH = {
     "step": "step that the images were made with",
     "cond_scale": "guidance scale",
+    "guidance_interval": "part of the way that is guided",
     "sampler": "sampler",
     "sampling_timesteps": "sampler steps",
     "seed": "seed of the images",

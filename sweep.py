@@ -67,10 +67,11 @@ def sweep(plan: Plan, states: Sequence[Path]) -> None:
     if not len(real.test):
         raise UserError("a sweep compares with test images, and the run has none; train with fewer images_per_user")
     report = Report(plan.folder, made_of_real(plan, real))
-    for line in warnings_of_run(plan):
+    warnings = warnings_of_run(plan)
+    for line in warnings:
         warn(line)
     if "evaluated" not in report.data:
-        report.set_facts(warnings=warnings_of_run(plan), settings=config.to_dict(plan.settings))
+        report.set_facts(warnings=warnings, settings=config.to_dict(plan.settings))
     with StopSignals() as signals:
         Sweep(plan, real, report, signals).run(states)
 
@@ -99,7 +100,7 @@ class Sweep:
         todo = [point for point in points if not self._is_done(point)]
         if len(todo) < len(points):
             say(f"{len(points) - len(todo)} of {len(points)} points are in the report already")
-        for _, found in self.plan.ranks.spread(todo, self._look_at):
+        for _, found in self.plan.ranks.spread(todo, self._look_at, self.signals):
             self._keep(found)
         if self.plan.ranks.is_main:
             print_sweep(self.part)
@@ -116,7 +117,7 @@ class Sweep:
         """Takes away what classifiers with other settings than those asked for made of the points."""
         asked = classifier_trials.made_of(self.plan).items()
         for point in self.part["points"]:
-            if not asked <= point.get("classifier", {}).items():
+            if "classifier" in point and not asked <= point["classifier"].items():
                 for figures, name in itertools.product(
                     (point, self.part["training"]), ("classifier", *_CLASSIFIER_COLUMNS)
                 ):
@@ -135,6 +136,8 @@ class Sweep:
         figures, yardstick = measure(self.plan, self.real, Points(samples, self.labels))
         found = {**point, "step": generator.meta["step"], **figures, "yardstick": yardstick}
         if self.trials is not None:
+            for name in _CLASSIFIER_COLUMNS:  # of other seeds
+                found.pop(name, None)
             self._keep_alone(found)
             found["classifier"] = self._train_classifiers(found, samples, generator)
             means = {name: trained["mean"] for name, trained in found["classifier"]["sets"].items()}
@@ -158,7 +161,7 @@ class Sweep:
                 indices = [place % count for place in range(start, start + len(own))]
                 parts.append(generator.sample(own, indices, scale).cpu())
                 bar.advance(len(own))
-                self.plan.ranks.raise_if_stopped(self.signals)
+                self.plan.ranks.work_goes_on(self.signals)
         return torch.cat(parts)
 
     def _train_classifiers(self, point: dict[str, Any], samples: Tensor, generator: Generator) -> dict[str, Any]:
@@ -189,7 +192,7 @@ class Sweep:
                 file = pictures.encode_image(Image.fromarray(image), generator.suffix)
                 found[place] = resized(images.decode(file, image_size=side), size)
                 bar.advance()
-                self.plan.ranks.raise_if_stopped(self.signals)
+                self.plan.ranks.work_goes_on(self.signals)
         return found
 
     def _keep_alone(self, point: dict[str, Any]) -> None:

@@ -57,7 +57,6 @@ from script import DONE, Failed, Progress, Stopped, StopSignals, say, warn
 _SETTLING_STEPS = 10  # first steps of a process, among which are compiling and the first save: they tell no pace
 _FORECAST_STEPS = 50  # steps after which the length of the run is told
 _JOINED_VALUES = 64 * 48 * 32 * 32  # of one activation at full width: four batches of the default recipe
-_AUTO_PASSES = 150  # over the training images; after 130 to 200, samples turned into copies (LOG.md)
 _NOT_INHERITED = ("results_folder", "resume_from", "device")  # settings that say where a run is, not what it is
 
 
@@ -77,10 +76,9 @@ def train(argv: Sequence[str] | None, ranks: Ranks) -> int:
             durable.remove_stale_temporaries(plan.results)
         facts = _facts_of_plan(plan)
     ranks.check_same(facts, "start all with the same command, and let all see the same --results_folder")
-    asked = plan.settings.train_num_steps
-    if not isinstance(asked, str) and _is_finished(plan, asked):
-        return DONE
     with ranks.together():
+        if _is_finished(plan):  # which needs neither cache nor images
+            return DONE
         device = hardware.pick_device(ranks.device_name(plan.settings.device))
         if ranks.is_main:
             _check_results_folder(plan)
@@ -93,8 +91,6 @@ def train(argv: Sequence[str] | None, ranks: Ranks) -> int:
         if ranks.count > 1:
             _fill(data.dataset, ranks)
         trainer = Trainer(plan.settings, data, device, ranks)
-        if _is_finished(plan, trainer.num_steps):
-            return DONE
         if plan.settings.dry_run:
             return dry_run(trainer, plan)
         if ranks.is_main:
@@ -169,9 +165,10 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
     return Plan(resolved.settings, resolved.sources, origin, state, manifest, newest_save)
 
 
-def _is_finished(plan: Plan, num_steps: int) -> bool:
+def _is_finished(plan: Plan) -> bool:
     """Says whether the run has taken all its steps, and tells the user so."""
-    if plan.state is None or plan.state.step < num_steps:
+    own_split = None if plan.state is None or plan.origin is None else read_split(plan.origin)
+    if plan.state is None or own_split is None or plan.state.step < num_steps(plan.settings, len(own_split.train)):
         return False
     say(f"the run in {plan.origin} is finished ({plan.state.step:,} steps); a larger --train_num_steps goes further")
     return True
@@ -451,7 +448,7 @@ def batch_size(settings: TrainSettings) -> int:
 def num_steps(settings: TrainSettings, num_images: int) -> int:
     """Returns how many steps a run of so many training images takes in all."""
     if isinstance(settings.train_num_steps, str):
-        return math.ceil(_AUTO_PASSES * num_images / batch_size(settings))
+        return math.ceil(config.AUTO_PASSES * num_images / batch_size(settings))
     return settings.train_num_steps
 
 
@@ -514,7 +511,8 @@ class Trainer:
         parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
         shared = "" if self.ranks.count == 1 else f", {self.share} on each of {self.ranks.count} processes"
         passes = "" if self.pass_size == self.share else f" in passes of {self.pass_size}"
-        auto = f" ({_AUTO_PASSES} passes over the images)" if isinstance(self.settings.train_num_steps, str) else ""
+        is_auto = isinstance(self.settings.train_num_steps, str)
+        auto = f" ({config.AUTO_PASSES} passes over the images)" if is_auto else ""
         say(
             f"U-Net of {parameters:.2f} M parameters, {len(self.data.split.classes)} classes, "
             f"batch {self.batch}{shared}{passes}, {self.num_steps:,} steps{auto}"

@@ -5,7 +5,9 @@
 
 All variants sample with the same averaged weights in one process, in turn for each seed. The figures are those of
 evaluate_images.py: samples against the test images of the run's split, whose latents are encoded where no cache has
-them. Figures are medians over the seeds, with the smallest and the largest. "real" are as many training images.
+them. Figures are medians over the seeds, with the smallest and the largest. "real" are as many training images; in that
+row own class is that of the test images, and near copies what is expected. The library computes in float32, ours in the
+precision of the run, so that on a GPU the seconds compare both at once.
 
 The baseline is the library's own DDIM as its users run it: GaussianDiffusion with sampling_timesteps=250, the defaults
 of its ddim_sample (guidance 6, rescaled_phi 0.7, the clamp of x_start to [-1, 1]) and of its constructor (eta 1), one
@@ -78,7 +80,8 @@ class Variant:
             found = Variant(sampler, int(steps), guidance, (low, high))
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} is not like 'dpm++ 20 1.5 0 1'") from error
-        if sampler not in ("dpm++", "ddim", "ddpm") or found.steps < 1 or not 0 <= low <= high <= 1:
+        is_number = math.isfinite(guidance)
+        if sampler not in ("dpm++", "ddim", "ddpm") or found.steps < 1 or not 0 <= low <= high <= 1 or not is_number:
             raise argparse.ArgumentTypeError(f"{text!r}: a sampler, steps, guidance, and an interval within 0 to 1")
         return found
 
@@ -118,6 +121,8 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--picture", help="where the picture goes (.png); none without")
     parser.add_argument("--small", action="store_true", help="a tiny run of its own: shows that it works")
     arguments = parser.parse_args(argv)
+    if arguments.seeds < 1 or arguments.images_per_class < 1:
+        parser.error("--seeds and --images_per_class are at least 1")
     if (arguments.checkpoint is None) != arguments.small:
         parser.error("give --checkpoint, or --small, which makes a run of its own")
     return arguments
@@ -154,6 +159,8 @@ def measure(arguments: argparse.Namespace, checkpoint: str, folder: Path) -> Non
     variants += arguments.variants or our_variants(guidance)
     if arguments.small:
         variants = [dataclasses.replace(variant, steps=min(variant.steps, 4)) for variant in variants]
+    most = bench.diffusion.num_timesteps
+    variants = [dataclasses.replace(variant, steps=min(variant.steps, most)) for variant in variants]
     variants = list(dict.fromkeys(variants))
     rows: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in variants}
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C shows what there is by then
@@ -162,6 +169,8 @@ def measure(arguments: argparse.Namespace, checkpoint: str, folder: Path) -> Non
                 rows[variant.name].append(bench.run(variant, seed))
                 print(f"seed {seed}: {variant.name} done", file=sys.stderr, flush=True)
     baseline = variants[0].name
+    if not rows[baseline]:
+        raise SystemExit("error: stopped before anything was measured")
     for found in rows.values():
         for own, base in zip(found, [row["seconds"] for row in rows[baseline]], strict=False):
             own["speed"] = base / own["seconds"]

@@ -381,7 +381,7 @@ def test_the_length_of_the_run_is_told_once_and_without_its_slow_first_steps(mon
 
 
 def test_auto_sees_each_image_as_often_whatever_their_number(cached, monkeypatch, capsys):
-    monkeypatch.setattr(train_latent_cfg, "_AUTO_PASSES", 2)
+    monkeypatch.setattr(config, "AUTO_PASSES", 2)
     assert train(cached, train_num_steps="auto", num_samples=0) == 0
     told = "batch 4, 8 steps (2 passes over the images)"  # 15 images
     assert told in capsys.readouterr().out
