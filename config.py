@@ -334,9 +334,17 @@ class TrainSettings(SamplingSettings, ImageSettings, DryRunSettings):
         "compute the forward passes of a step as one where they are small: the same training, and faster",
         free=True,
     )
+    time_shift: float = _setting(
+        1 / 16,
+        float,
+        TRAINING,
+        "latents are moved along the width, time in a spectrogram, by up to this share of it, each time they are seen",
+        low=0.0,
+        high=0.5,
+    )
     max_grad_norm: float = _setting(1.0, float, TRAINING, "gradients are clipped to this norm", low=0.0)
     ema_decay: float = _setting(0.9995, float, TRAINING, "decay of the averaged weights", low=0.0, high=1.0)
-    ema_update_every: int = _setting(10, int, TRAINING, "steps between updates of the average", low=1, unit="steps")
+    ema_update_every: int = _setting(3, int, TRAINING, "steps between updates of the average", low=1, unit="steps")
     max_hours: float | None = _setting(
         None,
         float,
@@ -794,7 +802,7 @@ def _help(cls: type, name: str, spec: Spec) -> str:
 # --- storing the settings of a run -------------------------------------------------------------------------
 
 # What was done before these settings existed: old runs and old images stand for it, whatever the defaults are now.
-_BEFORE = {"guidance_interval": [0.0, 1.0]}
+_BEFORE = {"guidance_interval": [0.0, 1.0], "time_shift": 0.0}
 
 
 def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,6 +123,13 @@ class LatentUnet(Unet):
         raise NotImplementedError("use LatentUnet.guided and LatentDiffusion.sample")
 
 
+def moved(latents: Tensor, columns: Tensor) -> Tensor:
+    """Moves each latent [B C S S] to the right by its number of columns [B]; the edge column fills the gap."""
+    width = latents.shape[3]
+    sources = (torch.arange(width, device=latents.device) - columns[:, None]).clamp(0, width - 1)  # B S
+    return latents.gather(3, sources[:, None, None, :].expand(latents.shape))
+
+
 def passes_per_step(cond_scale: float) -> int:
     """Returns the network passes per sample that guidance of this scale takes: with the class, without, or both."""
     return 1 if cond_scale in (0, 1) else 2

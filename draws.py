@@ -22,6 +22,7 @@ class StepDraws:
     times: Tensor  # B, int64, 0 <= time < timesteps
     noise: Tensor  # B C h w, float32
     cond_keep_mask: Tensor  # B, bool, True where the class is shown to the network
+    shifts: Tensor  # B, int64, columns that a latent is moved to the right by
 
     def slice(self, start: int, stop: int) -> "StepDraws":
         """Gives rows start to stop - 1, the share of a micro-batch or a rank."""
@@ -41,8 +42,12 @@ def draw_step(
     latent_shape: tuple[int, ...],
     timesteps: int,
     cond_drop_prob: float,
+    largest_shift: int = 0,
 ) -> StepDraws:
-    """Draws step number `step`, from 0: items step * batch onwards of the order, and all noise for them."""
+    """Draws step number `step`, from 0: items step * batch onwards of the order, and all noise for them.
+
+    Shifts are from -largest_shift to largest_shift. They are drawn last, so that the rest does not depend on them.
+    """
     generator = sample_generator(seed, "step", step)
     noise_shape = (batch, *latent_shape)
     return StepDraws(
@@ -51,6 +56,7 @@ def draw_step(
         times=torch.randint(timesteps, (batch,), generator=generator),
         noise=torch.randn(noise_shape, generator=generator, dtype=torch.float32),
         cond_keep_mask=torch.rand(batch, generator=generator, dtype=torch.float64) >= cond_drop_prob,
+        shifts=torch.randint(-largest_shift, largest_shift + 1, (batch,), generator=generator),
     )
 
 

@@ -129,6 +129,9 @@ HELP_ZH = {
         "每个训练步包含的前向传播次数；每步共用 train_batch_size 乘以此数个 latent"
     ),
     "learning rate of Adam": "Adam 的学习率",
+    "latents are moved along the width, time in a spectrogram, by up to this share of it, each time they are seen": (
+        "每次看到 latent 时，沿宽度方向（谱图中为时间）随机移动，最多移动宽度的这一比例"
+    ),
     "steps in all; auto is as many as see each training image 150 times": "总步数；auto 使每张训练图像被看到 150 次",
     "compute the forward passes of a step as one where they are small: the same training, and faster": (
         "一步中的各次前向传播若规模不大，则合为一次计算：训练相同，但更快"

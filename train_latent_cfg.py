@@ -41,7 +41,7 @@ import latent_cache
 import prepare
 import run_folder
 import trackers
-from diffusion import EMA, LatentDiffusion, mean_by_timestep
+from diffusion import EMA, LatentDiffusion, mean_by_timestep, moved
 from draws import StepDraws, draw_step, visited
 from images import BadImage, Split, shown
 from latent_cache import LatentCache, Space
@@ -470,6 +470,7 @@ class Trainer:
         self.dataset = data.dataset
         self.batch = batch_size(settings)
         self.num_steps = num_steps(settings, len(self.dataset))
+        self.largest_shift = round(settings.time_shift * self.dataset.latent_shape[2])  # in columns of a latent
         self.share = self.batch // ranks.count
         self.own = slice(ranks.rank * self.share, (ranks.rank + 1) * self.share)  # of the batch
         self.pass_size = pass_size(settings, self.dataset.latent_shape, num_ranks=ranks.count)
@@ -624,6 +625,7 @@ class Trainer:
             latent_shape=self.dataset.latent_shape,
             timesteps=settings.timesteps,
             cond_drop_prob=settings.cond_drop_prob,
+            largest_shift=self.largest_shift,
         )
         self.dataset.ensure(draws.positions, self._upcoming(step + 1))
         own = draws.slice(self.own.start, self.own.stop)
@@ -632,7 +634,8 @@ class Trainer:
 
     def latents_of(self, part: StepDraws) -> tuple[Tensor, Tensor]:
         """Draws the latents [b C h w] of a part of a step; returns them and their labels [b]."""
-        return self.dataset.batch(part.positions, part.posterior_noise)
+        latents, labels = self.dataset.batch(part.positions, part.posterior_noise)
+        return (moved(latents, part.shifts) if self.largest_shift else latents), labels
 
     def _update(self, loss: Tensor, step: int) -> None:
         self.scaler.unscale_(self.optimizer)

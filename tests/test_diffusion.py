@@ -947,3 +947,11 @@ def test_every_sampler_of_the_settings_is_known_and_no_other():
     assert set(diffusion_module.SAMPLERS) == {"dpm++", "ddim", "ddpm"}
     with pytest.raises(KeyError):
         tiny().sample(torch.tensor([0]), generators(1), **{**SAMPLING, "sampler": "euler"})
+
+
+def test_moved_latents_keep_their_rows_and_repeat_the_edge():
+    latents = torch.arange(2 * 3 * 2 * 4, dtype=torch.float32).reshape(2, 3, 2, 4)
+    found = diffusion_module.moved(latents, torch.tensor([1, -2]))
+    assert torch.equal(found[0], latents[0][:, :, [0, 0, 1, 2]])
+    assert torch.equal(found[1], latents[1][:, :, [2, 3, 3, 3]])
+    assert torch.equal(diffusion_module.moved(latents, torch.zeros(2, dtype=torch.int64)), latents)

@@ -34,6 +34,15 @@ def test_shapes_types_and_ranges():
     assert draws.times.min() >= 0 and draws.times.max() < 1000
 
 
+def test_shifts_are_even_and_change_nothing_else():
+    facts = {"batch": 2000, "size": 100, "latent_shape": (1, 2, 2), "timesteps": 10, "cond_drop_prob": 0.5}
+    moved, still = draw_step(42, 3, **facts, largest_shift=2), draw_step(42, 3, **facts)
+    counts = torch.bincount(moved.shifts + 2, minlength=5)
+    assert len(counts) == 5 and counts.min() > 300 and not still.shifts.any()
+    others = [name for name in NAMES if name != "shifts"]
+    assert all(torch.equal(getattr(moved, name), getattr(still, name)) for name in others)
+
+
 def test_another_default_dtype_changes_nothing():
     expected = draw(3)
     torch.set_default_dtype(torch.float64)

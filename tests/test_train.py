@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pipeline
@@ -391,3 +392,42 @@ def test_auto_sees_each_image_as_often_whatever_their_number(cached, monkeypatch
     assert "is finished (8 steps); a larger --train_num_steps goes further" in capsys.readouterr().out
     assert train(cached, train_num_steps=9, num_samples=0) == 0
     assert (state := run_folder.newest_state(cached / "results")) is not None and state.step == 9
+
+
+def test_latents_are_moved_by_the_draws_of_their_step_in_whatever_parts_and_after_a_stop(cached, trained):
+    whole, parts = {"results_folder": cached / "whole"}, {"results_folder": cached / "parts"}
+    shift = {"time_shift": 0.25, "num_samples": 0}
+    assert train(cached, **whole, **shift) == 0
+    assert losses(cached / "whole") != losses(trained / "results")
+    assert train(cached, **parts, **shift, train_num_steps=3) == 0
+    assert train(cached, **parts, **shift, train_batch_size=2, gradient_accumulate_every=2) == 0
+    expected = list(losses(cached / "whole").values())
+    assert list(losses(cached / "parts").values()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_network_sees_moved_latents(cached, monkeypatch):
+    changed: list[bool] = []
+    take = train_latent_cfg.Trainer.latents_of
+
+    def checked(self: Any, part: Any) -> Any:
+        latents, labels = take(self, part)
+        plain, _ = self.dataset.batch(part.positions, part.posterior_noise)
+        assert self.largest_shift == round(plain.shape[3] / 4) and part.shifts.abs().max() <= self.largest_shift
+        assert torch.equal(latents, train_latent_cfg.moved(plain, part.shifts))
+        changed.append(not torch.equal(latents, plain))
+        return latents, labels
+
+    monkeypatch.setattr(train_latent_cfg.Trainer, "latents_of", checked)
+    assert train(cached, time_shift=0.25, num_samples=0) == 0
+    assert any(changed)
+
+
+def test_a_run_of_before_time_shift_goes_on_without(trained, tmp_path):
+    root = shutil.copytree(trained, tmp_path / "world")
+    state = run_folder.newest_state(root / "results")
+    assert state is not None
+    tensors, meta = checkpoint.load(state.path)
+    del meta["settings"]["time_shift"]
+    checkpoint.save(state.path, tensors, meta)
+    plan = train_latent_cfg.make_plan(pipeline.train_flags(root, train_num_steps=STEPS + 1))
+    assert plan.settings.time_shift == 0.0
