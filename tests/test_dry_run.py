@@ -170,10 +170,14 @@ def test_the_total_is_the_pace_times_the_number(monkeypatch, cached):
     device = torch.device("cpu")
     told = forecast.training(lambda: None, 1000, device)
     assert told.startswith("train: 1,000 steps, about 8 min 20 s (0.5 s per step")
-    given = {"num_images": 40, "batch": 16}
+    given = {"num_images": 40, "batch": 16, "most_steps": 20}
     line = forecast.generating(lambda scale, steps: None, lambda: None, device, **given, steps={2.0: 60})
     assert line.startswith("generate: 40 images, about 35 s (")  # 60 / 2 x 0.5 s, and 40 x 0.5 s
     assert line.endswith("; 120 network passes)")
+    line = forecast.generating(
+        lambda scale, steps: None, lambda: None, device, **{**given, "most_steps": 1}, steps={2.0: 3}
+    )
+    assert line.startswith("generate: 40 images, about 22 s (") and "on 1 solver steps" in line  # 3 x 0.5 s, 40 x 0.5 s
 
 
 def test_steps_with_one_pass_and_with_two_are_timed_apart(monkeypatch):
@@ -185,6 +189,7 @@ def test_steps_with_one_pass_and_with_two_are_timed_apart(monkeypatch):
         torch.device("cpu"),
         num_images=8,
         batch=16,
+        most_steps=20,
         steps={2.0: 10, 1.0: 6, 3.0: 4, 0.0: 2},
     )
     assert line.startswith("generate: 8 images, about 34 s (")  # 14 / 2 x 4 s, 8 / 2 x 1 s, and 8 x 0.25 s
