@@ -15,7 +15,14 @@ NAMES = [field.name for field in fields(StepDraws)]
 
 def draw(step: int, *, seed: int = 42, batch: int = 16, size: int = 100, cond_drop_prob: float = 0.5) -> StepDraws:
     return draw_step(
-        seed, step, batch=batch, size=size, latent_shape=SHAPE, timesteps=1000, cond_drop_prob=cond_drop_prob
+        seed,
+        step,
+        batch=batch,
+        size=size,
+        latent_shape=SHAPE,
+        timesteps=1000,
+        cond_drop_prob=cond_drop_prob,
+        largest_shift=2,
     )
 
 
