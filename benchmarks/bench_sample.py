@@ -147,10 +147,11 @@ def measure(arguments: argparse.Namespace, checkpoint: str, folder: Path) -> Non
     import torch
 
     import evaluate_images
+    import image_sets
     import pictures
 
     plan = evaluate_images.make_plan(harness.flags({"checkpoint": checkpoint, "output_folder": folder / "evaluation"}))
-    real = evaluate_images.open_real(plan)
+    real = image_sets.open_real(plan)
     if not len(real.test):
         raise SystemExit("error: the run has no test images to compare with")
     bench = Bench(plan, real, 4 if arguments.small else arguments.images_per_class)

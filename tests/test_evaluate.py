@@ -600,6 +600,16 @@ def test_classifiers_of_a_sweep_go_on_where_they_were_stopped(trained, evaluated
     assert "classifier" not in part["points"][0] and part["points"][1]["classifier"]["num_steps"] == 1
 
 
+def test_more_seeds_train_only_what_is_missing(trained, evaluated, trainings):
+    asked = {**CLASSIFIERS, "sweep_checkpoints": STEPS}
+    assert sweep(trained, evaluated, 1, **asked) == 0
+    trainings.clear()
+    assert sweep(trained, evaluated, 1, **{**asked, "classifier_seeds": 2}) == 0
+    assert trainings == [(15,), (9,), (15, 9)]
+    (found,) = read_report(evaluated)["sweep"]["points"]
+    assert found["classifier"]["seeds"] == [42, 43] and len(found["classifier"]["scores"]["real"]) == 2
+
+
 def point(distance: float | None, near_share: float, **facts: Any) -> dict[str, Any]:
     return {"frechet_mean": distance, "near_share": near_share, "near_share_limit": 0.08, "guidance": 1, **facts}
 
