@@ -4,6 +4,7 @@ import importlib.util
 import os
 import resource
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -79,6 +80,11 @@ def pick_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if (major, minor) >= _BFLOAT16_CAPABILITY:
         return torch.bfloat16, f"compute capability {major}.{minor}"
     return torch.float16, f"compute capability {major}.{minor} is below 8.0; with a loss scaler"
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Returns the context in which a network runs in a number format."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def pick_compile(choice: str, device: torch.device, *, num_steps: float, as_before: bool | None) -> tuple[bool, str]:

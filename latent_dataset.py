@@ -8,7 +8,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -76,8 +75,7 @@ class BatchEncoder:
         return moments[: len(images)].cpu()
 
     def _encode(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
-        reduced = dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=dtype) if reduced else nullcontext():
+        with hardware.autocast(self.device, dtype):
             return self.vae.encode(pixels).float()  # type: ignore[union-attr]
 
     def close(self) -> None:

@@ -1,7 +1,6 @@
 """From an averaged network and classes to samples, and from samples to pictures; shared by grids and generate.py."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -59,7 +58,7 @@ def sample_padded(
     device = next(diffusion.parameters()).device
     padded = torch.tensor([*labels, *[labels[0]] * padding], device=device)
     spare = [torch.Generator().manual_seed(0) for _ in range(padding)]
-    with _autocast(device, dtype):
+    with hardware.autocast(device, dtype):
         samples = diffusion.sample(
             padded,
             [*generators, *spare],
@@ -70,10 +69,6 @@ def sample_padded(
             progress=progress,
         )
     return samples[: len(labels)]
-
-
-def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 class Decoder:
@@ -99,7 +94,7 @@ class Decoder:
         images = []
         for latent in self.norm.to_unscaled(samples.to(self.device)):
             between()
-            with _autocast(self.device, self.dtype):
+            with hardware.autocast(self.device, self.dtype):
                 pixels = decoder.decode(latent[None]).float()
             images.append(pictures.to_uint8(pixels)[0])
         return images

@@ -17,7 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -588,7 +588,7 @@ class Trainer:
         loss, by_sample = torch.zeros((), device=self.device), []
         for part in parts:
             latents, labels = self.latents_of(part)
-            with self.autocast():
+            with hardware.autocast(self.device, self.dtype):
                 losses = self.losses_of(
                     latents, labels, times=part.times, noise=part.noise, cond_keep_mask=part.cond_keep_mask
                 )
@@ -650,11 +650,6 @@ class Trainer:
         self.losses.append(loss)
         self.finished_steps = step + 1
         self.ema.update(self.diffusion, self.finished_steps)
-
-    def autocast(self) -> Any:
-        """Returns the context in which the network runs in its number format."""
-        reduced = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype) if reduced else nullcontext()
 
     def _upcoming(self, step: int) -> Iterator[int]:
         """Yields the positions that the steps from `step` on will visit, for an epoch."""
