@@ -499,7 +499,7 @@ def test_a_run_goes_on_with_the_same_latents_when_its_cache_was_changed(
 def test_a_row_that_is_damaged_under_a_running_training_is_encoded_again(
     cached, trained, monkeypatch, encoder, account
 ):
-    without_memory = SimpleNamespace(free_memory_bytes=lambda device: 0, describe=hardware.describe)
+    without_memory = SimpleNamespace(**{**vars(hardware), "free_memory_bytes": lambda device: 0})
     monkeypatch.setattr(latent_dataset, "hardware", without_memory)  # so that rows stay in the shards
     at_step(monkeypatch, HALF, lambda: flip_in_rows(cached, count=15))
     assert train(cached, num_samples=0) == 0
