@@ -1,7 +1,7 @@
 """Guidance scales and checkpoints compared: each is sampled and measured, and classifiers train on its samples."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,26 +174,13 @@ class Sweep:
             self._keep_alone({**point, "classifier": {"scores": scores, **classifier_trials.made_of(self.plan)}})
 
         return self.trials.run(
-            self._decode(samples, generator),
+            decode(samples, generator, self.plan, between=lambda: self.plan.ranks.work_goes_on(self.signals)),
             self.labels,
             done=done,
             save=save,
             spread=classifier.one_by_one,
             signals=self.signals,
         )
-
-    def _decode(self, samples: Tensor, generator: Generator) -> Tensor:
-        """Decodes samples to the images [N S S 3] that classifiers see, by way of the files that would be written."""
-        size, side = self.plan.settings.classifier_image_size, self.plan.images.image_size
-        found = torch.zeros(len(samples), size, size, 3, dtype=torch.uint8)
-        with script.progress(total=len(samples), unit="images", label="decode") as bar:
-            for place, sample in enumerate(samples):
-                (image,) = generator.decoder(sample[None])
-                file = pictures.encode_image(Image.fromarray(image), generator.suffix)
-                found[place] = resized(images.decode(file, image_size=side), size)
-                bar.advance()
-                self.plan.ranks.work_goes_on(self.signals)
-        return found
 
     def _keep_alone(self, point: dict[str, Any]) -> None:
         """Keeps what is known of a point that is not finished, where there is one process."""
@@ -217,6 +204,24 @@ class Sweep:
         self.part = {"points": points, "training": training, **best}
         if self.plan.ranks.is_main:
             self.part = self.report.put("sweep", self.made_of, self.part)
+
+
+def decode(samples: Tensor, generator: Generator, plan: Plan, *, between: Callable[[], None] = lambda: None) -> Tensor:
+    """Decodes samples [N C h w] to the images [N S S 3] that classifiers see, by way of the files of generate.py.
+
+    Args:
+        between: called after each; what it raises ends the work.
+    """
+    size, side = plan.settings.classifier_image_size, plan.images.image_size
+    found = torch.zeros(len(samples), size, size, 3, dtype=torch.uint8)
+    with script.progress(total=len(samples), unit="images", label="decode") as bar:
+        for place, sample in enumerate(samples):
+            (image,) = generator.decoder(sample[None])
+            file = pictures.encode_image(Image.fromarray(image), generator.suffix)
+            found[place] = resized(images.decode(file, image_size=side), size)
+            bar.advance()
+            between()
+    return found
 
 
 def made_of_sweep(plan: Plan, real: RealImages, sampling: GenerateSettings) -> dict[str, Any]:

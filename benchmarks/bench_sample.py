@@ -6,8 +6,9 @@
 All variants sample with the same averaged weights in one process, in turn for each seed. The figures are those of
 evaluate_images.py: samples against the test images of the run's split, whose latents are encoded where no cache has
 them. Figures are medians over the seeds, with the smallest and the largest. "real" are as many training images; in that
-row own class is that of the test images, and near copies what is expected. The library computes in float32, ours in the
-precision of the run, so that on a GPU the seconds compare both at once.
+row own class is that of the test images, near copies what is expected, and the classifier that of real images alone.
+--classifier_steps trains classifiers as evaluate_images.py does, one seed of theirs for each seed of sampling. The
+library computes in float32, ours in the precision of the run, so that on a GPU the seconds compare both at once.
 
 The baseline is the library's own DDIM as its users run it: GaussianDiffusion with sampling_timesteps=250, the defaults
 of its ddim_sample (guidance 6, rescaled_phi 0.7, the clamp of x_start to [-1, 1]) and of its constructor (eta 1), one
@@ -38,11 +39,14 @@ LIBRARY_STEPS, LIBRARY_GUIDANCE, LIBRARY_PHI = 250, 6.0, 0.7
 FIGURES = {  # figure -> its head; the first is what the picture shows
     "frechet_mean": "Fréchet per class",
     "frechet": "Fréchet, all",
-    "kernel": "kernel distance",
+    "kernel_mean": "kernel per class",
+    "kernel": "kernel, all",
     "recognition": "own class",
+    "recall": "recall",
     "near_share": "near copies",
+    "alone": "classifier on these alone",
+    "gain": "gain beside real ones, points",
 }
-
 
 COSTS = {"passes": "passes per image", "seconds": "s per image", "speed": "speed"}
 REAL = "real"
@@ -117,12 +121,17 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images_per_class", type=int, default=40, help="samples per class, variant and seed")
     parser.add_argument("--seeds", type=int, default=3, help="sampling seeds, 0 and up")
     parser.add_argument("--variants", nargs="+", type=Variant.parse, help="'SAMPLER STEPS GUIDANCE LOW HIGH' of each")
-    parser.add_argument("--no_library", action="store_true", help="leave out the rows of the library")
+    parser.add_argument(
+        "--library", choices=("all", "baseline", "none"), default="all", help="which rows of the library there are"
+    )
+    parser.add_argument(
+        "--classifier_steps", type=int, default=0, help="steps of a classifier for each variant and seed; 0 trains none"
+    )
     parser.add_argument("--picture", help="where the picture goes (.png); none without")
     parser.add_argument("--small", action="store_true", help="a tiny run of its own: shows that it works")
     arguments = parser.parse_args(argv)
-    if arguments.seeds < 1 or arguments.images_per_class < 1:
-        parser.error("--seeds and --images_per_class are at least 1")
+    if arguments.seeds < 1 or arguments.images_per_class < 1 or arguments.classifier_steps < 0:
+        parser.error("--seeds and --images_per_class are at least 1, --classifier_steps 0")
     if (arguments.checkpoint is None) != arguments.small:
         parser.error("give --checkpoint, or --small, which makes a run of its own")
     return arguments
@@ -154,9 +163,11 @@ def measure(arguments: argparse.Namespace, checkpoint: str, folder: Path) -> Non
     real = image_sets.open_real(plan)
     if not len(real.test):
         raise SystemExit("error: the run has no test images to compare with")
-    bench = Bench(plan, real, 4 if arguments.small else arguments.images_per_class)
+    count = 4 if arguments.small else arguments.images_per_class
+    bench = Bench(plan, real, count, classifier_steps=arguments.classifier_steps)
     guidance = float(plan.state.meta["settings"]["cond_scale"])
-    variants = [] if arguments.no_library else library_variants(guidance, bench.diffusion.num_timesteps)
+    library = library_variants(guidance, bench.diffusion.num_timesteps)
+    variants = {"all": library, "baseline": library[:1], "none": []}[arguments.library]
     variants += arguments.variants or our_variants(guidance)
     if arguments.small:
         variants = [dataclasses.replace(variant, steps=min(variant.steps, 4)) for variant in variants]
@@ -175,7 +186,8 @@ def measure(arguments: argparse.Namespace, checkpoint: str, folder: Path) -> Non
     for found in rows.values():
         for own, base in zip(found, [row["seconds"] for row in rows[baseline]], strict=False):
             own["speed"] = base / own["seconds"]
-    table = {name: summary(found) for name, found in {**rows, REAL: [bench.yardstick]}.items() if found}
+    real_rows = [{**bench.yardstick, "alone": accuracy} for accuracy in bench.on_real.values()] or [bench.yardstick]
+    table = {name: summary(found) for name, found in {**rows, REAL: real_rows}.items() if found}
     print_table(table)
     if arguments.picture:
         pictures.save_picture(draw(table), Path(arguments.picture))
@@ -224,19 +236,23 @@ def make_small_run(folder: Path) -> str:
 class Bench:
     """The networks and the real images; samples with a variant, and compares."""
 
-    def __init__(self, plan: Any, real: Any, count: int) -> None:
+    def __init__(self, plan: Any, real: Any, count: int, *, classifier_steps: int) -> None:
         import torch
         from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
 
-        import hardware
         import run_folder
+        import sweep
+        from classifier_trials import Trials
         from diffusion import unet_arguments
+        from generate import Generator
 
-        self.plan, self.real, self.count = plan, real, count
+        self.plan, self.real, self.count, self.classifier_steps = plan, real, count, classifier_steps
         meta = plan.state.meta
         settings, self.shape = meta["settings"], tuple(meta["latent_shape"])
-        self.diffusion = run_folder.averaged_diffusion(plan.state).to(plan.device)
-        self.dtype, _ = hardware.pick_precision(settings["precision"], plan.device)
+        self.generator = Generator(sweep.sampling_settings(plan), plan.state, plan.device)
+        self.diffusion, self.dtype = self.generator.diffusion, self.generator.dtype
+        self.trials = Trials.of(plan, real) if classifier_steps else None
+        self.on_real: dict[int, float] = {}  # accuracy of the classifier on real images, by seed
         facts = run_folder.network_facts(settings, num_classes=len(plan.classes), latent_shape=self.shape)
         unet = Unet(**unet_arguments(**facts))
         unet.load_state_dict(self.diffusion.model.state_dict())
@@ -278,7 +294,8 @@ class Bench:
             passes = self.diffusion.num_passes(
                 variant.steps, cond_scale=variant.guidance, guidance_interval=variant.interval
             )
-        return {"passes": passes, "seconds": seconds, **self.figures(Points(samples, self.labels))}
+        figures = {**self.figures(Points(samples, self.labels)), **self.help(samples, seed)}
+        return {"passes": passes, "seconds": seconds, **figures}
 
     def _library(self, variant: Variant, seed: int, labels: Sequence[int]) -> Any:
         """Samples these classes one after the other, as many samples in a call as there are of a class."""
@@ -347,6 +364,31 @@ class Bench:
             "near_share": evaluation.memorisation(samples, training, test, seed=seed)["near_share"],
         }
 
+    def help(self, samples: Any, seed: int) -> dict[str, float]:
+        """Trains a classifier on the decoded samples, and one on these and the real images, which is what they gain."""
+        if self.trials is None:
+            return {}
+        import sweep
+
+        training, test = self.trials.training, self.trials.test
+        synthetic = sweep.decode(samples, self.generator, self.plan), self.labels
+        if seed not in self.on_real:
+            self.on_real[seed] = self._accuracy([training], test, seed)
+        both = self._accuracy([training, synthetic], test, seed)
+        return {"alone": self._accuracy([synthetic], test, seed), "gain": 100 * (both - self.on_real[seed])}
+
+    def _accuracy(self, sets: Sequence[Any], test: Any, seed: int) -> float:
+        from classifier import train_and_test
+
+        return train_and_test(
+            sets,
+            test,
+            num_classes=len(self.plan.classes),
+            num_steps=self.classifier_steps,
+            seed=seed,
+            device=self.plan.device,
+        ).accuracy
+
 
 # --- what is shown -----------------------------------------------------------------------------------------
 
@@ -363,7 +405,7 @@ def summary(rows: Sequence[Mapping[str, float | None]]) -> dict[str, list[float]
 
 def print_table(table: Mapping[str, Mapping[str, list[float]]]) -> None:
     """Prints a row for each variant; figures of one seed, or alike over all, stand without their spread."""
-    heads = {**COSTS, **FIGURES}
+    heads = {name: head for name, head in {**COSTS, **FIGURES}.items() if any(name in row for row in table.values())}
     print("| | variant | " + " | ".join(heads.values()) + " |")
     print("|---" * (len(heads) + 2) + "|")
     for number, (name, figures) in enumerate(table.items()):
@@ -376,8 +418,10 @@ def _cell(name: str, figure: Sequence[float] | None) -> str:
         return ""
 
     def shown(value: float) -> str:
-        if name in ("recognition", "near_share"):
+        if name in ("recognition", "recall", "near_share", "alone"):
             return f"{value:.1%}"
+        if name == "gain":
+            return f"{value:+.1f}"
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
     middle, low, high = map(shown, figure)

@@ -38,7 +38,8 @@ def test_a_variant_that_fails_ends_the_benchmark():
 def test_samplers_are_compared_with_the_library_by_their_passes_and_their_distance(tmp_path):
     asked = ["dpm++ 4 1.5 0 1", "dpm++ 4 1.5 0 0.5"]
     picture = tmp_path / "picture.png"
-    done = run("bench_sample", "--small", "--seeds", "2", "--picture", str(picture), "--variants", *asked)
+    words = ("--small", "--seeds", "2", "--classifier_steps", "2", "--picture", str(picture))
+    done = run("bench_sample", *words, "--variants", *asked)
     assert done.returncode == 0, done.stderr
     *_, last = done.stdout.splitlines()
     found = json.loads(last)["variants"]
@@ -49,12 +50,23 @@ def test_samplers_are_compared_with_the_library_by_their_passes_and_their_distan
         for middle, low, high in figures.values():
             assert low <= middle <= high
         assert figures["frechet_mean"][0] > 0 and 0 <= figures["recognition"][0] <= 1
-        assert name == "real" or (figures["seconds"][0] > 0 and f"| {name} |" in done.stdout)
+        assert 0 <= figures["alone"][0] <= 1
+        if name != "real":
+            assert figures["seconds"][0] > 0 and -100 <= figures["gain"][0] <= 100 and f"| {name} |" in done.stdout
+    assert "gain" not in found["real"]
     with Image.open(picture) as drawn:
         counted = drawn.getcolors(1 << 20)
     assert counted is not None
     colours = {colour for _, colour in counted}
     assert {(190, 60, 40), (31, 90, 180)} <= colours  # a mark of the library, and one of ours
+
+
+def test_the_rows_of_the_library_are_as_many_as_asked():
+    for asked, expected in (("baseline", ["library ddim 4, guidance 6, clamped"]), ("none", [])):
+        done = run("bench_sample", "--small", "--seeds", "1", "--library", asked, "--variants", "ddim 2 1 0 1")
+        found = json.loads(done.stdout.splitlines()[-1])["variants"]
+        assert list(found) == [*expected, "ddim 2 1 0 1", "real"]
+        assert not any({"alone", "gain"} & set(figures) for figures in found.values())
 
 
 def test_what_is_no_variant_is_told():
