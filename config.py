@@ -25,6 +25,8 @@ class UserError(Exception):
 
 
 AUTO_PASSES = 150  # of training over the images; after 130 to 200, samples turned into copies (LOG.md)
+# Solver steps where sampling_timesteps is auto (LOG.md); a sampler that is not here takes every training timestep.
+AUTO_STEPS = {"dpm++": 12, "ddim": 250}
 DOWNLOAD = "download"  # a word that stands in place of a path, for what can be fetched
 
 
@@ -249,7 +251,7 @@ class SamplingSettings(MachineSettings):
         "auto",
         int,
         SAMPLING,
-        "solver steps; auto is 20 for dpm++, 250 for ddim, every step for ddpm",
+        "solver steps; auto is 12 for dpm++ (20 in runs that began with that), 250 for ddim, every step for ddpm",
         low=1,
         words=("auto",),
         free=True,
@@ -802,12 +804,18 @@ def _help(cls: type, name: str, spec: Spec) -> str:
 # --- storing the settings of a run -------------------------------------------------------------------------
 
 # What was done before these settings existed: old runs and old images stand for it, whatever the defaults are now.
+_AUTO_STEPS_BEFORE = {"dpm++": 20, "ddim": 250}
 _BEFORE = {"guidance_interval": [0.0, 1.0], "time_shift": 0.0}
 
 
 def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Adds to the stored settings of a run, or of images, what it did in those that came later than it."""
     return {**_BEFORE, **stored}
+
+
+def with_later_facts(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds to what a checkpoint says of itself what came later than it; `auto_steps` is what AUTO_STEPS was for it."""
+    return {"auto_steps": _AUTO_STEPS_BEFORE, **meta, "settings": with_later_settings(meta["settings"])}
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

@@ -121,7 +121,12 @@ class Generator:
         self.folder = Path(settings.output_folder)
         self.suffix = _suffix(settings.image_format, state.meta["image_suffix"])
         trained = state.meta["settings"]
-        self.steps = num_solver_steps(settings.sampler, settings.sampling_timesteps, trained["timesteps"])
+        self.steps = num_solver_steps(
+            settings.sampler,
+            settings.sampling_timesteps,
+            trained["timesteps"],
+            auto_steps=state.meta["auto_steps"],
+        )
         vae_path = checked_vae(settings.vae_path, state.meta)
         self.vae_name = Path(vae_path).name
         self.dtype, reason = hardware.pick_precision(settings.precision, device)

@@ -81,7 +81,7 @@ def _saved_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], w
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
         what = f"{type(error).__name__}: {error}"[:200]
         raise UserError(f"{path} is no checkpoint of a training run that can be gone on with ({what})") from error
-    return SavedState(path, tensors, {**meta, "settings": config.with_later_settings(meta["settings"])}, warnings)
+    return SavedState(path, tensors, config.with_later_facts(meta), warnings)
 
 
 def _check_meta(meta: Mapping[str, Any]) -> None:
@@ -106,6 +106,9 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
         raise ValueError("its data_digest or image_suffix is no text")
     if not isinstance(meta["moments_digest"], str | None):
         raise ValueError("its moments_digest is no text")
+    auto_steps = meta.get("auto_steps", {})
+    if not isinstance(auto_steps, dict) or not all(type(steps) is int and steps > 0 for steps in auto_steps.values()):
+        raise ValueError("its auto_steps are no numbers of steps")
 
 
 def _check_settings(settings: Any) -> None:

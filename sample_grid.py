@@ -1,6 +1,6 @@
 """The pictures that training makes along the way: sample grids with class names, and the loss curve."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ class GridMaker:
         dtype: the number format that it samples in.
         dataset: the training data, with its normalisation.
         classes: all class names, in label order.
+        auto_steps: see `num_solver_steps`.
         show: told of each grid, with its step.
     """
 
@@ -41,10 +42,12 @@ class GridMaker:
         classes: Sequence[str],
         folder: Path,
         metrics: Metrics,
+        *,
+        auto_steps: Mapping[str, int],
         show: Callable[[int, Image.Image], None] = lambda step, picture: None,
     ) -> None:
         self.settings, self.network, self.dtype, self.dataset = settings, network, dtype, dataset
-        self.folder, self.metrics, self.show = folder, metrics, show
+        self.folder, self.metrics, self.auto_steps, self.show = folder, metrics, auto_steps, show
         self.num_classes, self.names = len(classes), list(classes)[:_MAX_ROWS]
         self.decoder = Decoder(settings.vae_path, dataset.norm, dataset.device)  # type: ignore[arg-type]
         self.class_means: Tensor | None = None
@@ -100,7 +103,9 @@ class GridMaker:
 
     def _sample(self, cells: list[tuple[int, int]], between: Callable[[], None]) -> Tensor:
         settings = self.settings
-        steps = num_solver_steps(settings.sampler, settings.sampling_timesteps, settings.timesteps)
+        steps = num_solver_steps(
+            settings.sampler, settings.sampling_timesteps, settings.timesteps, auto_steps=self.auto_steps
+        )
         labels, columns = [label for label, _ in cells], [column for _, column in cells]
         return self._sample_batch(labels, columns, steps=steps, progress=between)
 

@@ -1,6 +1,6 @@
 """From an averaged network and classes to samples, and from samples to pictures; shared by grids and generate.py."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,18 +15,20 @@ from latent_norm import LatentNorm
 
 BATCH_SIZE = 16  # samples per sampler call, always: a sample's bits must not depend on how many are asked for
 
-# Solver steps where sampling_timesteps is "auto"; a sampler that is not here takes every training timestep.
-_AUTO_STEPS = {"dpm++": 20, "ddim": 250}
 
-
-def num_solver_steps(sampler: str, sampling_timesteps: int | str, timesteps: int) -> int:
+def num_solver_steps(
+    sampler: str, sampling_timesteps: int | str, timesteps: int, *, auto_steps: Mapping[str, int]
+) -> int:
     """Returns the number of solver steps that the settings mean for a model of `timesteps` timesteps.
+
+    Args:
+        auto_steps: what auto is for a run, by sampler; for one that is not there, every timestep.
 
     Raises:
         UserError: when more are asked for than there are timesteps.
     """
     if sampling_timesteps == "auto":
-        return min(_AUTO_STEPS.get(sampler, timesteps), timesteps)
+        return min(auto_steps.get(sampler, timesteps), timesteps)
     if int(sampling_timesteps) > timesteps:
         raise UserError(
             f"--sampling_timesteps is {sampling_timesteps}, but the model has {timesteps} timesteps; "

@@ -92,8 +92,8 @@ HELP_ZH = {
         "引导起作用的区段，以从噪声（0）到图像（1）的路程表示；区段之外每步只算一次网络，而不是两次"
     ),
     "solver: dpm++ is DPM-Solver++(2M)": "求解器；dpm++ 即 DPM-Solver++(2M)",
-    "solver steps; auto is 20 for dpm++, 250 for ddim, every step for ddpm": (
-        "求解步数；auto 时 dpm++ 为 20，ddim 为 250，ddpm 为全部步数"
+    "solver steps; auto is 12 for dpm++ (20 in runs that began with that), 250 for ddim, every step for ddpm": (
+        "求解步数；auto 时 dpm++ 为 12（以 20 开始的训练仍为 20），ddim 为 250，ddpm 为全部步数"
     ),
     "compile the network: auto does so in runs long enough to repay it, where a compiler is at hand": (
         "编译网络：auto 在训练足够长、值得编译且有编译器时编译"

@@ -213,7 +213,7 @@ def _refuse_changes(stored: dict[str, Any], settings: TrainSettings, origin: Pat
 
 def _refuse_impossible(settings: TrainSettings) -> None:
     """Raises for what would only fail at the first grid, hours later."""
-    num_solver_steps(settings.sampler, settings.sampling_timesteps, settings.timesteps)
+    num_solver_steps(settings.sampler, settings.sampling_timesteps, settings.timesteps, auto_steps=config.AUTO_STEPS)
 
 
 def _check_share(settings: TrainSettings, ranks: Ranks) -> None:
@@ -491,6 +491,7 @@ class Trainer:
             self.diffusion.parameters(), lr=settings.train_lr, betas=(0.9, 0.99), fused=True
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.auto_steps = config.AUTO_STEPS
         self.finished_steps = 0
         self.saved_step = -1
         self.known_saves: set[tuple[str, str] | None] = {None}  # newest states that are no other process's
@@ -742,6 +743,7 @@ class Trainer:
             "data_digest": dataset.digest(),
             "moments_digest": dataset.moments_digest(),
             "image_suffix": prepare.common_suffix(self.data.split),
+            "auto_steps": self.auto_steps,
             "compiled": self.is_compiled,
             "torch": torch.__version__,
         }
@@ -765,6 +767,7 @@ class Trainer:
         )
         self.losses = list(losses.to(self.device))
         self.sample_losses = [(times.to(self.device), by_sample.to(self.device))] if len(times) else []
+        self.auto_steps = state.meta["auto_steps"]
         self.finished_steps = state.step
 
 
@@ -835,6 +838,7 @@ def make_grid_maker(trainer: Trainer, folder: Path, metrics: Metrics) -> GridMak
         trainer.data.split.classes,
         folder,
         metrics,
+        auto_steps=trainer.auto_steps,
     )
 
 

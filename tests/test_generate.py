@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from pipeline import CLASSES, STEPS, generate
+from pipeline import CLASSES, STEPS, generate, train
 
 import checkpoint
 import config
@@ -461,11 +461,14 @@ def test_the_nearest_class_is_the_one_of_the_least_distance():
 
 
 def test_the_number_of_solver_steps():
-    assert [num_solver_steps(sampler, "auto", 1000) for sampler in ("dpm++", "ddim", "ddpm")] == [20, 250, 1000]
-    assert [num_solver_steps(sampler, "auto", 10) for sampler in ("dpm++", "ddim", "ddpm")] == [10, 10, 10]
-    assert num_solver_steps("ddim", 7, 1000) == 7
+    def auto(sampler: str, timesteps: int) -> int:
+        return num_solver_steps(sampler, "auto", timesteps, auto_steps={"dpm++": 12, "ddim": 250})
+
+    assert [auto(sampler, 1000) for sampler in ("dpm++", "ddim", "ddpm")] == [12, 250, 1000]
+    assert [auto(sampler, 10) for sampler in ("dpm++", "ddim", "ddpm")] == [10, 10, 10]
+    assert num_solver_steps("ddim", 7, 1000, auto_steps={}) == 7
     with pytest.raises(UserError, match="the model has 10 timesteps"):
-        num_solver_steps("ddim", 11, 10)
+        num_solver_steps("ddim", 11, 10, auto_steps={})
 
 
 def test_on_a_cpu_the_decoder_computes_in_bfloat16_with_the_network_and_hardly_differs(trained, make, tmp_path):
@@ -493,3 +496,22 @@ def test_the_decoder_is_built_when_needed_and_each_image_is_decoded_by_itself(tr
     assert np.array_equal(decoder(samples[:1])[0], whole[0]) and encoder.built == ["decoder"] * 2
     expected = vae.load_vae(trained / "vae.pt", "cpu").decode(samples[:1] * 2 + 0.5)
     assert np.abs(whole[0] - expected[0].permute(1, 2, 0).numpy() * 255).max() < 0.51
+
+
+def test_auto_means_what_it_did_when_the_run_began(trained, tmp_path, capsys):
+    root = shutil.copytree(trained, tmp_path / "world")
+    state = run_folder.newest_state(root / "results")
+    assert state is not None and state.meta["auto_steps"] == config.AUTO_STEPS
+    flags = {"sampling_timesteps": "auto", "dry_run": True, "output_folder": tmp_path / "synthetic"}
+    assert generate(root, **flags, checkpoint=state.path) == 0
+    assert ", 12 steps of dpm++ " in capsys.readouterr().out
+    tensors, meta = checkpoint.load(state.path)
+    del meta["auto_steps"]  # as in the checkpoints of earlier versions
+    checkpoint.save(state.path, tensors, meta)
+    assert generate(root, **flags, checkpoint=state.path) == 0
+    assert ", 20 steps of dpm++ " in capsys.readouterr().out
+    assert generate(root, **flags, checkpoint=state.path, sampler="ddim") == 0
+    assert ", 250 steps of ddim " in capsys.readouterr().out
+    assert train(root, train_num_steps=state.step + 1, num_samples=0) == 0  # which goes on
+    gone_on = run_folder.newest_state(root / "results")
+    assert gone_on is not None and gone_on.step == state.step + 1 and gone_on.meta["auto_steps"]["dpm++"] == 20
