@@ -21,6 +21,10 @@ from config import UserError
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
 SIGNALLED = 128  # to which the number of the signal is added
+# Files by which a folder that a script wrote is known: a training run, generated images, an evaluation.
+SETTINGS_NAME = "settings.yaml"
+RECORD_NAME, LABELS_NAME = "settings.json", "labels.csv"
+REPORT_NAME, PAGE_NAME = "report.json", "report.html"
 DRY_RUN_END = "dry run: nothing was written; the times are estimates"
 PROCESS_START = time.monotonic()  # this module is among the first that a script imports
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -182,6 +186,22 @@ def warn(text: str) -> None:
         return
     with suppress(OSError):
         tqdm.write(f"warning: {_harmless(text)}", file=sys.stderr)
+
+
+def warn_uncompiled(choice: str, obstacle: str, *, work: str) -> None:
+    """Warns that the network works on without the compiler.
+
+    Args:
+        choice: the setting: auto or true.
+        obstacle: what the compiler failed at.
+        work: what the network does, such as "trains".
+
+    Raises:
+        Failed: where a compiled network was asked for.
+    """
+    if choice == "true":
+        raise Failed(f"the network cannot be compiled ({obstacle}); give --compile false")
+    warn(f"the network cannot be compiled, and {work} without ({obstacle})")
 
 
 class StopSignals:

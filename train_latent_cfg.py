@@ -368,9 +368,10 @@ def _without_bad_images(plan: Plan, split: Split, dataset: LatentDataset) -> Spl
 def _report_missing(plan: Plan, dataset: LatentDataset, when: str) -> None:
     missing = dataset.missing()
     say(
-        f"{len(dataset):,} images asked, {len(dataset) - len(missing):,} cached, {len(missing):,} to encode"
+        f"{len(dataset):,} images asked, {dataset.num_different - len(missing):,} cached, {len(missing):,} to encode"
         f"{f' {when}' if missing else ''} ({dataset.place} holds the latents)"
     )
+    prepare.say_equal(dataset)
     prepare.check_can_encode(dataset, plan.settings)
 
 
@@ -567,9 +568,7 @@ class Trainer:
         try:
             result = self._gradients(parts)
         except RuntimeError as error:
-            if not hardware.is_compiler_error(error):
-                raise
-            obstacle = " ".join(str(error).split())[:200]
+            obstacle = hardware.compiler_obstacle(error)
         if not self.has_compiled:
             obstacle, self.has_compiled = self.ranks.first_of(obstacle), True
         if obstacle is not None:
@@ -609,9 +608,7 @@ class Trainer:
         return loss, [(table[0].long(), table[1])]
 
     def _do_without_compiler(self, obstacle: str) -> None:
-        if self.settings.compile == "true":
-            raise Failed(f"the network cannot be compiled ({obstacle}); give --compile false")
-        warn(f"the network cannot be compiled, and trains without ({obstacle})")
+        script.warn_uncompiled(self.settings.compile, obstacle, work="trains")
         self.losses_of, self.is_compiled = self.diffusion, False
 
     def parts_of(self, step: int) -> list[StepDraws]:

@@ -101,6 +101,7 @@ import durable
 import hardware
 import images
 import pictures
+import prepare
 from config import UserError
 from diffusion import EMA
 from vae import KLVAE
@@ -172,7 +173,7 @@ def hold_out(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def check_settings(settings: VAESettings) -> None:
-    """Raises UserError for settings that no VAE can have, and for a folder that cannot be written to."""
+    """Raises UserError for settings that no VAE can have, and for a folder that files should not or cannot go to."""
     if settings.width % 32:
         raise UserError(f"--width is {settings.width}; it must be a multiple of 32")
     levels = len(settings.multipliers)
@@ -180,6 +181,7 @@ def check_settings(settings: VAESettings) -> None:
         raise UserError(
             f"--image_size is {settings.image_size}; {levels} levels need a multiple of {2 ** (levels - 1)}"
         )
+    prepare.refuse_to_be_a_class(Path(settings.output_folder), settings.data_path)
     if not durable.can_write(settings.output_folder):
         raise UserError(
             f"--output_folder {settings.output_folder} cannot be written to (no permission, or no space left)"

@@ -201,6 +201,12 @@ def test_mistakes_end_in_one_line(folder, tmp_path, capsys, change, word):
     assert word in error[-1] and error[-1].startswith("error: ")
 
 
+def test_the_output_does_not_become_a_class_of_images(folder, capsys):
+    assert train(folder, folder / "my_vae") == 2
+    assert "is among the class folders of --data_path" in capsys.readouterr().err
+    assert not (folder / "my_vae").exists()
+
+
 def test_other_settings_or_other_images_do_not_continue_a_training(folder, tmp_path, capsys):
     assert train(folder, tmp_path / "out", train_num_steps=1) == 0
     assert train(folder, tmp_path / "out", kl_weight=0.5) == 2
