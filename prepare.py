@@ -270,9 +270,11 @@ def choose_space(
         say(f"no VAE at hand ({error}); taking the latents that the cache holds")
         return _without_vae(settings, known)
     if settings.image_size % identity.downsampling:
+        below = settings.image_size // identity.downsampling * identity.downsampling
+        near = " or ".join(str(size) for size in (below, below + identity.downsampling) if size)
         raise UserError(
             f"--image_size {settings.image_size} is not a multiple of {identity.downsampling}, "
-            f"the downsampling of {settings.vae_path}"
+            f"the downsampling of {settings.vae_path}; take {near}"
         )
     side = settings.image_size // identity.downsampling
     space = Space.of(

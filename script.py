@@ -3,6 +3,8 @@
 import functools
 import os
 import re
+import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -315,6 +317,14 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def python_word() -> str:
+    """Returns how a shell here starts this Python: by its path where its virtual environment is not activated."""
+    found, own = shutil.which("python"), Path(sys.executable)
+    if sys.prefix == sys.base_prefix or (found and Path(found).parent == own.parent):
+        return "python"
+    return shlex.quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
 
 
 def size(count: float) -> str:

@@ -14,6 +14,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
 
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -803,7 +804,7 @@ def run(trainer: Trainer, plan: Plan) -> int:
         trainer.dataset.cache_flush()
         trainer.dataset.close_encoder()
     say(f"done: {trainer.finished_steps:,} steps; peak memory {hardware.peak_memory(trainer.device)}")
-    say(f"next: python generate.py --checkpoint {settings.results_folder}")
+    say(f"next: {script.python_word()} generate.py --checkpoint {shlex.quote(settings.results_folder)}")
     return DONE
 
 
