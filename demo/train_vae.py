@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -395,7 +396,7 @@ class Pace:
         if done == 30:
             seconds = (time.monotonic() - self.start) / 20
             left = script.duration(seconds * (settings.train_num_steps - self.trainer.step))
-            script.say(f"{seconds:.2f} s per step of {settings.train_batch_size}; about {left} to go")
+            script.say(f"{seconds:.2f} s per step of {settings.train_batch_size} images; about {left} to go")
 
 
 @script.command
@@ -418,10 +419,13 @@ def main(argv: Sequence[str] | None) -> int:
         num_parameters = sum(p.numel() for p in trainer.vae.parameters())
         script.say(
             f"{len(train)} images to train on, {len(held_out)} held out; {num_parameters / 1e6:.2f} M parameters, "
-            f"{trainer.dtype} on {hardware.describe(device)}"
+            f"{str(trainer.dtype).removeprefix('torch.')} on {hardware.describe(device)}"
         )
         run(trainer, held_out, stop)
-    script.say(f"done: {Path(settings.output_folder) / 'vae.safetensors'}")
+    folder = Path(settings.output_folder)
+    script.say(f"done: look at {folder / 'preview.png'}, which shows held-out images above what the VAE makes of them")
+    path = shlex.quote(str(folder / "vae.safetensors"))
+    script.say(f"next: preprocess_latents.py with --vae_path {path} --image_size {settings.image_size}")
     return script.DONE
 
 
