@@ -768,8 +768,7 @@ def _value(value: Any) -> str:
 
 
 def _settings(report: dict[str, Any]) -> str:
-    settings = (report.get("settings") or {}).items()
-    rows = [(f"<code>{_text(name).replace('_', '_<wbr>')}</code>", _value(value)) for name, value in settings]
+    rows = [(f"<code>{_text(name)}</code>", _value(value)) for name, value in (report.get("settings") or {}).items()]
     return _section("Settings", _table("As the script was run", ("setting", "value"), rows, kind=' class="words"'))
 
 
@@ -870,7 +869,7 @@ th, td { padding: .3rem .75rem .3rem 0; white-space: nowrap;
 th:last-child, td:last-child { padding-right: 0; }
 th { font-weight: 600; }
 th:first-child, .words td, .words th { text-align: left; }
-tbody th { font-weight: 400; min-width: 7rem; } .words tbody th { min-width: 8rem; }
+tbody th { font-weight: 400; min-width: 7rem; } .words tbody th:has(code) { min-width: 11.5rem; }
 tbody th, thead th, .words td { white-space: normal; } tbody th, .words td { overflow-wrap: anywhere; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 .pairs td:last-child, .pairs th:last-child { text-align: right; }
