@@ -737,6 +737,7 @@ _OTHER_NAMES = {
 def _unknown_message(name: str, known: Iterable[str], prefix: str = "") -> str:
     plain, known = name.lstrip("-").replace("-", "_"), list(known)
     near = [other for other in (_OTHER_NAMES.get(plain),) if other in known]
+    near += difflib.get_close_matches(plain, known, n=1, cutoff=0.8)
     near += [other for other in known if f"_{plain}_" in f"_{other}_"]  # a part of a name, in whole words
     near += difflib.get_close_matches(plain, known, n=1)
     elsewhere = [script for script, cls in SCRIPTS.items() if plain in specs(cls)]
