@@ -42,6 +42,7 @@ format: $(VENV)/installed-dev
 	$(PY) -m ruff check --fix .
 
 $(VENV)/installed: requirements.txt constraints.txt
+	@echo "installing into $(VENV), which takes some minutes"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -r requirements.txt -c constraints.txt
 	touch $@

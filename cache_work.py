@@ -45,7 +45,7 @@ def say_next(settings: PreprocessSettings) -> None:
     same = Path(folder).absolute() == Path(standard).absolute()
     flag = "" if same else f" --latents_cache_folder {shlex.quote(folder)}"
     say()
-    say(f"next: python train_latent_cfg.py{flag}")
+    say(f"next: {script.python_word()} train_latent_cfg.py{flag}")
 
 
 # --- a check -----------------------------------------------------------------------------------------------

@@ -726,12 +726,21 @@ def _node_words(name: str, node: yaml.Node, path: str) -> list[str]:
 
 
 # The cache folder has two names: in preprocess_latents.py it is what comes out.
-_OTHER_NAMES = {"output_folder": "latents_cache_folder", "latents_cache_folder": "output_folder"}
+_OTHER_NAMES = {
+    "output_folder": "latents_cache_folder",
+    "latents_cache_folder": "output_folder",
+    "learning_rate": "train_lr",
+    "epochs": "train_num_steps",
+    "guidance": "cond_scale",
+    "guidance_scale": "cond_scale",
+}
 
 
 def _unknown_message(name: str, known: Iterable[str], prefix: str = "") -> str:
     plain, known = name.lstrip("-").replace("-", "_"), list(known)
     near = [other for other in (_OTHER_NAMES.get(plain),) if other in known]
+    near += difflib.get_close_matches(plain, known, n=1, cutoff=0.8)
+    near += [other for other in known if f"_{plain}_" in f"_{other}_"]  # a part of a name, in whole words
     near += difflib.get_close_matches(plain, known, n=1)
     elsewhere = [script for script, cls in SCRIPTS.items() if plain in specs(cls)]
     if near:

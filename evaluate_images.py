@@ -58,8 +58,8 @@ from image_sets import (
 )
 from latent_dataset import SPLIT_NAME, read_split
 from ranks import ALONE, Ranks, joined
-from report_file import PAGE_NAME, PAIRS_NAME, REPORT_NAME, Report, file_digest
-from script import DONE, Failed, StopSignals, say, warn
+from report_file import PAIRS_NAME, Report, file_digest
+from script import DONE, PAGE_NAME, RECORD_NAME, REPORT_NAME, Failed, StopSignals, say, warn
 
 
 @script.command
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None) -> int:
         try:
             with ranks.together():
                 plan = make_plan(argv, ranks)
+                prepare.refuse_to_be_a_class(plan.folder, plan.settings.data_path)
                 script.check_writable(plan.folder, "output_folder", dry_run=False)
                 states = sweep.find_states(plan) if plan.settings.sweep else []
             ranks.check_same(_facts(plan), "start all with the same command, and let all see the same folders")
@@ -310,7 +311,7 @@ def describe(plan: Plan, synthetic: ImageSet, real: RealImages) -> dict[str, Any
 def made_with(folder: Path) -> dict[str, Any]:
     """Returns what generate.py wrote down beside its images; nothing in a folder that it did not make."""
     try:
-        record = json.loads(durable.read_whole(folder / generate.RECORD_NAME, at_most=generate.LARGEST_RECORD_BYTES))
+        record = json.loads(durable.read_whole(folder / RECORD_NAME, at_most=generate.LARGEST_RECORD_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     known = ("weights", "step", "cond_scale", "guidance_interval", "sampler", "sampling_timesteps", "seed")

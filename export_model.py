@@ -29,6 +29,7 @@ import safetensors.torch
 import torch
 
 import durable
+import prepare
 import run_folder
 from diffusion import LIBRARY, LatentDiffusion, library_version, unet_arguments
 from run_folder import SavedState
@@ -70,6 +71,7 @@ def _export(settings: ExportSettings, state: SavedState) -> None:
         )
     )
     folder = Path(settings.output_folder)
+    prepare.refuse_to_be_a_class(folder, state.meta["settings"].get("data_path"))
     script.check_writable(folder, "output_folder", dry_run=False)
     files = {folder / _WEIGHTS_NAME: weights, folder / _CONFIG_NAME: facts}
     for path, data in files.items():

@@ -41,6 +41,7 @@ import forecast
 import hardware
 import images
 import pictures
+import prepare
 import run_folder
 import vae
 from draws import sample_generator
@@ -50,10 +51,9 @@ from latent_norm import LatentNorm
 from ranks import ALONE, Ranks, joined
 from run_folder import SavedState, read_averages
 from sampling import BATCH_SIZE, Decoder, check_decodes, num_solver_steps, sample_padded
-from script import DONE, Failed, Progress, StopSignals, say, warn
+from script import DONE, LABELS_NAME, RECORD_NAME, Failed, Progress, StopSignals, say, warn
 from write_behind import WriteBehind
 
-RECORD_NAME, _LABELS_NAME = "settings.json", "labels.csv"
 _OVERVIEW_NAME, _STRIP_NAME = "overview.png", "strip.png"
 LARGEST_RECORD_BYTES = 1 << 20
 _MOST_UNWRITTEN = 2 * BATCH_SIZE  # images that wait to be written while the next are made
@@ -89,6 +89,7 @@ def open_generator(argv: Sequence[str] | None, ranks: Ranks) -> "Generator":
     settings: GenerateSettings = resolved.settings
     for line in resolved.changes():
         say(line)
+    prepare.refuse_to_be_a_class(Path(settings.output_folder), state.meta["settings"].get("data_path"))
     device = hardware.pick_device(ranks.device_name(settings.device))
     ranks.say_unused(settings.device, "generate.py")
     generator = Generator(settings, state, device, ranks)
@@ -229,7 +230,7 @@ class Generator:
                 if self.ranks.is_main:
                     self._write_labels()
         say(
-            f"{len(cells):,} images made in {self.folder} ({self.suffix[1:]}, {_LABELS_NAME}); "
+            f"{len(cells):,} images made in {self.folder} ({self.suffix[1:]}, {LABELS_NAME}); "
             f"peak memory {hardware.peak_memory(self.device)}"
         )
         say(f"the first of each class: {self._draw_overview()}")
@@ -254,15 +255,11 @@ class Generator:
             for scale in self._steps_to_take(1):
                 self.sample([label], [0], scale, steps=1, interval=(0, 1))
         except RuntimeError as error:
-            if not hardware.is_compiler_error(error):
-                raise
-            return " ".join(str(error).split())[:200]
+            return hardware.compiler_obstacle(error)
         return None
 
     def _do_without_compiler(self, obstacle: str) -> None:
-        if self.settings.compile == "true":
-            raise Failed(f"the network cannot be compiled ({obstacle}); give --compile false")
-        warn(f"the network cannot be compiled, and samples without ({obstacle})")
+        script.warn_uncompiled(self.settings.compile, obstacle, work="samples")
         self.diffusion.model.stand_in, self.is_compiled = None, False
 
     def _make(self, cells: Sequence[Cell], bar: Progress, signals: StopSignals) -> None:
@@ -387,7 +384,7 @@ class Generator:
         for label, name in enumerate(self.all_classes):
             for path in sorted((self.folder / name).glob(f"*{self.suffix}")):
                 writer.writerow([f"{name}/{path.name}", name, label])
-        durable.publish(self.folder / _LABELS_NAME, buffer.getvalue().encode("utf-8", "surrogateescape"))
+        durable.publish(self.folder / LABELS_NAME, buffer.getvalue().encode("utf-8", "surrogateescape"))
 
     # --- a picture to choose the guidance by ---
 

@@ -121,11 +121,18 @@ def why_not_compile(device: torch.device) -> str | None:
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
-def is_compiler_error(error: BaseException) -> bool:
+def _is_compiler_error(error: BaseException) -> bool:
     """Says whether an error comes from torch.compile, and not from what it compiled."""
     # By name: importing the module of these classes takes a second.
     modules = {cls.__module__ for cls in type(error).__mro__}
     return any(module.startswith(("torch._dynamo", "torch._inductor")) for module in modules)
+
+
+def compiler_obstacle(error: RuntimeError) -> str:
+    """Returns in one line what torch.compile failed at; raises the error again if what was compiled failed."""
+    if not _is_compiler_error(error):
+        raise error
+    return " ".join(str(error).split())[:200]
 
 
 def dtype_of(name: str) -> torch.dtype:

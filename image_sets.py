@@ -27,6 +27,7 @@ from run_folder import SavedState
 from script import Failed, Stopped, StopSignals, say, warn
 
 _CACHE_NAME = "latents_cache"
+_SYNTHETIC = "synthetic"
 _NUM_LISTED = 10
 READ_AT_ONCE = 64  # images whose pixels are in memory at once
 
@@ -94,7 +95,9 @@ class ImageSet:
         def read_one(position: int) -> np.ndarray:
             entry = self.entries[position]
             try:
-                return prepare.read_image(str(self.folder), entry, image_size=self.image_size)
+                return prepare.read_image(
+                    str(self.folder), entry, image_size=self.image_size, if_edited=_if_edited(self.name)
+                )
             except BadImage as error:
                 raise Failed(f"{self.folder / entry.class_name / entry.name}: {error}") from error
 
@@ -112,6 +115,11 @@ class ImageSet:
     def place(self, position: int) -> str:
         """Names an image for a person: its class and its file."""
         return f"{self.entries[position].class_name}/{self.entries[position].name}"
+
+
+def _if_edited(what: str) -> str:
+    """Returns what to do about an edited image: the content of real ones was noted in training, of others just now."""
+    return prepare.EDITED_MEANWHILE if what == _SYNTHETIC else "was edited since the run was trained; put it back"
 
 
 def resized(image: np.ndarray, size: int) -> Tensor:
@@ -150,8 +158,8 @@ def open_synthetic(plan: Plan) -> ImageSet:
     with plan.ranks.together():
         split = _list_synthetic(plan)
     folder = Path(plan.settings.synthetic_path)
-    points = encode(plan, split, list(split.train), folder, "synthetic")
-    return ImageSet("synthetic", folder, split.train, plan.images.image_size, points)
+    points = encode(plan, split, list(split.train), folder, _SYNTHETIC)
+    return ImageSet(_SYNTHETIC, folder, split.train, plan.images.image_size, points)
 
 
 def _list_synthetic(plan: Plan) -> Split:
@@ -199,6 +207,7 @@ def encode(plan: Plan, split: Split, entries: list[Entry], folder: Path, what: s
             vae_at_hand=True,
             images_at_hand=True,
             device=plan.device,
+            if_edited=_if_edited(what),
         )
         missing = dataset.missing()
         if missing:

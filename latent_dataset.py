@@ -174,6 +174,11 @@ class LatentDataset(Dataset):
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def num_different(self) -> int:
+        """How many images it has, equal ones counted once: those share their moments."""
+        return len(self._row_keys)
+
     def missing(self) -> list[int]:
         """Returns one position for each different image that is not encoded yet, in dataset order."""
         return sorted(self._first_position[row] for row in np.flatnonzero(~self._have).tolist())

@@ -50,7 +50,7 @@ def _one_line(name: str) -> str:
 
 def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> Image.Image:
     """Draws the loss against the step, on a logarithmic loss axis, with its running median in bold."""
-    width, height, left, right, top, bottom = 960, 480, 80, 24, 24, 48
+    width, height, left, right, top, bottom = 960, 480, 80, 24, 30, 48
     canvas = Image.new("RGB", (width, height), _WHITE)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=14)
@@ -67,17 +67,32 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> Image.Image:
         across = left + (width - left - right) * step / last
         return across, top + (height - top - bottom) * (high - value) / (high - low)
 
-    for share in np.linspace(0, 1, 6):
-        value, step = low + share * (high - low), share * last
-        (_, row), (column, _) = place(0, value), place(step, low)
+    for loss in round_numbers(10**low, 10**high):
+        _, row = place(0, math.log10(loss))
         draw.line([(left, row), (width - right, row)], fill=_GREY)
-        draw.text((left - 8, row), f"{10**value:.3g}", fill=_BLACK, font=font, anchor="rm")
-        draw.text((column, height - bottom + 8), f"{step:,.0f}", fill=_BLACK, font=font, anchor="mt")
+        draw.text((left - 8, row), f"{loss:.4g}", fill=_BLACK, font=font, anchor="rm")
+    for step in np.linspace(0, last, 6):
+        column, bottom_row = place(step, low)
+        draw.text((column, bottom_row + 8), f"{step:,.0f}", fill=_BLACK, font=font, anchor="mt")
+    draw.line([place(0, low), place(last, low)], fill=_BLACK)
     draw.text((width / 2, height - 6), "step", fill=_BLACK, font=font, anchor="mb")
-    draw.text((6, 4), "loss", fill=_BLACK, font=font)
+    draw.text((left - 8, 2), "loss", fill=_BLACK, font=font, anchor="ra")
     draw.line([place(a, b) for a, b in zip(x, y, strict=True)], fill=(150, 180, 225))
     draw.line([place(a, b) for a, b in zip(x, _running_median(y), strict=True)], fill=_BLUE, width=3)
     return canvas
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """Returns a few round numbers from `low` to `high`, both above 0, for a logarithmic axis."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ("1", "13", "125", "123456789"):
+        found = [float(f"{digit}e{power}") for power in powers for digit in digits]
+        found = [number for number in found if low <= number <= high]
+        if len(found) >= 4:
+            return found[:: math.ceil(len(found) / 10)]
+    step = 10 ** math.floor(math.log10((high - low) / 2))  # too little for that: as on a plain axis
+    step *= next(factor for factor in (5, 2, 1) if (high - low) / (factor * step) >= 2)
+    return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _running_median(values: np.ndarray) -> np.ndarray:

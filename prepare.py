@@ -27,7 +27,17 @@ from latent_cache import MANIFEST_NAME, LatentCache, Manifest, Space, read_manif
 from latent_dataset import SPLIT_NAME, BatchEncoder, LatentDataset, read_split
 from ranks import OtherFailed, Ranks
 from sampling import check_decodes
-from script import Stopped, StopSignals, say, warn
+from script import (
+    LABELS_NAME,
+    PAGE_NAME,
+    RECORD_NAME,
+    REPORT_NAME,
+    SETTINGS_NAME,
+    Stopped,
+    StopSignals,
+    say,
+    warn,
+)
 
 
 def is_explicit(sources: Mapping[str, str], name: str) -> bool:
@@ -70,6 +80,8 @@ def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | Non
     else:
         _check_classes_known(settings, stored, where)  # type: ignore[arg-type]
     index = images.list_images(settings.data_path) if at_hand else stored.index()  # type: ignore[union-attr]
+    if at_hand:
+        _refuse_own_outputs(settings, list(index))
     notice = images.missing_classes_warning(index, settings.num_users)
     if notice:
         warn(notice)
@@ -87,14 +99,37 @@ def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | Non
     return split.with_keys({place: known.get(place, _key_of_no_content(*place)) for place in _places(split)})
 
 
-def refuse_to_be_a_class(folder: Path, data_path: str) -> None:
-    """Raises UserError for a folder to write to among the class folders: its pictures would be taken for images."""
-    place, data = folder.resolve(), Path(data_path).resolve()
-    if data in (place, place.parent):
+def refuse_to_be_a_class(folder: Path, data_path: str | None) -> None:
+    """Raises UserError for a folder to write to among the class folders: its pictures would be taken for images.
+
+    Args:
+        data_path: the image folder, which need not exist; None where nobody knows it.
+    """
+    place = folder.resolve()
+    if data_path and Path(data_path).resolve() in (place, place.parent):
         raise UserError(
             f"{shown(folder)} is among the class folders of --data_path {shown(data_path)} and would count as one; "
             "give a folder outside"
         )
+
+
+_OUTPUTS = {  # files that lie together in a folder of ours -> what wrote them
+    (MANIFEST_NAME, SPLIT_NAME): "is a cache of latents",
+    (SETTINGS_NAME, SPLIT_NAME): "was written by train_latent_cfg.py",
+    (RECORD_NAME, LABELS_NAME): "was written by generate.py",
+    (REPORT_NAME, PAGE_NAME): "was written by evaluate_images.py",
+}
+
+
+def _refuse_own_outputs(settings: ImageSettings, folders: list[str]) -> None:
+    """Raises UserError when one of the class folders in use is what a script wrote: its pictures are no class."""
+    for name in folders if settings.num_users == "all" else folders[: int(settings.num_users)]:
+        for files, what in _OUTPUTS.items():
+            if all((Path(settings.data_path) / name / file).is_file() for file in files):
+                raise UserError(
+                    f"the folder {shown(name)} in --data_path {shown(settings.data_path)} {what}, and its pictures "
+                    "would count as a class; move it elsewhere"
+                )
 
 
 def _check_classes_known(settings: ImageSettings, stored: Split, where: str) -> None:
@@ -175,14 +210,25 @@ def skipped(entries: list[Entry], bad: Iterable[tuple[int, str]]) -> tuple[Skipp
     return tuple(Skipped(entries[i].class_name, entries[i].name, reason) for i, reason in bad)
 
 
-def read_image(data_path: str, entry: Entry, *, image_size: int) -> Any:
-    """Reads one image as uint8 [S S 3]; refuses it when the file no longer has the content of its key."""
+EDITED_MEANWHILE = "changed since this program looked at it first; start again"
+_EDITED_BEFORE = (
+    "was edited since the cache was made; put it back as it was, or run preprocess_latents.py again, which takes it as "
+    "it is now"
+)
+
+
+def read_image(data_path: str, entry: Entry, *, image_size: int, if_edited: str = EDITED_MEANWHILE) -> Any:
+    """Reads one image as uint8 [S S 3].
+
+    Raises:
+        BadImage: when it cannot be read, or with the reason `if_edited` when it has not the content of its key.
+    """
     try:
         data = read_file(data_path, entry)
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror or error}") from error
     if entry.key and images.image_key(data) != entry.key:
-        raise BadImage("changed since this program looked at it first; start again")
+        raise BadImage(if_edited)
     return images.decode(data, image_size=image_size)
 
 
@@ -224,9 +270,11 @@ def choose_space(
         say(f"no VAE at hand ({error}); taking the latents that the cache holds")
         return _without_vae(settings, known)
     if settings.image_size % identity.downsampling:
+        below = settings.image_size // identity.downsampling * identity.downsampling
+        near = " or ".join(str(size) for size in (below, below + identity.downsampling) if size)
         raise UserError(
             f"--image_size {settings.image_size} is not a multiple of {identity.downsampling}, "
-            f"the downsampling of {settings.vae_path}"
+            f"the downsampling of {settings.vae_path}; take {near}"
         )
     side = settings.image_size // identity.downsampling
     space = Space.of(
@@ -330,8 +378,12 @@ def open_dataset(
     images_at_hand: bool,
     device: torch.device,
     on_store_error: Callable[[OSError], None] | None = None,
+    if_edited: str = EDITED_MEANWHILE,
 ) -> LatentDataset:
-    """Opens the dataset over `entries`, able to encode misses where VAE and images are at hand."""
+    """Opens the dataset over `entries`, able to encode misses where VAE and images are at hand.
+
+    An image whose content is not that of its key is refused with the reason `if_edited`.
+    """
     hardware.allow_tf32()
     encoder = BatchEncoder(
         lambda: vae.load_vae(settings.vae_path, device, parts="encoder", memory_format=torch.channels_last),
@@ -345,7 +397,9 @@ def open_dataset(
         split.labels(entries),
         [f"{entry.class_name}/{entry.name}" for entry in entries],
         encode=encoder if vae_at_hand else None,
-        read_image=(lambda i: read_image(settings.data_path, entries[i], image_size=settings.image_size))
+        read_image=(
+            lambda i: read_image(settings.data_path, entries[i], image_size=settings.image_size, if_edited=if_edited)
+        )
         if images_at_hand
         else None,
         encode_batch_size=settings.encode_batch_size,
@@ -354,13 +408,20 @@ def open_dataset(
     )
 
 
+def say_equal(dataset: LatentDataset) -> None:
+    """Says how many images are not counted among the different ones, if any."""
+    num_equal = len(dataset) - dataset.num_different
+    if num_equal:
+        say(f"{num_equal:,} more have the very content of another, and share its latent")
+
+
 def check_can_encode(dataset: LatentDataset, settings: ImageSettings) -> None:
     """Raises UserError when something is missing, and the VAE or the images, which could encode it, are so too."""
     missing = dataset.missing()
     if missing and not dataset.can_encode:
         what = settings.vae_path if dataset.encode is None else settings.data_path
         raise UserError(
-            f"{len(missing):,} of {len(dataset):,} images are not in {dataset.cache.folder} (the first is "
+            f"{len(missing):,} of {dataset.num_different:,} images are not in {dataset.cache.folder} (the first is "
             f"{dataset.names[missing[0]]}), and {what}, which is needed to encode them, is not there"
         )
 
@@ -391,9 +452,16 @@ def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.
     cache = LatentCache(folder, manifest.space, writable=durable.can_write(folder))
 
     def opened(*, able: bool) -> LatentDataset:
-        entries = list(stored.part(split))
-        how = {"cache": cache, "device": torch.device(device), "vae_at_hand": able, "images_at_hand": able}
-        return open_dataset(settings, stored, entries, **how)
+        return open_dataset(
+            settings,
+            stored,
+            list(stored.part(split)),
+            cache=cache,
+            vae_at_hand=able,
+            images_at_hand=able,
+            device=torch.device(device),
+            if_edited=_EDITED_BEFORE,
+        )
 
     dataset = opened(able=False)
     if not dataset.missing():

@@ -155,11 +155,10 @@ def open_work(settings: PreprocessSettings, sources: dict[str, str], device: tor
     missing = dataset.missing()
     say(
         f"{len(split.classes)} classes, {len(entries):,} images ({' and '.join(names)}): "
-        f"{_num_different(dataset) - len(missing):,} cached, {len(missing):,} to encode in {settings.encode_precision} "
+        f"{dataset.num_different - len(missing):,} cached, {len(missing):,} to encode in {settings.encode_precision} "
         f"on {hardware.describe(device)}"
     )
-    if _num_different(dataset) < len(dataset):
-        say(f"{len(dataset) - _num_different(dataset):,} more have the very content of another, and share its latent")
+    prepare.say_equal(dataset)
     prepare.check_can_encode(dataset, settings)
     disk.tell(
         latent_cache.expected_bytes(chosen.space, len(missing)),
@@ -168,10 +167,6 @@ def open_work(settings: PreprocessSettings, sources: dict[str, str], device: tor
         remedy="give another --output_folder",
     )
     return Work(split, entries, chosen, dataset)
-
-
-def _num_different(dataset: LatentDataset) -> int:
-    return len(set(dataset.keys))
 
 
 def dry_run(settings: PreprocessSettings, work: Work) -> int:
@@ -253,7 +248,7 @@ def _account(
     say()
     say(f"newly encoded   {newly:,}")
     num_failed = len({dataset.keys[position] for position, _ in bad})  # as the others, without equal ones
-    say(f"already cached  {_num_different(dataset) - newly - num_failed:,}")
+    say(f"already cached  {dataset.num_different - newly - num_failed:,}")
     say(f"failed          {len(bad):,}")
     for position, reason in bad:
         say(f"    {shown(dataset.names[position])}: {reason}")

@@ -57,8 +57,8 @@ from typing import Any, TypeGuard
 
 import pictures
 
-_WIDTH, _HEIGHT = 640, 300  # of a chart, in its own units
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 16, 52
+_WIDTH, _HEIGHT = 640, 310  # of a chart, in its own units
+_LEFT, _RIGHT, _TOP, _BOTTOM = 88, 16, 16, 62
 _CLOSE, _NEAR = 1.25, 2.0  # times the yardstick
 FEW_PER_CLASS = 30  # images: figures of fewer are shown with a warning
 _MANY_CLASSES = 12  # that make confusion matrices as wide as the page, and folded
@@ -231,11 +231,11 @@ class _Chart:
             self.parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{row:.1f}" y2="{row:.1f}"/>')
             self._write(_LEFT - 8, row + 5, f"{tick:.3g}", "end")
         for tick in x_ticks:
-            self._write(self.x(tick), _HEIGHT - _BOTTOM + 20, f"{tick:.3g}", "middle")
+            self._write(self.x(tick), _HEIGHT - _BOTTOM + 22, f"{tick:.3g}", "middle")
         self._write((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, x_label, "middle")
         middle = (_TOP + _HEIGHT - _BOTTOM) / 2
-        turned = f' transform="rotate(-90 14 {middle})"'
-        self._write(14, middle, y_label, "middle", turned)
+        turned = f' transform="rotate(-90 18 {middle})"'
+        self._write(18, middle, y_label, "middle", turned)
 
     def _write(self, x: float, y: float, text: str, anchor: str, more: str = "") -> None:
         self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{_text(text)}</text>')
@@ -243,8 +243,7 @@ class _Chart:
     def draw(self, label: str) -> str:
         """Returns the drawing; `label` says in words what it shows."""
         inner = "\n".join(self.parts)
-        svg = f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">\n{inner}\n</svg>'
-        return _scrolling(svg, label)
+        return f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">\n{inner}\n</svg>'
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -426,7 +425,7 @@ def _class_bars(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 
 def _reason(report: dict[str, Any], part: str, title: str) -> str:
     why = (report.get("why") or {}).get(part)
-    return _section(title, f"<p>{_text(why)}</p>") if why else ""
+    return _section(title, f"<p>{_sentence(why)}</p>") if why else ""
 
 
 # --- copies ------------------------------------------------------------------------------------------------
@@ -870,14 +869,14 @@ th, td { padding: .3rem .75rem .3rem 0; white-space: nowrap;
 th:last-child, td:last-child { padding-right: 0; }
 th { font-weight: 600; }
 th:first-child, .words td, .words th { text-align: left; }
-tbody th { font-weight: 400; min-width: 7rem; }
+tbody th { font-weight: 400; min-width: 7rem; } .words tbody th:has(code) { min-width: 11.5rem; }
 tbody th, thead th, .words td { white-space: normal; } tbody th, .words td { overflow-wrap: anywhere; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 .pairs td:last-child, .pairs th:last-child { text-align: right; }
 td:has(.bars) { width: 40%; } .above-bars { display: block; text-align: left; }
 .bars { display: block; width: 100%; min-width: 7rem; height: 1.25rem; }
-.chart { display: block; width: 100%; min-width: 30rem; max-width: 44rem; }
-.chart text { font-size: 14px; fill: var(--soft); }
+.chart { display: block; width: 100%; max-width: 44rem; }
+.chart text { font-size: clamp(14px, 29.4px - 2.4vw, 21px); fill: var(--soft); } /* larger where the chart is small */
 .ours { fill: var(--ours); background: var(--ours); } .theirs { fill: var(--theirs); background: var(--theirs); }
 .see-through { opacity: .65; }
 polyline.outline { fill: none; stroke: var(--theirs); stroke-width: 2.5; }
@@ -909,7 +908,7 @@ main { padding-bottom: 3rem; }
   .key, summary, dt { break-after: avoid; } section > .scroll { break-inside: avoid; }
   svg, .swatch, .card { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   table { font-size: 9pt; } th, td { padding: .15rem .4rem .15rem 0; } .scroll td { white-space: normal; }
-  .chart { min-width: 0; } details::details-content { content-visibility: visible; height: auto; } }
+  details::details-content { content-visibility: visible; height: auto; } }
 """
 
 _PAGE = """<!DOCTYPE html>

@@ -8,9 +8,9 @@ from typing import Any
 
 import durable
 import report as report_page
-from script import warn
+from script import PAGE_NAME, REPORT_NAME, warn
 
-REPORT_NAME, PAGE_NAME, PAIRS_NAME = "report.json", "report.html", "closest_pairs.png"
+PAIRS_NAME = "closest_pairs.png"
 _LARGEST_REPORT_BYTES = 1 << 28
 _PARTS = ("latents", "memorisation", "inception", "classifier", "why")  # of the report, about synthetic images
 

@@ -28,8 +28,9 @@ from images import Split, is_file_name
 from latent_cache import Space
 from latent_dataset import SPLIT_NAME
 from latent_norm import LatentNorm
+from script import SETTINGS_NAME
 
-SETTINGS_NAME, METRICS_NAME = "settings.yaml", "metrics.jsonl"
+METRICS_NAME = "metrics.jsonl"
 
 _NETWORK_SETTINGS = (
     "dim",

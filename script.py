@@ -3,6 +3,8 @@
 import functools
 import os
 import re
+import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -21,6 +23,10 @@ from config import UserError
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
 SIGNALLED = 128  # to which the number of the signal is added
+# Files by which a folder that a script wrote is known: a training run, generated images, an evaluation.
+SETTINGS_NAME = "settings.yaml"
+RECORD_NAME, LABELS_NAME = "settings.json", "labels.csv"
+REPORT_NAME, PAGE_NAME = "report.json", "report.html"
 DRY_RUN_END = "dry run: nothing was written; the times are estimates"
 PROCESS_START = time.monotonic()  # this module is among the first that a script imports
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -184,6 +190,22 @@ def warn(text: str) -> None:
         tqdm.write(f"warning: {_harmless(text)}", file=sys.stderr)
 
 
+def warn_uncompiled(choice: str, obstacle: str, *, work: str) -> None:
+    """Warns that the network works on without the compiler.
+
+    Args:
+        choice: the setting: auto or true.
+        obstacle: what the compiler failed at.
+        work: what the network does, such as "trains".
+
+    Raises:
+        Failed: where a compiled network was asked for.
+    """
+    if choice == "true":
+        raise Failed(f"the network cannot be compiled ({obstacle}); give --compile false")
+    warn(f"the network cannot be compiled, and {work} without ({obstacle})")
+
+
 class StopSignals:
     """Within the block, the first Ctrl-C or SIGTERM only sets a flag; a second one ends the program at once."""
 
@@ -295,6 +317,14 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def python_word() -> str:
+    """Returns how a shell here starts this Python: by its path where its virtual environment is not activated."""
+    found, own = shutil.which("python"), Path(sys.executable)
+    if sys.prefix == sys.base_prefix or (found and Path(found).parent == own.parent):
+        return "python"
+    return shlex.quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
 
 
 def size(count: float) -> str:

@@ -14,6 +14,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
 
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -368,9 +369,10 @@ def _without_bad_images(plan: Plan, split: Split, dataset: LatentDataset) -> Spl
 def _report_missing(plan: Plan, dataset: LatentDataset, when: str) -> None:
     missing = dataset.missing()
     say(
-        f"{len(dataset):,} images asked, {len(dataset) - len(missing):,} cached, {len(missing):,} to encode"
+        f"{len(dataset):,} images asked, {dataset.num_different - len(missing):,} cached, {len(missing):,} to encode"
         f"{f' {when}' if missing else ''} ({dataset.place} holds the latents)"
     )
+    prepare.say_equal(dataset)
     prepare.check_can_encode(dataset, plan.settings)
 
 
@@ -568,9 +570,7 @@ class Trainer:
         try:
             result = self._gradients(parts)
         except RuntimeError as error:
-            if not hardware.is_compiler_error(error):
-                raise
-            obstacle = " ".join(str(error).split())[:200]
+            obstacle = hardware.compiler_obstacle(error)
         if not self.has_compiled:
             obstacle, self.has_compiled = self.ranks.first_of(obstacle), True
         if obstacle is not None:
@@ -610,9 +610,7 @@ class Trainer:
         return loss, [(table[0].long(), table[1])]
 
     def _do_without_compiler(self, obstacle: str) -> None:
-        if self.settings.compile == "true":
-            raise Failed(f"the network cannot be compiled ({obstacle}); give --compile false")
-        warn(f"the network cannot be compiled, and trains without ({obstacle})")
+        script.warn_uncompiled(self.settings.compile, obstacle, work="trains")
         self.losses_of, self.is_compiled = self.diffusion, False
 
     def parts_of(self, step: int) -> list[StepDraws]:
@@ -809,7 +807,7 @@ def run(trainer: Trainer, plan: Plan) -> int:
         trainer.dataset.cache_flush()
         trainer.dataset.close_encoder()
     say(f"done: {trainer.finished_steps:,} steps; peak memory {hardware.peak_memory(trainer.device)}")
-    say(f"next: python generate.py --checkpoint {settings.results_folder}")
+    say(f"next: {script.python_word()} generate.py --checkpoint {shlex.quote(settings.results_folder)}")
     return DONE
 
 

@@ -686,7 +686,8 @@ def _what_a_folder_is(folder: Path) -> str:
         return f"but {folder / 'vae'} has one: give that"
     if (folder / "data.pkl").exists():
         return "an unpacked .pt file it seems: give the .pt file itself"
-    files = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
+    files = [f.name for f in folder.iterdir() if f.suffix.lower() in SUFFIXES]
+    files.sort(key=lambda name: (name.startswith("state-"), name))  # what a training goes on from is no VAE alone
     if files:
         return f"so not a diffusers model; give a checkpoint in it, such as {folder / files[0]}"
     return "so not a diffusers model"

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -101,6 +102,7 @@ import durable
 import hardware
 import images
 import pictures
+import prepare
 from config import UserError
 from diffusion import EMA
 from vae import KLVAE
@@ -172,7 +174,7 @@ def hold_out(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def check_settings(settings: VAESettings) -> None:
-    """Raises UserError for settings that no VAE can have, and for a folder that cannot be written to."""
+    """Raises UserError for settings that no VAE can have, and for a folder that files should not or cannot go to."""
     if settings.width % 32:
         raise UserError(f"--width is {settings.width}; it must be a multiple of 32")
     levels = len(settings.multipliers)
@@ -180,6 +182,7 @@ def check_settings(settings: VAESettings) -> None:
         raise UserError(
             f"--image_size is {settings.image_size}; {levels} levels need a multiple of {2 ** (levels - 1)}"
         )
+    prepare.refuse_to_be_a_class(Path(settings.output_folder), settings.data_path)
     if not durable.can_write(settings.output_folder):
         raise UserError(
             f"--output_folder {settings.output_folder} cannot be written to (no permission, or no space left)"
@@ -393,7 +396,7 @@ class Pace:
         if done == 30:
             seconds = (time.monotonic() - self.start) / 20
             left = script.duration(seconds * (settings.train_num_steps - self.trainer.step))
-            script.say(f"{seconds:.2f} s per step of {settings.train_batch_size}; about {left} to go")
+            script.say(f"{seconds:.2f} s per step of {settings.train_batch_size} images; about {left} to go")
 
 
 @script.command
@@ -416,10 +419,13 @@ def main(argv: Sequence[str] | None) -> int:
         num_parameters = sum(p.numel() for p in trainer.vae.parameters())
         script.say(
             f"{len(train)} images to train on, {len(held_out)} held out; {num_parameters / 1e6:.2f} M parameters, "
-            f"{trainer.dtype} on {hardware.describe(device)}"
+            f"{str(trainer.dtype).removeprefix('torch.')} on {hardware.describe(device)}"
         )
         run(trainer, held_out, stop)
-    script.say(f"done: {Path(settings.output_folder) / 'vae.safetensors'}")
+    folder = Path(settings.output_folder)
+    script.say(f"done: look at {folder / 'preview.png'}, which shows held-out images above what the VAE makes of them")
+    path = shlex.quote(str(folder / "vae.safetensors"))
+    script.say(f"next: preprocess_latents.py with --vae_path {path} --image_size {settings.image_size}")
     return script.DONE
 
 

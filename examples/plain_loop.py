@@ -7,7 +7,6 @@ import sys
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from latent_dataset import LatentDataset
@@ -35,7 +34,7 @@ def main(folder: str, num_epochs: int = 3) -> list[float]:
     for epoch in range(num_epochs):
         losses = []
         for latents, labels in loader:  # float32 [B C h w] of about unit variance, int64 [B]
-            loss = cross_entropy(network(latents), labels)
+            loss = nn.functional.cross_entropy(network(latents), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -46,4 +45,5 @@ def main(folder: str, num_epochs: int = 3) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    folder = sys.argv[1] if len(sys.argv) == 2 else sys.exit(__doc__)
+    main(folder)

@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from latent_dataset import LatentDataset
@@ -34,7 +33,7 @@ def main(folder: str, num_epochs: int = 3) -> list[float]:
     for epoch in range(num_epochs):
         losses = []
         for latents, labels in loader:
-            loss = cross_entropy(network(latents), labels)
+            loss = nn.functional.cross_entropy(network(latents), labels)
             optimizer.zero_grad()
             accelerator.backward(loss)
             optimizer.step()
@@ -46,4 +45,5 @@ def main(folder: str, num_epochs: int = 3) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    folder = sys.argv[1] if len(sys.argv) == 2 else sys.exit(__doc__)
+    main(folder)

@@ -9,7 +9,6 @@ import sys
 import lightning  # pyright: ignore[reportMissingImports]  # not among what these modules need
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from latent_dataset import LatentDataset
@@ -27,7 +26,7 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         latents, labels = batch
-        loss = cross_entropy(self.network(latents), labels)
+        loss = nn.functional.cross_entropy(self.network(latents), labels)
         self.losses.append(loss.item())
         return loss
 
@@ -46,4 +45,5 @@ def main(folder: str, num_epochs: int = 3) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(f"last loss {main(sys.argv[1])[-1]:.3f}")
+    folder = sys.argv[1] if len(sys.argv) == 2 else sys.exit(__doc__)
+    print(f"last loss {main(folder)[-1]:.3f}")

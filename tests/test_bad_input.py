@@ -338,7 +338,7 @@ def pipeline_warning(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"image_size": 17}, ["--image_size 17", "not a multiple of 2", "vae.pt"]),
+        ({"image_size": 17}, ["--image_size 17", "not a multiple of 2", "vae.pt; take 16 or 18"]),
         (
             {"image_size": 18, "dim_mults": [1, 2]},
             ["latents are 9 x 9", "2 dim_mults", "multiple of 2", "another image_size"],

@@ -110,6 +110,10 @@ def test_the_manifest_speaks_only_of_the_cache():
             ["--checkpoint", "x"],
             "there is no setting --checkpoint; it is one of generate.py and evaluate_images.py and export_model.py",
         ),
+        (["--lr", "1"], "there is no setting --lr; did you mean --train_lr?"),
+        (["--num_steps", "1"], "there is no setting --num_steps; did you mean --train_num_steps?"),
+        (["--guidance_scale", "1"], "there is no setting --guidance_scale; did you mean --cond_scale?"),
+        (["--r", "1"], "there is no setting --r; --help lists the settings"),
         (["stray"], "there is no setting stray; --help lists the settings"),
     ],
 )

@@ -142,8 +142,11 @@ def test_training_stopped_and_resumed_equals_training_in_one_go(folder, tmp_path
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_trained_vae_is_a_vae_that_the_other_scripts_take(folder, tmp_path):
+def test_trained_vae_is_a_vae_that_the_other_scripts_take(folder, tmp_path, capsys):
     assert train(folder, tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "float32 on CPU" in said and "torch.float32" not in said
+    assert f"with --vae_path {tmp_path / 'out' / 'vae.safetensors'} --image_size 16\n" in said
     model = vae.load_vae(tmp_path / "out" / "vae.safetensors", "cpu")
     assert (model.latent_channels, model.downsampling) == (4, 2)
     assert model.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 8, 8, 8)
@@ -199,6 +202,12 @@ def test_mistakes_end_in_one_line(folder, tmp_path, capsys, change, word):
     assert train(**{"folder": folder, "output_folder": tmp_path / "out"} | change) == 2
     error = capsys.readouterr().err.splitlines()
     assert word in error[-1] and error[-1].startswith("error: ")
+
+
+def test_the_output_does_not_become_a_class_of_images(folder, capsys):
+    assert train(folder, folder / "my_vae") == 2
+    assert "is among the class folders of --data_path" in capsys.readouterr().err
+    assert not (folder / "my_vae").exists()
 
 
 def test_other_settings_or_other_images_do_not_continue_a_training(folder, tmp_path, capsys):

@@ -429,8 +429,40 @@ def test_a_training_image_that_has_changed_since_costs_the_picture_alone(trained
         Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
     assert evaluate(root, generated, folder, **facts) == 0
     copies = read_report(folder)["memorisation"]
-    assert copies["picture"] is None and "changed since" in copies["why_no_picture"]
+    assert copies["picture"] is None and "was edited since the run was trained; put it back" in copies["why_no_picture"]
     assert not (folder / "closest_pairs.png").exists() and (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("place", ["", "evaluation", "ID_1"])
+def test_an_evaluation_does_not_become_a_class(trained, generated, capsys, place):
+    before = content(trained / "data")
+    assert evaluate(trained, generated, trained / "data" / place) == 2
+    assert "is among the class folders of --data_path" in one_error(capsys)
+    assert content(trained / "data") == before and not (trained / "data" / "evaluation").exists()
+
+
+def test_what_a_script_wrote_among_the_class_folders_is_named_and_is_no_class(
+    world, trained, generated, first_evaluation, capsys
+):
+    outputs = {
+        "is a cache of latents": trained / "latents_cache",
+        "was written by train_latent_cfg.py": trained / "results",
+        "was written by generate.py": generated,
+        "was written by evaluate_images.py": first_evaluation,
+    }
+    for what, folder in outputs.items():
+        place = shutil.copytree(folder, world / "data" / "my_output")
+        assert any(path.suffix == ".png" for path in place.iterdir())  # else it would be empty as a class
+        for script in (pipeline.preprocess, pipeline.train):
+            assert script(world, images_per_user="all") == 2
+            error = one_error(capsys)
+            assert f"the folder my_output in --data_path {world / 'data'} {what}" in error and "move it" in error
+        assert not (world / "latents_cache").exists() and not (world / "results").exists()
+        assert pipeline.preprocess(world, num_users=3, output_folder=world / "without") == 0
+        shutil.rmtree(place)
+        capsys.readouterr()
+    (world / "data" / "ID_1" / "split.json").write_text("{}")  # a file of somebody else's by such a name
+    assert pipeline.preprocess(world) == 0
 
 
 # --- the sweep ---------------------------------------------------------------------------------------------

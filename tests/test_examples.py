@@ -3,6 +3,7 @@
 import pickle
 import runpy
 import shutil
+import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -47,6 +48,16 @@ def test_the_plain_loop_encodes_what_is_missing_and_learns(emptied, encoder):
     encoder.forget()
     main_of("plain_loop")(str(emptied / "latents_cache"), num_epochs=1)
     assert encoder.built == []
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "with_accelerate", "with_lightning"])
+@pytest.mark.parametrize("words", [[], ["one_cache", "another"]])
+def test_without_a_folder_an_example_says_how_it_is_called(name, words, monkeypatch):
+    if name != "plain_loop":
+        pytest.importorskip(name.removeprefix("with_"))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    with pytest.raises(SystemExit, match=rf"\n(python|accelerate launch) examples/{name}\.py latents_cache\n"):
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
 def test_the_plain_loop_says_which_image_cannot_be_encoded(emptied):

@@ -176,6 +176,12 @@ def test_a_run_that_has_saved_nothing_is_told_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "exported").exists()
 
 
+def test_an_export_does_not_become_a_class(trained, capsys):
+    assert export(trained, trained / "data" / "exported") == 2
+    assert "is among the class folders of --data_path" in pipeline.one_error(capsys)
+    assert not (trained / "data" / "exported").exists()
+
+
 def test_the_same_export_again_is_welcome_and_another_one_replaces_nothing(trained, tmp_path, capsys):
     folder = tmp_path / "exported"
     assert export(trained, folder) == export(trained, folder) == 0

@@ -95,6 +95,15 @@ def test_an_image_does_not_depend_on_what_else_is_asked_for(make, tmp_path):
     assert [row[2] for row in labels_of(tmp_path / "chosen")[1:]] == ["1"] * 3 + ["2"] * 3
 
 
+@pytest.mark.parametrize("place", ["", "synthetic", "ID_1", "../data/more"])
+@pytest.mark.parametrize("how", [{}, {"strip": [1.0, 2.0]}, {"dry_run": "true"}])
+def test_generated_images_do_not_become_a_class(trained, capsys, place, how):
+    before = sorted((trained / "data").rglob("*"))
+    assert generate(trained, output_folder=trained / "data" / place, **how) == 2
+    assert "is among the class folders of --data_path" in pipeline.one_error(capsys)
+    assert sorted((trained / "data").rglob("*")) == before
+
+
 def test_a_rerun_makes_only_what_is_missing(make, tmp_path, monkeypatch, capsys):
     assert make() == 0
     folder = tmp_path / "synthetic"

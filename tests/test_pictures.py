@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import pictures
 from pictures import confusion_matrix, encode_image, labelled_grid, loss_curve, psnr, save_picture, to_uint8
 
 
@@ -73,6 +74,31 @@ def test_the_loss_curve_falls_where_the_loss_falls():
     assert len(columns) > 700
     heights = [np.flatnonzero(is_blue[:, column]).mean() for column in columns[::50]]
     assert heights == sorted(heights)  # pixel rows count from the top
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.027, 0.0705, [0.03, 0.04, 0.05, 0.06, 0.07]),
+        (0.002, 3.0, [0.003, 0.01, 0.03, 0.1, 0.3, 1, 3]),
+        (0.9e-4, 1.1, [1e-4, 1e-3, 1e-2, 1e-1, 1]),
+        (0.04, 0.6, [0.05, 0.1, 0.2, 0.5]),
+        (0.2865, 0.3141, [0.29, 0.3, 0.31]),
+        (0.95, 1.05, [0.95, 1.0, 1.05]),
+    ],
+)
+def test_the_loss_axis_has_round_numbers(low, high, expected):
+    assert pictures.round_numbers(low, high) == pytest.approx(expected)
+
+
+def test_every_range_of_losses_has_a_few_numbers():
+    generator = np.random.default_rng(0)
+    for _ in range(500):
+        low = 10 ** generator.uniform(-9, 9)
+        high = low * 10 ** generator.uniform(0.04, 12)
+        numbers = pictures.round_numbers(low, high)
+        assert 2 <= len(numbers) <= 10 and low * (1 - 1e-9) <= min(numbers) and max(numbers) <= high * (1 + 1e-9)
+        assert [float(f"{number:.4g}") for number in numbers] == pytest.approx(numbers, rel=1e-9)  # as they are written
 
 
 @pytest.mark.parametrize("losses", [[1.0], [0.5, 0.5], [math.nan, math.inf, 0.3], [math.nan], [], [0.0, -1.0]])

@@ -230,6 +230,16 @@ def test_images_that_are_gone_are_named_with_the_reason(emptied):
     assert {reason for _, reason in failed} == {"cannot be read: No such file or directory"}
 
 
+def test_an_image_that_was_edited_since_is_named_with_what_helps(emptied):
+    dataset = prepare.open_cache(emptied / "latents_cache")
+    tiny.make_image(77).save(emptied / "data" / dataset.names[7])
+    ((position, reason),) = dataset.fill()
+    assert position == 7
+    assert reason.startswith("was edited since the cache was made; put it back as it was, or run preprocess_latents.py")
+    assert pipeline.preprocess(emptied) == 0  # which is said to help
+    assert prepare.open_cache(emptied / "latents_cache").fill() == []
+
+
 def test_another_vae_does_not_complete_a_cache(emptied):
     tiny_vae.save_tiny_vae(emptied / "vae.pt", seed=1)
     with pytest.raises(UserError, match=r"makes other latents than those of the cache \(vae\.weights: .* vs .*\)"):

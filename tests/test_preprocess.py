@@ -22,6 +22,7 @@ import images
 import latent_dataset
 import pictures
 import preprocess_latents
+import script
 import vae
 from config import UserError
 from images import Split
@@ -63,7 +64,7 @@ def test_a_run_encodes_everything_into_one_shard_and_accounts_for_it(world, enco
     assert "3 classes, 15 images (train): 0 cached, 15 to encode in float32 on CPU (1 threads)" in said
     assert "newly encoded   15\nalready cached  0\nfailed          0\n" in said
     assert re.search(r"time +\d.* images/s; peak memory", said)
-    assert f"next: python train_latent_cfg.py --latents_cache_folder {world}/latents_cache" in said
+    assert f"next: {script.python_word()} train_latent_cfg.py --latents_cache_folder {world}/latents_cache" in said
     assert encoder.batches == [4, 4, 4, 3]
     assert encoder.built == ["encoder", "decoder"]
     names = {path.name for path in (world / "latents_cache").iterdir()}
@@ -171,7 +172,8 @@ def test_a_cache_does_not_become_a_class(world, capsys, place):
 
 def test_the_next_command_can_be_typed_as_it_stands(world, capsys):
     assert preprocess(world, output_folder=world / "my cache") == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: python ")]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
+    assert line.startswith(f"next: {script.python_word()} train_latent_cfg.py ")
     assert shlex.split(line)[-2:] == ["--latents_cache_folder", str(world / "my cache")]
 
 

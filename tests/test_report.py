@@ -312,8 +312,8 @@ def test_a_part_that_was_asked_for_and_is_not_there_says_why():
     del report["classifier"]
     report["why"] = {"classifier": "the test images are not at hand"}
     page = page_of(report)
-    assert page.text.count("the test images are not at hand") == 2  # in the verdict and in its section
     assert "Not known. Why: the test images are not at hand" in page.text
+    assert page.text.count("The test images are not at hand.") == 1  # in its section
 
 
 def without_numbers(value: Any) -> Any:
@@ -493,6 +493,10 @@ PROBE = """<script>addEventListener("load", () => { const d = document.documentE
     cut: [...document.querySelectorAll(".scroll:has(table)")].filter(
       e => e.checkVisibility() && e.scrollWidth > e.clientWidth).map(
       e => [e.getAttribute("aria-label"), e.querySelector("caption").offsetWidth]),
+    charts: [...document.querySelectorAll(".chart")].map(e => [e.getBoundingClientRect().right,
+      Math.min(...[...e.querySelectorAll("text")].map(
+        t => parseFloat(getComputedStyle(t).fontSize) * e.getScreenCTM().a)),
+      e.closest(".scroll") === null]),
     pictures: [...document.images].every(i => i.naturalWidth > 0),
     asked: performance.getEntriesByType("resource").map(e => e.name).filter(n => !n.startsWith("data:"))}); });
 </script></head>"""
@@ -527,6 +531,9 @@ def test_a_browser_shows_it_at_any_width_and_asks_for_nothing(tmp_path):
     ((label, caption_width),) = narrow["cut"]  # the widest table alone has to be moved, and its caption stays
     assert label == "Against the test images" and 0 < caption_width <= 400 and wide["cut"] == []
     for seen in (narrow, wide):
+        assert len(seen["charts"]) == 2
+        for right, smallest_text, is_whole in seen["charts"]:  # pixels
+            assert right <= seen["window"] and smallest_text > 10 and is_whole
         assert seen["pictures"] and seen["asked"] == [] and seen["height"] > 2000
 
 

@@ -10,6 +10,7 @@ import sys
 import termios
 import threading
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,28 @@ from script import Failed, Stopped, StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("preprocess_latents.py", "train_latent_cfg.py", "generate.py", "export_model.py")
+
+
+# --- the next command ---------------------------------------------------------------------------------------
+
+
+def test_the_next_command_starts_the_python_of_this_one(tmp_path):
+    folder = tmp_path / "my tools" / ".venv"
+    venv.create(folder, symlinks=True)
+    telling = "import script, sys; print(script.python_word()); print(sys.prefix)"
+    clean = {"PATH": "/usr/bin:/bin", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    active = {**clean, "PATH": f"{folder / 'bin'}:/usr/bin:/bin"}
+    for place, env, expected in (
+        (folder.parent, clean, ".venv/bin/python"),
+        (tmp_path, clean, "'my tools/.venv/bin/python'"),
+        (ROOT, clean, f"'{folder}/bin/python'"),
+        (ROOT, active, "python"),
+    ):
+        run = {"cwd": place, "env": env, "capture_output": True, "text": True, "check": True}
+        word, _ = subprocess.run([folder / "bin" / "python", "-c", telling], **run).stdout.splitlines()
+        assert word == expected
+        again = subprocess.run(f"{word} -c '{telling}'", shell=True, **run).stdout.splitlines()
+        assert again == [word, str(folder)]
 
 
 # --- how a script ends -------------------------------------------------------------------------------------

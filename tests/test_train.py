@@ -62,6 +62,20 @@ def test_lazy_training_is_pre_encoded_training(world, trained, encoder, capsys):
     assert encoder.built == ["encoder"]
 
 
+def test_equal_images_are_not_said_to_be_cached_before_they_are(world, encoder, capsys):
+    for name in ("walk_1", "walk_2"):
+        shutil.copy(world / "data" / "ID_1" / "walk_0.jpg", world / "data" / "ID_1" / f"{name}.jpg")
+    asked = {"images_per_user": "all", "num_samples": 0}
+    assert train(world, **asked, train_num_steps=HALF) == 0
+    said = capsys.readouterr().out
+    assert "24 images asked, 0 cached, 22 to encode when first needed" in said
+    assert "2 more have the very content of another, and share its latent" in said
+    num_encoded = encoder.num_images
+    assert 0 < num_encoded < 22  # four steps see 16 images
+    assert train(world, **asked) == 0
+    assert f"24 images asked, {num_encoded} cached, {22 - num_encoded} to encode" in capsys.readouterr().out
+
+
 def test_grids_and_their_decoder_change_nothing(world, trained, encoder):
     assert train(world, save_and_sample_every=3, num_samples=1) == 0
     assert_same_run(world, trained)

@@ -674,7 +674,10 @@ def test_folders_that_are_no_diffusers_model_say_what_to_give(tmp_path):
         return str(caught.value)
 
     assert complaint().endswith("not a diffusers model")
+    (tmp_path / "state-00000500.safetensors").touch()
     save_tiny_vae(tmp_path / "kl_vae_best.pt")
+    (tmp_path / "state-00001000.safetensors").touch()
+    (tmp_path / "a_state.txt").touch()
     assert complaint().endswith(f"such as {tmp_path / 'kl_vae_best.pt'}")
     save_tiny_diffusers_vae(tmp_path / "vae")
     assert complaint().endswith(f"but {tmp_path / 'vae'} has one: give that")
