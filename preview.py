@@ -14,6 +14,7 @@ from latent_dataset import LatentDataset
 from script import say, warn
 
 _NUM_PREVIEWS = 6  # images decoded again for the PSNR and the picture
+_LOW_PSNR_DB = 20  # what the VAE makes of an image is then another image
 
 
 def draw_preview(
@@ -56,6 +57,11 @@ def draw_preview(
     if scores:
         quality = f"PSNR {np.mean(scores):.1f} dB over {len(scores)} images (worst {min(scores):.1f})"
         say(f"round trip      {quality}; {where}")
+        if np.mean(scores) < _LOW_PSNR_DB:
+            say(
+                "                that is low: generated images can be no better, so look at that picture; is it the "
+                "VAE for these images and this image_size, trained long enough?"
+            )
     else:
         say(f"decoded         {len(decoded)} latents, with no images to compare; {where}")
 

@@ -1,5 +1,6 @@
 """preprocess_latents.py from end to end: what is encoded, what never is again, and what is told about it."""
 
+import math
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ import images
 import latent_dataset
 import pictures
 import preprocess_latents
+import preview
 import script
 import vae
 from config import UserError
@@ -346,6 +348,13 @@ def verify(world: Path, capsys: pytest.CaptureFixture[str], **changes: object) -
     captured = capsys.readouterr()
     facts = dict(re.findall(r"^(\w[\w ]*?) {2,}(.+(?:\n    .+)*)", captured.out, re.MULTILINE))
     return code, facts, captured.err
+
+
+def test_a_low_psnr_is_said_to_be_low(world, capsys, monkeypatch):
+    for limit, is_low in ((math.inf, True), (-math.inf, False)):
+        monkeypatch.setattr(preview, "_LOW_PSNR_DB", limit)
+        assert preprocess(world, output_folder=world / f"cache {limit}") == 0
+        assert ("that is low: generated images can be no better" in capsys.readouterr().out) is is_low
 
 
 def test_a_good_cache_is_found_good_and_left_as_it_is(world, capsys):
