@@ -17,6 +17,7 @@ import csv
 import difflib
 import io
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -234,6 +235,9 @@ class Generator:
             f"peak memory {hardware.peak_memory(self.device)}"
         )
         say(f"the first of each class: {self._draw_overview()}")
+        places = {"checkpoint": self.settings.checkpoint, "synthetic_path": self.settings.output_folder}
+        flags = "".join(f" --{name} {shlex.quote(place)}" for name, place in places.items())
+        say(f"next: {script.python_word()} evaluate_images.py{flags}")
         return DONE
 
     def _choose_network(self, count: int) -> None:

@@ -59,7 +59,7 @@ def labels_of(folder: Path) -> list[list[str]]:
 # --- one folder of images per class ------------------------------------------------------------------------
 
 
-def test_each_class_has_its_folder_of_images_and_a_row_in_the_labels(make, tmp_path, capsys):
+def test_each_class_has_its_folder_of_images_and_a_row_in_the_labels(make, trained, tmp_path, capsys):
     assert make() == 0
     folder = tmp_path / "synthetic"
     names = [f"{name}/{name}_{number:06d}.jpg" for name in sorted(CLASSES) for number in range(2)]
@@ -76,7 +76,9 @@ def test_each_class_has_its_folder_of_images_and_a_row_in_the_labels(make, tmp_p
     blank = [[np.zeros((16, 16, 3), dtype=np.uint8)] * 2] * 3
     with Image.open(folder / "overview.png") as overview:
         assert overview.size == pictures.labelled_grid(blank, CLASSES).size
-    assert "6 images made in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 images made in" in said
+    assert f"evaluate_images.py --checkpoint {trained / 'results'} --synthetic_path {folder}\n" in said
 
 
 def test_an_image_does_not_depend_on_what_else_is_asked_for(make, tmp_path):
