@@ -1,6 +1,8 @@
 """What the scripts share: exit codes, the one-line error, signals, progress and log lines."""
 
+import atexit
 import functools
+import gc
 import os
 import re
 import signal
@@ -108,6 +110,7 @@ def check_command_line(cls: type, description: str | None) -> None:
     code = check(None) if asks_for_help or num_ranks() == 1 else DONE  # else they agree on it, and one tells
     if code != DONE:
         sys.exit(code)
+    atexit.register(gc.freeze)  # else Python looks for garbage at its end among all that torch has made, for a second
     sys.excepthook = _explain_import
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # an import may turn KeyboardInterrupt into an error of its own
