@@ -596,8 +596,26 @@ def test_each_attempt_of_a_torchrun_on_one_machine_has_keys_of_its_own(monkeypat
     assert ranks._attempt() == "attempt 0"
 
 
-def test_torchrun_starts_them(cached, on_two):
-    ended = torchrun(str(ROOT / "train_latent_cfg.py"), *train_flags(cached, num_samples=0))
+def test_torchrun_starts_them_and_again_after_a_kill_and_the_run_ends_in_the_same_bits(cached, on_two):
+    name, program = ROOT / "train_latent_cfg.py", cached / "program.py"
+    program.write_text(
+        f"""
+import os, runpy, signal
+from ranks import Ranks
+
+agree, steps = Ranks.agree_to_stop, []
+
+def agree_or_die(company, *facts):
+    steps.append(1)
+    if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], len(steps)) == ("1", "0", {HALF + 1}):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return agree(company, *facts)
+
+Ranks.agree_to_stop = agree_or_die
+runpy.run_path({str(name)!r}, run_name="__main__")
+"""
+    )
+    ended = torchrun("--max_restarts=1", str(program), *train_flags(cached, num_samples=0))
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("done: 8 steps") == 1
+    assert ended.stdout.count(f"going on from step {HALF} of ") == 1 and ended.stdout.count("done: 8 steps") == 1
     pipeline.assert_same_run(cached, on_two)
