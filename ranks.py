@@ -30,6 +30,7 @@ _LAST_WORDS_SECONDS = 20.0  # for rank 0 to say why the run ended; torchrun give
 _ANSWER_SECONDS = 1800.0  # the longest that one waits for another in an exchange
 _LOOK_SECONDS, _LOOK_SHARE = 0.5, 0.1  # between two looks at the others, at most; of the time waited so far
 _PATIENCE_SECONDS = 300.0  # without anything new; latents are published each minute
+_WORD = "word left"  # in the store, by the first process that ended by itself: its rank, and what `explain` says
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -135,10 +136,7 @@ class Ranks:
         text, code = told[first]
         if not self.is_main:
             raise Told(code)
-        if code > script.SIGNALLED:
-            raise Stopped(code - script.SIGNALLED)
-        kind = UserError if code == script.USER_ERROR else Failed
-        raise kind(f"{text} (in process {first})")
+        raise _error_in(first, text, code)
 
     def check_same(self, facts: Mapping[str, object], remedy: str) -> None:
         """Raises UserError, told by rank 0, unless all processes have the same facts {what: value}."""
@@ -248,13 +246,20 @@ class Ranks:
             return [rank for rank in range(self.count) if self._store.check([f"{topic} {rank}"])]
 
     def raise_if_stopped(self, signals: StopSignals) -> None:
-        """Raises Stopped when this process has got a signal, which it tells the others, or another has told of one."""
+        """Looks, between two exchanges, whether there is a reason to end.
+
+        Raises:
+            Stopped: when this process has got a signal, which it tells the others, or another has told of one.
+            UserError or Failed: on rank 0, when another process has ended and left word why; Told elsewhere.
+        """
         for number in script.STOP_SIGNALS:
             if signals.received == number:
                 self.tell(f"signal {number}")
             elif not self.have_told(f"signal {number}"):
                 continue
             raise Stopped(number)
+        with self._reaching_others():
+            self._raise_word_left()
 
     def work_goes_on(self, signals: StopSignals) -> None:
         """Lets those that wait for this process's share of `spread` know that it is at work.
@@ -340,14 +345,43 @@ class Ranks:
                 last_sign, last_news = sign, time.monotonic()
             time.sleep(min(_LOOK_SECONDS, 0.01 + _LOOK_SHARE * (time.monotonic() - started)))
 
-    def await_words_of_main(self) -> None:
-        """Lets rank 0 finish and say why: once any process has ended badly, torchrun ends the rest."""
+    def await_words_of_main(self) -> bool:
+        """Lets rank 0 finish and say why: once any process has ended badly, torchrun ends the rest.
+
+        Returns:
+            Whether it has done so, as far as can be known.
+        """
+        if self.is_main:
+            return True
         until = time.monotonic() + _LAST_WORDS_SECONDS
+        has_ended = False
         with suppress(Told):  # the store may have gone with rank 0
-            while not self.is_main and 0 not in self.have_told("ended") and time.monotonic() < until:
+            while not has_ended and time.monotonic() < until:
                 time.sleep(_LOOK_SECONDS / 5)
-        if not self.is_main:
+                has_ended = 0 in self.have_told("ended")
             time.sleep(_LOOK_SECONDS)  # in which it prints
+            return has_ended
+        return True
+
+    def leave_word(self, error: Exception) -> bool:
+        """Leaves word why this process, which is not rank 0, ends by itself, and lets rank 0 tell it.
+
+        Rank 0 finds it where it looks between its work, or in the exchange that this process is missing in.
+
+        Returns:
+            Whether rank 0 has told it.
+        """
+        with suppress(Told):  # the store may be gone
+            with self._reaching_others():
+                self._store.set(_WORD, json.dumps([self.rank, *script.explain(error)]))  # type: ignore[union-attr]
+            dist.destroy_process_group()  # without which the others would wait for this one
+            return self.await_words_of_main()
+        return False
+
+    def _raise_word_left(self) -> None:
+        if self._store is not None and self._store.check([_WORD]):
+            rank, text, code = json.loads(self._store.get(_WORD))
+            raise _error_in(rank, text, code) if self.is_main else Told(code)
 
     # --- gloo ---
 
@@ -383,6 +417,8 @@ class Ranks:
         except RuntimeError as error:
             if not self.is_main:
                 raise Told(script.FAILED) from error
+            with suppress(RuntimeError):  # the store may have gone with the other
+                self._raise_word_left()
             raise Failed(
                 "another process of this run has ended or cannot be reached, so that this one ends too; what was saved "
                 f"before is whole, and the same command goes on from there ({_first_sentence(error)})"
@@ -404,6 +440,10 @@ def joined() -> Iterator[Ranks]:
     except (Stopped, Told):  # agreed upon
         ranks.await_words_of_main()
         raise
+    except (UserError, Failed, OSError) as error:
+        if ranks.is_main or not ranks.leave_word(error):
+            raise
+        raise Told(script.explain(error)[1]) from error
     finally:
         if ranks.is_main:
             ranks.tell("ended")
@@ -439,6 +479,13 @@ def _attempt() -> str:
     """
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if is_one_machine else 0}"
+
+
+def _error_in(rank: int, text: str, code: int) -> Exception:
+    """Returns what another process has raised, as `script.explain` told of it."""
+    if code > script.SIGNALLED:
+        return Stopped(code - script.SIGNALLED)
+    return (UserError if code == script.USER_ERROR else Failed)(f"{text} (in process {rank})")
 
 
 def _first_sentence(error: Exception) -> str:

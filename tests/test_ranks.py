@@ -440,6 +440,43 @@ def test_what_cannot_be_compiled_in_one_process_is_not_compiled_in_any(cached, t
         assert_alike(cached, trained)
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("module", ["torch._inductor.exc", "torch"])
+def test_a_compiled_network_that_fails_later_in_one_process_ends_all(cached, on_two, monkeypatch, failing, module):
+    class BackendError(RuntimeError):
+        __module__ = module
+
+    def compile_for_a_while(network: LatentDiffusion, **_: object) -> Callable[..., torch.Tensor]:
+        calls: list[int] = []
+
+        def work(*args: Any, **facts: Any) -> torch.Tensor:
+            calls.append(1)
+            if os.environ["RANK"] == str(failing) and len(calls) == 3:
+                raise BackendError("no such register")
+            return network(*args, **facts)
+
+        return work
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hardware, "why_not_compile", lambda device: None)
+        patch.setattr(torch, "compile", compile_for_a_while)
+        started = time.monotonic()
+        codes, told = train_on_two(cached, num_samples=0, compile="true")
+        assert time.monotonic() - started < 60
+    assert codes == [1, 1]
+    if module == "torch":  # no failure that we know: its process ends with a traceback
+        assert told[1] == "" and (failing == 0 or "another process of this run has ended" in one_told(told))
+    else:
+        where = " (in process 1)" if failing else ""
+        expected = "the compiled network has failed (no such register); the same command goes on from the last save"
+        assert one_told(told) == f"error: {expected}{where}"
+    state = run_folder.newest_state(cached / "results")
+    assert state is not None and state.step == 1
+    codes, told = train_on_two(cached, num_samples=0)
+    assert codes == [0, 0], told
+    pipeline.assert_same_run(cached, on_two)
+
+
 def test_a_failed_save_ends_all_with_one_sentence(cached, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
