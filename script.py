@@ -55,6 +55,11 @@ def num_ranks() -> int:
     return max(1, _number_of("WORLD_SIZE"))
 
 
+def num_local_ranks() -> int:
+    """Returns how many of them are on this machine, as torchrun tells; all, where nothing tells."""
+    return min(_number_of("LOCAL_WORLD_SIZE") or num_ranks(), num_ranks())
+
+
 def rank() -> int:
     """Returns the number of this process among them; rank 0 alone prints."""
     return _number_of("RANK") if num_ranks() > 1 else 0

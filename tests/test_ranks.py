@@ -5,6 +5,7 @@ The processes are real: forked, which saves the imports, or started by torchrun.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -468,8 +469,8 @@ def test_a_compiled_network_that_fails_later_in_one_process_ends_all(cached, on_
         assert told[1] == "" and (failing == 0 or "another process of this run has ended" in one_told(told))
     else:
         where = " (in process 1)" if failing else ""
-        expected = "the compiled network has failed (no such register); the same command goes on from the last save"
-        assert one_told(told) == f"error: {expected}{where}"
+        remedy = "give --compile false, and the same command goes on from the last save"
+        assert one_told(told) == f"error: the compiled network has failed (no such register); {remedy}{where}"
     state = run_folder.newest_state(cached / "results")
     assert state is not None and state.step == 1
     codes, told = train_on_two(cached, num_samples=0)
@@ -570,6 +571,20 @@ def test_a_process_takes_the_gpu_of_its_number(monkeypatch):
         Ranks(2, 3, 2).device_name("cuda")
     with pytest.raises(UserError, match="--device cuda:1 is one device, and there are 2 processes"):
         Ranks(0, 2, 0).device_name("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("place", "share"),
+    [({}, 1), ({"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}, 2), ({"WORLD_SIZE": 4}, 4), ({"LOCAL_WORLD_SIZE": 2}, 1)],
+)
+def test_each_process_plans_with_its_share_of_the_memory_of_its_machine(trained, monkeypatch, place, share):
+    dataset = LatentDataset.open(trained / "latents_cache")
+    table = 2 * len(dataset) * math.prod(dataset.moments_shape)  # bytes, in float16
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    for free, expected in ((2 * table * share + share, "cpu"), (2 * table * share, "shards")):
+        monkeypatch.setattr(hardware, "_free_host_bytes", lambda free=free: free)
+        assert LatentDataset.open(trained / "latents_cache").place == expected
 
 
 def test_a_gpu_that_is_not_used_is_told_of(monkeypatch, capsys):
