@@ -253,8 +253,6 @@ def test_preprocessing_is_shared_and_its_cache_is_that_of_one_process(world, tra
     assert (world / "latents_cache" / "split.json").read_bytes() == (world / "alone" / "split.json").read_bytes()
     assert (world / "latents_cache" / "preview.png").read_bytes() == (world / "alone" / "preview.png").read_bytes()
     assert len(list((world / "latents_cache").rglob("*.safetensors"))) == 1
-    codes, told = Company(world, lambda rank: preprocess(world, verify="true")).end()
-    assert codes == [2, 2] and "error: --verify is for one process; start it without torchrun" in one_told(told)
 
 
 def test_a_signal_to_one_encoder_ends_all_and_keeps_what_is_encoded(world, monkeypatch):
@@ -549,6 +547,34 @@ def test_the_first_of_several_processes_prints_the_help_and_exports(trained, tmp
     exports["checkpoint"] = tmp_path / "nowhere"
     codes, told = Company(tmp_path, lambda rank: export_model.main(tiny.flags(exports))).end()
     assert codes == [2, 0] and "--checkpoint" in one_told(told)
+
+
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        (preprocess, {"verify": "true"}),
+        (preprocess, {"prune": "true"}),
+        (preprocess, {"import_folder": "latents"}),
+        (preprocess, {"dry_run": "true"}),
+        (train, {"dry_run": "true"}),
+        (generate, {"dry_run": "true"}),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_by_one_sentence_and_does_nothing(trained, tmp_path, command, asked):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    asked = {name: tmp_path if name == "import_folder" else value for name, value in asked.items()}
+    codes, told = Company(tmp_path, lambda rank: command(trained, **asked)).end()
+    assert codes == [2, 2]
+    assert one_told(told) == f"error: --{next(iter(asked))} is for one process; start it without torchrun"
+    assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+
+
+def test_the_first_of_several_processes_draws_the_strip(trained, tmp_path):
+    strip: dict[str, object] = {"strip": [1, 2], "output_folder": tmp_path / "strip"}
+    codes, told = Company(tmp_path, lambda rank: generate(trained, **strip)).end()
+    assert codes == [0, 0] and told[1] == "" and told[0].count("classes from top to bottom") == 1, told
+    drawn = (tmp_path / "strip" / "strip.png").read_bytes()
+    assert generate(trained, **strip) == 0 and (tmp_path / "strip" / "strip.png").read_bytes() == drawn
 
 
 def test_a_process_that_finds_no_other_says_so(monkeypatch, tmp_path):
