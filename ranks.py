@@ -359,9 +359,17 @@ class Ranks:
             while not has_ended and time.monotonic() < until:
                 time.sleep(_LOOK_SECONDS / 5)
                 has_ended = 0 in self.have_told("ended")
+            self.tell("heard")
             time.sleep(_LOOK_SECONDS)  # in which it prints
             return has_ended
         return True
+
+    def let_others_hear(self) -> None:
+        """Lets the others learn that rank 0 has ended, before the store goes with it, of which torch would tell."""
+        self.tell("ended")
+        until = time.monotonic() + _LOOK_SECONDS / 2  # else they would end before it prints
+        while len(self.have_told("heard")) < self.count - 1 and time.monotonic() < until:
+            time.sleep(_LOOK_SECONDS / 50)
 
     def leave_word(self, error: Exception) -> bool:
         """Leaves word why this process, which is not rank 0, ends by itself, and lets rank 0 tell it.
@@ -435,8 +443,10 @@ def joined() -> Iterator[Ranks]:
         yield Ranks()
         return
     ranks = _join()
+    is_done = False
     try:
         yield ranks
+        is_done = True
     except (Stopped, Told):  # agreed upon
         ranks.await_words_of_main()
         raise
@@ -445,8 +455,10 @@ def joined() -> Iterator[Ranks]:
             raise
         raise Told(script.explain(error)[1]) from error
     finally:
-        if ranks.is_main:
+        if ranks.is_main and is_done:
             ranks.tell("ended")
+        elif ranks.is_main:
+            ranks.let_others_hear()
     dist.destroy_process_group()
 
 

@@ -336,6 +336,43 @@ def test_generating_is_shared_and_its_files_are_those_of_one_process(trained, tm
     assert two == one and len(one) == 9 + 3
 
 
+def test_what_fails_in_one_process_between_the_exchanges_is_told_by_the_first(trained, tmp_path, monkeypatch):
+    sample = generate_script.Generator.sample
+
+    def sample_or_fail(generator: Any, *facts: Any) -> torch.Tensor:
+        if os.environ["RANK"] == "1":
+            raise OSError(28, "No space left on device")
+        time.sleep(1)
+        return sample(generator, *facts)
+
+    monkeypatch.setattr(generate_script.Generator, "sample", sample_or_fail)
+    codes, told = Company(tmp_path, lambda rank: generate(trained, output_folder=tmp_path / "made")).end()
+    assert codes == [1, 1]
+    assert one_told(told) == "error: No space left on device (in process 1)"
+
+
+def test_a_process_speaks_for_itself_where_the_first_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "_LAST_WORDS_SECONDS", 0.1)
+
+    @script.command
+    def main(_argv: object) -> int:
+        with ranks.joined() as company:
+            if company.rank:
+                raise script.Failed("the disk is full")
+            time.sleep(2)
+        return 0
+
+    codes, told = Company(tmp_path, lambda rank: main(None)).end()
+    assert codes[1] == 1 and told[1] == "error: process 1: the disk is full\n"
+
+
+def test_torch_tells_nothing_of_a_store_that_goes_with_the_first_process(cached, monkeypatch, capfd):
+    monkeypatch.setattr(ranks, "_LOOK_SECONDS", 3.0)  # on a busy machine
+    codes, told = Company(cached, lambda rank: train(cached, seed=rank)).end()
+    assert codes == [2, 2] and "process 1 has --seed 1, process 0 has 0" in one_told(told)
+    assert capfd.readouterr() == ("", "")
+
+
 # --- ends --------------------------------------------------------------------------------------------------
 
 
