@@ -28,6 +28,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import classifier
 import classifier_trials
@@ -133,25 +134,31 @@ class Evaluation:
         self.made_of = {**made_of_real(plan, real), "synthetic": synthetic.digest()}
 
     def run(self) -> None:
-        """Computes what is missing, and publishes the report after each part; rank 0 does all but the classifiers."""
-        ranks = self.plan.ranks
+        """Computes what is missing, and publishes the report after each part.
+
+        Features and classifiers are shared by the processes; rank 0 does the rest.
+        """
         with StopSignals() as signals:
-
-            def between() -> None:
-                if ranks.is_main:
-                    ranks.sign_of_life("compared")
-                ranks.raise_if_stopped(signals)
-
-            with ranks.together(), ranks.while_main_works("compared", between):
-                if ranks.is_main:
-                    self.compare_latents()
-                    between()
-                    self.look_for_copies()
-                    between()
-                    self.compare_features(between)
+            self._on_main("latents", signals, self.compare_latents)
+            self._on_main("copies", signals, self.look_for_copies)
+            self.compare_features(signals)
             self.try_classifiers(signals)
-        if ranks.is_main:
+        if self.plan.ranks.is_main:
             self.report.write()
+
+    def _on_main(self, topic: str, signals: StopSignals, work: Callable[[], None]) -> None:
+        """Lets rank 0 alone do some work that holds no exchange; the others wait for it, however long it takes."""
+        ranks = self.plan.ranks
+
+        def between() -> None:
+            if ranks.is_main:
+                ranks.sign_of_life(f"compared {topic}")
+            ranks.raise_if_stopped(signals)
+
+        with ranks.together(), ranks.while_main_works(f"compared {topic}", between):
+            if ranks.is_main:
+                work()
+                between()
 
     def compare_latents(self) -> None:
         """Compares the latents of synthetic and training images with those of the test images."""
@@ -207,29 +214,39 @@ class Evaluation:
         figures["same_content"] = same_content(synthetic, self.real)
         self.report.put("memorisation", self.made_of, figures)
 
-    def compare_features(self, between: Callable[[], None]) -> None:
+    def compare_features(self, signals: StopSignals) -> None:
         """Compares the Inception features of synthetic and training images with those of the test images, if asked."""
-        asked = self.settings.inception_weights
-        if asked is None:
+        if self.settings.inception_weights is None:
             self.report.drop("inception")
             return
-        path = inception.find_weights(asked)
-        made_of = {**self.made_of, "neighbours": self.settings.neighbours, "weights": file_digest(path)}
-        if self._is_done("inception", made_of):
+        ranks = self.plan.ranks
+        path, digest = self._find_weights(self.settings.inception_weights)
+        made_of = {**self.made_of, "neighbours": self.settings.neighbours, "weights": digest}
+        if ranks.of_main(self._is_done("inception", made_of)):
             return
         sets = (self.synthetic, self.real.training, self.real.test)
-        for part in sets:
-            if not part.are_at_hand:
-                raise UserError(prepare.no_images_message(str(part.folder), also=", and Inception looks at images"))
-        network = inception.load_network(path, self.plan.device)
-        with script.progress(total=sum(map(len, sets)), unit="images", label="inception") as bar:
+        with ranks.together():
+            for part in sets:
+                if not part.are_at_hand:
+                    raise UserError(prepare.no_images_message(str(part.folder), also=", and Inception looks at images"))
+            network = inception.load_network(path, self.plan.device)
+        points = features(network, sets, ranks, signals)
 
-            def advance(count: int) -> None:
-                bar.advance(count)
-                between()
+        def compare() -> None:
+            self.report.put("inception", made_of, self._closeness(*points, num_directions=None))
 
-            points = [_features(network, part, advance) for part in sets]
-        self.report.put("inception", made_of, self._closeness(*points, num_directions=None))
+        self._on_main("features", signals, compare)
+
+    def _find_weights(self, path_or_word: str) -> tuple[Path, str]:
+        """Returns where the weights lie, and the digest of the file; all processes must have the same."""
+        ranks = self.plan.ranks
+        with ranks.together():
+            path = inception.find_weights(path_or_word) if ranks.is_main else None  # it may fetch them
+        with ranks.together():
+            path = path or inception.find_weights(path_or_word)
+            digest = file_digest(path)
+        ranks.check_same({"--inception_weights of the digest": digest[:16]}, "give all the same file")
+        return path, digest
 
     def try_classifiers(self, signals: StopSignals) -> None:
         """Trains classifiers with and without the synthetic images, and tests them on the test images."""
@@ -268,12 +285,35 @@ class Evaluation:
         keep(found)
 
 
-def _features(network: torch.nn.Module, part: ImageSet, advance: Callable[[int], None]) -> Points:
-    found = []
-    for positions in torch.arange(len(part)).split(READ_AT_ONCE):
-        pixels = torch.from_numpy(np.stack(part.read(positions.tolist())))
-        found.append(inception.features(network, pixels, advance=advance))
-    return Points(torch.cat(found), part.labels)
+def features(network: torch.nn.Module, sets: Sequence[ImageSet], ranks: Ranks, signals: StopSignals) -> list[Points]:
+    """Returns the Inception features of all images of each set; each process computes its share of them.
+
+    Raises:
+        Stopped: after a signal to any process.
+        Failed: when an image cannot be read.
+    """
+    found = [torch.zeros(len(part), inception.NUM_FEATURES) for part in sets]
+    pieces = [
+        (part, rows, positions)
+        for part, rows in zip(sets, found, strict=True)
+        for positions in torch.arange(len(part)).split(READ_AT_ONCE)
+    ]
+
+    def compute(share: Sequence[tuple[ImageSet, Tensor, Tensor]]) -> None:
+        with script.progress(total=sum(len(piece[2]) for piece in share), unit="images", label="inception") as bar:
+
+            def advance(count: int) -> None:
+                bar.advance(count)
+                ranks.work_goes_on(signals)
+
+            for part, rows, positions in share:
+                pixels = torch.from_numpy(np.stack(part.read(positions.tolist())))
+                rows[positions] = inception.features(network, pixels, advance=advance)
+
+    list(ranks.spread(ranks.shares(pieces), compute, signals))
+    for rows in found:
+        ranks.add_up_shares(rows)
+    return [Points(rows, part.labels) for rows, part in zip(found, sets, strict=True)]
 
 
 def evaluate(plan: Plan) -> None:

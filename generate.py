@@ -194,7 +194,7 @@ class Generator:
         """Makes the images that are missing in the output folder; writes labels.csv and settings.json.
 
         Each process makes its share; rank 0 waits for the others' files, and makes those that do not appear, as on
-        the disk of another machine. (When a process fails, torchrun ends all.)
+        the disk of another machine.
         """
         with self.ranks.together():
             cells = _not_there(self._cells())

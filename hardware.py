@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import script
 from config import UserError
 
 # Native bfloat16 arithmetic starts at this CUDA compute capability; older GPUs have fast float16 only.
@@ -154,9 +155,13 @@ def allow_tf32() -> None:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Returns the memory free on the device, in bytes."""
-    if device.type == "cuda":
+    """Returns the memory free on the device, in bytes: of the host's, the share of one of the run's processes on it."""
+    if device.type == "cuda":  # which no other of them uses
         return torch.cuda.mem_get_info(device)[0]
+    return _free_host_bytes() // script.num_local_ranks()
+
+
+def _free_host_bytes() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

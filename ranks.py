@@ -30,6 +30,7 @@ _LAST_WORDS_SECONDS = 20.0  # for rank 0 to say why the run ended; torchrun give
 _ANSWER_SECONDS = 1800.0  # the longest that one waits for another in an exchange
 _LOOK_SECONDS, _LOOK_SHARE = 0.5, 0.1  # between two looks at the others, at most; of the time waited so far
 _PATIENCE_SECONDS = 300.0  # without anything new; latents are published each minute
+_WORD = "word left"  # in the store, by the first process that ended by itself: its rank, and what `explain` says
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,7 +62,11 @@ class Ranks:
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """Returns this process's share of what all of them list alike."""
-        return items[self.rank :: self.count]
+        return self.shares(items)[self.rank]
+
+    def shares(self, items: Sequence[Item]) -> list[Sequence[Item]]:
+        """Returns the share of each process of what all of them list alike."""
+        return [items[rank :: self.count] for rank in range(self.count)]
 
     # --- devices ---
 
@@ -131,10 +136,7 @@ class Ranks:
         text, code = told[first]
         if not self.is_main:
             raise Told(code)
-        if code > script.SIGNALLED:
-            raise Stopped(code - script.SIGNALLED)
-        kind = UserError if code == script.USER_ERROR else Failed
-        raise kind(f"{text} (in process {first})")
+        raise _error_in(first, text, code)
 
     def check_same(self, facts: Mapping[str, object], remedy: str) -> None:
         """Raises UserError, told by rank 0, unless all processes have the same facts {what: value}."""
@@ -163,23 +165,35 @@ class Ranks:
         """Yields each item with the result of its work, of plain types; each process does its share.
 
         As many items as there are processes are worked on at a time, and all processes get all results. Work must
-        hold no exchange, and call `work_goes_on` now and then.
+        hold no exchange, and call `work_goes_on` now and then. What fails in one process ends the work of all.
         """
         for start in range(0, len(items), self.count):
-            group: Sequence[Item] = items[start : start + self.count]
-            result: Any = None
-            self._num_spread += 1
-            topic = self._at_work_on = f"spread {self._num_spread}"
-            with self.together():
-                try:
-                    if self.rank < len(group):
-                        result = work(group[self.rank])
-                finally:
-                    self._at_work_on = None
-                    self.tell(topic)
-                if self.count > 1:  # not in an exchange, which has its limit of time
-                    self.await_end(topic, lambda: self.raise_if_stopped(signals))
-            yield from zip(group, [result] if self.count == 1 else self._gather(result), strict=False)
+            group = items[start : start + self.count]
+            yield from zip(group, self._work_on(group, work, signals), strict=False)
+
+    def _work_on(self, group: Sequence[Item], work: Callable[[Item], Result], signals: StopSignals) -> list[Result]:
+        result: Any = None
+        self._num_spread += 1
+        topic = self._at_work_on = f"spread {self._num_spread}"
+        with self.together():
+            try:
+                if self.rank < len(group):
+                    result = work(group[self.rank])
+            except Exception:
+                self.tell(f"{topic} failed")
+                raise
+            finally:
+                self._at_work_on = None
+                self.tell(topic)
+            if self.count > 1:  # not in an exchange, which has its limit of time
+                self.await_end(topic, lambda: self._raise_if_over(topic, signals))
+        return [result] if self.count == 1 else self._gather(result)
+
+    def add_up_shares(self, whole: Tensor) -> None:
+        """Adds up, in place, a tensor on the CPU that is 0 but for what each process has put into its share."""
+        if self.count > 1:
+            with self._reaching_others():
+                dist.all_reduce(whole)
 
     def copy_of_main(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites tensors on the device with those of rank 0."""
@@ -232,19 +246,37 @@ class Ranks:
             return [rank for rank in range(self.count) if self._store.check([f"{topic} {rank}"])]
 
     def raise_if_stopped(self, signals: StopSignals) -> None:
-        """Raises Stopped when this process has got a signal, which it tells the others, or another has told of one."""
+        """Looks, between two exchanges, whether there is a reason to end.
+
+        Raises:
+            Stopped: when this process has got a signal, which it tells the others, or another has told of one.
+            UserError or Failed: on rank 0, when another process has ended and left word why; Told elsewhere.
+        """
         for number in script.STOP_SIGNALS:
             if signals.received == number:
                 self.tell(f"signal {number}")
             elif not self.have_told(f"signal {number}"):
                 continue
             raise Stopped(number)
+        with self._reaching_others():
+            self._raise_word_left()
 
     def work_goes_on(self, signals: StopSignals) -> None:
-        """Lets those that wait for this process's share of `spread` know that it is at work; raises Stopped."""
-        if self._at_work_on is not None:
+        """Lets those that wait for this process's share of `spread` know that it is at work.
+
+        Raises:
+            Stopped: after a signal to any process.
+            OtherFailed: when another has failed in its share.
+        """
+        if self._at_work_on is None:
+            self.raise_if_stopped(signals)
+        else:
             self.sign_of_life(self._at_work_on)
-        self.raise_if_stopped(signals)
+            self._raise_if_over(self._at_work_on, signals)
+
+    def _raise_if_over(self, topic: str, signals: StopSignals) -> None:
+        self.raise_if_stopped(signals)  # first: one that was stopped has failed, too
+        self.raise_if_failed(topic)
 
     def raise_if_failed(self, topic: str) -> None:
         """Raises OtherFailed when another process has told that it failed in its share of a topic."""
@@ -313,14 +345,51 @@ class Ranks:
                 last_sign, last_news = sign, time.monotonic()
             time.sleep(min(_LOOK_SECONDS, 0.01 + _LOOK_SHARE * (time.monotonic() - started)))
 
-    def await_words_of_main(self) -> None:
-        """Lets rank 0 finish and say why: once any process has ended badly, torchrun ends the rest."""
+    def await_words_of_main(self) -> bool:
+        """Lets rank 0 finish and say why: once any process has ended badly, torchrun ends the rest.
+
+        Returns:
+            Whether it has done so, as far as can be known.
+        """
+        if self.is_main:
+            return True
         until = time.monotonic() + _LAST_WORDS_SECONDS
+        has_ended = False
         with suppress(Told):  # the store may have gone with rank 0
-            while not self.is_main and 0 not in self.have_told("ended") and time.monotonic() < until:
+            while not has_ended and time.monotonic() < until:
                 time.sleep(_LOOK_SECONDS / 5)
-        if not self.is_main:
+                has_ended = 0 in self.have_told("ended")
+            self.tell("heard")
             time.sleep(_LOOK_SECONDS)  # in which it prints
+            return has_ended
+        return True
+
+    def let_others_hear(self) -> None:
+        """Lets the others learn that rank 0 has ended, before the store goes with it, of which torch would tell."""
+        self.tell("ended")
+        until = time.monotonic() + _LOOK_SECONDS / 2  # else they would end before it prints
+        while len(self.have_told("heard")) < self.count - 1 and time.monotonic() < until:
+            time.sleep(_LOOK_SECONDS / 50)
+
+    def leave_word(self, error: Exception) -> bool:
+        """Leaves word why this process, which is not rank 0, ends by itself, and lets rank 0 tell it.
+
+        Rank 0 finds it where it looks between its work, or in the exchange that this process is missing in.
+
+        Returns:
+            Whether rank 0 has told it.
+        """
+        with suppress(Told):  # the store may be gone
+            with self._reaching_others():
+                self._store.set(_WORD, json.dumps([self.rank, *script.explain(error)]))  # type: ignore[union-attr]
+            dist.destroy_process_group()  # without which the others would wait for this one
+            return self.await_words_of_main()
+        return False
+
+    def _raise_word_left(self) -> None:
+        if self._store is not None and self._store.check([_WORD]):
+            rank, text, code = json.loads(self._store.get(_WORD))
+            raise _error_in(rank, text, code) if self.is_main else Told(code)
 
     # --- gloo ---
 
@@ -356,6 +425,8 @@ class Ranks:
         except RuntimeError as error:
             if not self.is_main:
                 raise Told(script.FAILED) from error
+            with suppress(RuntimeError):  # the store may have gone with the other
+                self._raise_word_left()
             raise Failed(
                 "another process of this run has ended or cannot be reached, so that this one ends too; what was saved "
                 f"before is whole, and the same command goes on from there ({_first_sentence(error)})"
@@ -372,14 +443,22 @@ def joined() -> Iterator[Ranks]:
         yield Ranks()
         return
     ranks = _join()
+    is_done = False
     try:
         yield ranks
+        is_done = True
     except (Stopped, Told):  # agreed upon
         ranks.await_words_of_main()
         raise
+    except (UserError, Failed, OSError) as error:
+        if ranks.is_main or not ranks.leave_word(error):
+            raise
+        raise Told(script.explain(error)[1]) from error
     finally:
-        if ranks.is_main:
+        if ranks.is_main and is_done:
             ranks.tell("ended")
+        elif ranks.is_main:
+            ranks.let_others_hear()
     dist.destroy_process_group()
 
 
@@ -412,6 +491,13 @@ def _attempt() -> str:
     """
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if is_one_machine else 0}"
+
+
+def _error_in(rank: int, text: str, code: int) -> Exception:
+    """Returns what another process has raised, as `script.explain` told of it."""
+    if code > script.SIGNALLED:
+        return Stopped(code - script.SIGNALLED)
+    return (UserError if code == script.USER_ERROR else Failed)(f"{text} (in process {rank})")
 
 
 def _first_sentence(error: Exception) -> str:

@@ -192,8 +192,8 @@ def build_diffusion(
     if needed > free:
         raise UserError(
             f"a network of dim {settings['dim']}, dim_mults {config.show(settings['dim_mults'])} and attn_heads "
-            f"{settings['attn_heads']} has {needed:.3g} bytes of weights, and {free:.3g} bytes of memory are free; "
-            "lower them"
+            f"{settings['attn_heads']} has {needed:.3g} bytes of weights, and {free:.3g} bytes of memory are free "
+            "for it; lower them"
         )
     return LatentDiffusion(**facts)
 

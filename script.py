@@ -1,6 +1,8 @@
 """What the scripts share: exit codes, the one-line error, signals, progress and log lines."""
 
+import atexit
 import functools
+import gc
 import os
 import re
 import shlex
@@ -59,6 +61,11 @@ def num_ranks() -> int:
     return max(1, _number_of("WORLD_SIZE"))
 
 
+def num_local_ranks() -> int:
+    """Returns how many of them are on this machine, as torchrun tells; all, where nothing tells."""
+    return min(_number_of("LOCAL_WORLD_SIZE") or num_ranks(), num_ranks())
+
+
 def rank() -> int:
     """Returns the number of this process among them; rank 0 alone prints."""
     return _number_of("RANK") if num_ranks() > 1 else 0
@@ -114,6 +121,7 @@ def check_command_line(cls: type, description: str | None) -> None:
     code = check(None) if asks_for_help or num_ranks() == 1 else DONE  # else they agree on it, and one tells
     if code != DONE:
         sys.exit(code)
+    atexit.register(gc.freeze)  # else Python looks for garbage at its end among all that torch has made, for a second
     sys.excepthook = _explain_import
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # an import may turn KeyboardInterrupt into an error of its own

@@ -573,6 +573,11 @@ class Trainer:
             obstacle = hardware.compiler_obstacle(error)
         if not self.has_compiled:
             obstacle, self.has_compiled = self.ranks.first_of(obstacle), True
+        elif obstacle is not None and self.ranks.count > 1:  # the others are waiting for the gradients of this one
+            raise Failed(
+                f"the compiled network has failed ({obstacle}); give --compile false, and the same command goes on "
+                "from the last save"
+            )
         if obstacle is not None:
             with self.ranks.together():
                 self._do_without_compiler(obstacle)

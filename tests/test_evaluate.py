@@ -352,6 +352,7 @@ def test_inception_features_are_compared_when_weights_are_given(trained, generat
 
     monkeypatch.setattr(inception, "load_network", lambda *_: None)
     monkeypatch.setattr(inception, "features", mean_colours)
+    monkeypatch.setattr(inception, "NUM_FEATURES", 3)
     asked = {"inception_weights": tmp_path / "weights.pth"}
     assert evaluate(trained, generated, evaluated, **asked) == 0
     found = read_report(evaluated)["inception"]

@@ -5,6 +5,7 @@ The processes are real: forked, which saves the imports, or started by torchrun.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -252,8 +253,6 @@ def test_preprocessing_is_shared_and_its_cache_is_that_of_one_process(world, tra
     assert (world / "latents_cache" / "split.json").read_bytes() == (world / "alone" / "split.json").read_bytes()
     assert (world / "latents_cache" / "preview.png").read_bytes() == (world / "alone" / "preview.png").read_bytes()
     assert len(list((world / "latents_cache").rglob("*.safetensors"))) == 1
-    codes, told = Company(world, lambda rank: preprocess(world, verify="true")).end()
-    assert codes == [2, 2] and "error: --verify is for one process; start it without torchrun" in one_told(told)
 
 
 def test_a_signal_to_one_encoder_ends_all_and_keeps_what_is_encoded(world, monkeypatch):
@@ -335,6 +334,43 @@ def test_generating_is_shared_and_its_files_are_those_of_one_process(trained, tm
         for folder in (tmp_path / "two", tmp_path / "one")
     )
     assert two == one and len(one) == 9 + 3
+
+
+def test_what_fails_in_one_process_between_the_exchanges_is_told_by_the_first(trained, tmp_path, monkeypatch):
+    sample = generate_script.Generator.sample
+
+    def sample_or_fail(generator: Any, *facts: Any) -> torch.Tensor:
+        if os.environ["RANK"] == "1":
+            raise OSError(28, "No space left on device")
+        time.sleep(1)
+        return sample(generator, *facts)
+
+    monkeypatch.setattr(generate_script.Generator, "sample", sample_or_fail)
+    codes, told = Company(tmp_path, lambda rank: generate(trained, output_folder=tmp_path / "made")).end()
+    assert codes == [1, 1]
+    assert one_told(told) == "error: No space left on device (in process 1)"
+
+
+def test_a_process_speaks_for_itself_where_the_first_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "_LAST_WORDS_SECONDS", 0.1)
+
+    @script.command
+    def main(_argv: object) -> int:
+        with ranks.joined() as company:
+            if company.rank:
+                raise script.Failed("the disk is full")
+            time.sleep(2)
+        return 0
+
+    codes, told = Company(tmp_path, lambda rank: main(None)).end()
+    assert codes[1] == 1 and told[1] == "error: process 1: the disk is full\n"
+
+
+def test_torch_tells_nothing_of_a_store_that_goes_with_the_first_process(cached, monkeypatch, capfd):
+    monkeypatch.setattr(ranks, "_LOOK_SECONDS", 3.0)  # on a busy machine
+    codes, told = Company(cached, lambda rank: train(cached, seed=rank)).end()
+    assert codes == [2, 2] and "process 1 has --seed 1, process 0 has 0" in one_told(told)
+    assert capfd.readouterr() == ("", "")
 
 
 # --- ends --------------------------------------------------------------------------------------------------
@@ -440,6 +476,43 @@ def test_what_cannot_be_compiled_in_one_process_is_not_compiled_in_any(cached, t
         assert_alike(cached, trained)
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("module", ["torch._inductor.exc", "torch"])
+def test_a_compiled_network_that_fails_later_in_one_process_ends_all(cached, on_two, monkeypatch, failing, module):
+    class BackendError(RuntimeError):
+        __module__ = module
+
+    def compile_for_a_while(network: LatentDiffusion, **_: object) -> Callable[..., torch.Tensor]:
+        calls: list[int] = []
+
+        def work(*args: Any, **facts: Any) -> torch.Tensor:
+            calls.append(1)
+            if os.environ["RANK"] == str(failing) and len(calls) == 3:
+                raise BackendError("no such register")
+            return network(*args, **facts)
+
+        return work
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hardware, "why_not_compile", lambda device: None)
+        patch.setattr(torch, "compile", compile_for_a_while)
+        started = time.monotonic()
+        codes, told = train_on_two(cached, num_samples=0, compile="true")
+        assert time.monotonic() - started < 60
+    assert codes == [1, 1]
+    if module == "torch":  # no failure that we know: its process ends with a traceback
+        assert told[1] == "" and (failing == 0 or "another process of this run has ended" in one_told(told))
+    else:
+        where = " (in process 1)" if failing else ""
+        remedy = "give --compile false, and the same command goes on from the last save"
+        assert one_told(told) == f"error: the compiled network has failed (no such register); {remedy}{where}"
+    state = run_folder.newest_state(cached / "results")
+    assert state is not None and state.step == 1
+    codes, told = train_on_two(cached, num_samples=0)
+    assert codes == [0, 0], told
+    pipeline.assert_same_run(cached, on_two)
+
+
 def test_a_failed_save_ends_all_with_one_sentence(cached, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -513,6 +586,34 @@ def test_the_first_of_several_processes_prints_the_help_and_exports(trained, tmp
     assert codes == [2, 0] and "--checkpoint" in one_told(told)
 
 
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        (preprocess, {"verify": "true"}),
+        (preprocess, {"prune": "true"}),
+        (preprocess, {"import_folder": "latents"}),
+        (preprocess, {"dry_run": "true"}),
+        (train, {"dry_run": "true"}),
+        (generate, {"dry_run": "true"}),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_by_one_sentence_and_does_nothing(trained, tmp_path, command, asked):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    asked = {name: tmp_path if name == "import_folder" else value for name, value in asked.items()}
+    codes, told = Company(tmp_path, lambda rank: command(trained, **asked)).end()
+    assert codes == [2, 2]
+    assert one_told(told) == f"error: --{next(iter(asked))} is for one process; start it without torchrun"
+    assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+
+
+def test_the_first_of_several_processes_draws_the_strip(trained, tmp_path):
+    strip: dict[str, object] = {"strip": [1, 2], "output_folder": tmp_path / "strip"}
+    codes, told = Company(tmp_path, lambda rank: generate(trained, **strip)).end()
+    assert codes == [0, 0] and told[1] == "" and told[0].count("classes from top to bottom") == 1, told
+    drawn = (tmp_path / "strip" / "strip.png").read_bytes()
+    assert generate(trained, **strip) == 0 and (tmp_path / "strip" / "strip.png").read_bytes() == drawn
+
+
 def test_a_process_that_finds_no_other_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(ranks, "_JOIN_SECONDS", 1.0)
 
@@ -533,6 +634,20 @@ def test_a_process_takes_the_gpu_of_its_number(monkeypatch):
         Ranks(2, 3, 2).device_name("cuda")
     with pytest.raises(UserError, match="--device cuda:1 is one device, and there are 2 processes"):
         Ranks(0, 2, 0).device_name("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("place", "share"),
+    [({}, 1), ({"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}, 2), ({"WORLD_SIZE": 4}, 4), ({"LOCAL_WORLD_SIZE": 2}, 1)],
+)
+def test_each_process_plans_with_its_share_of_the_memory_of_its_machine(trained, monkeypatch, place, share):
+    dataset = LatentDataset.open(trained / "latents_cache")
+    table = 2 * len(dataset) * math.prod(dataset.moments_shape)  # bytes, in float16
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    for free, expected in ((2 * table * share + share, "cpu"), (2 * table * share, "shards")):
+        monkeypatch.setattr(hardware, "_free_host_bytes", lambda free=free: free)
+        assert LatentDataset.open(trained / "latents_cache").place == expected
 
 
 def test_a_gpu_that_is_not_used_is_told_of(monkeypatch, capsys):
@@ -596,8 +711,26 @@ def test_each_attempt_of_a_torchrun_on_one_machine_has_keys_of_its_own(monkeypat
     assert ranks._attempt() == "attempt 0"
 
 
-def test_torchrun_starts_them(cached, on_two):
-    ended = torchrun(str(ROOT / "train_latent_cfg.py"), *train_flags(cached, num_samples=0))
+def test_torchrun_starts_them_and_again_after_a_kill_and_the_run_ends_in_the_same_bits(cached, on_two):
+    name, program = ROOT / "train_latent_cfg.py", cached / "program.py"
+    program.write_text(
+        f"""
+import os, runpy, signal
+from ranks import Ranks
+
+agree, steps = Ranks.agree_to_stop, []
+
+def agree_or_die(company, *facts):
+    steps.append(1)
+    if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], len(steps)) == ("1", "0", {HALF + 1}):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return agree(company, *facts)
+
+Ranks.agree_to_stop = agree_or_die
+runpy.run_path({str(name)!r}, run_name="__main__")
+"""
+    )
+    ended = torchrun("--max_restarts=1", str(program), *train_flags(cached, num_samples=0))
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("done: 8 steps") == 1
+    assert ended.stdout.count(f"going on from step {HALF} of ") == 1 and ended.stdout.count("done: 8 steps") == 1
     pipeline.assert_same_run(cached, on_two)

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 READMES = {language: (ROOT / path).read_text(encoding="utf-8") for language, path in settings_table.READMES.items()}
 WRITTEN_BY_USERS = {"kl_vae_best.pt", "vae.pt", "user_07_name.pt", "001.jpg", "002.jpg"}
 KINDS_OF_FILE = "py|yaml|json|jsonl|toml|txt|md|png|jpg|csv|safetensors|pt|pth"
-OTHER_FLAGS = {"--config", "--help", "--write", "--nproc_per_node"}
+OTHER_FLAGS = {"--max_restarts", "--config", "--help", "--write", "--nproc_per_node"}
 by_language = pytest.mark.parametrize("language", READMES)
 
 

@@ -99,6 +99,14 @@ def test_help_comes_before_torch_is_imported(name):
     assert done.stdout.startswith("usage: ") and "--config FILE" in done.stdout and " INT " in done.stdout
 
 
+def test_python_looks_for_no_garbage_at_the_end_of_a_script():
+    """It would go through all that torch has made, several times."""
+    program = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"  # runs last
+    program += "import config, script; script.check_command_line(config.TrainSettings, 'Trains.')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
 # --- signals -----------------------------------------------------------------------------------------------
 
 
