@@ -132,8 +132,7 @@ class Generator:
         vae_path = checked_vae(settings.vae_path, state.meta)
         self.vae_name = Path(vae_path).name
         self.dtype, reason = hardware.pick_precision(settings.precision, device)
-        # The decoder follows where that was measured to be faster, and as good: on CPUs, in bfloat16.
-        follows = device.type == "cpu" and self.dtype == torch.bfloat16
+        follows = device.type != "cpu" or self.dtype == torch.bfloat16  # in float16 a CPU is no faster
         norm = LatentNorm.from_json(state.meta["latent_norm"])
         self.decoder = Decoder(vae_path, norm, device, dtype=self.dtype if follows else torch.float32)
         self.weights_digest = vae.weights_digest(state.averages)
@@ -150,7 +149,8 @@ class Generator:
 
     def dry_run(self) -> int:
         """Samples and decodes one image, says what the whole would take, and writes nothing."""
-        cells = [] if self.settings.strip else [cell for cell in self._cells() if not cell.path.is_file()]
+        self._go_on_as_begun()
+        cells = [] if self.settings.strip else _not_there(self._cells())
         count = len(self.settings.strip) * len(self.classes) if self.settings.strip else len(cells)
         if count:
             self.decoder.open()
@@ -198,12 +198,14 @@ class Generator:
         """
         with self.ranks.together():
             cells = _not_there(self._cells())
+            self._go_on_as_begun()
             self._choose_network(len(cells))
             script.check_writable(self.folder, "output_folder", dry_run=True)
-            self._refuse_other_images()  # before minutes of compiling
             if cells:
                 self.decoder.open()  # before anything is written
+            self._refuse_other_images()  # before minutes of compiling
         self.ranks.check_same({"a compiled network": self.is_compiled}, "give --compile false")
+        self.ranks.check_same({"the decoder in": self.decoder.dtype}, "give --precision float32")
         with self.ranks.together():
             obstacle = self._compile() if cells and self.is_compiled else None
         obstacle = self.ranks.first_of(obstacle)
@@ -239,6 +241,14 @@ class Generator:
         flags = "".join(f" --{name} {shlex.quote(place)}" for name, place in places.items())
         say(f"next: {script.python_word()} evaluate_images.py{flags}")
         return DONE
+
+    def _go_on_as_begun(self) -> None:
+        """Decodes as the images were that are in the folder already."""
+        path = self.folder / RECORD_NAME
+        if path.exists() and not self.settings.strip:
+            began = _read_record(path)["decoder_precision"]
+            if isinstance(began, str) and began in hardware.NUMBER_FORMATS:  # else the folder is refused
+                self.decoder.go_on_in(hardware.dtype_of(began))
 
     def _choose_network(self, count: int) -> None:
         """Decides whether the network is compiled for so many images; a folder with images goes on as it began."""

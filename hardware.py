@@ -16,7 +16,7 @@ from config import UserError
 _BFLOAT16_CAPABILITY = (8, 0)
 _TRITON_CAPABILITY = (7, 0)  # the oldest GPUs that torch.compile generates code for
 _COMPILED_STEPS = 5000  # fewer do not repay the minute or two that compiling takes
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+NUMBER_FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -74,7 +74,7 @@ def describe(device: torch.device) -> str:
 def pick_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Returns the number format of the network and the reason for it."""
     if name != "auto":
-        return _DTYPES[name], "as asked"
+        return NUMBER_FORMATS[name], "as asked"
     if device.type != "cuda":
         return torch.float32, "a CPU"
     major, minor = torch.cuda.get_device_capability(device)
@@ -138,7 +138,7 @@ def compiler_obstacle(error: RuntimeError) -> str:
 
 def dtype_of(name: str) -> torch.dtype:
     """Returns the torch dtype called `name`."""
-    return _DTYPES[name]
+    return NUMBER_FORMATS[name]
 
 
 def make_deterministic() -> None:

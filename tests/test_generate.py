@@ -495,6 +495,43 @@ def test_on_a_cpu_the_decoder_computes_in_bfloat16_with_the_network_and_hardly_d
         assert 30 < pictures.psnr(exact, found) < math.inf
 
 
+def test_a_folder_goes_on_in_the_number_format_in_which_its_images_were_decoded(make, tmp_path, capsys):
+    flags = {"images_per_class": 1, "image_format": "png", "precision": "bfloat16"}
+    assert make(**flags) == 0
+    narrow = image_files(tmp_path / "synthetic")
+    record_path = tmp_path / "synthetic" / "settings.json"
+    record = json.loads(record_path.read_text())
+    record_path.write_text(json.dumps({**record, "decoder_precision": "float32"}))
+    for path in (tmp_path / "synthetic").glob("*/*.png"):
+        path.unlink()
+    assert make(**flags) == 0
+    assert json.loads(record_path.read_text())["decoder_precision"] == "float32"
+    assert image_files(tmp_path / "synthetic") != narrow
+    for unknown in ("float8", ["float32"]):
+        record_path.write_text(json.dumps({**record, "decoder_precision": unknown}))
+        capsys.readouterr()
+        assert make(**flags) == 2
+        assert f"made with decoder_precision {unknown}, now it is bfloat16" in pipeline.one_error(capsys)
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, torch.float16), (1e5, torch.float32)])
+def test_the_decoder_gives_up_a_number_format_that_would_change_images(trained, tmp_path, capsys, factor, expected):
+    state = torch.load(trained / "vae.pt", weights_only=True)
+    weights = state.get("state_dict", state)
+    weights["decoder.conv_in.weight"] *= factor  # what float16 cannot hold; the normalisation after it undoes it
+    torch.save(state, tmp_path / "vae.pt")
+    norm = LatentNorm(torch.zeros(4), torch.ones(4))
+    samples = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    narrow, exact = (
+        Decoder(str(tmp_path / "vae.pt"), norm, torch.device("cpu"), dtype=dtype)
+        for dtype in (torch.float16, torch.float32)
+    )
+    images, exact_images = narrow(samples), exact(samples)
+    assert narrow.dtype == expected
+    told = "warning: images are decoded in float32, as float16 would change them" in capsys.readouterr().err
+    assert told is np.array_equal(images, exact_images) is (expected == torch.float32)
+
+
 def test_the_decoder_is_built_when_needed_and_each_image_is_decoded_by_itself(trained, encoder):
     norm = LatentNorm(torch.full((4,), 0.5), torch.full((4,), 2.0))
     decoder = Decoder(str(trained / "vae.pt"), norm, torch.device("cpu"))
