@@ -251,7 +251,8 @@ class SamplingSettings(MachineSettings):
         "auto",
         int,
         SAMPLING,
-        "solver steps; auto is 12 for dpm++ (20 in runs that began with that), 250 for ddim, every step for ddpm",
+        f"solver steps; auto is {AUTO_STEPS['dpm++']} for dpm++ (20 in runs that began with that), "
+        f"{AUTO_STEPS['ddim']} for ddim, every step for ddpm",
         low=1,
         words=("auto",),
         free=True,
@@ -812,8 +813,8 @@ def _help(cls: type, name: str, spec: Spec) -> str:
 
 # --- storing the settings of a run -------------------------------------------------------------------------
 
+_AUTO_STEPS_BEFORE = {"dpm++": 20, "ddim": 250}  # of runs that do not say
 # What was done before these settings existed: old runs and old images stand for it, whatever the defaults are now.
-_AUTO_STEPS_BEFORE = {"dpm++": 20, "ddim": 250}
 _BEFORE = {"guidance_interval": [0.0, 1.0], "time_shift": 0.0}
 
 

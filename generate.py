@@ -132,7 +132,7 @@ class Generator:
         vae_path = checked_vae(settings.vae_path, state.meta)
         self.vae_name = Path(vae_path).name
         self.dtype, reason = hardware.pick_precision(settings.precision, device)
-        follows = device.type != "cpu" or self.dtype == torch.bfloat16  # in float16 a CPU is no faster
+        follows = device.type != "cpu" or self.dtype == torch.bfloat16  # float16 was not timed on CPUs
         norm = LatentNorm.from_json(state.meta["latent_norm"])
         self.decoder = Decoder(vae_path, norm, device, dtype=self.dtype if follows else torch.float32)
         self.weights_digest = vae.weights_digest(state.averages)
@@ -248,7 +248,7 @@ class Generator:
         if path.exists() and not self.settings.strip:
             began = _read_record(path)["decoder_precision"]
             if isinstance(began, str) and began in hardware.NUMBER_FORMATS:  # else the folder is refused
-                self.decoder.go_on_in(hardware.dtype_of(began))
+                self.decoder.go_on_in(hardware.NUMBER_FORMATS[began])
 
     def _choose_network(self, count: int) -> None:
         """Decides whether the network is compiled for so many images; a folder with images goes on as it began."""

@@ -136,11 +136,6 @@ def compiler_obstacle(error: RuntimeError) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """Returns the torch dtype called `name`."""
-    return NUMBER_FORMATS[name]
-
-
 def make_deterministic() -> None:
     """Asks torch for algorithms that give the same bits each time on one device."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -389,7 +389,7 @@ def open_dataset(
         lambda: vae.load_vae(settings.vae_path, device, parts="encoder", memory_format=torch.channels_last),
         device=device,
         batch_size=settings.encode_batch_size,
-        dtype=hardware.dtype_of(settings.encode_precision),
+        dtype=hardware.NUMBER_FORMATS[settings.encode_precision],
     )
     return LatentDataset(
         cache,
