@@ -2,11 +2,13 @@
 
 import ctypes
 import errno
+import faulthandler
 import io
 import os
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -16,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+from tqdm import tqdm
+
 CALLS = ("open", "write", "fsync", "fstat", "close", "rename", "unlink", "mkdir")
+SECONDS = 600  # many times what any child takes; one that is not done by then shows where, and dies
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR)
 
 Fault = Callable[[str, Callable, tuple], object]
@@ -112,6 +117,9 @@ def fork(work: Callable[[], object]) -> int:
         return process
     code = 1
     try:
+        faulthandler.register(signal.SIGALRM, file=sys.__stderr__, chain=True)
+        signal.alarm(SECONDS)
+        tqdm.set_lock(threading.RLock())  # the one of before is shared with all children: a kill would leave it locked
         work()
         code = 0
     except BaseException:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import itertools
 import os
 import random
@@ -23,6 +24,7 @@ from os_faults import Child, Tally, Tell, fault_at, killing, nothing_synced
 from pipeline import HALF, STEPS
 from publishings import WORKS, Work, done_again, temporaries, verdict
 from torch import Tensor
+from tqdm import tqdm
 
 import checkpoint
 import durable
@@ -62,6 +64,22 @@ def kills_at_each_call(work: Work, root: Path, *, sides: Sequence[bool] = (True,
 def _run_and_die(work: Work, folder: Path, index: int, after: bool, tell: Tell) -> None:
     with nothing_synced(), fault_at(index, killing(after=after)):
         work.run(folder, tell)
+
+
+def test_a_child_that_dies_while_it_draws_a_bar_holds_up_no_other():
+    """tqdm's lock is one for all processes forked from one that has used it: each child must have its own."""
+
+    def draw(tell: Tell) -> None:
+        for _ in tqdm(range(3), file=io.StringIO()):
+            pass
+
+    def die(tell: Tell) -> None:
+        with tqdm.get_lock():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    draw(print)  # from here on there is a lock to share
+    assert Child(die).end()[0] == -9
+    assert Child(draw).end(kill_after=60)[0] == 0
 
 
 # --- what a child tells of a script ------------------------------------------------------------------------
