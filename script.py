@@ -273,16 +273,16 @@ class Progress:
     def close(self) -> None:
         """Ends the bar."""
         if self.is_log and self.bar.n > self.last_count:
-            self._print_line()
+            self._print_line(is_last=True)
         self.bar.close()
 
-    def _print_line(self) -> None:
+    def _print_line(self, *, is_last: bool = False) -> None:
         if self.is_quiet:
             return
         facts, done = self.bar.format_dict, self.bar.n
         parts = [f"{self.label}: {done:,} of {self.total:,} {self.unit} ({done / self.total:.0%})"]
         parts[0] += f" after {duration(facts['elapsed'])}"
-        if done < self.total:
+        if done < self.total and not is_last:
             pace = facts["rate"] or (done - facts["initial"]) / facts["elapsed"]
             parts.append(f"about {duration((self.total - done) / pace)} to go")
         if facts["postfix"]:

@@ -12,7 +12,6 @@ Shapes: N images, B batch, S image size, C latent channels, h = w = S / downsamp
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import math
@@ -259,17 +258,27 @@ class Trainer:
         batch, noise = self.batch()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.settings)
-        with autocast(self.device, self.dtype):
-            loss, error = self.loss_function(self.vae, batch, noise, self.settings.kl_weight)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        try:
+            error = self._gradients(batch, noise)
+        except RuntimeError as failure:
+            script.warn_uncompiled(self.settings.compile, hardware.compiler_obstacle(failure), work="trains")
+            self.loss_function = vae_loss
+            error = self._gradients(batch, noise)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), self.settings.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.ema.update(self.vae, self.step)
         self.step += 1
-        return error.detach(), norm
+        return error, norm
+
+    def _gradients(self, batch: Tensor, noise: Tensor) -> Tensor:
+        """Leaves the gradients of a step in the VAE; returns its mean absolute error."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with hardware.autocast(self.device, self.dtype):
+            loss, error = self.loss_function(self.vae, batch, noise, self.settings.kl_weight)
+        self.scaler.scale(loss).backward()
+        return error.detach()
 
     def save_state(self) -> None:
         """Saves the full state, then removes older ones but one."""
@@ -310,11 +319,6 @@ def check_same_run(meta: dict, settings: VAESettings, digest: str, path: Path) -
 def to_unit_range(pixels: Tensor, device: torch.device) -> Tensor:
     """Turns uint8 images into float32 ones in [0, 1] on the device."""
     return pixels.to(device).float() / 255
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Returns the context in which convolutions run in `dtype`."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 # --- looking and saving ------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 import train_vae
 from PIL import Image
 from safetensors.torch import load_file
+from torch._inductor.exc import CppCompileError
 
 import images
 import pictures
@@ -163,6 +164,30 @@ def test_training_lowers_the_error(folder, tmp_path):
     trainer = train_vae.Trainer(settings, train_vae.hold_out(pixels)[0], digest, torch.device("cpu"))
     errors = [float(trainer.train_step()[0]) for _ in range(30)]
     assert np.mean(errors[-5:]) < 0.8 * np.mean(errors[:5])
+
+
+def test_a_vae_that_cannot_be_compiled_is_trained_without(folder, tmp_path, capsys, monkeypatch):
+    """The same VAE comes out, and the compiler's pages of complaints stay one line."""
+
+    def compile(function):
+        def fail(*arguments):
+            raise CppCompileError(["g++"], "no room\n" * 10_000)
+
+        return fail
+
+    assert train(folder, tmp_path / "plain", compile="false") == 0
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(train_vae, "pick_compile", lambda *_: True)
+    capsys.readouterr()
+    assert train(folder, tmp_path / "out") == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert "cannot be compiled, and trains without" in line and len(line) < 400
+    plain, out = (load_file(tmp_path / name / "vae.safetensors") for name in ("plain", "out"))
+    assert all(torch.equal(plain[name], out[name]) for name in plain)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "compile", compile)
+    assert train(folder, tmp_path / "asked", compile="true") == 1
+    assert "give --compile false" in capsys.readouterr().err
 
 
 def test_finished_training_says_so(folder, tmp_path, capsys):

@@ -178,6 +178,12 @@ def test_a_log_gets_a_line_when_a_minute_and_a_tenth_have_passed_and_one_at_the_
     assert captured.out == ""
 
 
+def test_a_log_of_work_that_was_stopped_ends_without_a_forecast(capsys):
+    with script.progress(total=3000, unit="images", label="encode") as bar:
+        bar.advance(1)
+    assert re.fullmatch(r"encode: 1 of 3,000 images \(0%\) after 0\.\d s\n", capsys.readouterr().err)
+
+
 def test_no_line_of_a_log_comes_twice(capsys, monkeypatch):
     with script.progress(total=2, unit="images", label="encode") as bar:
         monkeypatch.setattr(bar, "last_time", time.monotonic() - 61)
