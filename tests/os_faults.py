@@ -117,7 +117,7 @@ def fork(work: Callable[[], object]) -> int:
         return process
     code = 1
     try:
-        faulthandler.register(signal.SIGALRM, file=sys.__stderr__, chain=True)
+        faulthandler.register(signal.SIGALRM, file=2, chain=True)
         signal.alarm(SECONDS)
         tqdm.set_lock(threading.RLock())  # the one of before is shared with all children: a kill would leave it locked
         work()
