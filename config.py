@@ -313,6 +313,14 @@ class TrainSettings(SamplingSettings, ImageSettings, DryRunSettings):
         "pred_v", str, DIFFUSION, "what the network predicts", choices=("pred_v", "pred_noise", "pred_x0")
     )
     beta_schedule: str = _setting("cosine", str, DIFFUSION, "noise schedule", choices=("cosine", "linear"))
+    noise_shift: float = _setting(
+        0.0,
+        float,
+        DIFFUSION,
+        "how much noisier each timestep is than in the schedule: added to log(sigma / alpha)",
+        low=-3.0,
+        high=3.0,
+    )
     min_snr_loss_weight: bool = _setting(True, bool, DIFFUSION, "weigh the loss by min-SNR")
     min_snr_gamma: float = _setting(5.0, float, DIFFUSION, "gamma of min-SNR", low=0.01)
     train_batch_size: int = _setting(8, int, TRAINING, "latents per forward pass", low=1, unit="latents")
@@ -815,7 +823,7 @@ def _help(cls: type, name: str, spec: Spec) -> str:
 
 _AUTO_STEPS_BEFORE = {"dpm++": 20, "ddim": 250}  # of runs that do not say
 # What was done before these settings existed: old runs and old images stand for it, whatever the defaults are now.
-_BEFORE = {"guidance_interval": [0.0, 1.0], "time_shift": 0.0}
+_BEFORE = {"guidance_interval": [0.0, 1.0], "time_shift": 0.0, "noise_shift": 0.0}
 
 
 def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:

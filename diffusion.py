@@ -9,8 +9,10 @@ import importlib.metadata
 import importlib.util
 import math
 import re
+import sys
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -228,6 +230,7 @@ class LatentDiffusion(GaussianDiffusion):
         timesteps: int,
         objective: str,
         beta_schedule: str,
+        noise_shift: float,
         min_snr_loss_weight: bool,
         min_snr_gamma: float,
     ):
@@ -242,15 +245,16 @@ class LatentDiffusion(GaussianDiffusion):
             attn_dim_head=attn_dim_head,
             attn_heads=attn_heads,
         )
-        super().__init__(
-            LatentUnet(**arguments),
-            image_size=latent_size,
-            timesteps=timesteps,
-            objective=objective,
-            beta_schedule=beta_schedule,
-            min_snr_loss_weight=min_snr_loss_weight,
-            min_snr_gamma=min_snr_gamma,  # pyright: ignore[reportArgumentType]  # any number will do
-        )
+        with _noisier_schedule(beta_schedule, noise_shift):
+            super().__init__(
+                LatentUnet(**arguments),
+                image_size=latent_size,
+                timesteps=timesteps,
+                objective=objective,
+                beta_schedule=beta_schedule,
+                min_snr_loss_weight=min_snr_loss_weight,
+                min_snr_gamma=min_snr_gamma,  # pyright: ignore[reportArgumentType]  # any number will do
+            )
         self.latent_shape = (latent_channels, latent_size, latent_size)
         if timesteps < 2 or self.get_buffer("betas").max() >= 1:
             raise UserError(
@@ -357,6 +361,32 @@ class LatentDiffusion(GaussianDiffusion):
         if self.objective == "pred_v":  # Salimans & Ho 2022, appendix D
             return level.alpha * x - level.sigma * output
         return output
+
+
+@contextmanager
+def _noisier_schedule(beta_schedule: str, noise_shift: float) -> Iterator[None]:
+    """Lets the library compute its tables, weights of the loss too, from a shifted schedule: it takes no betas."""
+    library, name = sys.modules[GaussianDiffusion.__module__], f"{beta_schedule}_beta_schedule"
+    schedule = getattr(library, name)
+    setattr(library, name, lambda timesteps: noisier(schedule(timesteps), noise_shift))
+    try:
+        yield
+    finally:
+        setattr(library, name, schedule)
+
+
+def noisier(betas: Tensor, noise_shift: float) -> Tensor:
+    """Lowers the lambda of each timestep by `noise_shift` (Hoogeboom et al. 2023, "simple diffusion", section 3.1).
+
+    Args:
+        betas: float64 [T], each below 1; others, of too few timesteps, come back as they are.
+    """
+    if noise_shift == 0 or betas.max() >= 1:
+        return betas
+    signal = torch.cumprod(1 - betas, dim=0)  # alpha^2
+    signal = signal / (signal + (1 - signal) * math.exp(2 * noise_shift))
+    kept = signal / torch.cat([signal.new_ones(1), signal[:-1]])
+    return (1 - kept).clamp(0, 0.999)  # as the library's cosine schedule
 
 
 def _ways(usable: Sequence[Level]) -> list[float]:

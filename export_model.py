@@ -102,6 +102,7 @@ def describe(
         "timesteps": facts["timesteps"],
         "objective": facts["objective"],
         "beta_schedule": facts["beta_schedule"],
+        "noise_shift": facts["noise_shift"],
         "latent_shape": shape,
         "latent_norm": meta["latent_norm"],
         "guidance": diffusion.guidance(levels, cond_scale, guidance_interval),

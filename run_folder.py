@@ -41,6 +41,7 @@ _NETWORK_SETTINGS = (
     "timesteps",
     "objective",
     "beta_schedule",
+    "noise_shift",
     "min_snr_loss_weight",
     "min_snr_gamma",
 )

@@ -122,6 +122,9 @@ HELP_ZH = {
     "diffusion timesteps": "扩散的时间步数",
     "what the network predicts": "网络预测的量",
     "noise schedule": "噪声日程",
+    "how much noisier each timestep is than in the schedule: added to log(sigma / alpha)": (
+        "每个时间步比噪声日程多多少噪声：加到 log(sigma / alpha) 上"
+    ),
     "weigh the loss by min-SNR": "用 min-SNR 给损失加权",
     "gamma of min-SNR": "min-SNR 的 gamma",
     "latents per forward pass": "每次前向传播的 latent 数",

@@ -254,19 +254,14 @@ class Bench:
         self.trials = Trials.of(plan, real) if classifier_steps else None
         self.on_real: dict[int, float] = {}  # accuracy of the classifier on real images, by seed
         facts = run_folder.network_facts(settings, num_classes=len(plan.classes), latent_shape=self.shape)
-        unet = Unet(**unet_arguments(**facts))
-        unet.load_state_dict(self.diffusion.model.state_dict())
-        self.library = (
-            GaussianDiffusion(
-                unet,
-                image_size=self.shape[1],
-                timesteps=facts["timesteps"],
-                objective=facts["objective"],
-                beta_schedule=facts["beta_schedule"],
-            )
-            .eval()
-            .to(plan.device)
+        self.library = GaussianDiffusion(
+            Unet(**unet_arguments(**facts)),
+            image_size=self.shape[1],
+            timesteps=facts["timesteps"],
+            objective=facts["objective"],
         )
+        self.library.load_state_dict(self.diffusion.state_dict())  # the tables of the schedule too
+        self.library.eval().to(plan.device)
         self.labels = torch.arange(len(plan.classes)).repeat_interleave(count)
         self.yardstick: dict[str, float] = {}
         self._warm_up()

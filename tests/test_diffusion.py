@@ -35,6 +35,7 @@ TINY = {
     "timesteps": 1000,
     "objective": "pred_v",
     "beta_schedule": "cosine",
+    "noise_shift": 0.0,
     "min_snr_loss_weight": True,
     "min_snr_gamma": 5.0,
 }
@@ -82,14 +83,15 @@ def smooth(x: Tensor, time: Tensor) -> Tensor:
     return 0.4 * torch.sin(1.5 * x + time[:, None, None, None] / 300) + 0.3 * x
 
 
-def signal_share(schedule: str, timesteps: int = 1000) -> Tensor:
+def signal_share(schedule: str, timesteps: int = 1000, noise_shift: float = 0.0) -> Tensor:
     """The product of 1 - beta up to each timestep, from the papers' formulas, in float64."""
     if schedule == "linear":  # Ho et al. 2020, section 4
         betas = [1e-4 + (0.02 - 1e-4) * step / (timesteps - 1) for step in range(timesteps)]
     else:  # Nichol & Dhariwal 2021, equation 17
         shares = [math.cos((step / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for step in range(timesteps + 1)]
         betas = [min(1 - after / before, 0.999) for before, after in pairwise(shares)]
-    return torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), dim=0)
+    share = torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), dim=0)
+    return torch.sigmoid(torch.logit(share) - 2 * noise_shift)  # of log(alpha^2 / sigma^2)
 
 
 # ---- the library
@@ -190,6 +192,29 @@ def test_the_schedule_is_the_papers_and_that_of_diffusers(schedule):
     torch.testing.assert_close(ours, theirs.alphas_cumprod, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("shift", [-1.0, 0.5, 2.0])
+def test_a_shift_makes_each_timestep_noisier_by_as_much(schedule, shift):
+    """Up to the largest beta, 0.999, which bounds the last few timesteps of the cosine schedule."""
+    plain, shifted = (tiny(beta_schedule=schedule, noise_shift=value) for value in (0.0, shift))
+    bounded = shifted.get_buffer("betas") >= 0.999
+    assert bounded.sum() <= 3
+    share = signal_share(schedule, noise_shift=shift).float()
+    torch.testing.assert_close(shifted.get_buffer("alphas_cumprod")[~bounded], share[~bounded], rtol=1e-5, atol=0)
+    by_time = {level.time: level.log_snr for level in plain.levels(1000)[:-1]}
+    for level in shifted.levels(1000)[:-1]:
+        if level.time in by_time and not bounded[level.time]:
+            assert by_time[level.time] - level.log_snr == pytest.approx(shift, abs=1e-3)
+
+
+def test_the_library_keeps_its_own_schedules():
+    before = tiny().get_buffer("betas")
+    with pytest.raises(UserError):
+        tiny(beta_schedule="linear", timesteps=20, noise_shift=0.5)
+    tiny(noise_shift=0.5)
+    assert torch.equal(tiny().get_buffer("betas"), before)
+
+
 def test_the_step_sizes_come_from_float64():
     model = tiny()
     share = signal_share("cosine")
@@ -215,19 +240,24 @@ def test_sizes_that_do_not_fit_are_told(changes, message):
 # ---- training
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.5])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("gamma", [5.0, None])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_losses_are_the_closed_form(objective, gamma, schedule):
+def test_losses_are_the_closed_form(objective, gamma, schedule, shift):
     model = tiny(
-        objective=objective, min_snr_loss_weight=gamma is not None, min_snr_gamma=gamma or 1.0, beta_schedule=schedule
+        objective=objective,
+        min_snr_loss_weight=gamma is not None,
+        min_snr_gamma=gamma or 1.0,
+        beta_schedule=schedule,
+        noise_shift=shift,
     )
     latents, noise = 3 * randn(4, 2, 8, 8, seed=1), randn(4, 2, 8, 8, seed=2)  # well outside [-1, 1]
-    times, classes = torch.tensor([0, 150, 600, 999]), torch.tensor([0, 1, 2, 0])
+    times, classes = torch.tensor([0, 150, 600, 990]), torch.tensor([0, 1, 2, 0])
     keep = torch.tensor([True, False, True, False])
     with torch.no_grad():
         losses = model(latents, classes, times=times, noise=noise, cond_keep_mask=keep)
-        share = signal_share(schedule)[times]
+        share = signal_share(schedule, noise_shift=shift)[times]
         alpha, sigma = share.sqrt()[:, None, None, None], (1 - share).sqrt()[:, None, None, None]
         noisy = (alpha * latents + sigma * noise).float()
         output = Unet.forward(model.model, noisy, times, classes, cond_keep_mask=keep)

@@ -436,12 +436,13 @@ def test_the_network_sees_moved_latents(cached, monkeypatch):
     assert any(changed)
 
 
-def test_a_run_of_before_time_shift_goes_on_without(trained, tmp_path):
+@pytest.mark.parametrize("name", ["time_shift", "noise_shift"])
+def test_a_run_of_before_a_setting_goes_on_without(trained, tmp_path, name):
     root = shutil.copytree(trained, tmp_path / "world")
     state = run_folder.newest_state(root / "results")
     assert state is not None
     tensors, meta = checkpoint.load(state.path)
-    del meta["settings"]["time_shift"]
+    del meta["settings"][name]
     checkpoint.save(state.path, tensors, meta)
     plan = train_latent_cfg.make_plan(pipeline.train_flags(root, train_num_steps=STEPS + 1))
-    assert plan.settings.time_shift == 0.0
+    assert getattr(plan.settings, name) == 0.0
