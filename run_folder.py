@@ -116,6 +116,7 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
 def _check_settings(settings: Any) -> None:
     if not isinstance(settings, dict):
         raise ValueError("its settings are no table")
+    settings = config.with_later_settings(settings)
     parsed = config.stored_layer(TrainSettings, "its settings", settings).values
     for name in (*_NETWORK_SETTINGS, "image_size"):
         if name not in parsed:
