@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None) -> int:
                 return generator.dry_run()
             return generator.make_strip() if generator.settings.strip else generator.make_images()
         except torch.OutOfMemoryError as error:
-            raise Failed("the GPU has too little memory; end what else uses it, or give --device cpu") from error
+            raise Failed(hardware.TOO_LITTLE_MEMORY) from error
 
 
 def open_generator(argv: Sequence[str] | None, ranks: Ranks) -> "Generator":
