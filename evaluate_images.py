@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None) -> int:
             else:
                 evaluate(plan)
         except torch.OutOfMemoryError as error:
-            raise Failed("the GPU has too little memory; end what else uses it, or give --device cpu") from error
+            raise Failed(hardware.TOO_LITTLE_MEMORY) from error
         say(f"see {plan.folder / PAGE_NAME}; all figures are in {plan.folder / REPORT_NAME}")
         return DONE
 

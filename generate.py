@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None) -> int:
                 return generator.dry_run()
             return generator.make_strip() if generator.settings.strip else generator.make_images()
         except torch.OutOfMemoryError as error:
-            raise Failed("the GPU has too little memory; end what else uses it, or give --device cpu") from error
+            raise Failed(hardware.TOO_LITTLE_MEMORY) from error
 
 
 def open_generator(argv: Sequence[str] | None, ranks: Ranks) -> "Generator":
@@ -326,8 +326,12 @@ class Generator:
         steps: int | None = None,
         interval: Sequence[float] | None = None,
     ) -> torch.Tensor:
-        """Makes samples [B C h w] of at most BATCH_SIZE images; `steps` and `interval` stand in for the settings."""
-        return sample_padded(
+        """Makes samples [B C h w] of at most BATCH_SIZE images; `steps` and `interval` stand in for the settings.
+
+        Raises:
+            Failed: when one is not finite, which would be decoded to a blank image.
+        """
+        samples = sample_padded(
             self.diffusion,
             labels,
             [
@@ -339,6 +343,19 @@ class Generator:
             guidance_interval=self.settings.guidance_interval if interval is None else interval,
             sampler=self.settings.sampler,
             sampling_timesteps=self.steps if steps is None else steps,
+        )
+        self._refuse_not_finite(samples, labels, cond_scale)
+        return samples
+
+    def _refuse_not_finite(self, samples: torch.Tensor, labels: Sequence[int], cond_scale: float) -> None:
+        is_finite = samples.flatten(1).isfinite().all(1).tolist()
+        if all(is_finite):
+            return
+        first = self.all_classes[labels[is_finite.index(False)]]
+        remedy = "give --precision float32 to generate.py" if self.dtype != torch.float32 else "take another checkpoint"
+        raise Failed(
+            f"the samples in {str(self.dtype).removeprefix('torch.')} are not finite, of {first} at guidance "
+            f"{cond_scale:g}; {remedy}, or less guidance"
         )
 
     def _cells(self) -> list[Cell]:
@@ -407,6 +424,7 @@ class Generator:
         if not self.ranks.is_main:
             return DONE
         script.check_writable(self.folder, "output_folder", dry_run=False)
+        self.decoder.open()  # first, for it says how all is computed: float32 on a GPU as TF32 or not
         scales, columns = self.settings.strip, []
         labels = list(self.classes)
         with script.progress(total=len(scales) * len(labels), unit="images", label="strip") as bar:

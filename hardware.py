@@ -16,6 +16,7 @@ from config import UserError
 _BFLOAT16_CAPABILITY = (8, 0)
 _TRITON_CAPABILITY = (7, 0)  # the oldest GPUs that torch.compile generates code for
 _COMPILED_STEPS = 5000  # fewer do not repay the minute or two that compiling takes
+TOO_LITTLE_MEMORY = "the GPU has too little memory; end what else uses it, or give --device cpu"
 NUMBER_FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -24,6 +25,7 @@ def pick_device(name: str) -> torch.device:
 
     Raises:
         UserError: for a device that is absent, or a GPU that this torch build has no kernels for.
+        Failed: for a GPU whose memory others have taken.
     """
     device = torch.device(_resolve_auto(name))
     if device.type == "cpu":
@@ -53,6 +55,8 @@ def _try(device: torch.device) -> None:
         image = torch.ones(1, 3, 8, 8, device=device)
         torch.nn.functional.conv2d(image, torch.ones(1, 3, 3, 3, device=device)).sum().item()
     except RuntimeError as error:
+        if "out of memory" in str(error):  # of the allocator, or of CUDA itself, which needs some to begin
+            raise script.Failed(TOO_LITTLE_MEMORY) from error
         raise UserError(no_kernels_message(torch.cuda.get_device_name(device))) from error
 
 

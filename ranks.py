@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import hardware
 import script
 from config import UserError
 from script import Failed, Stopped, StopSignals, Told
@@ -124,7 +125,7 @@ class Ranks:
         except (UserError, Failed, OSError, Stopped) as caught:
             error = caught
         except torch.OutOfMemoryError as caught:
-            error = Failed("the GPU has too little memory; end what else uses it, or give --device cpu")
+            error = Failed(hardware.TOO_LITTLE_MEMORY)
             error.__cause__ = caught
         found = None if error is None else script.explain(error)
         if not self._largest(found is not None):

@@ -101,8 +101,15 @@ class Decoder:
         images = []
         for latent in self.norm.to_unscaled(samples.to(self.device)):
             between()
-            images.append(pictures.to_uint8(self._pixels(decoder, latent[None], self.dtype))[0])
+            images.append(pictures.to_uint8(self._finite_pixels(decoder, latent[None]))[0])
         return images
+
+    def _finite_pixels(self, decoder: vae.VAE, latent: Tensor) -> Tensor:
+        """Decodes in float32 what the number format cannot hold: noise, with which it was tried, has no extremes."""
+        pixels = self._pixels(decoder, latent, self.dtype)
+        if self.dtype == torch.float32 or pixels.isfinite().all():
+            return pixels
+        return self._pixels(decoder, latent, torch.float32)
 
     def _pixels(self, decoder: vae.VAE, latent: Tensor, dtype: torch.dtype) -> Tensor:
         with hardware.autocast(self.device, dtype):
@@ -153,4 +160,6 @@ def check_decodes(vae_path: str, identity: vae.VAEIdentity, latent_channels: int
 
 def nearest_class(samples: Tensor, class_means: Tensor) -> Tensor:
     """Returns for each sample [B C h w] the index of the class mean [K C h w] at the least Euclidean distance."""
-    return torch.cdist(samples.flatten(1).float(), class_means.flatten(1).float()).argmin(1)
+    samples, class_means = samples.flatten(1).float(), class_means.flatten(1).float()
+    # Without the matrix product: it cancels digits, on a GPU of the ten bits that TF32 has.
+    return torch.cdist(samples, class_means, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)

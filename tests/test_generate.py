@@ -471,6 +471,14 @@ def test_the_nearest_class_is_the_one_of_the_least_distance():
     assert nearest_class(samples, means).tolist() == [row.index(min(row)) for row in distances]
 
 
+def test_the_nearest_class_is_found_where_all_are_far_from_zero():
+    generator = torch.Generator().manual_seed(0)
+    means = 1e4 + torch.randn(31, 4, 4, 4, generator=generator)  # whose squares leave no digit for the differences
+    labels = torch.arange(31).repeat(2)
+    samples = means[labels] + 0.1 * torch.randn(62, 4, 4, 4, generator=generator)
+    assert torch.equal(nearest_class(samples, means), labels)
+
+
 def test_the_number_of_solver_steps():
     def auto(sampler: str, timesteps: int) -> int:
         return num_solver_steps(sampler, "auto", timesteps, auto_steps={"dpm++": 12, "ddim": 250})
@@ -531,6 +539,51 @@ def test_the_decoder_gives_up_a_number_format_that_would_change_images(trained, 
     warning = "warning: images are decoded in float32, as float16 would change them (PSNR -inf dB)"  # not finite
     told = warning in capsys.readouterr().err
     assert told is np.array_equal(images, exact_images) is (expected == torch.float32)
+
+
+@pytest.mark.parametrize("how", [{}, {"strip": [1.0]}, {"dry_run": "true"}])
+def test_all_is_sampled_with_the_same_matrix_products(make, monkeypatch, how):
+    torch.backends.cuda.matmul.allow_tf32 = False  # as torch begins; each script sets it
+    seen, sample = set(), sampling.LatentDiffusion.sample
+
+    def noted(*args, **kwargs) -> torch.Tensor:
+        seen.add(torch.backends.cuda.matmul.allow_tf32)
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(sampling.LatentDiffusion, "sample", noted)
+    assert make(**how) == 0
+    assert seen == {True}
+
+
+@pytest.mark.parametrize("how", [{}, {"strip": [1.0]}])
+def test_samples_that_the_number_format_cannot_hold_are_refused(trained, tmp_path, capsys, how):
+    root = shutil.copytree(trained, tmp_path / "world")
+    state = run_folder.newest_averages(root / "results")
+    assert state is not None
+    weights = dict(state.tensors)
+    (name,) = [name for name in weights if name.startswith("ema.") and name.endswith("final_conv.weight")]
+    weights[name] = weights[name] * 1e6  # what float16 cannot hold
+    checkpoint.save(state.path, weights, state.meta)
+    flags = {"checkpoint": state.path, "precision": "float16", "output_folder": tmp_path / "synthetic", **how}
+    assert generate(root, **flags) == 1
+    told = pipeline.one_error(capsys)
+    assert "the samples in float16 are not finite, of ID_1 at guidance 1" in told and "give --precision float32" in told
+    assert not list((tmp_path / "synthetic").glob("*/*")) and not (tmp_path / "synthetic" / "strip.png").exists()
+    assert generate(root, **flags, **({} if how else {"images_per_class": 1})) == 1
+    assert generate(root, **{**flags, "output_folder": tmp_path / "other", "precision": "float32"}) == 0
+
+
+def test_an_image_that_the_number_format_of_the_decoder_cannot_hold_is_decoded_in_float32(trained):
+    norm = LatentNorm(torch.zeros(4), torch.ones(4))
+    samples = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    samples[1] *= 1e6  # more than float16 can hold, and than the noise that the number format was tried with
+    narrow, exact = (
+        Decoder(str(trained / "vae.pt"), norm, torch.device("cpu"), dtype=dtype)
+        for dtype in (torch.float16, torch.float32)
+    )
+    images, exact_images = narrow(samples), exact(samples)
+    assert narrow.dtype == torch.float16
+    assert [np.array_equal(a, b) for a, b in zip(images, exact_images, strict=True)] == [False, True, False]
 
 
 def test_the_decoder_is_built_when_needed_and_each_image_is_decoded_by_itself(trained, encoder):

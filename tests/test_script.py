@@ -314,6 +314,27 @@ def test_a_gpu_without_kernels_is_told_in_one_sentence(monkeypatch):
     assert hardware.pick_device("cpu") == CPU
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has a total capacity of 14.74 GiB"
+        ),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_a_gpu_that_others_fill_is_not_told_to_lack_kernels(monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch, "ones", full)
+    with pytest.raises(Failed, match="the GPU has too little memory; end what else uses it"):
+        hardware.pick_device("cuda")
+
+
 def test_memory_is_told_in_bytes():
     assert 2**26 < hardware.free_memory_bytes(CPU) < 2**45
     assert re.fullmatch(r"\d+\.\d\d GB host", hardware.peak_memory(CPU))
