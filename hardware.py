@@ -137,7 +137,11 @@ def compiler_obstacle(error: RuntimeError) -> str:
 
 
 def make_deterministic() -> None:
-    """Asks torch for algorithms that give the same bits each time on one device."""
+    """Asks torch for algorithms that give the same bits each time on one device.
+
+    To be called before anything is computed: torch reads the variable at its first matrix product on a GPU, and later
+    refuses all of them if it was not set then.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
