@@ -23,7 +23,7 @@ def pick_device(name: str) -> torch.device:
     """Returns the device that `name` (auto, cpu, cuda, cuda:N) stands for, after one real computation on it.
 
     Raises:
-        UserError: for a device that is absent, or a GPU that this torch build has no kernels for.
+        UserError: for a device that is absent, or a GPU that is full or that this torch build has no kernels for.
     """
     device = torch.device(_resolve_auto(name))
     if device.type == "cpu":
@@ -53,7 +53,13 @@ def _try(device: torch.device) -> None:
         image = torch.ones(1, 3, 8, 8, device=device)
         torch.nn.functional.conv2d(image, torch.ones(1, 3, 3, 3, device=device)).sum().item()
     except RuntimeError as error:
-        raise UserError(no_kernels_message(torch.cuda.get_device_name(device))) from error
+        gpu = torch.cuda.get_device_name(device)
+        if "out of memory" in str(error):  # a class of its own only where torch allocates, not where CUDA starts
+            raise UserError(
+                f"the GPU ({gpu}) has no memory left: end what else uses it, such as another notebook, or give "
+                "--device cpu"
+            ) from error
+        raise UserError(no_kernels_message(gpu)) from error
 
 
 def no_kernels_message(gpu: str) -> str:

@@ -314,6 +314,20 @@ def test_a_gpu_without_kernels_is_told_in_one_sentence(monkeypatch):
     assert hardware.pick_device("cpu") == CPU
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: out of memory"), torch.OutOfMemoryError("CUDA out of memory. Tried to")]
+)
+def test_a_gpu_that_is_full_is_not_taken_for_one_without_kernels(monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch, "ones", full)
+    with pytest.raises(UserError, match=r"the GPU \(Tesla T4\) has no memory left: end what else uses it"):
+        hardware.pick_device("cuda")
+
+
 def test_memory_is_told_in_bytes():
     assert 2**26 < hardware.free_memory_bytes(CPU) < 2**45
     assert re.fullmatch(r"\d+\.\d\d GB host", hardware.peak_memory(CPU))
