@@ -181,7 +181,13 @@ def check_settings(settings: VAESettings) -> None:
         raise UserError(
             f"--image_size is {settings.image_size}; {levels} levels need a multiple of {2 ** (levels - 1)}"
         )
-    prepare.refuse_to_be_a_class(Path(settings.output_folder), settings.data_path)
+    folder = Path(settings.output_folder)
+    prepare.refuse_to_be_a_class(folder, settings.data_path)
+    if Path(settings.data_path).resolve() in folder.resolve().parents:
+        raise UserError(
+            f"--output_folder {folder} is in --data_path {settings.data_path}, so that its preview would count as an "
+            "image; give a folder outside"
+        )
     if not durable.can_write(settings.output_folder):
         raise UserError(
             f"--output_folder {settings.output_folder} cannot be written to (no permission, or no space left)"

@@ -264,6 +264,8 @@ def test_the_output_does_not_become_a_class_of_images(folder, capsys):
     assert train(folder, folder / "my_vae") == 2
     assert "is among the class folders of --data_path" in capsys.readouterr().err
     assert not (folder / "my_vae").exists()
+    assert train(folder, folder / "class_0" / "my_vae") == 2
+    assert "is in --data_path" in capsys.readouterr().err
 
 
 def test_other_settings_or_other_images_do_not_continue_a_training(folder, tmp_path, capsys):
