@@ -177,7 +177,11 @@ def _decode_some(settings: PreprocessSettings, found: Finished, cache: LatentCac
     except UserError as error:
         warn(f"nothing is decoded: {error}")
         return
-    device = hardware.pick_device(settings.device)
+    try:
+        device = hardware.pick_device(settings.device)
+    except UserError as error:  # the check itself needs none
+        warn(f"no preview.png: {error}")
+        return
     dataset = prepare.open_dataset(
         settings, found.split, entries, cache=cache, vae_at_hand=False, images_at_hand=not is_imported, device=device
     )

@@ -24,8 +24,7 @@ def pick_device(name: str) -> torch.device:
     """Returns the device that `name` (auto, cpu, cuda, cuda:N) stands for, after one real computation on it.
 
     Raises:
-        UserError: for a device that is absent, or a GPU that this torch build has no kernels for.
-        Failed: for a GPU whose memory others have taken.
+        UserError: for a device that is absent, or a GPU that is full or that this torch build has no kernels for.
     """
     device = torch.device(_resolve_auto(name))
     if device.type == "cpu":
@@ -55,9 +54,13 @@ def _try(device: torch.device) -> None:
         image = torch.ones(1, 3, 8, 8, device=device)
         torch.nn.functional.conv2d(image, torch.ones(1, 3, 3, 3, device=device)).sum().item()
     except RuntimeError as error:
-        if "out of memory" in str(error):  # of the allocator, or of CUDA itself, which needs some to begin
-            raise script.Failed(TOO_LITTLE_MEMORY) from error
-        raise UserError(no_kernels_message(torch.cuda.get_device_name(device))) from error
+        gpu = torch.cuda.get_device_name(device)
+        if "out of memory" in str(error):  # a class of its own only where torch allocates, not where CUDA starts
+            raise UserError(
+                f"the GPU ({gpu}) has no memory left: end what else uses it, such as another notebook, or give "
+                "--device cpu"
+            ) from error
+        raise UserError(no_kernels_message(gpu)) from error
 
 
 def no_kernels_message(gpu: str) -> str:
@@ -141,7 +144,11 @@ def compiler_obstacle(error: RuntimeError) -> str:
 
 
 def make_deterministic() -> None:
-    """Asks torch for algorithms that give the same bits each time on one device."""
+    """Asks torch for algorithms that give the same bits each time on one device.
+
+    To be called before anything is computed: torch reads the variable at its first matrix product on a GPU, and later
+    refuses all of them if it was not set then.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

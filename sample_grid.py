@@ -113,20 +113,26 @@ class GridMaker:
         self, labels: list[int], columns: list[int], *, steps: int, progress: Callable[[], None] | None = None
     ) -> Tensor:
         settings = self.settings
-        return sample_padded(
-            self.network,
-            labels,
-            [
-                sample_generator(settings.seed, "grid", self.names[label], column)
-                for label, column in zip(labels, columns, strict=True)
-            ],
-            dtype=self.dtype,
-            cond_scale=settings.cond_scale,
-            guidance_interval=settings.guidance_interval,
-            sampler=settings.sampler,
-            sampling_timesteps=steps,
-            progress=progress,
-        )
+        generators = [
+            sample_generator(settings.seed, "grid", self.names[label], column)
+            for label, column in zip(labels, columns, strict=True)
+        ]
+        try:
+            return sample_padded(
+                self.network,
+                labels,
+                generators,
+                dtype=self.dtype,
+                cond_scale=settings.cond_scale,
+                guidance_interval=settings.guidance_interval,
+                sampler=settings.sampler,
+                sampling_timesteps=steps,
+                progress=progress,
+            )
+        except torch.OutOfMemoryError as error:  # which a smaller batch of training would not mend
+            raise UserError(
+                f"the GPU has too little memory to make {BATCH_SIZE} samples at once; --num_samples 0 makes no grids"
+            ) from error
 
     def _score(self, samples: Tensor, labels: list[int], between: Callable[[], None]) -> float:
         if self.class_means is None:

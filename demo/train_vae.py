@@ -181,7 +181,13 @@ def check_settings(settings: VAESettings) -> None:
         raise UserError(
             f"--image_size is {settings.image_size}; {levels} levels need a multiple of {2 ** (levels - 1)}"
         )
-    prepare.refuse_to_be_a_class(Path(settings.output_folder), settings.data_path)
+    folder = Path(settings.output_folder)
+    prepare.refuse_to_be_a_class(folder, settings.data_path)
+    if Path(settings.data_path).resolve() in folder.resolve().parents:
+        raise UserError(
+            f"--output_folder {folder} is in --data_path {settings.data_path}, so that its preview would count as an "
+            "image; give a folder outside"
+        )
     if not durable.can_write(settings.output_folder):
         raise UserError(
             f"--output_folder {settings.output_folder} cannot be written to (no permission, or no space left)"
@@ -280,6 +286,13 @@ class Trainer:
         self.scaler.scale(loss).backward()
         return error.detach()
 
+    def check_finite(self, error: Tensor, norm: Tensor) -> None:
+        """Raises Failed when the last step has broken the weights, before they are saved."""
+        is_norm_good = self.scaler.is_enabled() or math.isfinite(norm)  # the scaler leaves such a step out
+        if not math.isfinite(error) or not is_norm_good:
+            what = "gradient" if math.isfinite(error) else "loss"
+            raise script.Failed(f"the {what} is not finite at step {self.step}; lower --train_lr")
+
     def save_state(self) -> None:
         """Saves the full state, then removes older ones but one."""
         folder = Path(self.settings.output_folder)
@@ -376,8 +389,7 @@ def run(trainer: Trainer, held_out: Tensor, stop: script.StopSignals) -> None:
             saves = saves or stop.received is not None
             figures = {}
             if saves or trainer.step % LOOK_EVERY == 0:
-                if not math.isfinite(error):
-                    raise script.Failed(f"the loss is not finite at step {trainer.step}; lower --train_lr")
+                trainer.check_finite(error, norm)
                 figures = {"error": f"{error:.4f}", "gradient": f"{norm:.2f}"}
             bar.advance(1, **figures)
             if saves:
@@ -425,7 +437,13 @@ def main(argv: Sequence[str] | None) -> int:
             f"{len(train)} images to train on, {len(held_out)} held out; {num_parameters / 1e6:.2f} M parameters, "
             f"{str(trainer.dtype).removeprefix('torch.')} on {hardware.describe(device)}"
         )
-        run(trainer, held_out, stop)
+        try:
+            run(trainer, held_out, stop)
+        except torch.OutOfMemoryError as error:
+            raise script.Failed(
+                f"the GPU has too little memory for --train_batch_size {settings.train_batch_size} and --image_size "
+                f"{settings.image_size}; lower one of them, and give another --output_folder where a state was saved"
+            ) from error
     folder = Path(settings.output_folder)
     script.say(f"done: look at {folder / 'preview.png'}, which shows held-out images above what the VAE makes of them")
     path = shlex.quote(str(folder / "vae.safetensors"))

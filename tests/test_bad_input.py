@@ -424,6 +424,10 @@ def test_a_gpu_that_is_too_small_is_told_what_to_lower(ready, monkeypatch, capsy
         patches.setattr(LatentDiffusion, "forward", too_much)
         assert train(ready, results_folder=ready / "new") == 1
         assert "error: the GPU has too little memory for --train_batch_size" in capsys.readouterr().err
+        patches.undo()
+        patches.setattr(LatentDiffusion, "sample", too_much)
+        assert train(ready, results_folder=ready / "another") == 2
+        assert "error: the GPU has too little memory to make 16 samples at once; --num" in capsys.readouterr().err
     monkeypatch.setattr(KLVAE, "pixels", too_much)
     assert preprocess(ready, output_folder=ready / "cache") == 0
     assert "no preview.png: the GPU has too little memory for the VAE decoder" in capsys.readouterr().err

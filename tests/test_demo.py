@@ -190,6 +190,37 @@ def test_a_vae_that_cannot_be_compiled_is_trained_without(folder, tmp_path, caps
     assert "give --compile false" in capsys.readouterr().err
 
 
+def test_a_gradient_that_is_not_finite_ends_the_training_before_its_weights_are_saved(
+    folder, tmp_path, capsys, monkeypatch
+):
+    """The loss of that very step is still finite."""
+    assert train(folder, tmp_path / "out", train_num_steps=2) == 0
+    before = (tmp_path / "out" / "vae.safetensors").read_bytes()
+    gradients = train_vae.Trainer._gradients
+
+    def poisoned(trainer, *arguments):
+        error = gradients(trainer, *arguments)
+        if trainer.step == 3:
+            next(trainer.vae.parameters()).grad.fill_(torch.inf)
+        return error
+
+    monkeypatch.setattr(train_vae.Trainer, "_gradients", poisoned)
+    assert train(folder, tmp_path / "out", train_num_steps=4) == 1
+    assert "the gradient is not finite at step 4; lower --train_lr" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").glob("state-*")] == ["state-00000002.safetensors"]
+    assert (tmp_path / "out" / "vae.safetensors").read_bytes() == before
+
+
+def test_too_little_memory_is_told_in_one_line(folder, tmp_path, capsys, monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train_vae, "vae_loss", no_room)
+    assert train(folder, tmp_path / "out") == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "the GPU has too little memory for --train_batch_size 2 and --image_size 16; lower one" in line
+
+
 def test_finished_training_says_so(folder, tmp_path, capsys):
     assert train(folder, tmp_path / "out", train_num_steps=2) == 0
     before = (tmp_path / "out" / "vae.safetensors").read_bytes()
@@ -233,6 +264,8 @@ def test_the_output_does_not_become_a_class_of_images(folder, capsys):
     assert train(folder, folder / "my_vae") == 2
     assert "is among the class folders of --data_path" in capsys.readouterr().err
     assert not (folder / "my_vae").exists()
+    assert train(folder, folder / "class_0" / "my_vae") == 2
+    assert "is in --data_path" in capsys.readouterr().err
 
 
 def test_other_settings_or_other_images_do_not_continue_a_training(folder, tmp_path, capsys):

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import config
+import weight_files
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -302,6 +303,13 @@ def test_the_commands_use_settings_that_exist():
     ]
     for script, settings in calls():
         assert settings - {"config"} <= set(config.specs(config.SCRIPTS[script]))
+
+
+def test_diffusers_is_installed_for_no_vae_that_is_one_file():
+    """With the internet off that would end the notebook."""
+    (source,) = [cell.source for cell in read().cells if cell.id == "packages"]
+    (suffixes,) = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Tuple)]
+    assert ast.literal_eval(suffixes) == weight_files.SUFFIXES
 
 
 def test_the_paths_of_the_settings_cell_are_the_defaults():

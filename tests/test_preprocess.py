@@ -449,6 +449,13 @@ def test_a_check_decodes_with_the_vae_of_the_cache_alone(world, capsys):
     assert "round trip" not in facts and facts["images"].startswith("15 asked for, 15 cached")
 
 
+def test_a_check_without_a_device_to_decode_on_is_a_check_all_the_same(world, capsys):
+    preprocess(world)
+    code, facts, err = verify(world, capsys, device="cuda:99")
+    assert code == 0 and "warning: no preview.png: --device cuda:99 " in err
+    assert "round trip" not in facts and facts["images"].startswith("15 asked for, 15 cached")
+
+
 def test_a_cache_that_training_made_can_be_checked(world, capsys):
     assert pipeline.train(world, train_num_steps=5) == 0
     code, facts, _ = verify(world, capsys)

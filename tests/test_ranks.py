@@ -193,6 +193,22 @@ def test_all_processes_end_with_the_same_numbers(cached, on_two, precision):
         assert weights[0] == weights[1]
 
 
+def test_what_is_deterministic_is_so_from_the_first_encoded_image_on(world, monkeypatch):
+    """On a GPU torch looks once, at its first matrix product, whether cuBLAS was told to be."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    encode = BatchEncoder.__call__
+
+    def encode_and_note(encoder: BatchEncoder, images: torch.Tensor) -> torch.Tensor:
+        facts = (torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        (world / f"found-{os.environ['RANK']}").write_text(str(facts))
+        return encode(encoder, images)
+
+    monkeypatch.setattr(BatchEncoder, "__call__", encode_and_note)
+    codes, told = train_on_two(world, num_samples=0, train_num_steps=2, deterministic="true")
+    assert codes == [0, 0], told
+    assert [(world / f"found-{rank}").read_text() for rank in range(2)] == ["(True, ':4096:8')"] * 2
+
+
 def test_a_process_with_another_disk_that_takes_no_files_encodes_for_itself(world, trained):
     def work(rank: int) -> int:
         elsewhere = {"latents_cache_folder": "/proc/nowhere"} if rank else {}
