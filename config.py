@@ -314,7 +314,7 @@ class TrainSettings(SamplingSettings, ImageSettings, DryRunSettings):
     )
     beta_schedule: str = _setting("cosine", str, DIFFUSION, "noise schedule", choices=("cosine", "linear"))
     noise_shift: float = _setting(
-        0.0,
+        0.5,
         float,
         DIFFUSION,
         "how much noisier each timestep is than in the schedule: added to log(sigma / alpha)",
