@@ -141,7 +141,10 @@ def compiler_obstacle(error: RuntimeError) -> str:
 
 
 def make_deterministic() -> None:
-    """Asks torch for algorithms that give the same bits each time on one device."""
+    """Asks torch for algorithms that give the same bits each time on one device.
+
+    Before any computation on a GPU: torch reads the setting of cuBLAS once, at the first matrix product.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -83,6 +83,8 @@ def train(argv: Sequence[str] | None, ranks: Ranks) -> int:
         device = hardware.pick_device(ranks.device_name(plan.settings.device))
         if ranks.is_main:
             _check_results_folder(plan)
+    if plan.settings.deterministic:
+        hardware.make_deterministic()
     ranks.use(device)
     ranks.say_unused(plan.settings.device, "train_latent_cfg.py")
     with ranks.together(), _plain_errors(plan):
@@ -476,8 +478,6 @@ class Trainer:
         self.share = self.batch // ranks.count
         self.own = slice(ranks.rank * self.share, (ranks.rank + 1) * self.share)  # of the batch
         self.pass_size = pass_size(settings, self.dataset.latent_shape, num_ranks=ranks.count)
-        if settings.deterministic:
-            hardware.make_deterministic()
         hardware.allow_tf32()
         self.dtype, self.precision_reason = hardware.pick_precision(settings.precision, device)
         torch.manual_seed(settings.seed)  # the first weights; a step never looks at this generator

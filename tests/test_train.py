@@ -1,6 +1,7 @@
 """train_latent_cfg.py from end to end: the same training however it is fed; what it saves and leaves behind."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -445,3 +446,20 @@ def test_a_run_of_before_time_shift_goes_on_without(trained, tmp_path):
     checkpoint.save(state.path, tensors, meta)
     plan = train_latent_cfg.make_plan(pipeline.train_flags(root, train_num_steps=STEPS + 1))
     assert plan.settings.time_shift == 0.0
+
+
+def test_determinism_is_asked_for_before_anything_is_computed_on_the_device(world, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    seen, open_data = [], train_latent_cfg.open_data
+
+    def noted(*args) -> train_latent_cfg.Data:
+        seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        return open_data(*args)
+
+    monkeypatch.setattr(train_latent_cfg, "open_data", noted)
+    try:
+        assert train(world, deterministic="true", train_num_steps=1, num_samples=0) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [(True, ":4096:8")]  # torch looks at it once, at the first matrix product: that may be the encoder's
