@@ -78,7 +78,8 @@ def closeness(
 ) -> dict[str, Any]:
     """Compares synthetic and training images with the test images, class by class and in all.
 
-    The two sets are cut to equally many images of each class first.
+    The two sets are cut to equally many images of each class first, and all to the classes that synthetic and test
+    images have in common: what stands for reality says nothing about the others.
 
     Args:
         neighbours: k of precision, recall, density and coverage.
@@ -90,6 +91,7 @@ def closeness(
         What was compared, and under "synthetic" and "training" the figures of each, all against the test images.
     """
     test = test.take(torch.isin(test.labels, synthetic.labels))
+    synthetic = synthetic.take(torch.isin(synthetic.labels, test.labels))
     synthetic, training = matched(synthetic, training, seed=seed)
     alone = [label for label in test.labels.unique().tolist() if _fewest(label, synthetic, test) >= _FEWEST]
     smallest, smallest_alone = (

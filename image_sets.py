@@ -268,6 +268,10 @@ def made_of_real(plan: Plan, real: RealImages) -> dict[str, Any]:
 def warnings_of_run(plan: Plan) -> list[str]:
     """Returns a sentence for each thing about the split that all figures must be read with."""
     found = [_RANDOM_SPLIT] if plan.split.rule["split"] == "random" else []
+    tested = {entry.class_name for entry in plan.split.test}
+    untested = [name for name in plan.classes if name not in tested]
+    if tested and untested:
+        found.append(f"there are no test images of {listing(untested)}; what is compared with them leaves these out")
     shared = prepare.shared_content_warning(plan.split)
     return found if shared is None else [*found, shared]
 

@@ -281,6 +281,23 @@ def test_classes_that_are_missing_or_unknown_are_said(trained, synthetic, tmp_pa
     assert report["evaluated"]["images_per_class"]["ID_2"]["synthetic"] == 0
 
 
+def test_a_class_whose_images_are_all_for_training_is_said_and_left_out_of_the_comparison(
+    world, synthetic, tmp_path, capsys
+):
+    for path in sorted((world / "data" / "ID_2").iterdir())[5:]:
+        path.unlink()
+    assert pipeline.train(world, train_num_steps=1, num_samples=0) == 0
+    assert evaluate(world, synthetic, tmp_path / "evaluation") == 0
+    assert "there are no test images of ID_2; what is compared with them leaves these out" in capsys.readouterr().err
+    latents = read_report(tmp_path / "evaluation")["latents"]
+    assert list(latents["synthetic"]["frechet_per_class"]) == ["ID_1", "ID_10"]
+    assert latents["images"] == 2 * 4 and latents["test_images"] == 2 * 3
+    assert evaluate(world, synthetic, tmp_path / "evaluation", sweep=1, sweep_images=4) == 0
+    assert "there are no test images of ID_2" in capsys.readouterr().err
+    (point,) = read_report(tmp_path / "evaluation")["sweep"]["points"]
+    assert point["images"] == 2 * 4 and len(point["frechet_per_class"]) == 2
+
+
 def test_without_test_images_only_what_needs_none_is_computed(world, synthetic, tmp_path, capsys):
     flags = {"images_per_user": "all", "train_num_steps": 1, "num_samples": 0}
     assert pipeline.train(world, **flags) == 0

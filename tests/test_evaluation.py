@@ -88,6 +88,15 @@ def test_a_class_that_is_missing_is_missing_in_the_yardstick_and_in_the_test_ima
     assert found == compare(*only)
 
 
+def test_a_class_without_test_images_is_left_out_of_what_is_compared_with_them():
+    synthetic, in_test = draw(2, 12), torch.arange(30)  # of the classes 0 and 1
+    found = compare(synthetic, TRAINING, TEST.take(in_test))
+    assert found == compare(synthetic.take(torch.arange(24)), TRAINING, TEST.take(in_test))
+    assert (found["images"], found["test_images"]) == (24, 30)
+    nothing_in_common = compare(synthetic.take(torch.arange(12)), TRAINING, TEST.take(in_test[15:]))
+    assert nothing_in_common["images"] == 0 and nothing_in_common["synthetic"]["frechet"] is None
+
+
 def test_what_too_few_images_cannot_say_is_none():
     few = draw(2, 2)
     found = compare(few, TRAINING, TEST, neighbours=6)
