@@ -1,7 +1,6 @@
 """train_latent_cfg.py from end to end: the same training however it is fed; what it saves and leaves behind."""
 
 import json
-import os
 import re
 import shutil
 import signal
