@@ -170,7 +170,7 @@ def set_up_child() -> None:
     latent_cache.SHARD_SECONDS = 0.02
     scaler = torch.amp.GradScaler
     torch.amp.GradScaler = lambda device, *, enabled: scaler(  # type: ignore[misc, assignment]
-        device, init_scale=FIRST_SCALE, growth_interval=5, enabled=enabled
+        device, init_scale=FIRST_SCALE, growth_interval=7, enabled=enabled
     )
 
 
