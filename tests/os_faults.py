@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from tqdm import tqdm
+import tqdm
+import tqdm.auto
 
 CALLS = ("open", "write", "fsync", "fstat", "close", "rename", "unlink", "mkdir")
 SECONDS = 600  # many times what any child takes; one that is not done by then shows where, and dies
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR)
+BARS = (tqdm.tqdm, tqdm.auto.tqdm)  # the lock is that of the class that was used first
 
 Fault = Callable[[str, Callable, tuple], object]
 Tell = Callable[[str], object]  # gives one line to the parent of a child
@@ -119,7 +121,8 @@ def fork(work: Callable[[], object]) -> int:
     try:
         faulthandler.register(signal.SIGALRM, file=2, chain=True)
         signal.alarm(SECONDS)
-        tqdm.set_lock(threading.RLock())  # the one of before is shared with all children: a kill would leave it locked
+        for bars in BARS:  # the lock of before is shared with all children: a kill would leave it locked
+            bars.set_lock(threading.RLock())
         work()
         code = 0
     except BaseException:

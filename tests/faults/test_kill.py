@@ -4,6 +4,7 @@ import functools
 import hashlib
 import io
 import itertools
+import multiprocessing
 import os
 import random
 import shutil
@@ -20,11 +21,10 @@ from unittest import mock
 import pipeline
 import pytest
 import tiny
-from os_faults import Child, Tally, Tell, fault_at, killing, nothing_synced
+from os_faults import BARS, Child, Tally, Tell, fault_at, killing, nothing_synced
 from pipeline import HALF, STEPS
 from publishings import WORKS, Work, done_again, temporaries, verdict
 from torch import Tensor
-from tqdm import tqdm
 
 import checkpoint
 import durable
@@ -66,16 +66,19 @@ def _run_and_die(work: Work, folder: Path, index: int, after: bool, tell: Tell) 
         work.run(folder, tell)
 
 
-def test_a_child_that_dies_while_it_draws_a_bar_holds_up_no_other():
+@pytest.mark.parametrize("bars", BARS)
+def test_a_child_that_dies_while_it_draws_a_bar_holds_up_no_other(bars, monkeypatch):
     """tqdm's lock is one for all processes forked from one that has used it: each child must have its own."""
 
     def draw(tell: Tell) -> None:
-        for _ in tqdm(range(3), file=io.StringIO()):
+        for _ in bars(range(3), file=io.StringIO()):
             pass
 
     def die(tell: Tell) -> None:
-        with tqdm.get_lock():
+        with bars.get_lock():
             os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(bars, "_lock", multiprocessing.RLock(), raising=False)  # as if this class were the first
 
     draw(print)  # from here on there is a lock to share
     assert Child(die).end()[0] == -9
