@@ -243,7 +243,7 @@ def _needed_keys(settings: PreprocessSettings, sources: dict[str, str], found: F
                 raise UserError(f"--keep_for {place} is no run folder: it has no {SPLIT_NAME}")
             continue
         state = run_folder.newest_averages(place)  # its full states may be deleted
-        space = used if state is None else Space.stored(state.meta["space"]).id
+        space = used if state is None else state.meta.space.id
         needed.setdefault(space, set()).update(split.keys().values())
     return needed
 

@@ -821,7 +821,7 @@ def _help(cls: type, name: str, spec: Spec) -> str:
 
 # --- storing the settings of a run -------------------------------------------------------------------------
 
-_AUTO_STEPS_BEFORE = {"dpm++": 20, "ddim": 250}  # of runs that do not say
+AUTO_STEPS_BEFORE = {"dpm++": 20, "ddim": 250}  # what AUTO_STEPS was for runs that do not say
 # What was done before these settings existed: old runs and old images stand for it, whatever the defaults are now.
 _BEFORE = {"guidance_interval": [0.0, 1.0], "time_shift": 0.0, "noise_shift": 0.0}
 
@@ -829,11 +829,6 @@ _BEFORE = {"guidance_interval": [0.0, 1.0], "time_shift": 0.0, "noise_shift": 0.
 def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Adds to the stored settings of a run, or of images, what it did in those that came later than it."""
     return {**_BEFORE, **stored}
-
-
-def with_later_facts(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds to what a checkpoint says of itself what came later than it; `auto_steps` is what AUTO_STEPS was for it."""
-    return {"auto_steps": _AUTO_STEPS_BEFORE, **meta, "settings": with_later_settings(meta["settings"])}
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

@@ -93,8 +93,7 @@ def make_plan(argv: Sequence[str] | None, ranks: Ranks = ALONE) -> Plan:
     state = run_folder.read_averages(Path(config.resolve(EvaluateSettings, layers).settings.checkpoint))
     for line in state.warnings:
         warn(line)
-    run, trained_with = state.path.parent, state.meta["settings"]
-    of_run = {name: trained_with[name] for name in ("seed", "vae_path", "data_path") if name in trained_with}
+    run, of_run = state.path.parent, state.meta.chosen_settings("seed", "vae_path", "data_path")
     layers.append(config.stored_layer(EvaluateSettings, f"run {run}", of_run))
     resolved = config.resolve(EvaluateSettings, layers)
     for line in resolved.changes():
@@ -103,10 +102,10 @@ def make_plan(argv: Sequence[str] | None, ranks: Ranks = ALONE) -> Plan:
     split = read_split(run)
     if split is None:
         raise UserError(f"{run} holds no {SPLIT_NAME}, which says which images were for training; keep it with the run")
-    if list(split.classes) != state.meta["classes"]:
+    if split.classes != state.meta.classes:
         raise UserError(f"{run / SPLIT_NAME} names other classes than {state.path}; they belong to two runs")
     read_like = config.resolve(
-        PreprocessSettings, [config.stored_layer(PreprocessSettings, f"run {run}", trained_with)]
+        PreprocessSettings, [config.stored_layer(PreprocessSettings, f"run {run}", state.meta.settings)]
     )
     read_like = replace(
         read_like.settings, data_path=settings.data_path or "", vae_path=settings.vae_path or "", device=settings.device

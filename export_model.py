@@ -34,6 +34,7 @@ import run_folder
 from diffusion import LIBRARY, LatentDiffusion, library_version, unet_arguments
 from run_folder import SavedState
 from script import DONE, say, warn
+from trained_model import averaged_diffusion
 
 _WEIGHTS_NAME, _CONFIG_NAME = "model.safetensors", "config.json"
 
@@ -47,9 +48,8 @@ def main(argv: Sequence[str] | None) -> int:
     state = run_folder.read_averages(Path(config.resolve(ExportSettings, layers).settings.checkpoint))
     for line in state.warnings:
         warn(line)
-    of_run = state.meta["settings"]
-    trained_with = {name: of_run[name] for name in ("cond_scale", "guidance_interval") if name in of_run}
-    layers.append(config.stored_layer(ExportSettings, f"run {state.path.parent}", trained_with))
+    of_run = state.meta.chosen_settings("cond_scale", "guidance_interval")
+    layers.append(config.stored_layer(ExportSettings, f"run {state.path.parent}", of_run))
     resolved = config.resolve(ExportSettings, layers)
     for line in resolved.changes():
         say(line)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None) -> int:
 
 def _export(settings: ExportSettings, state: SavedState) -> None:
     """Publishes the two files, the weights first: a folder with config.json is whole."""
-    diffusion = run_folder.averaged_diffusion(state)
+    diffusion = averaged_diffusion(state)
     weights = safetensors.torch.save(diffusion.model.state_dict(), {"format": "pt"})
     facts = _to_json(
         describe(
@@ -71,7 +71,7 @@ def _export(settings: ExportSettings, state: SavedState) -> None:
         )
     )
     folder = Path(settings.output_folder)
-    prepare.refuse_to_be_a_class(folder, state.meta["settings"].get("data_path"))
+    prepare.refuse_to_be_a_class(folder, state.meta.settings.get("data_path"))
     script.check_writable(folder, "output_folder", dry_run=False)
     files = {folder / _WEIGHTS_NAME: weights, folder / _CONFIG_NAME: facts}
     for path, data in files.items():
@@ -92,26 +92,25 @@ def describe(
 ) -> dict[str, Any]:
     """Returns the content of config.json; README.md says what each entry is."""
     meta = state.meta
-    shape = meta["latent_shape"]
-    facts = run_folder.network_facts(meta["settings"], num_classes=len(meta["classes"]), latent_shape=shape)
+    facts = meta.network_facts
     levels = diffusion.levels(min(ddim_steps, diffusion.num_timesteps))
     return {
         "step": state.step,
-        "class_names": meta["classes"],
+        "class_names": list(meta.classes),
         "unet": unet_arguments(**facts),
         "timesteps": facts["timesteps"],
         "objective": facts["objective"],
         "beta_schedule": facts["beta_schedule"],
         "noise_shift": facts["noise_shift"],
-        "latent_shape": shape,
-        "latent_norm": meta["latent_norm"],
+        "latent_shape": list(meta.latent_shape),
+        "latent_norm": meta.latent_norm.to_json(),
         "guidance": diffusion.guidance(levels, cond_scale, guidance_interval),
         "levels": [list(level) for level in levels],
-        "image_size": meta["settings"]["image_size"],
+        "image_size": meta.image_size,
         "vae": {
-            "path": meta["settings"].get("vae_path"),
-            "scale_factor": meta["scale_factor"],
-            "shift_factor": meta["shift_factor"],
+            "path": meta.settings.get("vae_path"),
+            "scale_factor": meta.scale_factor,
+            "shift_factor": meta.shift_factor,
         },
         "versions": {
             LIBRARY: library_version(),

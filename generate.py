@@ -43,16 +43,12 @@ import hardware
 import images
 import pictures
 import prepare
-import run_folder
-import vae
-from draws import sample_generator
-from images import RECIPE, BadImage
-from latent_cache import Space
-from latent_norm import LatentNorm
+from images import BadImage
 from ranks import ALONE, Ranks, joined
 from run_folder import SavedState, read_averages
-from sampling import BATCH_SIZE, Decoder, check_decodes, num_solver_steps, sample_padded
+from sampling import BATCH_SIZE
 from script import DONE, LABELS_NAME, RECORD_NAME, Failed, Progress, StopSignals, say, warn
+from trained_model import FROM_RUN, TrainedModel
 from write_behind import WriteBehind
 
 _OVERVIEW_NAME, _STRIP_NAME = "overview.png", "strip.png"
@@ -84,21 +80,18 @@ def open_generator(argv: Sequence[str] | None, ranks: Ranks) -> "Generator":
     state = read_averages(Path(config.resolve(GenerateSettings, layers).settings.checkpoint))
     for line in state.warnings:
         warn(line)
-    trained_with = {k: v for k, v in state.meta["settings"].items() if k in FROM_RUN}
-    layers.append(config.stored_layer(GenerateSettings, f"run {state.path.parent}", trained_with))
+    of_run = state.meta.chosen_settings(*FROM_RUN)
+    layers.append(config.stored_layer(GenerateSettings, f"run {state.path.parent}", of_run))
     resolved = config.resolve(GenerateSettings, layers)
     settings: GenerateSettings = resolved.settings
     for line in resolved.changes():
         say(line)
-    prepare.refuse_to_be_a_class(Path(settings.output_folder), state.meta["settings"].get("data_path"))
+    prepare.refuse_to_be_a_class(Path(settings.output_folder), state.meta.settings.get("data_path"))
     device = hardware.pick_device(ranks.device_name(settings.device))
     ranks.say_unused(settings.device, "generate.py")
     generator = Generator(settings, state, device, ranks)
     say(generator.description)
     return generator
-
-
-FROM_RUN = ("vae_path", "seed", "cond_scale", "guidance_interval", "sampler", "sampling_timesteps", "precision")
 
 
 @dataclass(frozen=True)
@@ -111,32 +104,16 @@ class Cell:
     path: Path
 
 
-class Generator:
-    """The averaged network of a checkpoint, ready to make images."""
+class Generator(TrainedModel):
+    """The averaged network of a checkpoint, ready to make images: a folder of them, or a strip."""
 
     def __init__(
         self, settings: GenerateSettings, state: SavedState, device: torch.device, ranks: Ranks = ALONE
     ) -> None:
-        self.settings, self.meta, self.device, self.ranks = settings, state.meta, device, ranks
-        self.all_classes: list[str] = state.meta["classes"]
+        super().__init__(settings, state, device)
+        self.ranks = ranks
         self.classes = _chosen_classes(settings.classes, self.all_classes)
         self.folder = Path(settings.output_folder)
-        self.suffix = _suffix(settings.image_format, state.meta["image_suffix"])
-        trained = state.meta["settings"]
-        self.steps = num_solver_steps(
-            settings.sampler,
-            settings.sampling_timesteps,
-            trained["timesteps"],
-            auto_steps=state.meta["auto_steps"],
-        )
-        vae_path = checked_vae(settings.vae_path, state.meta)
-        self.vae_name = Path(vae_path).name
-        self.dtype, reason = hardware.pick_precision(settings.precision, device)
-        follows = device.type != "cpu" or self.dtype == torch.bfloat16  # float16 was not timed on CPUs
-        norm = LatentNorm.from_json(state.meta["latent_norm"])
-        self.decoder = Decoder(vae_path, norm, device, dtype=self.dtype if follows else torch.float32)
-        self.weights_digest = vae.weights_digest(state.averages)
-        self.diffusion = run_folder.averaged_diffusion(state).to(device)
         self.is_compiled = False
         interval = settings.guidance_interval
         where = "" if interval == (0, 1) else f" from {interval[0]:g} to {interval[1]:g} of the way"
@@ -144,7 +121,7 @@ class Generator:
         self.description = (
             f"{state.path} (step {state.step:,}), {len(self.classes)} of {len(self.all_classes)} classes, guidance "
             f"{settings.cond_scale:g}{where}, {self.steps} steps of {settings.sampler} ({passes} network passes), "
-            f"{str(self.dtype).removeprefix('torch.')} ({reason}) on {hardware.describe(device)}"
+            f"{str(self.dtype).removeprefix('torch.')} ({self.precision_reason}) on {hardware.describe(device)}"
         )
 
     def dry_run(self) -> int:
@@ -297,13 +274,13 @@ class Generator:
         self.ranks.await_others("made", look)
 
     def _tell_disk(self, count: int) -> None:
-        num_bytes = count * self.meta["settings"]["image_size"] ** 2 * pictures.BYTES_PER_PIXEL[self.suffix]
+        num_bytes = count * self.meta.image_size**2 * pictures.BYTES_PER_PIXEL[self.suffix]
         disk.tell(num_bytes, f"{count:,} images", self.folder, remedy="give another --output_folder")
 
     def _draw_overview(self) -> Path:
         names = list(self.classes.values())[:_OVERVIEW_ROWS]
         shown = [cell for cell in self._cells() if cell.index < _OVERVIEW_COLUMNS]
-        side = self.meta["settings"]["image_size"]
+        side = self.meta.image_size
         rows = [[_read_made(cell.path, side) for cell in shown if cell.class_name == name] for name in names]
         path = self.folder / _OVERVIEW_NAME
         pictures.save_picture(pictures.labelled_grid(rows, names), path)
@@ -316,47 +293,6 @@ class Generator:
 
     def _write(self, path: Path, image: np.ndarray) -> None:
         durable.publish(path, pictures.encode_image(Image.fromarray(image), self.suffix))
-
-    def sample(
-        self,
-        labels: list[int],
-        indices: list[int],
-        cond_scale: float,
-        *,
-        steps: int | None = None,
-        interval: Sequence[float] | None = None,
-    ) -> torch.Tensor:
-        """Makes samples [B C h w] of at most BATCH_SIZE images; `steps` and `interval` stand in for the settings.
-
-        Raises:
-            Failed: when one is not finite, which would be decoded to a blank image.
-        """
-        samples = sample_padded(
-            self.diffusion,
-            labels,
-            [
-                sample_generator(self.settings.seed, "image", self.all_classes[label], index)
-                for label, index in zip(labels, indices, strict=True)
-            ],
-            dtype=self.dtype,
-            cond_scale=cond_scale,
-            guidance_interval=self.settings.guidance_interval if interval is None else interval,
-            sampler=self.settings.sampler,
-            sampling_timesteps=self.steps if steps is None else steps,
-        )
-        self._refuse_not_finite(samples, labels, cond_scale)
-        return samples
-
-    def _refuse_not_finite(self, samples: torch.Tensor, labels: Sequence[int], cond_scale: float) -> None:
-        is_finite = samples.flatten(1).isfinite().all(1).tolist()
-        if all(is_finite):
-            return
-        first = self.all_classes[labels[is_finite.index(False)]]
-        remedy = "give --precision float32 to generate.py" if self.dtype != torch.float32 else "take another checkpoint"
-        raise Failed(
-            f"the samples in {str(self.dtype).removeprefix('torch.')} are not finite, of {first} at guidance "
-            f"{cond_scale:g}; {remedy}, or less guidance"
-        )
 
     def _cells(self) -> list[Cell]:
         return [
@@ -389,7 +325,7 @@ class Generator:
         """Returns all that the images of the folder have in common."""
         return {
             "weights": self.weights_digest,
-            "step": self.meta["step"],
+            "step": self.meta.step,
             "cond_scale": self.settings.cond_scale,
             "guidance_interval": list(self.settings.guidance_interval),
             "sampler": self.settings.sampler,
@@ -470,7 +406,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 _BEFORE_RECORDED = {"decoder_precision": "float32", "compiled": False}
 
 
-def _chosen_classes(asked: Sequence[str], known: list[str]) -> dict[int, str]:
+def _chosen_classes(asked: Sequence[str], known: Sequence[str]) -> dict[int, str]:
     """Returns label -> name of the classes asked for, in the order of their labels."""
     if tuple(asked) == ("all",):
         return dict(enumerate(known))
@@ -480,30 +416,6 @@ def _chosen_classes(asked: Sequence[str], known: list[str]) -> dict[int, str]:
             hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known[:40])}"
             raise UserError(f"--classes: the model has no class {name}; {hint}")
     return {label: name for label, name in enumerate(known) if name in asked}
-
-
-def _suffix(image_format: str, trained_on: str) -> str:
-    if image_format != "auto":
-        return f".{image_format}"
-    return ".jpg" if trained_on in (".jpg", ".jpeg", ".jpe", ".jfif") else ".png"
-
-
-def checked_vae(vae_path: str | None, meta: dict[str, Any]) -> str:
-    """Returns the path of the VAE; refuses one whose encoder did not make the latents that the model learnt."""
-    if vae_path is None:
-        raise UserError("--vae_path is needed: the checkpoint does not name a VAE")
-    identity = vae.read_identity(vae_path)
-    trained = Space.stored(meta["space"])
-    if trained.is_imported:  # nobody knows which VAE made them
-        check_decodes(vae_path, identity, trained.moments_shape[0] // 2)
-        return vae_path
-    space = Space.of(identity.fingerprint, meta["settings"]["image_size"], RECIPE, trained.moments_shape)
-    if space.spec["vae"] != trained.spec["vae"]:
-        raise UserError(
-            f"--vae_path {vae_path} is not the VAE that the model was trained with: "
-            + "; ".join(space.differing_fields(trained))
-        )
-    return vae_path
 
 
 if __name__ == "__main__":

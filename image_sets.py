@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import generate
 import images
 import prepare
 from config import EvaluateSettings, PreprocessSettings, UserError
@@ -21,10 +20,10 @@ from evaluation import Points
 from images import BadImage, Entry, Split, shown
 from latent_cache import LatentCache, Space
 from latent_dataset import LatentDataset
-from latent_norm import LatentNorm
 from ranks import ALONE, Ranks
 from run_folder import SavedState
 from script import Failed, Stopped, StopSignals, say, warn
+from trained_model import checked_vae
 
 _CACHE_NAME = "latents_cache"
 _SYNTHETIC = "synthetic"
@@ -56,7 +55,7 @@ class Plan:
     @property
     def space(self) -> Space:
         """What makes a latent of the run what it is."""
-        return Space.stored(self.state.meta["space"])
+        return self.state.meta.space
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +195,7 @@ def encode(plan: Plan, split: Split, entries: list[Entry], folder: Path, what: s
     ranks, place = plan.ranks, plan.folder / _CACHE_NAME
     with ranks.together():
         if ranks.is_main:
-            of_run = Path(plan.state.meta["settings"].get("latents_cache_folder", ""))
+            of_run = Path(plan.state.meta.settings.get("latents_cache_folder", ""))
             _borrow(LatentCache(place, plan.space, writable=True), of_run, [entry.key for entry in entries])
     with ranks.together():
         dataset = prepare.open_dataset(
@@ -214,10 +213,10 @@ def encode(plan: Plan, split: Split, entries: list[Entry], folder: Path, what: s
             if not folder.is_dir():
                 also = f", and {len(missing):,} of its images are not in the run's cache"
                 raise UserError(prepare.no_images_message(str(folder), also=also))
-            generate.checked_vae(plan.settings.vae_path, plan.state.meta)
+            checked_vae(plan.settings.vae_path, plan.space)
             say(f"{what} images: {len(dataset):,}, of which {len(missing):,} are to be encoded")
         _refuse_bad(fill(dataset, ranks, what), dataset, what)
-    dataset.set_norm(LatentNorm.from_json(plan.state.meta["latent_norm"]))
+    dataset.set_norm(plan.state.meta.latent_norm)
     parts = [dataset.mean_latents(positions).cpu() for positions in torch.arange(len(dataset)).split(READ_AT_ONCE)]
     return Points(torch.cat(parts) if parts else torch.zeros(0, *dataset.latent_shape), dataset.labels)
 
@@ -258,7 +257,7 @@ def made_of_real(plan: Plan, real: RealImages) -> dict[str, Any]:
     """Returns what figures about real images depend on."""
     return {
         "space": plan.space.id,
-        "latent_norm": plan.state.meta["latent_norm"],
+        "latent_norm": plan.state.meta.latent_norm.to_json(),
         "training": real.training.digest(),
         "test": real.test.digest(),
         "seed": plan.settings.seed,

@@ -9,42 +9,134 @@ results/grid-00002000.png, loss.png
 results/tensorboard/                the same figures and grids as events, where TensorBoard is installed
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoint
-import config
 import durable
-import hardware
-from config import TrainSettings, UserError
-from diffusion import LatentDiffusion, network_bytes
-from images import Split, is_file_name
-from latent_cache import Space
+from checkpoint import DamagedCheckpoint
+from config import UserError
+from images import Split
 from latent_dataset import SPLIT_NAME
-from latent_norm import LatentNorm
+from optimizer_state import expected_bytes
+from run_meta import RunMeta
 from script import SETTINGS_NAME
 
-METRICS_NAME = "metrics.jsonl"
+_NUM_KEPT = 2  # full states that stay: the newest may be damaged by the disk later
+_FULL_NAME = re.compile(r"state-([0-9]{8,18})\.safetensors")
+_EMA_NAME = re.compile(r"ema-([0-9]{8,18})\.safetensors")
+_ANY_NAME = re.compile(r"(?:state|ema)-([0-9]{8,18})\.safetensors")
 
-_NETWORK_SETTINGS = (
-    "dim",
-    "dim_mults",
-    "attn_dim_head",
-    "attn_heads",
-    "cond_drop_prob",
-    "timesteps",
-    "objective",
-    "beta_schedule",
-    "noise_shift",
-    "min_snr_loss_weight",
-    "min_snr_gamma",
-)
+
+def full_name(step: int) -> str:
+    """Names the file of the full training state after `step` steps."""
+    return f"state-{step:08d}.safetensors"
+
+
+def ema_name(step: int) -> str:
+    """Names the file of the EMA weights alone after `step` steps."""
+    return f"ema-{step:08d}.safetensors"
+
+
+def write_plan(folder: Path, settings_yaml: str, split: Split) -> None:
+    """Publishes the settings and the split of a new run, or the changed settings of one that goes on."""
+    durable.publish(folder / SETTINGS_NAME, settings_yaml.encode())
+    durable.publish(folder / SPLIT_NAME, split.to_bytes())
+
+
+# --- which files are whole ---------------------------------------------------------------------------------
+
+
+class WholeFile(NamedTuple):
+    """A checkpoint file whose checksum holds, whatever training wrote it."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+    warnings: list[str]  # one for each newer file that is not whole
+
+
+def find_newest(folder: str | os.PathLike[str]) -> WholeFile | None:
+    """Finds the newest full state that is whole; None when there is no full state.
+
+    Raises:
+        UserError: when there are full states and none is whole, or the newest whole one has another format number.
+    """
+    return _newest_whole(Path(folder), _FULL_NAME)
+
+
+def find_newest_averages(folder: str | os.PathLike[str]) -> WholeFile | None:
+    """Finds the newest whole file that holds averaged weights (ema.*), be it a full state; as `find_newest` does."""
+    return _newest_whole(Path(folder), _ANY_NAME)
+
+
+def _newest_whole(folder: Path, pattern: re.Pattern[str]) -> WholeFile | None:
+    warnings: list[str] = []
+    for _, path in _saved(folder, pattern):
+        try:
+            return WholeFile(path, *checkpoint.load(path), warnings)
+        except DamagedCheckpoint as error:
+            warnings.append(f"{error}; taking the one before")
+        except OSError as error:
+            warnings.append(f"{path}: {error.strerror or error}; taking the one before")
+    if warnings:
+        raise UserError(
+            f"no checkpoint in {folder} can be read ({warnings[0].rpartition(';')[0]}); remove them to start from the "
+            "beginning, or use another results_folder"
+        )
+    return None
+
+
+def newest_stamp(folder: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """Returns the name of the newest full state, whole or not, and a digest that another save would not have.
+
+    None when there is none or it cannot be read just now.
+    """
+    with suppress(OSError):
+        for _, path in _saved(Path(folder), _FULL_NAME)[:1]:
+            return path.name, checkpoint.stamp(path)
+    return None
+
+
+def prune(folder: str | os.PathLike[str], *, step: int) -> None:
+    """Removes what is no longer needed once the state of `step` is published: older states, abandoned temporaries.
+
+    That state and the one before it stay; so do states of later steps, which `find_newest` has found damaged.
+    """
+    durable.remove_stale_temporaries(folder)
+    until_now = [path for saved_step, path in _saved(Path(folder), _FULL_NAME) if saved_step <= step]
+    for path in until_now[_NUM_KEPT:]:
+        with suppress(OSError):  # costs space only
+            path.unlink()
+
+
+def saved_averages(folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """Returns the files of averaged weights alone in a run folder, by their step."""
+    return dict(_saved(Path(folder), _EMA_NAME))
+
+
+def _saved(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
+    """Returns (step, path) of the files in `folder` whose name fits, newest first; of one step, the averages first."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    steps = {name: int(match[1]) for name in names if (match := pattern.fullmatch(name))}
+    newest_first = sorted(steps, key=lambda name: (-steps[name], name))
+    return [(steps[name], folder / name) for name in newest_first]
+
+
+def bytes_for_saves(folder: str | os.PathLike[str], count: int, model: nn.Module, ema_model: nn.Module) -> int:
+    """Returns about how much more a run folder takes after `count` saves, and the state that a save writes first."""
+    average, full = expected_bytes(model, ema_model)
+    num_there = min(len(_saved(Path(folder), _FULL_NAME)), _NUM_KEPT)
+    return count * average + max(1, min(count, _NUM_KEPT) + 1 - num_there) * full
+
+
+# --- the states of a run -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -53,18 +145,18 @@ class SavedState:
 
     path: Path
     tensors: dict[str, Tensor]
-    meta: dict[str, Any]
+    meta: RunMeta
     warnings: list[str]
 
     @property
     def is_full(self) -> bool:
         """Says whether training can go on from it; otherwise it holds averaged weights alone."""
-        return checkpoint.is_full(self.meta)
+        return self.meta.training is not None
 
     @property
     def step(self) -> int:
         """Number of finished steps."""
-        return self.meta["step"]
+        return self.meta.step
 
     @property
     def averages(self) -> dict[str, Tensor]:
@@ -72,62 +164,9 @@ class SavedState:
         return {name.removeprefix("ema."): t for name, t in self.tensors.items() if name.startswith("ema.")}
 
 
-def _saved_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], warnings: list[str]) -> SavedState:
-    """Takes what was read from a file; its checksum says that it is whole, but not who wrote it.
-
-    Raises:
-        UserError: when its meta are not those of a training run.
-    """
-    try:
-        _check_meta(meta)
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
-        what = f"{type(error).__name__}: {error}"[:200]
-        raise UserError(f"{path} is no checkpoint of a training run that can be gone on with ({what})") from error
-    return SavedState(path, tensors, config.with_later_facts(meta), warnings)
-
-
-def _check_meta(meta: Mapping[str, Any]) -> None:
-    """Raises for meta that `Trainer` did not write: values of other types, or that lead out of the folders."""
-    step, classes, factors = meta["step"], meta["classes"], [meta["scale_factor"], meta["shift_factor"]]
-    if type(step) is not int or not 0 <= step < 10**18:
-        raise ValueError("its step is no number of steps")
-    if not isinstance(classes, list) or not classes or len(set(classes)) < len(classes):
-        raise ValueError("its classes are no list of names")
-    for name in classes:
-        if not is_file_name(name):  # generate.py makes folders of these names
-            raise ValueError(f"{name!r:.100} is not the name of a class")
-    _check_settings(meta["settings"])
-    channels, height, width = Space.stored(meta["space"]).moments_shape
-    if meta["latent_shape"] != [channels // 2, height, width] or height != width:
-        raise ValueError("its latents have another shape than its space")
-    if len(LatentNorm.from_json(meta["latent_norm"]).shift) != channels // 2:
-        raise ValueError("its normalisation is of other latents")
-    if not all(_is_number(factor) for factor in factors):
-        raise ValueError("its scale_factor or shift_factor is no number")
-    if not all(isinstance(meta[name], str) for name in ("data_digest", "image_suffix")):
-        raise ValueError("its data_digest or image_suffix is no text")
-    if not isinstance(meta["moments_digest"], str | None):
-        raise ValueError("its moments_digest is no text")
-    auto_steps = meta.get("auto_steps", {})
-    if not isinstance(auto_steps, dict) or not all(type(steps) is int and steps > 0 for steps in auto_steps.values()):
-        raise ValueError("its auto_steps are no numbers of steps")
-
-
-def _check_settings(settings: Any) -> None:
-    if not isinstance(settings, dict):
-        raise ValueError("its settings are no table")
-    settings = config.with_later_settings(settings)
-    parsed = config.stored_layer(TrainSettings, "its settings", settings).values
-    for name in (*_NETWORK_SETTINGS, "image_size"):
-        if name not in parsed:
-            raise ValueError(f"its settings lack {name}")
-    for name, value in parsed.items():  # "8" is a number in a file of settings, and none for the network
-        stored = settings[name]
-        if (
-            stored != (list(value) if isinstance(value, tuple) else value)
-            and not config.specs(TrainSettings)[name].path
-        ):
-            raise ValueError(f"{name} in its settings is {stored!r:.100}")
+def _saved_state(file: WholeFile) -> SavedState:
+    """Reads what a file says of its run; raises UserError when it is of none."""
+    return SavedState(file.path, file.tensors, RunMeta.from_json(file.meta, file.path), file.warnings)
 
 
 def has_state(folder: Path) -> bool:
@@ -141,21 +180,21 @@ def newest_state(folder: Path) -> SavedState | None:
     Raises:
         UserError: when there are full states but none is valid.
     """
-    found = checkpoint.newest(folder)
-    return None if found is None else _saved_state(*found)
+    found = find_newest(folder)
+    return None if found is None else _saved_state(found)
 
 
 def newest_averages(folder: Path) -> SavedState | None:
     """Reads the newest valid averaged weights in a run folder, from either kind of file; None when there are none."""
-    found = checkpoint.newest_averages(folder)
-    return None if found is None else _saved_state(*found)
+    found = find_newest_averages(folder)
+    return None if found is None else _saved_state(found)
 
 
 def read_state(path: Path) -> SavedState:
     """Reads one checkpoint file."""
     try:
-        return _saved_state(path, *checkpoint.load(path), [])
-    except checkpoint.DamagedCheckpoint as error:
+        return _saved_state(WholeFile(path, *checkpoint.load(path), []))
+    except DamagedCheckpoint as error:
         raise UserError(f"not a whole checkpoint: {error}; give another, or the folder of the run") from error
 
 
@@ -167,112 +206,3 @@ def read_averages(place: Path) -> SavedState:
     if state is None:
         raise UserError(f"--checkpoint {place} is neither a checkpoint nor a folder of a run that has saved one")
     return state
-
-
-def write_plan(folder: Path, settings_yaml: str, split: Split) -> None:
-    """Publishes the settings and the split of a new run, or the changed settings of one that goes on."""
-    durable.publish(folder / SETTINGS_NAME, settings_yaml.encode())
-    durable.publish(folder / SPLIT_NAME, split.to_bytes())
-
-
-def network_facts(settings: Mapping[str, Any], *, num_classes: int, latent_shape: Sequence[int]) -> dict[str, Any]:
-    """Returns the arguments of the `LatentDiffusion` that the settings of a run describe."""
-    facts = {"num_classes": num_classes, "latent_channels": latent_shape[0], "latent_size": latent_shape[1]}
-    return facts | {name: settings[name] for name in _NETWORK_SETTINGS}
-
-
-def build_diffusion(
-    settings: Mapping[str, Any], *, num_classes: int, latent_shape: tuple[int, int, int]
-) -> LatentDiffusion:
-    """Builds the network and the schedule that the settings of a run describe.
-
-    Raises:
-        UserError: when the sizes do not fit the latents, or the weights do not fit into memory.
-    """
-    facts = network_facts(settings, num_classes=num_classes, latent_shape=latent_shape)
-    needed, free = network_bytes(**facts), hardware.free_memory_bytes(torch.device("cpu"))
-    if needed > free:
-        raise UserError(
-            f"a network of dim {settings['dim']}, dim_mults {config.show(settings['dim_mults'])} and attn_heads "
-            f"{settings['attn_heads']} has {needed:.3g} bytes of weights, and {free:.3g} bytes of memory are free "
-            "for it; lower them"
-        )
-    return LatentDiffusion(**facts)
-
-
-def averaged_diffusion(state: SavedState) -> LatentDiffusion:
-    """Builds the averaged network of a checkpoint, in eval mode and without gradients.
-
-    Raises:
-        UserError: when its weights are those of another network.
-    """
-    meta = state.meta
-    diffusion = build_diffusion(
-        meta["settings"], num_classes=len(meta["classes"]), latent_shape=tuple(meta["latent_shape"])
-    )
-    try:
-        diffusion.load_state_dict(state.averages)
-    except RuntimeError as error:
-        raise UserError(
-            f"the checkpoint holds other weights than those of its network: {' '.join(str(error).split())[:300]}"
-        ) from error
-    return diffusion.eval().requires_grad_(False)
-
-
-class Metrics:
-    """The lines of metrics.jsonl, one JSON object each; those after the step that is resumed are dropped.
-
-    Attributes:
-        on_row: told of each new line that is written.
-
-    Args:
-        earlier: the run folder to take the lines from where `folder` has none.
-        writes: whether not only to read; several processes of one run have one file.
-    """
-
-    def __init__(self, folder: Path, *, step: int, earlier: Path | None = None, writes: bool = True) -> None:
-        self.on_row: Callable[[dict[str, Any]], None] = lambda row: None
-        self.path, self.writes = folder / METRICS_NAME, writes
-        source = self.path if self.path.exists() else (earlier or folder) / METRICS_NAME
-        self.rows = [row for row in _read_rows(source) if row["step"] <= step]
-        if writes:
-            durable.publish(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
-
-    def add(self, **row: Any) -> None:
-        """Appends one line."""
-        self.rows.append(row)
-        if not self.writes:
-            return
-        with durable.naming(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self.on_row(row)
-
-    def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Returns the steps and values of one figure, over the lines that have it."""
-        rows = [row for row in self.rows if _is_number(row.get(name))]
-        return [row["step"] for row in rows], [row[name] for row in rows]
-
-
-_LARGEST_METRICS_BYTES = 1 << 30
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines that are whole; a kill may leave a torn last one."""
-    rows = []
-    try:
-        text = durable.read_whole(path, at_most=_LARGEST_METRICS_BYTES).decode("utf-8", "replace")
-    except FileNotFoundError:
-        return rows
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0:
-            rows.append(row)
-    return rows
-
-
-def _is_number(value: object) -> bool:
-    """Says whether a value out of a file is a number that fits into a float, and is finite."""
-    return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[operator]

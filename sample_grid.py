@@ -13,7 +13,7 @@ from config import TrainSettings, UserError
 from diffusion import LatentDiffusion
 from draws import sample_generator
 from latent_dataset import LatentDataset
-from run_folder import Metrics
+from metrics_log import Metrics
 from sampling import BATCH_SIZE, Decoder, nearest_class, num_solver_steps, sample_padded
 from script import say, warn
 

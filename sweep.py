@@ -10,12 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import checkpoint
 import classifier
 import classifier_trials
 import config
 import evaluation
-import generate
 import hardware
 import images
 import pictures
@@ -24,17 +22,17 @@ import script
 from classifier_trials import Trials
 from config import GenerateSettings, UserError
 from evaluation import Points
-from generate import Generator
 from image_sets import Plan, RealImages, listing, made_of_real, open_real, resized, warnings_of_run
 from report_file import Report, file_digest
 from sampling import BATCH_SIZE
 from script import StopSignals, say, warn
+from trained_model import FROM_RUN, TrainedModel
 
 
 def find_states(plan: Plan) -> list[Path]:
     """Returns the checkpoint files that the sweep samples from, oldest first; raises UserError when one is absent."""
     asked, newest = plan.settings.sweep_checkpoints, plan.state.path
-    saved = checkpoint.saved_averages(newest.parent)
+    saved = run_folder.saved_averages(newest.parent)
     if asked == ("newest",) or (asked == ("all",) and not saved):
         return [newest]
     if asked == ("all",):
@@ -51,8 +49,7 @@ def find_states(plan: Plan) -> list[Path]:
 
 def sampling_settings(plan: Plan) -> GenerateSettings:
     """Returns how the run samples, as generate.py would without flags."""
-    trained_with = plan.state.meta["settings"]
-    of_run = {name: trained_with[name] for name in generate.FROM_RUN if name in trained_with}
+    of_run = plan.state.meta.chosen_settings(*FROM_RUN)
     layer = config.stored_layer(GenerateSettings, f"run {plan.state.path.parent}", of_run)
     own = {"seed": plan.settings.seed, "vae_path": plan.settings.vae_path, "device": plan.settings.device}
     return replace(config.resolve(GenerateSettings, [layer]).settings, **own)
@@ -90,7 +87,7 @@ class Sweep:
             self.trials = None if self.why_no_classifier else Trials.of(plan, real)
             if self.trials is not None:
                 self._drop_other_classifiers()
-        self._generator: tuple[Path, Generator] | None = None
+        self._model: tuple[Path, TrainedModel] | None = None
 
     def run(self, states: Sequence[Path]) -> None:
         """Does what is missing, and prints the figures."""
@@ -130,28 +127,28 @@ class Sweep:
 
     def _look_at(self, point: dict[str, Any]) -> dict[str, Any]:
         """Returns a point with its figures, and with the yardstick of all points."""
-        generator = self._generator_of(point["checkpoint"])
-        say(f"guidance {point['guidance']:g} at step {generator.meta['step']:,}")
-        samples = self._sample(generator, point["guidance"])
+        model = self._model_of(point["checkpoint"])
+        say(f"guidance {point['guidance']:g} at step {model.meta.step:,}")
+        samples = self._sample(model, point["guidance"])
         figures, yardstick = measure(self.plan, self.real, Points(samples, self.labels))
-        found = {**point, "step": generator.meta["step"], **figures, "yardstick": yardstick}
+        found = {**point, "step": model.meta.step, **figures, "yardstick": yardstick}
         if self.trials is not None:
             for name in _CLASSIFIER_COLUMNS:  # of other seeds
                 found.pop(name, None)
             self._keep_alone(found)
-            found["classifier"] = self._train_classifiers(found, samples, generator)
+            found["classifier"] = self._train_classifiers(found, samples, model)
             means = {name: trained["mean"] for name, trained in found["classifier"]["sets"].items()}
             found |= {"alone": means[classifier.SYNTHETIC], "with_real": means[classifier.BOTH]}
             yardstick["with_real"] = means[classifier.REAL]
         return found
 
-    def _generator_of(self, name: str) -> Generator:
+    def _model_of(self, name: str) -> TrainedModel:
         path = self.plan.state.path.parent / name
-        if self._generator is None or self._generator[0] != path:
-            self._generator = path, Generator(self.sampling, run_folder.read_state(path), self.plan.device)
-        return self._generator[1]
+        if self._model is None or self._model[0] != path:
+            self._model = path, TrainedModel(self.sampling, run_folder.read_state(path), self.plan.device)
+        return self._model[1]
 
-    def _sample(self, generator: Generator, scale: float) -> Tensor:
+    def _sample(self, model: TrainedModel, scale: float) -> Tensor:
         """Samples latents [N C h w] of every class; those that generate.py would decode."""
         labels, count = self.labels.tolist(), self.plan.settings.sweep_images
         parts = []
@@ -159,12 +156,12 @@ class Sweep:
             for start in range(0, len(labels), BATCH_SIZE):
                 own = labels[start : start + BATCH_SIZE]
                 indices = [place % count for place in range(start, start + len(own))]
-                parts.append(generator.sample(own, indices, scale).cpu())
+                parts.append(model.sample(own, indices, scale).cpu())
                 bar.advance(len(own))
                 self.plan.ranks.work_goes_on(self.signals)
         return torch.cat(parts)
 
-    def _train_classifiers(self, point: dict[str, Any], samples: Tensor, generator: Generator) -> dict[str, Any]:
+    def _train_classifiers(self, point: dict[str, Any], samples: Tensor, model: TrainedModel) -> dict[str, Any]:
         assert self.trials is not None
         others = [other.get("classifier", {}).get("scores", {}) for other in self.part["points"]]
         real_alone = {seed: score for scores in others for seed, score in scores.get(classifier.REAL, {}).items()}
@@ -174,7 +171,7 @@ class Sweep:
             self._keep_alone({**point, "classifier": {"scores": scores, **classifier_trials.made_of(self.plan)}})
 
         return self.trials.run(
-            decode(samples, generator, self.plan, between=lambda: self.plan.ranks.work_goes_on(self.signals)),
+            decode(samples, model, self.plan, between=lambda: self.plan.ranks.work_goes_on(self.signals)),
             self.labels,
             done=done,
             save=save,
@@ -206,7 +203,7 @@ class Sweep:
             self.part = self.report.put("sweep", self.made_of, self.part)
 
 
-def decode(samples: Tensor, generator: Generator, plan: Plan, *, between: Callable[[], None] = lambda: None) -> Tensor:
+def decode(samples: Tensor, model: TrainedModel, plan: Plan, *, between: Callable[[], None] = lambda: None) -> Tensor:
     """Decodes samples [N C h w] to the images [N S S 3] that classifiers see, by way of the files of generate.py.
 
     Args:
@@ -216,8 +213,8 @@ def decode(samples: Tensor, generator: Generator, plan: Plan, *, between: Callab
     found = torch.zeros(len(samples), size, size, 3, dtype=torch.uint8)
     with script.progress(total=len(samples), unit="images", label="decode") as bar:
         for place, sample in enumerate(samples):
-            (image,) = generator.decoder(sample[None])
-            file = pictures.encode_image(Image.fromarray(image), generator.suffix)
+            (image,) = model.decoder(sample[None])
+            file = pictures.encode_image(Image.fromarray(image), model.suffix)
             found[place] = resized(images.decode(file, image_size=side), size)
             bar.advance()
             between()

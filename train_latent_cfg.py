@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +33,28 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+import build
 import checkpoint
 import disk
 import durable
 import forecast
 import hardware
 import latent_cache
+import optimizer_state
 import prepare
 import run_folder
 import trackers
 from diffusion import EMA, LatentDiffusion, mean_by_timestep, moved
 from draws import StepDraws, draw_step, visited
 from images import BadImage, Split, shown
-from latent_cache import LatentCache, Space
+from latent_cache import LatentCache
 from latent_dataset import SPLIT_NAME, LatentDataset, read_split
 from latent_norm import LatentNorm
+from metrics_log import Metrics
 from prepare import ChosenSpace
 from ranks import ALONE, TIME_IS_UP, Ranks, joined
-from run_folder import Metrics, SavedState
+from run_folder import SavedState
+from run_meta import RunMeta
 from sample_grid import GridMaker
 from sampling import num_solver_steps
 from script import DONE, Failed, Progress, Stopped, StopSignals, say, warn
@@ -134,7 +138,7 @@ class Plan:
     origin: Path | None  # run folder that `state` comes from
     state: SavedState | None
     manifest: latent_cache.Manifest | None
-    newest_save: tuple[str, str] | None  # in the results folder, as `checkpoint.newest_stamp` tells it
+    newest_save: tuple[str, str] | None  # in the results folder, as `run_folder.newest_stamp` tells it
 
     @property
     def results(self) -> Path:
@@ -151,9 +155,9 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
     """Puts together flags, file, the run being resumed, the manifest and the defaults."""
     layers = config.read_command_line(TrainSettings, argv, description=__doc__)
     typed = config.resolve(TrainSettings, layers).settings
-    newest_save = checkpoint.newest_stamp(typed.results_folder)
+    newest_save = run_folder.newest_stamp(typed.results_folder)
     origin, state = find_run(Path(typed.results_folder), typed.resume_from)
-    stored = {} if state is None else {k: v for k, v in state.meta["settings"].items() if k not in _NOT_INHERITED}
+    stored = {} if state is None else {k: v for k, v in state.meta.settings.items() if k not in _NOT_INHERITED}
     layers.append(config.stored_layer(TrainSettings, f"run {origin}", stored))
     folder = config.resolve(TrainSettings, layers).settings.latents_cache_folder
     manifest = latent_cache.read_manifest(folder)
@@ -319,7 +323,7 @@ def open_data(plan: Plan, device: torch.device, ranks: Ranks = ALONE) -> Data:
             split, dataset = mended, open_over(mended)
     _report_missing(plan, dataset, "before the first step" if ranks.count > 1 else "when first needed")
     if plan.state is not None:
-        _check_same_data(plan, split, dataset)
+        _check_same_data(plan, plan.state.meta, split, dataset)
     return Data(split, chosen, dataset)
 
 
@@ -348,7 +352,7 @@ def _known_space(plan: Plan) -> ChosenSpace | None:
     """Returns the space that the run or the cache already knows, for when the VAE is not at hand."""
     if plan.state is not None:
         meta = plan.state.meta
-        return ChosenSpace(Space.stored(meta["space"]), meta["scale_factor"], meta["shift_factor"], vae_at_hand=False)
+        return ChosenSpace(meta.space, meta.scale_factor, meta.shift_factor, vae_at_hand=False)
     return None if plan.manifest is None else prepare.space_of_manifest(plan.manifest)
 
 
@@ -388,23 +392,22 @@ def _check_same_space(plan: Plan, chosen: ChosenSpace) -> None:
         )
 
 
-def _check_same_data(plan: Plan, split: Split, dataset: LatentDataset) -> None:
-    meta = plan.state.meta  # type: ignore[union-attr]
-    if dataset.digest() != meta["data_digest"]:
+def _check_same_data(plan: Plan, meta: RunMeta, split: Split, dataset: LatentDataset) -> None:
+    if dataset.digest() != meta.data_digest:
         raise UserError(
-            f"the images are not those that the run in {plan.origin} was started with: {_what_changed(plan, split)}; "
-            "put them back, or start another run with another --results_folder"
+            f"the images are not those that the run in {plan.origin} was started with: "
+            f"{_what_changed(plan, meta, split)}; put them back, or start another run with another --results_folder"
         )
     now = dataset.moments_digest()
-    if now is not None and meta["moments_digest"] not in (None, now):
+    if now is not None and meta.moments_digest not in (None, now):
         say("the same images were encoded again since the last save; the run goes on with the new latents")
 
 
-def _what_changed(plan: Plan, split: Split) -> str:
+def _what_changed(plan: Plan, meta: RunMeta, split: Split) -> str:
     """Names the training images whose content or class is not what the split of the run says."""
     before = read_split(plan.origin) if plan.origin is not None else None
     if before is None:
-        return f"the run had {', '.join(plan.state.meta['classes'])}"  # type: ignore[union-attr]
+        return f"the run had {', '.join(meta.classes)}"
     then = before.keys()
     names = [f"{e.class_name}/{e.name}" for e in split.train if then.get((e.class_name, e.name)) != e.key]
     if not names:
@@ -481,7 +484,7 @@ class Trainer:
         hardware.allow_tf32()
         self.dtype, self.precision_reason = hardware.pick_precision(settings.precision, device)
         torch.manual_seed(settings.seed)  # the first weights; a step never looks at this generator
-        self.diffusion: LatentDiffusion = run_folder.build_diffusion(
+        self.diffusion: LatentDiffusion = build.build_diffusion(
             config.to_dict(settings),
             num_classes=len(data.split.classes),
             latent_shape=self.dataset.latent_shape,
@@ -509,7 +512,7 @@ class Trainer:
             self._fit_norm()
         else:
             self._restore(plan.state)
-        compiled = self.choose_network(None if plan.state is None else plan.state.meta.get("compiled", False))
+        compiled = self.choose_network(None if plan.state is None else plan.state.meta.compiled)
         if self.ranks.is_main and not self.settings.dry_run:
             run_folder.write_plan(plan.results, config.to_yaml(self.settings), self.data.split)
         parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
@@ -694,7 +697,7 @@ class Trainer:
 
     def _publish(self, folder: Path, *, with_average: bool) -> None:
         self._refuse_company(folder)
-        tensors, optimizer_meta = checkpoint.pack_training_state(
+        tensors, training = optimizer_state.pack_training_state(
             self.diffusion, self.ema.model, self.optimizer, self.scaler
         )
         tensors["log.losses"] = torch.stack(self.losses) if self.losses else torch.zeros(0)
@@ -703,19 +706,19 @@ class Trainer:
         try:
             if with_average:  # first: a run that goes on from the full state does not make it again
                 average = {name: value for name, value in tensors.items() if name.startswith("ema.")}
-                checkpoint.save(folder / checkpoint.ema_name(self.finished_steps), average, meta)
+                checkpoint.save(folder / run_folder.ema_name(self.finished_steps), average, meta.to_json())
             checkpoint.save(
-                folder / checkpoint.full_name(self.finished_steps),
+                folder / run_folder.full_name(self.finished_steps),
                 tensors,
-                {**meta, "training": optimizer_meta},
+                replace(meta, training=training).to_json(),
             )
         except OSError as error:
             raise Failed(
                 f"the checkpoint of step {self.finished_steps:,} could not be saved in {folder}: "
                 f"{error.strerror or error}; earlier ones are whole"
             ) from error
-        self.known_saves.add(checkpoint.newest_stamp(folder))
-        checkpoint.prune(folder, step=self.finished_steps)
+        self.known_saves.add(run_folder.newest_stamp(folder))
+        run_folder.prune(folder, step=self.finished_steps)
 
     def losses_by_sample(self) -> tuple[Tensor, Tensor]:
         """Returns the timesteps [n] and losses [n] of all samples since the last log line, on the device."""
@@ -725,34 +728,34 @@ class Trainer:
 
     def _refuse_company(self, folder: Path) -> None:
         """Raises Failed when another process has saved there meanwhile; without locks, one of two goes on."""
-        newest = checkpoint.newest_stamp(folder)
+        newest = run_folder.newest_stamp(folder)
         if newest not in self.known_saves:
             raise Failed(
                 f"another training saves in {folder} too: {newest[0]} there is not of this process, which ends unsaved "  # type: ignore[index]
                 f"at step {self.finished_steps:,}; let the other go on alone, or give each its own --results_folder"
             )
 
-    def _meta(self) -> dict[str, Any]:
+    def _meta(self) -> RunMeta:
         chosen, dataset = self.data.chosen, self.dataset
-        return {
-            "step": self.finished_steps,
-            "settings": config.to_dict(self.settings),
-            "classes": list(self.data.split.classes),
-            "latent_shape": list(dataset.latent_shape),
-            "latent_norm": dataset.norm.to_json(),  # type: ignore[union-attr]
-            "space": chosen.space.spec,
-            "scale_factor": chosen.scale_factor,
-            "shift_factor": chosen.shift_factor,
-            "data_digest": dataset.digest(),
-            "moments_digest": dataset.moments_digest(),
-            "image_suffix": prepare.common_suffix(self.data.split),
-            "auto_steps": self.auto_steps,
-            "compiled": self.is_compiled,
-            "torch": torch.__version__,
-        }
+        assert dataset.norm is not None  # `start` has fitted or restored it
+        return RunMeta(
+            step=self.finished_steps,
+            settings=config.to_dict(self.settings),
+            classes=self.data.split.classes,
+            latent_norm=dataset.norm,
+            space=chosen.space,
+            scale_factor=chosen.scale_factor,
+            shift_factor=chosen.shift_factor,
+            data_digest=dataset.digest(),
+            moments_digest=dataset.moments_digest(),
+            image_suffix=prepare.common_suffix(self.data.split),
+            auto_steps=self.auto_steps,
+            compiled=self.is_compiled,
+            torch=torch.__version__,
+        )
 
     def _restore(self, state: SavedState) -> None:
-        self.dataset.set_norm(LatentNorm.from_json(state.meta["latent_norm"]))
+        self.dataset.set_norm(state.meta.latent_norm)
         losses = state.tensors.pop("log.losses", torch.zeros(0))
         times = state.tensors.pop("log.times", torch.zeros(0, dtype=torch.long))
         by_sample = state.tensors.pop("log.sample_losses", torch.zeros(0))
@@ -765,12 +768,12 @@ class Trainer:
             raise UserError(f"{state.path} holds {list(times.shape)} timesteps for {list(by_sample.shape)} losses")
         if ((times < 0) | (times >= self.settings.timesteps)).any():
             raise UserError(f"{state.path} holds losses of timesteps that there are not")
-        checkpoint.unpack_training_state(
-            state.tensors, state.meta["training"], self.diffusion, self.ema.model, self.optimizer, self.scaler
+        optimizer_state.unpack_training_state(
+            state.tensors, state.meta.training or {}, self.diffusion, self.ema.model, self.optimizer, self.scaler
         )
         self.losses = list(losses.to(self.device))
         self.sample_losses = [(times.to(self.device), by_sample.to(self.device))] if len(times) else []
-        self.auto_steps = state.meta["auto_steps"]
+        self.auto_steps = state.meta.auto_steps
         self.finished_steps = state.step
 
 
@@ -872,7 +875,7 @@ def tell_disk(trainer: Trainer, grids: GridMaker, plan: Plan, *, num_missing: in
     """Says what the saves to come, with their grids, and the latents that are missing will take on the disk."""
     settings, every = trainer.settings, trainer.settings.save_and_sample_every
     num_saves = math.ceil(trainer.num_steps / every) - trainer.finished_steps // every
-    states = checkpoint.bytes_for_saves(plan.results, num_saves, trainer.diffusion, trainer.ema.model)  # type: ignore[arg-type]
+    states = run_folder.bytes_for_saves(plan.results, num_saves, trainer.diffusion, trainer.ema.model)  # type: ignore[arg-type]
     disk.tell(
         states + num_saves * grids.expected_bytes(),
         f"{num_saves:,} save{'s' * (num_saves > 1)}",

@@ -165,7 +165,7 @@ def measure(arguments: argparse.Namespace, checkpoint: str, folder: Path) -> Non
         raise SystemExit("error: the run has no test images to compare with")
     count = 4 if arguments.small else arguments.images_per_class
     bench = Bench(plan, real, count, classifier_steps=arguments.classifier_steps)
-    guidance = float(plan.state.meta["settings"]["cond_scale"])
+    guidance = float(plan.state.meta.settings["cond_scale"])
     library = library_variants(guidance, bench.diffusion.num_timesteps)
     variants = {"all": library, "baseline": library[:1], "none": []}[arguments.library]
     variants += arguments.variants or our_variants(guidance)
@@ -240,20 +240,18 @@ class Bench:
         import torch
         from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
 
-        import run_folder
         import sweep
         from classifier_trials import Trials
         from diffusion import unet_arguments
-        from generate import Generator
+        from trained_model import TrainedModel
 
         self.plan, self.real, self.count, self.classifier_steps = plan, real, count, classifier_steps
-        meta = plan.state.meta
-        settings, self.shape = meta["settings"], tuple(meta["latent_shape"])
-        self.generator = Generator(sweep.sampling_settings(plan), plan.state, plan.device)
+        self.shape = plan.state.meta.latent_shape
+        self.generator = TrainedModel(sweep.sampling_settings(plan), plan.state, plan.device)
         self.diffusion, self.dtype = self.generator.diffusion, self.generator.dtype
         self.trials = Trials.of(plan, real) if classifier_steps else None
         self.on_real: dict[int, float] = {}  # accuracy of the classifier on real images, by seed
-        facts = run_folder.network_facts(settings, num_classes=len(plan.classes), latent_shape=self.shape)
+        facts = plan.state.meta.network_facts
         self.library = GaussianDiffusion(
             Unet(**unet_arguments(**facts)),
             image_size=self.shape[1],

@@ -100,8 +100,10 @@ import draws
 import durable
 import hardware
 import images
+import optimizer_state
 import pictures
 import prepare
+import run_folder
 from config import UserError
 from diffusion import EMA
 from vae import KLVAE
@@ -296,22 +298,22 @@ class Trainer:
     def save_state(self) -> None:
         """Saves the full state, then removes older ones but one."""
         folder = Path(self.settings.output_folder)
-        tensors, values = checkpoint.pack_training_state(self.vae, self.ema.model, self.optimizer, self.scaler)
+        tensors, values = optimizer_state.pack_training_state(self.vae, self.ema.model, self.optimizer, self.scaler)
         settings = config.to_dict(self.settings)
         meta = {"step": self.step, "settings": settings, "data": self.digest, "training": values}
-        checkpoint.save(folder / checkpoint.full_name(self.step), tensors, meta)
-        checkpoint.prune(folder, step=self.step)
+        checkpoint.save(folder / run_folder.full_name(self.step), tensors, meta)
+        run_folder.prune(folder, step=self.step)
 
     def resume(self) -> bool:
         """Goes on from the newest state in the output folder, if there is one, and says whether there was."""
-        found = checkpoint.newest(Path(self.settings.output_folder))
+        found = run_folder.find_newest(Path(self.settings.output_folder))
         if found is None:
             return False
         path, tensors, meta, warnings = found
         for line in warnings:
             script.warn(line)
         check_same_run(meta, self.settings, self.digest, path)
-        checkpoint.unpack_training_state(
+        optimizer_state.unpack_training_state(
             tensors, meta["training"], self.vae, self.ema.model, self.optimizer, self.scaler
         )
         self.step = meta["step"]

@@ -19,6 +19,7 @@ import checkpoint
 import durable
 import images
 import latent_cache
+import run_folder
 from config import UserError
 from images import Split
 from latent_cache import LatentCache
@@ -232,14 +233,14 @@ MANIFEST = Work("split and manifest replaced", _prepare_manifest, _replace_manif
 def _save_checkpoint(folder: Path, tell: Tell) -> None:
     tiny_checkpoint.saved(folder, 4)
     tell("4")
-    checkpoint.save(folder / checkpoint.ema_name(4), {"ema.w": torch.full((2,), 4.0)}, {"step": 4})
-    checkpoint.prune(folder, step=4)
+    checkpoint.save(folder / run_folder.ema_name(4), {"ema.w": torch.full((2,), 4.0)}, {"step": 4})
+    run_folder.prune(folder, step=4)
 
 
 def check_states(folder: Path, needed_step: int) -> Tally:
     """Counts one case: is the newest state of the needed step or a later one, right, and no newer file damaged?"""
     try:
-        found = checkpoint.newest(folder)
+        found = run_folder.find_newest(folder)
     except UserError:
         found = None
     if found is None:

@@ -25,6 +25,7 @@ import export_model
 import generate as generate_script
 import latent_cache
 import preprocess_latents
+import run_folder
 import script
 import train_latent_cfg
 from diffusion import LatentDiffusion
@@ -369,7 +370,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(world, cap
 )
 def test_extreme_settings_work(world, changes):
     assert train(world, **{"train_num_steps": 1, **changes}) == 0
-    assert (world / "results" / checkpoint.full_name(1)).is_file()
+    assert (world / "results" / run_folder.full_name(1)).is_file()
 
 
 # --- devices -----------------------------------------------------------------------------------------------
@@ -544,7 +545,7 @@ def test_a_run_goes_on_without_images_that_are_encoded_already(ready):
 
 
 def test_a_checkpoint_alone_does_not_go_on_with_other_labels(ready, capsys):
-    lone = shutil.copy(ready / "results" / checkpoint.full_name(STEPS), ready / "lone.safetensors")
+    lone = shutil.copy(ready / "results" / run_folder.full_name(STEPS), ready / "lone.safetensors")
     tiny.make_images(ready / "data", {"ID_0": 8}, seed=5)
     told = [f"the run in {ready}", "the run had ID_1, ID_2, ID_10"]
     refused(lambda: go_on(ready, results_folder=ready / "new", resume_from=lone), ready, capsys, *told)
@@ -556,7 +557,7 @@ def test_a_checkpoint_alone_does_not_go_on_with_other_labels(ready, capsys):
         ("nowhere", "does not exist; give a run folder, or a state-*.safetensors in one"),
         ("data", "is neither a checkpoint nor a folder with state-*.safetensors"),
         ("vae.pt", "does not begin like a checkpoint; give another, or the folder of the run"),
-        ("results/" + checkpoint.ema_name(STEPS), "holds averaged weights only; give a state-*.safetensors"),
+        ("results/" + run_folder.ema_name(STEPS), "holds averaged weights only; give a state-*.safetensors"),
     ],
 )
 def test_resuming_from_what_is_no_run_is_refused(ready, capsys, place, told):
@@ -619,7 +620,7 @@ def test_a_split_of_another_format_is_refused(ready, capsys):
 
 
 def test_a_checkpoint_of_another_format_is_refused(ready, monkeypatch, capsys):
-    path = ready / "results" / checkpoint.full_name(STEPS)
+    path = ready / "results" / run_folder.full_name(STEPS)
     tensors, meta = checkpoint.load(path)
     with monkeypatch.context() as patches:
         patches.setattr(checkpoint, "FORMAT", 2)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pipeline
 import pytest
 
-import checkpoint
+import build
 import disk
 import generate
+import optimizer_state
 import pictures
 import run_folder
 import sample_grid
@@ -136,10 +137,8 @@ def test_a_run_that_goes_on_counts_what_is_still_to_come(trained, world, capsys)
 def test_the_files_of_a_run_have_the_size_that_is_expected(trained):
     state = run_folder.newest_state(trained / "results")
     assert state is not None
-    network = run_folder.build_diffusion(
-        state.meta["settings"], num_classes=3, latent_shape=tuple(state.meta["latent_shape"])
-    )
-    average, full = checkpoint.expected_bytes(network, network)
+    network = build.build_diffusion(state.meta.settings, num_classes=3, latent_shape=state.meta.latent_shape)
+    average, full = optimizer_state.expected_bytes(network, network)
     assert average == pytest.approx((trained / "results" / "ema-00000008.safetensors").stat().st_size, rel=0.1)
     assert full == pytest.approx((trained / "results" / "state-00000008.safetensors").stat().st_size, rel=0.1)
 

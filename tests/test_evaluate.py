@@ -25,9 +25,8 @@ import inception
 import run_folder
 import sweep as sweep_module
 import vae
-from generate import Generator
 from latent_dataset import BatchEncoder, read_split
-from latent_norm import LatentNorm
+from trained_model import TrainedModel
 
 PER_CLASS = 4  # synthetic images
 
@@ -91,8 +90,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def latents_by_hand(root: Path, paths: list[Path]) -> torch.Tensor:
     """Encodes files one by one, without cache, with the normalisation that stands in the checkpoint."""
     encoder = vae.load_vae(root / "vae.pt", "cpu", parts="encoder")
-    meta = run_folder.read_averages(root / "results").meta
-    norm = LatentNorm.from_json(meta["latent_norm"])
+    norm = run_folder.read_averages(root / "results").meta.latent_norm
     found = []
     for path in paths:
         pixels = torch.from_numpy(images.decode(path.read_bytes(), image_size=SIZE)).permute(2, 0, 1)[None] / 255
@@ -495,13 +493,13 @@ def sweep(root: Path, folder: Path, *scales: float, **changes: object) -> int:
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, list[int]]]:
     """Notes guidance and labels of each call of the sampler."""
     calls: list[tuple[float, list[int]]] = []
-    sample = Generator.sample
+    sample = TrainedModel.sample
 
-    def noted(self: Generator, labels: list[int], indices: list[int], cond_scale: float) -> torch.Tensor:
+    def noted(self: TrainedModel, labels: list[int], indices: list[int], cond_scale: float) -> torch.Tensor:
         calls.append((cond_scale, labels))
         return sample(self, labels, indices, cond_scale)
 
-    monkeypatch.setattr(Generator, "sample", noted)
+    monkeypatch.setattr(TrainedModel, "sample", noted)
     return calls
 
 
@@ -526,7 +524,7 @@ def test_a_point_has_the_figures_of_its_samples(trained, evaluated):
     (point,) = read_report(evaluated)["sweep"]["points"]
     plan = evaluate_images.make_plan(tiny.flags({"checkpoint": trained / "results", "output_folder": evaluated}))
     real = image_sets.open_real(plan)
-    generator = Generator(sweep_module.sampling_settings(plan), plan.state, plan.device)
+    generator = TrainedModel(sweep_module.sampling_settings(plan), plan.state, plan.device)
     labels = torch.arange(3).repeat_interleave(3)
     samples = torch.cat([generator.sample([label], [i], 1.5) for label in range(3) for i in range(3)])
     expected = evaluation.closeness(

@@ -19,7 +19,7 @@ import checkpoint
 import durable
 import export_model as export_script
 import run_folder
-from latent_norm import LatentNorm
+import trained_model
 
 NAMES = {"model.safetensors", "config.json"}
 
@@ -45,7 +45,7 @@ def our_samples(
 ) -> Tensor:
     """Samples [B C h w] as the VAE decodes them, by our own sampler, from the noise of the program in README.md."""
     state = run_folder.read_averages(results)
-    diffusion = run_folder.averaged_diffusion(state)
+    diffusion = trained_model.averaged_diffusion(state)
     one = torch.Generator().manual_seed(0)  # its rows, drawn one after the other, are those of a single draw
     samples = diffusion.sample(
         torch.tensor(labels),
@@ -55,7 +55,7 @@ def our_samples(
         sampler="ddim",
         sampling_timesteps=steps,
     )
-    return LatentNorm.from_json(state.meta["latent_norm"]).to_unscaled(samples)
+    return state.meta.latent_norm.to_unscaled(samples)
 
 
 # --- in a program without this repository ------------------------------------------------------------------
@@ -104,11 +104,11 @@ def test_the_program_knows_what_else_a_network_may_predict(cached, tmp_path, mon
 
 
 def test_the_weights_are_the_averaged_ones_under_the_names_of_the_library(trained, tmp_path):
-    tensors, meta = checkpoint.load(trained / "results" / checkpoint.full_name(STEPS))
+    tensors, meta = checkpoint.load(trained / "results" / run_folder.full_name(STEPS))
     for name in tensors:
         if name.startswith("ema.model."):
             tensors[name] += 1.0  # in so short a run the average is the last state
-    checkpoint.save(tmp_path / checkpoint.full_name(STEPS), tensors, meta)
+    checkpoint.save(tmp_path / run_folder.full_name(STEPS), tensors, meta)
     assert export(trained, tmp_path / "exported", checkpoint=tmp_path) == 0
     assert {path.name for path in (tmp_path / "exported").iterdir()} == NAMES
     weights = load_file(tmp_path / "exported" / "model.safetensors")
@@ -120,7 +120,7 @@ def test_the_weights_are_the_averaged_ones_under_the_names_of_the_library(traine
 def test_the_config_says_all_that_a_sampler_must_know(trained, tmp_path):
     assert export(trained, tmp_path / "exported", ddim_steps=5000) == 0
     facts = facts_of(tmp_path / "exported")
-    _, meta = checkpoint.load(trained / "results" / checkpoint.ema_name(STEPS))
+    _, meta = checkpoint.load(trained / "results" / run_folder.ema_name(STEPS))
     assert facts["class_names"] == list(CLASSES) and facts["step"] == STEPS
     assert facts["latent_shape"] == [4, 8, 8] and facts["latent_norm"] == meta["latent_norm"]
     assert (facts["objective"], facts["timesteps"], facts["beta_schedule"]) == ("pred_v", 1000, "cosine")
@@ -186,7 +186,7 @@ def test_the_same_export_again_is_welcome_and_another_one_replaces_nothing(train
     folder = tmp_path / "exported"
     assert export(trained, folder) == export(trained, folder) == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    earlier = trained / "results" / checkpoint.ema_name(STEPS // 2)
+    earlier = trained / "results" / run_folder.ema_name(STEPS // 2)
     for changes in ({"checkpoint": earlier}, {"cond_scale": 5}):
         capsys.readouterr()
         assert export(trained, folder, **changes) == 2
@@ -211,9 +211,9 @@ def test_a_stop_between_the_files_leaves_no_config_and_is_made_good(trained, tmp
 
 
 def test_weights_of_another_network_are_refused(trained, tmp_path, capsys):
-    tensors, meta = checkpoint.load(trained / "results" / checkpoint.ema_name(STEPS))
+    tensors, meta = checkpoint.load(trained / "results" / run_folder.ema_name(STEPS))
     del tensors["ema.model.null_classes_emb"]
-    checkpoint.save(tmp_path / checkpoint.ema_name(STEPS), tensors, meta)
+    checkpoint.save(tmp_path / run_folder.ema_name(STEPS), tensors, meta)
     assert export(trained, tmp_path / "exported", checkpoint=tmp_path) == 2
     assert "holds other weights than those of its network" in pipeline.one_error(capsys)
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from pipeline import CLASSES, STEPS, generate, train
 
+import build
 import checkpoint
 import config
 import durable
@@ -341,7 +342,7 @@ def test_a_network_that_cannot_be_compiled_samples_without(make, tmp_path, monke
 
 def test_the_state_and_the_average_of_a_step_and_the_folder_give_the_same_images(trained, make, tmp_path):
     results = trained / "results"
-    places = [results, results / checkpoint.ema_name(STEPS), results / checkpoint.full_name(STEPS)]
+    places = [results, results / run_folder.ema_name(STEPS), results / run_folder.full_name(STEPS)]
     made = []
     for number, place in enumerate(places):
         assert make(str(number), checkpoint=place, images_per_class=1) == 0
@@ -352,21 +353,21 @@ def test_the_state_and_the_average_of_a_step_and_the_folder_give_the_same_images
 def test_a_damaged_average_falls_back_and_says_so(trained, make, tmp_path, capsys):
     results = tmp_path / "results"
     shutil.copytree(trained / "results", results)
-    damaged = results / checkpoint.ema_name(STEPS)
+    damaged = results / run_folder.ema_name(STEPS)
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert make(checkpoint=results, images_per_class=1) == 0
     captured = capsys.readouterr()
     assert damaged.name in captured.err and "taking the one before" in captured.err
-    assert f"{checkpoint.full_name(STEPS)} (step {STEPS})" in captured.out  # holds the same average
+    assert f"{run_folder.full_name(STEPS)} (step {STEPS})" in captured.out  # holds the same average
 
 
 def test_the_images_are_what_the_averaged_network_and_the_decoder_give(trained, make, tmp_path):
     assert make(image_format="png", images_per_class=1, sampler="ddim", sampling_timesteps=3, cond_scale=3) == 0
     state = run_folder.newest_averages(trained / "results")
     assert state is not None
-    network = run_folder.build_diffusion(state.meta["settings"], num_classes=3, latent_shape=(4, 8, 8))
+    network = build.build_diffusion(state.meta.settings, num_classes=3, latent_shape=(4, 8, 8))
     network.load_state_dict({name.removeprefix("ema."): tensor for name, tensor in state.tensors.items()})
-    norm, decoder = LatentNorm.from_json(state.meta["latent_norm"]), vae.load_vae(trained / "vae.pt", "cpu")
+    norm, decoder = state.meta.latent_norm, vae.load_vae(trained / "vae.pt", "cpu")
     for label, name in enumerate(CLASSES):
         sample = network.sample(
             torch.tensor([label]),
@@ -444,7 +445,7 @@ def test_the_strip_shows_classes_by_guidance_scales_and_makes_nothing_else(make,
 def test_a_sample_does_not_depend_on_how_many_are_asked_for(trained):
     plan = train_latent_cfg.make_plan(pipeline.train_flags(trained))
     assert plan.state is not None
-    network = run_folder.build_diffusion(plan.state.meta["settings"], num_classes=3, latent_shape=(4, 8, 8))
+    network = build.build_diffusion(plan.state.meta.settings, num_classes=3, latent_shape=(4, 8, 8))
     how = {
         "dtype": torch.float32,
         "cond_scale": 2.0,
@@ -563,7 +564,7 @@ def test_samples_that_the_number_format_cannot_hold_are_refused(trained, tmp_pat
     weights = dict(state.tensors)
     (name,) = [name for name in weights if name.startswith("ema.") and name.endswith("final_conv.weight")]
     weights[name] = weights[name] * 1e6  # what float16 cannot hold
-    checkpoint.save(state.path, weights, state.meta)
+    checkpoint.save(state.path, weights, state.meta.to_json())
     flags = {"checkpoint": state.path, "precision": "float16", "output_folder": tmp_path / "synthetic", **how}
     assert generate(root, **flags) == 1
     told = pipeline.one_error(capsys)
@@ -603,7 +604,7 @@ def test_the_decoder_is_built_when_needed_and_each_image_is_decoded_by_itself(tr
 def test_auto_means_what_it_did_when_the_run_began(trained, tmp_path, capsys):
     root = shutil.copytree(trained, tmp_path / "world")
     state = run_folder.newest_state(root / "results")
-    assert state is not None and state.meta["auto_steps"] == config.AUTO_STEPS
+    assert state is not None and state.meta.auto_steps == config.AUTO_STEPS
     flags = {"sampling_timesteps": "auto", "dry_run": True, "output_folder": tmp_path / "synthetic"}
     assert generate(root, **flags, checkpoint=state.path) == 0
     assert ", 12 steps of dpm++ " in capsys.readouterr().out
@@ -616,4 +617,4 @@ def test_auto_means_what_it_did_when_the_run_began(trained, tmp_path, capsys):
     assert ", 250 steps of ddim " in capsys.readouterr().out
     assert train(root, train_num_steps=state.step + 1, num_samples=0) == 0  # which goes on
     gone_on = run_folder.newest_state(root / "results")
-    assert gone_on is not None and gone_on.step == state.step + 1 and gone_on.meta["auto_steps"]["dpm++"] == 20
+    assert gone_on is not None and gone_on.step == state.step + 1 and gone_on.meta.auto_steps["dpm++"] == 20

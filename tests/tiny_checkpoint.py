@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import run_folder
 
 
 def tiny_tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -14,7 +15,7 @@ def tiny_tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
 
 def saved(folder: Path, step: int) -> Path:
     """Saves the state of a step, whose tensors are the number of the step."""
-    path = folder / checkpoint.full_name(step)
+    path = folder / run_folder.full_name(step)
     checkpoint.save(path, tiny_tensors(step), {"step": step})
     return path
 

@@ -19,6 +19,7 @@ from tiny_images import small_split
 
 import checkpoint
 import latent_dataset
+import run_folder
 from checkpoint import DamagedCheckpoint
 from config import UserError
 from images import Split, make_split
@@ -162,7 +163,7 @@ def swapped(data: bytes, parts: list[str]) -> bytes:
 def wrong_states(folder: Path, older: Path, newer: Path) -> int:
     """Returns 0 when the state of `older` is taken and the damage of `newer` told, else 1."""
     try:
-        found = checkpoint.newest(folder)
+        found = run_folder.find_newest(folder)
     except UserError:  # of another format number: that one stops the run, and is told
         return 0
     assert found is not None
@@ -175,7 +176,7 @@ def test_for_every_flipped_bit_the_state_before_is_taken_and_the_damage_told(tmp
     older, newer = saved(tmp_path, 2), saved(tmp_path, 4)
     outcomes = [wrong_states(tmp_path, older, newer) for _ in each_flipped_bit(newer)]
     account.add("flipped bit in a checkpoint", "each bit", cases=len(outcomes), wrong=sum(outcomes))
-    found = checkpoint.newest(tmp_path)
+    found = run_folder.find_newest(tmp_path)
     assert found is not None and (found[0], found[3]) == (newer, [])
 
 

@@ -35,7 +35,6 @@ from publishings import NEW, OLD, WORKS, Work, check_rows, done_again, temporari
 from test_kill import Reference, Told, averages, forget_run, telling
 from tiny_cache import SPACE, put, reader, stored
 
-import checkpoint
 import durable
 import latent_cache
 import run_folder
@@ -360,7 +359,7 @@ def test_a_file_that_cannot_be_read_is_named(trained, tmp_path, account):
 def test_a_state_that_cannot_be_read_is_no_new_start(trained, tmp_path, account):
     root = shutil.copytree(trained, tmp_path / "world")
     expected = _trained(root)
-    newest = root / "results" / checkpoint.full_name(pipeline.STEPS)
+    newest = root / "results" / run_folder.full_name(pipeline.STEPS)
     _cannot_read(newest)
     code, text = said(lambda: _train(root))
     is_told = f"warning: {newest}: Input/output error; taking the one before" in text
@@ -546,7 +545,7 @@ def test_a_checkpoint_limited_in_size(world, account):
         shutil.rmtree(world / "results")
         first = train_below(300_000, Told())  # more than the averages alone, and less than a state
         assert said(lambda: _train(world, train_num_steps=HALF))[0] == 0
-        second = train_below(300_000, Told({checkpoint.full_name(HALF): ""}))
+        second = train_below(300_000, Told({run_folder.full_name(HALF): ""}))
         assert said(lambda: _train(world))[0] == 0
         return first + second + Tally(0, 0, _trained(world) != like[1])
 

@@ -27,7 +27,6 @@ from os_faults import forked, overwrite
 from pipeline import HALF, STEPS, assert_same_run, at_step, losses, preprocess, signal_self, state_digests, train
 from torch import Tensor
 
-import checkpoint
 import durable
 import hardware
 import images
@@ -232,7 +231,7 @@ def differences(run: Run, other: Run) -> list[str]:
     mine, theirs = state_digests(run.results), state_digests(other.results)
     found += [name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)]
     states = [run_folder.newest_state(each.results) for each in (run, other)]
-    metas = [state.meta if state is not None else {} for state in states]
+    metas = [state.meta.to_json() if state is not None else {} for state in states]
     facts = ("training", "latent_norm", "data_digest", "moments_digest", "classes", "step")
     found += [name for name in facts if metas[0][name] != metas[1][name]]
     if losses(run.results) != losses(other.results):
@@ -270,11 +269,11 @@ def spoil_newest(results: Path) -> None:
 def assert_exercised(kind: str, results: Path) -> None:
     """Asserts that a run has met what its kind is about."""
     state = run_folder.newest_state(results)
-    assert state is not None
+    assert state is not None and state.meta.training is not None
     averages = {name: tensor for name, tensor in state.tensors.items() if name.startswith("ema.")}
     lags = any(not torch.equal(tensor, state.tensors[f"model.{name[4:]}"]) for name, tensor in averages.items())
     assert lags or "average" not in kind
-    scaler = state.meta["training"]["scaler"]
+    scaler = state.meta.training["scaler"]
     assert bool(scaler) == ("float16 " in kind)
     assert not scaler or (0 < scaler["scale"] != FIRST_SCALE and scaler["_growth_tracker"])
 
@@ -395,7 +394,7 @@ def test_of_two_trainings_in_one_folder_one_ends_by_name_and_the_other_goes_on(
         at_step(patch, step, another)
         capsys.readouterr()
         assert train(cached) == 1
-    name = checkpoint.full_name(step + 1)
+    name = run_folder.full_name(step + 1)
     assert f"another training saves in {cached}/results too: {name} there is not of" in pipeline.one_error(capsys)
     lost = int(state_digests(cached / "results")["step"]) != step + 1
     assert train(cached) == 0
@@ -432,7 +431,7 @@ def test_a_read_only_folder_seeds_another_run_and_stays_as_it_is(cached, trained
 @pytest.mark.parametrize("kind", ["flipped", "cut", "empty"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(cached, trained, capsys, account, kind):
     assert train(cached, train_num_steps=6, save_and_sample_every=3, num_samples=0) == 0
-    newest = cached / "results" / checkpoint.full_name(6)
+    newest = cached / "results" / run_folder.full_name(6)
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 4
     newest.write_bytes({"flipped": data, "cut": data[:-100], "empty": b""}[kind])
@@ -447,7 +446,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(cached, t
 
 def test_a_stop_at_the_step_of_a_damaged_checkpoint_replaces_it(cached, monkeypatch, account):
     assert train(cached, train_num_steps=6, save_and_sample_every=3, num_samples=0) == 0
-    newest = cached / "results" / checkpoint.full_name(6)
+    newest = cached / "results" / run_folder.full_name(6)
     newest.write_bytes(newest.read_bytes()[:-1])
     with monkeypatch.context() as patch:
         at_step(patch, 6, signal_self(signal.SIGTERM))

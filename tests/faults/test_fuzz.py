@@ -34,14 +34,16 @@ from tiny_vae import save_tiny_diffusers_vae, save_tiny_vae
 
 import checkpoint
 import config
+import run_folder
 from checkpoint import DamagedCheckpoint
 from config import UserError
 from images import BadImage, Split, decode
 from latent_cache import MANIFEST_NAME, read_manifest, spaces, verify, write_manifest
 from latent_dataset import SPLIT_NAME
+from metrics_log import METRICS_NAME, Metrics
 from pictures import loss_curve
 from prepare import space_of_manifest
-from run_folder import METRICS_NAME, Metrics, read_state
+from run_folder import read_state
 from vae import load_vae, read_identity
 
 CASES, SECONDS = 300, 60.0  # of the short form, and of the long one
@@ -351,7 +353,7 @@ def test_checkpoints(tmp_path: Path, account: Account, is_long: bool) -> None:
 
 def test_sealed_checkpoints(trained: Path, tmp_path: Path, account: Account, is_long: bool) -> None:
     _, meta = checkpoint.load(next((trained / "results").glob("state-*")))
-    path = tmp_path / checkpoint.full_name(8)
+    path = tmp_path / run_folder.full_name(8)
     tensors = tiny_tensors()
 
     def attempt(draw: random.Random) -> bool:
@@ -362,8 +364,8 @@ def test_sealed_checkpoints(trained: Path, tmp_path: Path, account: Account, is_
             state = read_state(path)
         except UserError:
             return False
-        config.stored_layer(config.TrainSettings, "run", state.meta["settings"])
-        return any("/" in name for name in state.meta["classes"]) or state.step < 0
+        config.stored_layer(config.TrainSettings, "run", state.meta.settings)
+        return any("/" in name for name in state.meta.classes) or state.step < 0
 
     fuzz(account, "checkpoint", "meta, sealed anew", attempt, is_long=is_long)
 
@@ -490,7 +492,7 @@ class Sealed:
 
     def __init__(self, root: Path) -> None:
         self.cache, self.results = root / "latents_cache", root / "results"
-        self.state = self.results / checkpoint.full_name(STEPS)
+        self.state = self.results / run_folder.full_name(STEPS)
         self.tensors, self.meta = checkpoint.load(self.state)
         self.split = json.loads((self.results / SPLIT_NAME).read_bytes())
         self.manifest = json.loads((self.cache / MANIFEST_NAME).read_bytes())

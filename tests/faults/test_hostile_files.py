@@ -38,6 +38,7 @@ import generate as generate_script
 import images
 import latent_cache
 import preprocess_latents
+import run_folder
 import train_latent_cfg
 import weight_files
 from checkpoint import DamagedCheckpoint
@@ -45,8 +46,9 @@ from config import UserError
 from images import Split
 from latent_cache import LatentCache, read_manifest, spaces, verify
 from latent_dataset import SPLIT_NAME, LatentDataset, read_split
+from metrics_log import METRICS_NAME, Metrics
 from prepare import space_of_manifest
-from run_folder import METRICS_NAME, SETTINGS_NAME, Metrics, read_state
+from run_folder import SETTINGS_NAME, read_state
 from vae import load_vae, read_identity
 
 ROOT = Path(latent_cache.__file__).parent
@@ -277,7 +279,7 @@ def hostile_checkpoint(which: str) -> bytes:
 
 def test_a_hostile_checkpoint_is_damaged_and_the_one_before_is_taken(tmp_path: Path, account: Account) -> None:
     saved(tmp_path, 2)
-    path = tmp_path / checkpoint.full_name(4)
+    path = tmp_path / run_folder.full_name(4)
 
     def open_all() -> int:
         wrong = 0
@@ -286,7 +288,7 @@ def test_a_hostile_checkpoint_is_damaged_and_the_one_before_is_taken(tmp_path: P
             with pytest.raises(DamagedCheckpoint) as caught:
                 checkpoint.load(path)
             assert str(caught.value).startswith(f"{path}: ") and len(str(caught.value)) < len(str(path)) + 130
-            found = checkpoint.newest(tmp_path)
+            found = run_folder.find_newest(tmp_path)
             wrong += found is None or found[2] != {"step": 2} or not same(found[1], tiny_tensors(2))
         return wrong
 
@@ -297,15 +299,15 @@ def test_a_hostile_checkpoint_is_damaged_and_the_one_before_is_taken(tmp_path: P
 
 def test_checkpoints_with_holes_of_terabytes_are_refused_unread(tmp_path: Path, account: Account) -> None:
     saved(tmp_path, 2)
-    path = tmp_path / checkpoint.full_name(4)
+    path = tmp_path / run_folder.full_name(4)
 
     def open_all() -> int:
         path.write_bytes(with_length(b"{}".ljust(4000)))
         os.truncate(path, 1 << 40)
-        first = checkpoint.newest(tmp_path)
+        first = run_folder.find_newest(tmp_path)
         path.write_bytes(with_length(b"{}", length=4 << 20))
         os.truncate(path, 1 << 40)
-        second = checkpoint.newest(tmp_path)
+        second = run_folder.find_newest(tmp_path)
         return sum(found is None or found[2] != {"step": 2} for found in (first, second))
 
     wrong, memory = in_child(open_all)
@@ -315,18 +317,18 @@ def test_checkpoints_with_holes_of_terabytes_are_refused_unread(tmp_path: Path, 
 
 def test_the_newest_falls_back_over_whatever_is_in_the_way(tmp_path: Path, account: Account) -> None:
     saved(tmp_path, 2)
-    made = [checkpoint.full_name(step) for step in (8, 7, 6, 5, 4)]
+    made = [run_folder.full_name(step) for step in (8, 7, 6, 5, 4)]
     for kind, name in zip(ODDITIES, made, strict=True):
         put_oddity(kind, tmp_path / name)
     saved(tmp_path, 3).write_bytes(b"")
 
     def find() -> list[Any]:
-        found = checkpoint.newest(tmp_path)
+        found = run_folder.find_newest(tmp_path)
         assert found is not None and same(found[1], tiny_tensors(2))
         return [found[2], [warning.split(":")[0] for warning in found[3]]]
 
     (meta, told), _ = in_child(find)
-    assert told == [str(tmp_path / name) for name in (*made, checkpoint.full_name(3))]
+    assert told == [str(tmp_path / name) for name in (*made, run_folder.full_name(3))]
     account.add(
         "no file where a checkpoint should be", "folder, links, pipe, device, empty", cases=6, wrong=meta != {"step": 2}
     )
@@ -472,7 +474,7 @@ def test_a_sealed_checkpoint_of_nonsense_is_refused_and_writes_nothing(
     finished: Path, account: Account, capsys: pytest.CaptureFixture[str], is_long: bool
 ) -> None:
     results = finished / "results"
-    path = results / checkpoint.full_name(STEPS)
+    path = results / run_folder.full_name(STEPS)
     tensors, whole = checkpoint.load(path)
     for other in results.glob("*.safetensors"):
         other.unlink()
@@ -499,7 +501,7 @@ def test_a_sealed_checkpoint_of_nonsense_is_refused_and_writes_nothing(
 def test_an_optimizer_without_all_its_moments_is_refused(
     finished: Path, account: Account, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = finished / "results" / checkpoint.full_name(STEPS)
+    path = finished / "results" / run_folder.full_name(STEPS)
     tensors, meta = checkpoint.load(path)
     changes: list[Callable[[dict[str, torch.Tensor]], object]] = [
         lambda t: t.pop("optimizer.0.exp_avg"),
@@ -526,7 +528,7 @@ def test_an_optimizer_without_all_its_moments_is_refused(
 def test_weights_of_another_network_than_the_meta_say_are_refused(
     finished: Path, account: Account, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = finished / "results" / checkpoint.ema_name(STEPS)
+    path = finished / "results" / run_folder.ema_name(STEPS)
     tensors, meta = checkpoint.load(path)
     name = next(iter(tensors))
     for changed in ({name: torch.zeros(3)}, {"ema.more": torch.zeros(1)}):

@@ -344,7 +344,7 @@ def test_kills_while_a_run_saves(world, reference, account, is_long):
 
     def train_and_die(name: str, call: str, after: bool, tell: Tell) -> None:
         def deadly_publish(path: Path, data: list) -> None:
-            is_last = (path.parent / checkpoint.full_name(STEPS)).exists()
+            is_last = (path.parent / run_folder.full_name(STEPS)).exists()
             is_due = path.name == name and (is_last or name != "loss.png")
             with fault_at(0 if is_due else None, killing(after=after), only=(call,)):
                 publish(path, data)
@@ -352,7 +352,7 @@ def test_kills_while_a_run_saves(world, reference, account, is_long):
         with mock.patch.object(durable, "publish", deadly_publish):
             _train(world, HALF, tell)
 
-    names = (checkpoint.full_name(HALF), checkpoint.ema_name(HALF), checkpoint.full_name(STEPS), "loss.png")
+    names = (run_folder.full_name(HALF), run_folder.ema_name(HALF), run_folder.full_name(STEPS), "loss.png")
     cases = [(name, "rename", name != "loss.png") for name in names]
     if is_long:
         cases = list(itertools.product(names, ("write", "fsync", "rename"), (False, True)))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import checkpoint
 import images
 import latent_dataset
+import optimizer_state
 import run_folder
 import script
 import train_latent_cfg
@@ -326,7 +327,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment(cached, monke
     trainer.start(plan)
 
     def weights() -> dict[str, Tensor]:
-        state, _ = checkpoint.pack_training_state(trainer.diffusion, trainer.ema.model, trainer.optimizer, None)
+        state, _ = optimizer_state.pack_training_state(trainer.diffusion, trainer.ema.model, trainer.optimizer, None)
         return {name: tensor.clone() for name, tensor in state.items()}
 
     trainer.train_step()
@@ -391,7 +392,8 @@ def test_an_overflow_of_the_loss_scale_only_lowers_it(cached, monkeypatch, accou
     monkeypatch.setattr(torch.amp, "GradScaler", steep)
     assert train(cached, precision="float16", num_samples=0) == 0
     state = run_folder.newest_state(cached / "results")
-    assert state is not None and 0 < state.meta["training"]["scaler"]["scale"] < 2.0**40
+    assert state is not None and state.meta.training is not None
+    assert 0 < state.meta.training["scaler"]["scale"] < 2.0**40
     account.add(
         "a gradient that overflows float16", "a loss scale of 2^40", cases=1, wrong=sick_tensors(cached / "results")
     )
