@@ -110,9 +110,9 @@ class Generator(TrainedModel):
     def __init__(
         self, settings: GenerateSettings, state: SavedState, device: torch.device, ranks: Ranks = ALONE
     ) -> None:
+        self.classes = _chosen_classes(settings.classes, state.meta.classes)  # a misspelt name is told at once
         super().__init__(settings, state, device)
         self.ranks = ranks
-        self.classes = _chosen_classes(settings.classes, self.all_classes)
         self.folder = Path(settings.output_folder)
         self.is_compiled = False
         interval = settings.guidance_interval

@@ -77,7 +77,8 @@ class LatentNorm:
 
     def to_json(self) -> dict[str, list[float]]:
         """Gives plain lists that `from_json` reads back bit for bit."""
-        return {"shift": self.shift.tolist(), "scale": self.scale.tolist()}
+        # By name, as checkpoints keep them: an export made again must have the same bytes.
+        return {"scale": self.scale.tolist(), "shift": self.shift.tolist()}
 
     @classmethod
     def from_json(cls, plain: dict[str, list[float]]) -> "LatentNorm":

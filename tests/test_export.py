@@ -123,6 +123,7 @@ def test_the_config_says_all_that_a_sampler_must_know(trained, tmp_path):
     _, meta = checkpoint.load(trained / "results" / run_folder.ema_name(STEPS))
     assert facts["class_names"] == list(CLASSES) and facts["step"] == STEPS
     assert facts["latent_shape"] == [4, 8, 8] and facts["latent_norm"] == meta["latent_norm"]
+    assert list(facts["latent_norm"]) == ["scale", "shift"]  # the same bytes as an export of an earlier version
     assert (facts["objective"], facts["timesteps"], facts["beta_schedule"]) == ("pred_v", 1000, "cosine")
     assert facts["vae"]["path"] == str(trained / "vae.pt") and facts["vae"]["scale_factor"] == meta["scale_factor"]
     assert facts["guidance"] == [1.5] * (len(facts["levels"]) - 1) and facts["image_size"] == 16
