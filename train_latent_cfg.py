@@ -529,13 +529,19 @@ class Trainer:
         if plan.state is not None:
             say(f"going on from step {self.finished_steps:,} of {plan.state.path}")
 
+    @property
+    def norm(self) -> LatentNorm:
+        """How the latents are normalised, once `start` has measured it or taken it from the state."""
+        assert self.dataset.norm is not None
+        return self.dataset.norm
+
     def begin_alike(self) -> None:
         """Makes sure that all processes begin with the same numbers."""
         ranks, networks = self.ranks, (self.diffusion, self.ema.model)
         ranks.check_same({"the number format": self.dtype}, "give --precision")
         ranks.check_same({"a compiled network": self.is_compiled}, "give --compile false")
         ranks.copy_of_main(tensor for network in networks for tensor in network.state_dict().values())
-        self.dataset.set_norm(LatentNorm.from_json(ranks.of_main(self.dataset.norm.to_json())))  # type: ignore[union-attr]
+        self.dataset.set_norm(LatentNorm.from_json(ranks.of_main(self.norm.to_json())))
 
     def choose_network(self, began_compiled: bool | None) -> str:
         """Compiles the network that gives the losses, or leaves it as it is; returns what it did, and why.
@@ -729,20 +735,19 @@ class Trainer:
     def _refuse_company(self, folder: Path) -> None:
         """Raises Failed when another process has saved there meanwhile; without locks, one of two goes on."""
         newest = run_folder.newest_stamp(folder)
-        if newest not in self.known_saves:
+        if newest is not None and newest not in self.known_saves:
             raise Failed(
-                f"another training saves in {folder} too: {newest[0]} there is not of this process, which ends unsaved "  # type: ignore[index]
+                f"another training saves in {folder} too: {newest[0]} there is not of this process, which ends unsaved "
                 f"at step {self.finished_steps:,}; let the other go on alone, or give each its own --results_folder"
             )
 
     def _meta(self) -> RunMeta:
         chosen, dataset = self.data.chosen, self.dataset
-        assert dataset.norm is not None  # `start` has fitted or restored it
         return RunMeta(
             step=self.finished_steps,
             settings=config.to_dict(self.settings),
             classes=self.data.split.classes,
-            latent_norm=dataset.norm,
+            latent_norm=self.norm,
             space=chosen.space,
             scale_factor=chosen.scale_factor,
             shift_factor=chosen.shift_factor,
@@ -838,7 +843,7 @@ def make_grid_maker(trainer: Trainer, folder: Path, metrics: Metrics) -> GridMak
     """Makes what samples and draws the grids."""
     return GridMaker(
         trainer.settings,
-        trainer.ema.model,  # type: ignore[arg-type]
+        trainer.ema.model,
         trainer.dtype,
         trainer.dataset,
         trainer.data.split.classes,
@@ -875,7 +880,7 @@ def tell_disk(trainer: Trainer, grids: GridMaker, plan: Plan, *, num_missing: in
     """Says what the saves to come, with their grids, and the latents that are missing will take on the disk."""
     settings, every = trainer.settings, trainer.settings.save_and_sample_every
     num_saves = math.ceil(trainer.num_steps / every) - trainer.finished_steps // every
-    states = run_folder.bytes_for_saves(plan.results, num_saves, trainer.diffusion, trainer.ema.model)  # type: ignore[arg-type]
+    states = run_folder.bytes_for_saves(plan.results, num_saves, trainer.diffusion, trainer.ema.model)
     disk.tell(
         states + num_saves * grids.expected_bytes(),
         f"{num_saves:,} save{'s' * (num_saves > 1)}",

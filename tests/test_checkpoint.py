@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from bounds import in_child
 from os_faults import overwrite
 from tiny_checkpoint import same, saved, tiny_tensors
 from torch import nn
@@ -107,6 +108,24 @@ def test_what_cannot_be_read_back_is_refused(tmp_path):
     with pytest.raises(ValueError, match="can be read back"):
         checkpoint.save(tmp_path / "x", tiny_tensors(), {"log": "x" * (5 << 20)})
     assert not list(tmp_path.iterdir())
+
+
+def test_saving_takes_no_memory_besides_the_tensors_and_loading_takes_the_file_and_them(tmp_path):
+    tensors = {f"model.{i}": torch.ones(8 << 18) for i in range(8)}  # 8 MiB each
+    size = 64 << 20
+
+    def load_and_compare() -> bool:
+        return same_sums(checkpoint.load(tmp_path / "x")[0], tensors)
+
+    _, growth = in_child(lambda: checkpoint.save(tmp_path / "x", tensors, {}))
+    assert growth < size / 4
+    is_same, growth = in_child(load_and_compare)
+    assert is_same and growth < 2.5 * size
+
+
+def same_sums(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Compares large tensors faster than `same` does."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_another_format_number_is_a_user_error(tmp_path):
