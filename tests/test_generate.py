@@ -31,6 +31,7 @@ import run_folder
 import sampling
 import sweep
 import train_latent_cfg
+import trained_model
 import vae
 from config import UserError
 from draws import sample_generator
@@ -120,7 +121,7 @@ def test_a_rerun_makes_only_what_is_missing(make, tmp_path, monkeypatch, capsys)
     assert "5 of the images are already there" in said and "1 images made in" in said
     assert image_files(folder) == before and kept.stat().st_mtime_ns == time_kept
     monkeypatch.setattr(sampling, "sample_padded", lambda *a, **k: pytest.fail("sampled"))
-    monkeypatch.setattr(generate_script, "sample_padded", lambda *a, **k: pytest.fail("sampled"))
+    monkeypatch.setattr(trained_model, "sample_padded", lambda *a, **k: pytest.fail("sampled"))
     assert make() == 0
 
 
@@ -253,7 +254,7 @@ def test_a_file_that_cannot_be_written_ends_the_work_in_one_line_and_the_rest_is
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(durable, "publish", full_disk)
-        patch.setattr(generate_script, "sample_padded", noted)
+        patch.setattr(trained_model, "sample_padded", noted)
         assert make("part", images_per_class=20) == 1
     error = pipeline.one_error(capsys)
     assert "ID_1_000003.jpg" in error and "No space left on device" in error
