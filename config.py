@@ -194,25 +194,6 @@ class PreprocessSettings(ImageSettings, DryRunSettings):
         needed=False,
         path=True,
     )
-    import_folder: str | None = _setting(
-        None,
-        str,
-        CACHE,
-        "folder of user_07_name.pt files, the latents of an older script, to make a cache of",
-        words=("none",),
-        path=True,
-    )
-    import_scale_factor: float = _setting(
-        0.18215, float, CACHE, "what the older script multiplied its latents by", low=1e-6, high=1e6
-    )
-    import_split: str | None = _setting(
-        None,
-        str,
-        DATA,
-        "JSON, CSV or text file with the names of the older script's training (and test) images",
-        words=("none",),
-        path=True,
-    )
 
 
 @dataclass(frozen=True)
@@ -701,6 +682,8 @@ def read_file(cls: type, path: str) -> Layer:
     known = {name: spec for other in SCRIPTS.values() for name, spec in specs(other).items()}
     values = {}
     for name, texts in _read_pairs(path):
+        if name in _GONE and texts == [_GONE[name][0]]:
+            continue
         if name not in known:
             raise UserError(f"{_unknown_message(name, known)}, in {path}")
         value = parse(name, texts, specs(cls).get(name, known[name]), path)
@@ -745,8 +728,18 @@ _OTHER_NAMES = {
 }
 
 
+# Settings of earlier versions: what a file of settings says where nobody used one, and what takes its place.
+_GONE = {
+    "import_folder": ("none", "give --data_path, for the images of imported latents are encoded again"),
+    "import_scale_factor": ("0.18215", "it belonged to --import_folder"),
+    "import_split": ("none", "choose training images with --images_per_user, --split and --seed"),
+}
+
+
 def _unknown_message(name: str, known: Iterable[str], prefix: str = "") -> str:
     plain, known = name.lstrip("-").replace("-", "_"), list(known)
+    if plain in _GONE:
+        return f"there is no setting {name} any more; {_GONE[plain][1]}"
     near = [other for other in (_OTHER_NAMES.get(plain),) if other in known]
     near += difflib.get_close_matches(plain, known, n=1, cutoff=0.8)
     near += [other for other in known if f"_{plain}_" in f"_{other}_"]  # a part of a name, in whole words

@@ -494,7 +494,7 @@ def checked_vae(vae_path: str | None, meta: dict[str, Any]) -> str:
         raise UserError("--vae_path is needed: the checkpoint does not name a VAE")
     identity = vae.read_identity(vae_path)
     trained = Space.stored(meta["space"])
-    if trained.is_imported:  # nobody knows which VAE made them
+    if trained.is_imported:  # by an earlier version, and nobody knows which VAE made them
         check_decodes(vae_path, identity, trained.moments_shape[0] // 2)
         return vae_path
     space = Space.of(identity.fingerprint, meta["settings"]["image_size"], RECIPE, trained.moments_shape)

@@ -103,12 +103,6 @@ class Space:
         return cls(json.loads(_canonical(spec)))
 
     @classmethod
-    def imported(cls, image_size: int, moments_shape: Sequence[int], scale_factor: float) -> "Space":
-        """Describes latents that another program made: of an unknown VAE, and divided by this factor."""
-        fingerprint = {"imported": "latents of another program", "scale_factor": scale_factor}
-        return cls.of(fingerprint, image_size, {"version": "unknown"}, moments_shape)
-
-    @classmethod
     def stored(cls, spec: object) -> "Space":
         """Takes a spec out of a file; raises ValueError unless it could be one that `of` made."""
         if not isinstance(spec, dict) or spec.keys() != _SPEC_FIELDS or not _is_shallow(spec):
@@ -138,7 +132,7 @@ class Space:
 
     @property
     def is_imported(self) -> bool:
-        """Says whether no VAE is known that makes these latents, so that none can add to them."""
+        """Says whether an earlier version took these latents over from another program, whose VAE nobody knows."""
         return "imported" in self.spec["vae"]
 
     @property

@@ -42,8 +42,6 @@ from preview import draw_preview
 from ranks import Ranks, joined
 from script import DONE, FAILED, Failed, StopSignals, say, warn
 
-_BELONGS_TO = {"yes": "prune", "import_split": "import_folder", "import_scale_factor": "import_folder"}
-
 
 @script.command
 def main(argv: Sequence[str] | None) -> int:
@@ -72,20 +70,19 @@ def resolve(argv: Sequence[str] | None) -> tuple[PreprocessSettings, dict[str, s
 def other_work(
     settings: PreprocessSettings, ranks: Ranks
 ) -> Callable[[PreprocessSettings, dict[str, str]], int] | None:
-    """Returns what is asked for besides encoding, a check, a prune or an import.
+    """Returns what is asked for besides encoding, a check or a prune.
 
     Raises:
         UserError: for two at once, and for several processes, which only encode together.
     """
-    works = {"verify": cache_work.verify, "prune": cache_work.prune, "import_folder": cache_work.import_latents}
+    works = {"verify": cache_work.verify, "prune": cache_work.prune}
     asked = [name for name in works if getattr(settings, name)]
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are two commands; give one of them")
     if settings.dry_run and asked:
         raise UserError(f"--dry_run is for encoding; leave it or --{asked[0]} out")
-    for name, owner in _BELONGS_TO.items():
-        if getattr(settings, name) != config.defaults(PreprocessSettings)[name] and not getattr(settings, owner):
-            raise UserError(f"--{name} belongs to --{owner}")
+    if settings.yes and not settings.prune:
+        raise UserError("--yes belongs to --prune")
     for name in (*asked, *["dry_run"] * settings.dry_run):
         ranks.must_be_alone(f"--{name}")
     return works[asked[0]] if asked else None
@@ -130,9 +127,7 @@ def open_work(settings: PreprocessSettings, sources: dict[str, str], device: tor
     """Chooses the images and the space, and says what there is to encode."""
     folder = Path(settings.output_folder)
     script.check_writable(folder, "output_folder", dry_run=settings.dry_run)
-    manifest = latent_cache.read_manifest(folder)
-    if manifest is not None and manifest.space.is_imported:  # whose split no setting draws again
-        raise UserError(f"{folder} holds imported latents; give another --output_folder for latents of images")
+    manifest = prepare.manifest_of_images(folder)
     if not prepare.images_at_hand(settings, sources, may_lack=False):
         raise UserError(prepare.no_images_message(settings.data_path))
     split = prepare.choose_images(settings, at_hand=True, stored=None, where=str(folder))

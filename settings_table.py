@@ -75,13 +75,6 @@ HELP_ZH = {
     "run folders whose latents --prune keeps, besides those of the cache's own split": (
         "`--prune` 除缓存自身的划分外还为其保留 latent 的训练结果文件夹"
     ),
-    "folder of user_07_name.pt files, the latents of an older script, to make a cache of": (
-        "旧脚本留下的 latent 文件夹（`user_07_name.pt` 文件），由它建立缓存"
-    ),
-    "what the older script multiplied its latents by": "旧脚本给 latent 乘的系数",
-    "JSON, CSV or text file with the names of the older script's training (and test) images": (
-        "旧脚本的训练（及测试）图像名单：JSON、CSV 或文本文件"
-    ),
     "check a cache instead of filling it: every seal, and a few images decoded": (
         "不编码，只检查缓存：核对每一行的校验和，并解码几张图像"
     ),

@@ -153,10 +153,11 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
     typed = config.resolve(TrainSettings, layers).settings
     newest_save = checkpoint.newest_stamp(typed.results_folder)
     origin, state = find_run(Path(typed.results_folder), typed.resume_from)
+    _refuse_imported(origin, state)
     stored = {} if state is None else {k: v for k, v in state.meta["settings"].items() if k not in _NOT_INHERITED}
     layers.append(config.stored_layer(TrainSettings, f"run {origin}", stored))
     folder = config.resolve(TrainSettings, layers).settings.latents_cache_folder
-    manifest = latent_cache.read_manifest(folder)
+    manifest = prepare.manifest_of_images(folder)
     about_cache = {} if manifest is None else manifest.settings
     layers.append(config.stored_layer(TrainSettings, f"manifest of {folder}", about_cache, only_about_cache=True))
     resolved = config.resolve(TrainSettings, layers)
@@ -202,6 +203,15 @@ def _say_warnings(state: SavedState | None) -> SavedState | None:
     for line in state.warnings if state is not None else ():
         warn(line)
     return state
+
+
+def _refuse_imported(origin: Path | None, state: SavedState | None) -> None:
+    """Raises UserError for a run on latents that an earlier version took over from another program."""
+    if state is not None and Space.stored(state.meta["space"]).is_imported:
+        raise UserError(
+            f"the run in {origin} was trained on imported latents and cannot go on in this version (generate.py still "
+            "takes it); start another run on the images with another --results_folder"
+        )
 
 
 def _refuse_changes(stored: dict[str, Any], settings: TrainSettings, origin: Path | None) -> None:
@@ -285,12 +295,9 @@ def open_data(plan: Plan, device: torch.device, ranks: Ranks = ALONE) -> Data:
     settings, folder = plan.settings, plan.cache_folder
     goes_on = plan.state is not None  # the split is the run's own, so that nothing else can be meant
     known = _known_space(plan)
-    if prepare.takes_imported(plan.sources, known, goes_on=goes_on):
-        at_hand, split, chosen = False, _imported_split(plan), prepare.imported_space(settings, known)  # type: ignore[arg-type]
-    else:
-        at_hand = prepare.images_at_hand(settings, plan.sources, may_lack=goes_on)
-        split = _run_split(plan, at_hand)
-        chosen = prepare.choose_space(settings, plan.sources, known, may_lack=goes_on)
+    at_hand = prepare.images_at_hand(settings, plan.sources, may_lack=goes_on)
+    split = _run_split(plan, at_hand)
+    chosen = prepare.choose_space(settings, plan.sources, known, may_lack=goes_on)
     prepare.warn_of_shared_content(split)
     _check_same_space(plan, chosen)
     reason = durable.why_not_permitted(folder) if settings.dry_run else durable.why_not_writable(folder)
@@ -333,15 +340,6 @@ def _run_split(plan: Plan, at_hand: bool) -> Split:
     if plan.settings.skip_bad_images and stored is not None:
         split = split.without(stored.skipped)
     return split
-
-
-def _imported_split(plan: Plan) -> Split:
-    """Returns the run's own split when it goes on, else the one that the imported latents came with."""
-    own = None if plan.origin is None else read_split(plan.origin)
-    if own is not None:
-        return own
-    folder = plan.cache_folder
-    return prepare.imported_split(plan.settings, plan.sources, read_split(folder), str(folder))
 
 
 def _known_space(plan: Plan) -> ChosenSpace | None:

@@ -607,7 +607,6 @@ def test_the_first_of_several_processes_prints_the_help_and_exports(trained, tmp
     [
         (preprocess, {"verify": "true"}),
         (preprocess, {"prune": "true"}),
-        (preprocess, {"import_folder": "latents"}),
         (preprocess, {"dry_run": "true"}),
         (train, {"dry_run": "true"}),
         (generate, {"dry_run": "true"}),
@@ -615,7 +614,6 @@ def test_the_first_of_several_processes_prints_the_help_and_exports(trained, tmp
 )
 def test_what_cannot_be_shared_is_refused_by_one_sentence_and_does_nothing(trained, tmp_path, command, asked):
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    asked = {name: tmp_path if name == "import_folder" else value for name, value in asked.items()}
     codes, told = Company(tmp_path, lambda rank: command(trained, **asked)).end()
     assert codes == [2, 2]
     assert one_told(told) == f"error: --{next(iter(asked))} is for one process; start it without torchrun"
