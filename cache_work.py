@@ -182,7 +182,7 @@ def prune(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     """Lists what nobody needs in a cache and, with --yes, removes it."""
     found = _open_finished(settings, sources)
     if settings.yes:  # told from permissions: a full disk, on which no file can be made, is why one prunes
-        script.check_writable(found.folder, "output_folder", dry_run=True)
+        script.check_writable(found.folder, "output_folder", by_trying=False)
     used = found.manifest.space
     needed = _needed_keys(settings, sources, found)
     plan = cache_check.plan_prune(found.folder, used, needed)

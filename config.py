@@ -84,15 +84,6 @@ class MachineSettings:
 
 
 @dataclass(frozen=True)
-class DryRunSettings(MachineSettings):
-    """Settings of the scripts that can tell what they would do."""
-
-    dry_run: bool = _setting(
-        False, bool, MACHINE, "say what would be done and about how long it takes, and write nothing", free=True
-    )
-
-
-@dataclass(frozen=True)
 class ImageSettings(MachineSettings):
     """Settings of the scripts that read images: what is encoded, and by which VAE."""
 
@@ -166,7 +157,7 @@ class ImageSettings(MachineSettings):
 
 
 @dataclass(frozen=True)
-class PreprocessSettings(ImageSettings, DryRunSettings):
+class PreprocessSettings(ImageSettings):
     """Settings of preprocess_latents.py."""
 
     output_folder: str = _setting("./latents_cache", str, CACHE, "the cache folder", path=True)
@@ -249,7 +240,7 @@ class SamplingSettings(MachineSettings):
 
 
 @dataclass(frozen=True)
-class TrainSettings(SamplingSettings, ImageSettings, DryRunSettings):
+class TrainSettings(SamplingSettings, ImageSettings):
     """Settings of train_latent_cfg.py."""
 
     latents_cache_folder: str = _setting("./latents_cache", str, CACHE, "the cache folder", path=True, free=True)
@@ -384,7 +375,7 @@ class TrainSettings(SamplingSettings, ImageSettings, DryRunSettings):
 
 
 @dataclass(frozen=True)
-class GenerateSettings(SamplingSettings, DryRunSettings):
+class GenerateSettings(SamplingSettings):
     """Settings of generate.py."""
 
     checkpoint: str = _setting("./results", str, OUTPUT, "run folder, or one checkpoint file in it", path=True)
@@ -730,9 +721,10 @@ _OTHER_NAMES = {
 
 # Settings of earlier versions: what a file of settings says where nobody used one, and what takes its place.
 _GONE = {
-    "import_folder": ("none", "give --data_path, for the images of imported latents are encoded again"),
+    "dry_run": ("false", "the disk is told at the start, and the length of a training after its first 50 steps"),
+    "import_folder": ("null", "give --data_path, for the images of imported latents are encoded again"),
     "import_scale_factor": ("0.18215", "it belonged to --import_folder"),
-    "import_split": ("none", "choose training images with --images_per_user, --split and --seed"),
+    "import_split": ("null", "choose training images with --images_per_user, --split and --seed"),
 }
 
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None) -> int:
             with ranks.together():
                 plan = make_plan(argv, ranks)
                 prepare.refuse_to_be_a_class(plan.folder, plan.settings.data_path)
-                script.check_writable(plan.folder, "output_folder", dry_run=False)
+                script.check_writable(plan.folder, "output_folder")
                 states = sweep.find_states(plan) if plan.settings.sweep else []
             ranks.check_same(_facts(plan), "start all with the same command, and let all see the same folders")
             if states:

@@ -38,7 +38,6 @@ from PIL import Image
 
 import disk
 import durable
-import forecast
 import hardware
 import images
 import pictures
@@ -68,11 +67,7 @@ def main(argv: Sequence[str] | None) -> int:
         try:
             with ranks.together():
                 generator = open_generator(argv, ranks)
-                if generator.settings.dry_run:
-                    ranks.must_be_alone("--dry_run")
             ranks.check_same(generator.facts(), "start all with the same command, and let all see the same run")
-            if generator.settings.dry_run:
-                return generator.dry_run()
             return generator.make_strip() if generator.settings.strip else generator.make_images()
         except torch.OutOfMemoryError as error:
             raise Failed(hardware.TOO_LITTLE_MEMORY) from error
@@ -147,37 +142,6 @@ class Generator:
             f"{str(self.dtype).removeprefix('torch.')} ({reason}) on {hardware.describe(device)}"
         )
 
-    def dry_run(self) -> int:
-        """Samples and decodes one image, says what the whole would take, and writes nothing."""
-        self._go_on_as_begun()
-        cells = [] if self.settings.strip else _not_there(self._cells())
-        count = len(self.settings.strip) * len(self.classes) if self.settings.strip else len(cells)
-        if count:
-            self.decoder.open()
-        script.check_writable(self.folder, "output_folder", dry_run=True)
-        if not self.settings.strip:
-            self._choose_network(count)
-            self._refuse_other_images()
-            there = len(self.classes) * self.settings.images_per_class - count
-            say(f"{there:,} of the images are already there, {count:,} to make in {self.folder}")
-            self._tell_disk(count)
-        if count:
-            label = next(iter(self.classes))
-            samples = self.sample([label], [0], 1.0, steps=1)
-            line = forecast.generating(
-                lambda scale, steps: self.sample([label], [0], scale, steps=steps, interval=(0, 1)),
-                lambda: self.decoder(samples),
-                self.device,
-                num_images=count,
-                batch=BATCH_SIZE,
-                steps=self._steps_to_take(count),
-                most_steps=self.steps,
-            )
-            say(line)
-            say(forecast.memory(self.device))
-        say(script.DRY_RUN_END)
-        return DONE
-
     def _steps_to_take(self, count: int) -> Counter[float]:
         """Counts the solver steps of all batches by their guidance scale, for so many images or the strip."""
         strip = self.settings.strip
@@ -200,7 +164,7 @@ class Generator:
             cells = _not_there(self._cells())
             self._go_on_as_begun()
             self._choose_network(len(cells))
-            script.check_writable(self.folder, "output_folder", dry_run=True)
+            script.check_writable(self.folder, "output_folder")
             if cells:
                 self.decoder.open()  # before anything is written
             self._refuse_other_images()  # before minutes of compiling
@@ -367,7 +331,6 @@ class Generator:
 
     def _check_output_folder(self) -> None:
         """Refuses a folder whose images were made in another way, and writes down how these are made."""
-        script.check_writable(self.folder, "output_folder", dry_run=False)
         for place in (self.folder, *(self.folder / name for name in self.classes.values())):
             durable.remove_stale_temporaries(place)
         self._refuse_other_images()
@@ -423,7 +386,7 @@ class Generator:
         """Draws one image per class and guidance scale, with the same noise along a row; rank 0 does so."""
         if not self.ranks.is_main:
             return DONE
-        script.check_writable(self.folder, "output_folder", dry_run=False)
+        script.check_writable(self.folder, "output_folder")
         self.decoder.open()  # first, for it says how all is computed: float32 on a GPU as TF32 or not
         scales, columns = self.settings.strip, []
         labels = list(self.classes)

@@ -142,9 +142,6 @@ HELP_ZH = {
     "columns of the sample grid; 0 makes no grid": "样本网格图的列数；0 表示不生成",
     "steps between lines of metrics.jsonl": "每隔多少步在 metrics.jsonl 中写一行",
     "bit-exact resume on a GPU, at some cost in speed": "在 GPU 上续训时逐位一致，速度略有损失",
-    "say what would be done and about how long it takes, and write nothing": (
-        "只说明将要做什么、大约需要多久，不写入任何内容"
-    ),
     "where figures and grids go, too: auto is tensorboard where it is installed; wandb sends them to its server": (
         "数据与网格图另外送往何处：auto 在装有 TensorBoard 时用它；wandb 会发送到其服务器"
     ),

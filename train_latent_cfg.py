@@ -1,7 +1,6 @@
 """Trains a class-conditional latent diffusion model with classifier-free guidance.
 
     python train_latent_cfg.py
-    python train_latent_cfg.py --dry_run
     python train_latent_cfg.py --vae_path kl_vae_best.pt --data_path Normal_line --max_hours 11.5
 
 It reads the cache that preprocess_latents.py made, and encodes and caches what is missing there when it is first
@@ -36,7 +35,6 @@ from torch import Tensor
 import checkpoint
 import disk
 import durable
-import forecast
 import hardware
 import latent_cache
 import prepare
@@ -73,8 +71,7 @@ def train(argv: Sequence[str] | None, ranks: Ranks) -> int:
     with ranks.together():
         plan = make_plan(argv)
         _check_share(plan.settings, ranks)
-        if not plan.settings.dry_run:
-            durable.remove_stale_temporaries(plan.results)
+        durable.remove_stale_temporaries(plan.results)
         facts = _facts_of_plan(plan)
     ranks.check_same(facts, "start all with the same command, and let all see the same --results_folder")
     with ranks.together():
@@ -94,8 +91,6 @@ def train(argv: Sequence[str] | None, ranks: Ranks) -> int:
         if ranks.count > 1:
             _fill(data.dataset, ranks)
         trainer = Trainer(plan.settings, data, device, ranks)
-        if plan.settings.dry_run:
-            return dry_run(trainer, plan)
         if ranks.is_main:
             write_cache_defaults(plan, data)
         trainer.start(plan)
@@ -231,8 +226,6 @@ def _refuse_impossible(settings: TrainSettings) -> None:
 
 def _check_share(settings: TrainSettings, ranks: Ranks) -> None:
     """Raises UserError unless each process gets as many latents of a step as any other."""
-    if settings.dry_run:
-        ranks.must_be_alone("--dry_run")
     if batch_size(settings) % ranks.count:
         raise UserError(
             f"a step sees {batch_size(settings)} latents (--train_batch_size {settings.train_batch_size} times "
@@ -263,7 +256,7 @@ def _facts_of_data(data: "Data", device: torch.device) -> dict[str, object]:
 
 
 def _check_results_folder(plan: Plan) -> None:
-    script.check_writable(plan.results, "results_folder", dry_run=plan.settings.dry_run)
+    script.check_writable(plan.results, "results_folder")
     if plan.state is None:
         prepare.refuse_to_be_a_class(plan.results, plan.settings.data_path)
     if plan.state is None and any(plan.results.glob("ema-*.safetensors")):
@@ -300,10 +293,10 @@ def open_data(plan: Plan, device: torch.device, ranks: Ranks = ALONE) -> Data:
     chosen = prepare.choose_space(settings, plan.sources, known, may_lack=goes_on)
     prepare.warn_of_shared_content(split)
     _check_same_space(plan, chosen)
-    reason = durable.why_not_permitted(folder) if settings.dry_run else durable.why_not_writable(folder)
+    reason = durable.why_not_writable(folder)
     if reason is not None:
         say(f"{folder} takes no files ({reason}): what is encoded in this run stays in memory")
-    cache = LatentCache(folder, chosen.space, writable=reason is None and not settings.dry_run)
+    cache = LatentCache(folder, chosen.space, writable=reason is None)
     for problem in cache.problems:
         warn(problem)
 
@@ -508,7 +501,7 @@ class Trainer:
         else:
             self._restore(plan.state)
         compiled = self.choose_network(None if plan.state is None else plan.state.meta.get("compiled", False))
-        if self.ranks.is_main and not self.settings.dry_run:
+        if self.ranks.is_main:
             run_folder.write_plan(plan.results, config.to_yaml(self.settings), self.data.split)
         parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
         shared = "" if self.ranks.count == 1 else f", {self.share} on each of {self.ranks.count} processes"
@@ -843,32 +836,9 @@ def make_grid_maker(trainer: Trainer, folder: Path, metrics: Metrics) -> GridMak
     )
 
 
-def dry_run(trainer: Trainer, plan: Plan) -> int:
-    """Encodes a few images, takes a few steps and rehearses a grid, to say what the run takes; writes nothing.
-
-    The steps are the real ones, on random latents where an image is not encoded yet. All stays in memory.
-    """
-    dataset = trainer.dataset
-    missing, encoder = dataset.missing(), dataset.encode
-    say(forecast.encoding(dataset, missing))
-    dataset.encode, dataset.read_image = forecast.random_moments(dataset.moments_shape), forecast.blank_image
-    trainer.start(plan)
-    trainer.losses_of, trainer.is_compiled = trainer.diffusion, False
-    first_step = trainer.finished_steps
-    say(forecast.training(trainer.train_step, trainer.num_steps - first_step, trainer.device))
-    trainer.finished_steps = first_step
-    metrics = Metrics(plan.results, step=first_step, earlier=plan.origin, writes=False)
-    grids = make_grid_maker(trainer, plan.results, metrics)
-    grids.rehearse()
-    say(f"{forecast.memory(trainer.device)}{' with the encoder' if missing and encoder is not None else ''}")
-    tell_disk(trainer, grids, plan, num_missing=len(missing))
-    say(script.DRY_RUN_END)
-    return DONE
-
-
 def tell_disk(trainer: Trainer, grids: GridMaker, plan: Plan, *, num_missing: int) -> None:
     """Says what the saves to come, with their grids, and the latents that are missing will take on the disk."""
-    settings, every = trainer.settings, trainer.settings.save_and_sample_every
+    every = trainer.settings.save_and_sample_every
     num_saves = math.ceil(trainer.num_steps / every) - trainer.finished_steps // every
     states = checkpoint.bytes_for_saves(plan.results, num_saves, trainer.diffusion, trainer.ema.model)  # type: ignore[arg-type]
     disk.tell(
@@ -878,7 +848,7 @@ def tell_disk(trainer: Trainer, grids: GridMaker, plan: Plan, *, num_missing: in
         remedy="raise --save_and_sample_every, or give another --results_folder",
     )
     cache = trainer.dataset.cache
-    if cache.writable or settings.dry_run:  # else they stay in memory
+    if cache.writable:  # else they stay in memory
         num_bytes = latent_cache.expected_bytes(cache.space, num_missing)
         disk.tell(num_bytes, f"{num_missing:,} latents", cache.folder, remedy="give another --latents_cache_folder")
 

@@ -34,6 +34,7 @@ import vae
 from config import UserError
 from draws import sample_generator
 from latent_norm import LatentNorm
+from ranks import ALONE
 from sampling import BATCH_SIZE, Decoder, nearest_class, num_solver_steps, sample_padded
 
 
@@ -98,7 +99,7 @@ def test_an_image_does_not_depend_on_what_else_is_asked_for(make, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["", "synthetic", "ID_1", "../data/more"])
-@pytest.mark.parametrize("how", [{}, {"strip": [1.0, 2.0]}, {"dry_run": "true"}])
+@pytest.mark.parametrize("how", [{}, {"strip": [1.0, 2.0]}])
 def test_generated_images_do_not_become_a_class(trained, capsys, place, how):
     before = sorted((trained / "data").rglob("*"))
     assert generate(trained, output_folder=trained / "data" / place, **how) == 2
@@ -304,7 +305,7 @@ def test_auto_compiles_what_repays_it_and_goes_on_as_the_folder_began(make, tmp_
     assert make("few", images_per_class=6) == 0  # as the folder began
     (tmp_path / "many" / "ID_1" / "ID_1_000000.jpg").unlink()
     assert make("many", images_per_class=6) == 0
-    assert make("many", images_per_class=6) == make("many", images_per_class=7, dry_run="true") == 0
+    assert make("many", images_per_class=6) == 0
     capsys.readouterr()
     assert make("many", images_per_class=7, compile="false") == 2
     assert "holds images made with compiled True, now it is False" in pipeline.one_error(capsys)
@@ -541,7 +542,7 @@ def test_the_decoder_gives_up_a_number_format_that_would_change_images(trained, 
     assert told is np.array_equal(images, exact_images) is (expected == torch.float32)
 
 
-@pytest.mark.parametrize("how", [{}, {"strip": [1.0]}, {"dry_run": "true"}])
+@pytest.mark.parametrize("how", [{}, {"strip": [1.0]}])
 def test_all_is_sampled_with_the_same_matrix_products(make, monkeypatch, how):
     torch.backends.cuda.matmul.allow_tf32 = False  # as torch begins; each script sets it
     seen, sample = set(), sampling.LatentDiffusion.sample
@@ -600,20 +601,21 @@ def test_the_decoder_is_built_when_needed_and_each_image_is_decoded_by_itself(tr
     assert np.abs(whole[0] - expected[0].permute(1, 2, 0).numpy() * 255).max() < 0.51
 
 
-def test_auto_means_what_it_did_when_the_run_began(trained, tmp_path, capsys):
+def test_auto_means_what_it_did_when_the_run_began(trained, tmp_path):
     root = shutil.copytree(trained, tmp_path / "world")
     state = run_folder.newest_state(root / "results")
     assert state is not None and state.meta["auto_steps"] == config.AUTO_STEPS
-    flags = {"sampling_timesteps": "auto", "dry_run": True, "output_folder": tmp_path / "synthetic"}
-    assert generate(root, **flags, checkpoint=state.path) == 0
-    assert ", 12 steps of dpm++ " in capsys.readouterr().out
+    flags = {"checkpoint": state.path, "sampling_timesteps": "auto", "device": "cpu"}
+
+    def told(**changes: object) -> str:
+        return generate_script.open_generator(tiny.flags({**flags, **changes}), ALONE).description
+
+    assert ", 12 steps of dpm++ " in told()
     tensors, meta = checkpoint.load(state.path)
     del meta["auto_steps"]  # as in the checkpoints of earlier versions
     checkpoint.save(state.path, tensors, meta)
-    assert generate(root, **flags, checkpoint=state.path) == 0
-    assert ", 20 steps of dpm++ " in capsys.readouterr().out
-    assert generate(root, **flags, checkpoint=state.path, sampler="ddim") == 0
-    assert ", 250 steps of ddim " in capsys.readouterr().out
+    assert ", 20 steps of dpm++ " in told()
+    assert ", 250 steps of ddim " in told(sampler="ddim")
     assert train(root, train_num_steps=state.step + 1, num_samples=0) == 0  # which goes on
     gone_on = run_folder.newest_state(root / "results")
     assert gone_on is not None and gone_on.step == state.step + 1 and gone_on.meta["auto_steps"]["dpm++"] == 20
