@@ -24,7 +24,7 @@ Images are uint8 tensors [N S S 3], labels int64 [N].
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -189,14 +189,6 @@ def _score(said: Tensor, truth: Tensor, num_classes: int) -> Score:
 # --- with and without generated images -----------------------------------------------------------------------
 
 
-Spread = Callable[[list[tuple[str, int]], Callable[[tuple[str, int]], Any]], Iterable[tuple[tuple[str, int], Any]]]
-
-
-def one_by_one(trainings: list[tuple[str, int]], train: Callable[[tuple[str, int]], Any]) -> Iterator[Any]:
-    """Trains one after the other."""
-    return ((which, train(which)) for which in trainings)
-
-
 def trainings_left(seeds: Sequence[int], done: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, int]]:
     """Returns the trainings, as set and seed, that `compare` has still to do."""
     return [(name, seed) for seed in seeds for name in (REAL, SYNTHETIC, BOTH) if str(seed) not in done.get(name, {})]
@@ -215,8 +207,7 @@ def compare(
     seeds: Sequence[int],
     device: torch.device,
     done: Mapping[str, Mapping[str, Any]],
-    save: Callable[[dict[str, Any]], None],
-    spread: Spread = one_by_one,
+    save: Callable[[dict[str, Any]], object],
     class_names: Sequence[str] = (),
     batch_size: int = _BATCH_SIZE,
     progress: Callable[[], None] | None = None,
@@ -231,7 +222,6 @@ def compare(
         seeds: one training of each kind per seed.
         done: `scores` of an earlier call with the same images and settings; what it holds is not trained again.
         save: called with all `scores` after each training.
-        spread: does the trainings, and yields each with what came of it, in the order given.
         class_names: for messages, in label order; without them classes are numbered from 0.
         progress: called after each step; what it raises ends the work. `trainings_left` tells how many will come.
 
@@ -249,8 +239,7 @@ def compare(
     sets = {REAL: [real_set], SYNTHETIC: [synthetic_set], BOTH: [real_set, synthetic_set]}
     scores = {name: dict(done.get(name, {})) for name in sets}
 
-    def train(which: tuple[str, int]) -> dict[str, Any]:
-        name, seed = which
+    for name, seed in trainings_left(seeds, scores):
         score = train_and_test(
             sets[name],
             (test, test_labels),
@@ -261,10 +250,7 @@ def compare(
             batch_size=batch_size,
             progress=progress,
         )
-        return _plain(score)
-
-    for (name, seed), score in spread(trainings_left(seeds, scores), train):
-        scores[name][str(seed)] = score
+        scores[name][str(seed)] = _plain(score)
         save(scores)
     return {
         "num_steps": num_steps,

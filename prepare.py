@@ -450,16 +450,11 @@ def check_vae_of(known: Space, vae_path: str) -> None:
         raise UserError(f"{vae_path} makes other latents than those of the cache ({differences}); give that one")
 
 
-def fill_together(
-    dataset: LatentDataset, ranks: Ranks, signals: StopSignals, *, what: str = ""
-) -> list[tuple[int, str]]:
+def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) -> list[tuple[int, str]]:
     """Encodes all that is missing, each process its share, and takes up what the others have published.
 
     What does not appear in the cache folder is encoded here too: the disk of another process may not be this one, or
     take no files, or the process may have died. When one fails, all end; this belongs in a block of `Ranks.together`.
-
-    Args:
-        what: names the images, where a program fills more than one dataset.
 
     Returns:
         (position, reason) of each image that could not be encoded, equal ones included.
@@ -476,12 +471,12 @@ def fill_together(
         def advance(count: int) -> None:
             bar.advance(count)
             if count:
-                ranks.sign_of_life(f"filled {what}")
+                ranks.sign_of_life(_FILLED)
             ranks.raise_if_stopped(signals)
-            ranks.raise_if_failed(f"filled {what}")
+            ranks.raise_if_failed(_FILLED)
 
         try:
-            bad = _fill_shares(dataset, missing, ranks, advance, what)
+            bad = _fill_shares(dataset, missing, ranks, advance)
             ranks.raise_if_stopped(signals)  # by one that came since the last look
             return bad
         except OtherFailed:
@@ -490,29 +485,31 @@ def fill_together(
         except Stopped:
             raise
         except BaseException:
-            ranks.tell(f"filled {what} failed")
+            ranks.tell(f"{_FILLED} failed")
             raise
 
 
+_ENCODED, _FILLED = "encoded", "filled"  # what a process tells the others: its share is encoded; all is there
+
+
 def _fill_shares(
-    dataset: LatentDataset, missing: list[int], ranks: Ranks, advance: Callable[[int], None], what: str
+    dataset: LatentDataset, missing: list[int], ranks: Ranks, advance: Callable[[int], None]
 ) -> list[tuple[int, str]]:
     bad = dataset.fill(ranks.share(missing), advance=advance)
     if ranks.count == 1:
         return bad
-    encoded, filled = f"encoded {what}", f"filled {what}"
-    ranks.tell(encoded)
+    ranks.tell(_ENCODED)
 
     def look() -> tuple[int, int]:
         found = dataset.refresh()
         advance(found)
         return found, len(_others(dataset, bad))
 
-    ranks.await_others(encoded, look)
+    ranks.await_others(_ENCODED, look)
     left = _others(dataset, bad)
     bad = sorted(bad + dataset.fill(left, advance=advance)) if left else bad
-    ranks.tell(filled)
-    ranks.await_end(filled, lambda: advance(0))  # an exchange comes next, with a limit of time
+    ranks.tell(_FILLED)
+    ranks.await_end(_FILLED, lambda: advance(0))  # an exchange comes next, with a limit of time
     return bad
 
 

@@ -26,6 +26,7 @@ import tiny
 import torch
 from pipeline import HALF, STEPS, at_step, generate, losses, preprocess, signal_self, stored_moments, train, train_flags
 
+import evaluate_images
 import export_model
 import generate as generate_script
 import hardware
@@ -609,6 +610,15 @@ def test_what_cannot_be_shared_is_refused_by_one_sentence_and_does_nothing(train
     assert codes == [2, 2]
     assert one_told(told) == f"error: --{work} is for one process; start it without torchrun"
     assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+
+
+def test_an_evaluation_by_several_processes_is_refused_by_one_sentence_and_writes_nothing(trained, tmp_path):
+    asked: dict[str, object] = {"checkpoint": trained / "results", "synthetic_path": trained / "data"}
+    flags = tiny.flags({**asked, "output_folder": tmp_path / "evaluation", "device": "cpu"})
+    codes, told = Company(tmp_path, lambda rank: evaluate_images.main(flags)).end()
+    assert codes == [2, 2]
+    assert one_told(told) == "error: evaluate_images.py is for one process; start it without torchrun"
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_the_first_of_several_processes_draws_the_strip(trained, tmp_path):
