@@ -388,13 +388,6 @@ class GenerateSettings(SamplingSettings):
     image_format: str = _setting(
         "auto", str, OUTPUT, "auto is the format of the training images", choices=("auto", "jpg", "png")
     )
-    compile: str = _setting(
-        "auto",
-        str,
-        MACHINE,
-        "compile the network, save for --strip: auto does so for enough images, where a compiler is at hand",
-        choices=("auto", "true", "false"),
-    )
     strip: tuple[float, ...] = _setting(
         (),
         float,

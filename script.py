@@ -197,20 +197,19 @@ def warn(text: str) -> None:
         tqdm.write(f"warning: {_harmless(text)}", file=sys.stderr)
 
 
-def warn_uncompiled(choice: str, obstacle: str, *, work: str) -> None:
-    """Warns that the network works on without the compiler.
+def warn_uncompiled(choice: str, obstacle: str) -> None:
+    """Warns that the network trains without the compiler.
 
     Args:
         choice: the setting: auto or true.
         obstacle: what the compiler failed at.
-        work: what the network does, such as "trains".
 
     Raises:
         Failed: where a compiled network was asked for.
     """
     if choice == "true":
         raise Failed(f"the network cannot be compiled ({obstacle}); give --compile false")
-    warn(f"the network cannot be compiled, and {work} without ({obstacle})")
+    warn(f"the network cannot be compiled, and trains without ({obstacle})")
 
 
 class StopSignals:

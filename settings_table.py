@@ -91,9 +91,6 @@ HELP_ZH = {
     "compile the network: auto does so in runs long enough to repay it, where a compiler is at hand": (
         "编译网络：auto 在训练足够长、值得编译且有编译器时编译"
     ),
-    "compile the network, save for --strip: auto does so for enough images, where a compiler is at hand": (
-        "编译网络（--strip 除外）：auto 在图像足够多且有编译器时编译"
-    ),
     "number format of the network: auto is bfloat16 or float16 on a GPU, whichever is native, float32 on a CPU": (
         "网络的数值格式；auto 在 GPU 上取其原生支持的 bfloat16 或 float16，在 CPU 上取 float32"
     ),

@@ -606,7 +606,7 @@ class Trainer:
         return loss, [(table[0].long(), table[1])]
 
     def _do_without_compiler(self, obstacle: str) -> None:
-        script.warn_uncompiled(self.settings.compile, obstacle, work="trains")
+        script.warn_uncompiled(self.settings.compile, obstacle)
         self.losses_of, self.is_compiled = self.diffusion, False
 
     def parts_of(self, step: int) -> list[StepDraws]:
