@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
@@ -307,7 +308,7 @@ def _difference(scores: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -
     mean, deviation = statistics.fmean(values), _deviation(values)
     low = high = None
     if deviation is not None:
-        reach = t_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
+        reach = float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
         low, high = mean - reach, mean + reach
     verdict, sentence = _verdict(mean, low, high, len(seeds))
     return {
@@ -331,25 +332,3 @@ def _verdict(mean: float, low: float | None, high: float | None, num_seeds: int)
     if high < 0:
         return "harms", f"They harm: {interval}."
     return "open", f"No difference that these seeds can show: {interval}."
-
-
-def t_quantile(degrees: int) -> float:
-    """Returns what Student's t exceeds in absolute value with probability 5 %, for whole degrees of freedom >= 1."""
-    low, high = 0.0, 13.0  # 12.71 for one degree of freedom, and less for more
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_central(middle, degrees) < 0.95 else (low, middle)
-    return (low + high) / 2
-
-
-def _t_central(t: float, degrees: int) -> float:
-    """Returns the probability that Student's t is within -t and t; Abramowitz & Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(degrees))
-    odd = degrees % 2  # exponents of the cosine run 1, 3, ... or 0, 2, ... up to degrees - 2
-    term, total = math.cos(angle) ** odd, 0.0
-    for power in range(odd, degrees - 1, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
-    if odd:
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
