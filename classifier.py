@@ -24,11 +24,12 @@ Images are uint8 tensors [N S S 3], labels int64 [N].
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
@@ -189,14 +190,6 @@ def _score(said: Tensor, truth: Tensor, num_classes: int) -> Score:
 # --- with and without generated images -----------------------------------------------------------------------
 
 
-Spread = Callable[[list[tuple[str, int]], Callable[[tuple[str, int]], Any]], Iterable[tuple[tuple[str, int], Any]]]
-
-
-def one_by_one(trainings: list[tuple[str, int]], train: Callable[[tuple[str, int]], Any]) -> Iterator[Any]:
-    """Trains one after the other."""
-    return ((which, train(which)) for which in trainings)
-
-
 def trainings_left(seeds: Sequence[int], done: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, int]]:
     """Returns the trainings, as set and seed, that `compare` has still to do."""
     return [(name, seed) for seed in seeds for name in (REAL, SYNTHETIC, BOTH) if str(seed) not in done.get(name, {})]
@@ -215,8 +208,7 @@ def compare(
     seeds: Sequence[int],
     device: torch.device,
     done: Mapping[str, Mapping[str, Any]],
-    save: Callable[[dict[str, Any]], None],
-    spread: Spread = one_by_one,
+    save: Callable[[dict[str, Any]], object],
     class_names: Sequence[str] = (),
     batch_size: int = _BATCH_SIZE,
     progress: Callable[[], None] | None = None,
@@ -231,7 +223,6 @@ def compare(
         seeds: one training of each kind per seed.
         done: `scores` of an earlier call with the same images and settings; what it holds is not trained again.
         save: called with all `scores` after each training.
-        spread: does the trainings, and yields each with what came of it, in the order given.
         class_names: for messages, in label order; without them classes are numbered from 0.
         progress: called after each step; what it raises ends the work. `trainings_left` tells how many will come.
 
@@ -249,8 +240,7 @@ def compare(
     sets = {REAL: [real_set], SYNTHETIC: [synthetic_set], BOTH: [real_set, synthetic_set]}
     scores = {name: dict(done.get(name, {})) for name in sets}
 
-    def train(which: tuple[str, int]) -> dict[str, Any]:
-        name, seed = which
+    for name, seed in trainings_left(seeds, scores):
         score = train_and_test(
             sets[name],
             (test, test_labels),
@@ -261,10 +251,7 @@ def compare(
             batch_size=batch_size,
             progress=progress,
         )
-        return _plain(score)
-
-    for (name, seed), score in spread(trainings_left(seeds, scores), train):
-        scores[name][str(seed)] = score
+        scores[name][str(seed)] = _plain(score)
         save(scores)
     return {
         "num_steps": num_steps,
@@ -321,7 +308,7 @@ def _difference(scores: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -
     mean, deviation = statistics.fmean(values), _deviation(values)
     low = high = None
     if deviation is not None:
-        reach = t_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
+        reach = float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
         low, high = mean - reach, mean + reach
     verdict, sentence = _verdict(mean, low, high, len(seeds))
     return {
@@ -345,25 +332,3 @@ def _verdict(mean: float, low: float | None, high: float | None, num_seeds: int)
     if high < 0:
         return "harms", f"They harm: {interval}."
     return "open", f"No difference that these seeds can show: {interval}."
-
-
-def t_quantile(degrees: int) -> float:
-    """Returns what Student's t exceeds in absolute value with probability 5 %, for whole degrees of freedom >= 1."""
-    low, high = 0.0, 13.0  # 12.71 for one degree of freedom, and less for more
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_central(middle, degrees) < 0.95 else (low, middle)
-    return (low + high) / 2
-
-
-def _t_central(t: float, degrees: int) -> float:
-    """Returns the probability that Student's t is within -t and t; Abramowitz & Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(degrees))
-    odd = degrees % 2  # exponents of the cosine run 1, 3, ... or 0, 2, ... up to degrees - 2
-    term, total = math.cos(angle) ** odd, 0.0
-    for power in range(odd, degrees - 1, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
-    if odd:
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total

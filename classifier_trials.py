@@ -52,8 +52,7 @@ class Trials:
         labels: Tensor,
         *,
         done: dict[str, Any],
-        save: Callable[[dict[str, Any]], None],
-        spread: classifier.Spread,
+        save: Callable[[dict[str, Any]], object],
         signals: StopSignals,
     ) -> dict[str, Any]:
         """Trains what is not done yet; returns what `classifier.compare` does, and what all trainings share.
@@ -62,7 +61,6 @@ class Trials:
             synthetic: generated images, uint8 [N S S 3] of the size that the classifiers see.
             done: `scores` of an earlier call.
             save: called with all scores after each training.
-            spread: see `classifier.compare`.
         """
         settings = self.plan.settings
         left = len(classifier.trainings_left(seeds(self.plan), done))
@@ -70,7 +68,7 @@ class Trials:
 
             def progress() -> None:
                 bar.advance()
-                self.plan.ranks.work_goes_on(signals)
+                signals.raise_if_received()
 
             found = classifier.compare(
                 *self.training,
@@ -83,7 +81,6 @@ class Trials:
                 device=self.plan.device,
                 done=done,
                 save=save,
-                spread=spread,
                 class_names=self.plan.classes,
                 progress=progress,
             )

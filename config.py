@@ -84,15 +84,6 @@ class MachineSettings:
 
 
 @dataclass(frozen=True)
-class DryRunSettings(MachineSettings):
-    """Settings of the scripts that can tell what they would do."""
-
-    dry_run: bool = _setting(
-        False, bool, MACHINE, "say what would be done and about how long it takes, and write nothing", free=True
-    )
-
-
-@dataclass(frozen=True)
 class ImageSettings(MachineSettings):
     """Settings of the scripts that read images: what is encoded, and by which VAE."""
 
@@ -166,7 +157,7 @@ class ImageSettings(MachineSettings):
 
 
 @dataclass(frozen=True)
-class PreprocessSettings(ImageSettings, DryRunSettings):
+class PreprocessSettings(ImageSettings):
     """Settings of preprocess_latents.py."""
 
     output_folder: str = _setting("./latents_cache", str, CACHE, "the cache folder", path=True)
@@ -192,25 +183,6 @@ class PreprocessSettings(ImageSettings, DryRunSettings):
         "run folders whose latents --prune keeps, besides those of the cache's own split",
         many=True,
         needed=False,
-        path=True,
-    )
-    import_folder: str | None = _setting(
-        None,
-        str,
-        CACHE,
-        "folder of user_07_name.pt files, the latents of an older script, to make a cache of",
-        words=("none",),
-        path=True,
-    )
-    import_scale_factor: float = _setting(
-        0.18215, float, CACHE, "what the older script multiplied its latents by", low=1e-6, high=1e6
-    )
-    import_split: str | None = _setting(
-        None,
-        str,
-        DATA,
-        "JSON, CSV or text file with the names of the older script's training (and test) images",
-        words=("none",),
         path=True,
     )
 
@@ -268,7 +240,7 @@ class SamplingSettings(MachineSettings):
 
 
 @dataclass(frozen=True)
-class TrainSettings(SamplingSettings, ImageSettings, DryRunSettings):
+class TrainSettings(SamplingSettings, ImageSettings):
     """Settings of train_latent_cfg.py."""
 
     latents_cache_folder: str = _setting("./latents_cache", str, CACHE, "the cache folder", path=True, free=True)
@@ -403,7 +375,7 @@ class TrainSettings(SamplingSettings, ImageSettings, DryRunSettings):
 
 
 @dataclass(frozen=True)
-class GenerateSettings(SamplingSettings, DryRunSettings):
+class GenerateSettings(SamplingSettings):
     """Settings of generate.py."""
 
     checkpoint: str = _setting("./results", str, OUTPUT, "run folder, or one checkpoint file in it", path=True)
@@ -415,13 +387,6 @@ class GenerateSettings(SamplingSettings, DryRunSettings):
     output_folder: str = _setting("./synthetic", str, OUTPUT, "where the images go", path=True)
     image_format: str = _setting(
         "auto", str, OUTPUT, "auto is the format of the training images", choices=("auto", "jpg", "png")
-    )
-    compile: str = _setting(
-        "auto",
-        str,
-        MACHINE,
-        "compile the network, save for --strip: auto does so for enough images, where a compiler is at hand",
-        choices=("auto", "true", "false"),
     )
     strip: tuple[float, ...] = _setting(
         (),
@@ -701,6 +666,8 @@ def read_file(cls: type, path: str) -> Layer:
     known = {name: spec for other in SCRIPTS.values() for name, spec in specs(other).items()}
     values = {}
     for name, texts in _read_pairs(path):
+        if name in _GONE and texts == [_GONE[name][0]]:
+            continue
         if name not in known:
             raise UserError(f"{_unknown_message(name, known)}, in {path}")
         value = parse(name, texts, specs(cls).get(name, known[name]), path)
@@ -745,8 +712,19 @@ _OTHER_NAMES = {
 }
 
 
+# Settings of earlier versions: what a file of settings says where nobody used one, and what takes its place.
+_GONE = {
+    "dry_run": ("false", "the disk is told at the start, and the length of a training after its first 50 steps"),
+    "import_folder": ("null", "give --data_path, for the images of imported latents are encoded again"),
+    "import_scale_factor": ("0.18215", "it belonged to --import_folder"),
+    "import_split": ("null", "choose training images with --images_per_user, --split and --seed"),
+}
+
+
 def _unknown_message(name: str, known: Iterable[str], prefix: str = "") -> str:
     plain, known = name.lstrip("-").replace("-", "_"), list(known)
+    if plain in _GONE:
+        return f"there is no setting {name} any more; {_GONE[plain][1]}"
     near = [other for other in (_OTHER_NAMES.get(plain),) if other in known]
     near += difflib.get_close_matches(plain, known, n=1, cutoff=0.8)
     near += [other for other in known if f"_{plain}_" in f"_{other}_"]  # a part of a name, in whole words

@@ -90,13 +90,7 @@ from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusi
 
 
 class LatentUnet(Unet):
-    """The library's U-Net: from noisy latents [B C S S], times [B] and classes [B] to float32 [B C S S].
-
-    Attributes:
-        stand_in: runs in place of this network when samples are made: its forward, compiled.
-    """
-
-    stand_in: Callable[..., Tensor] | None = None
+    """The library's U-Net: from noisy latents [B C S S], times [B] and classes [B] to float32 [B C S S]."""
 
     def forward(
         self,
@@ -111,12 +105,11 @@ class LatentUnet(Unet):
 
     def guided(self, x: Tensor, time: Tensor, classes: Tensor, cond_scale: float) -> Tensor:
         """Gives uncond + cond_scale * (cond - uncond), so that 1 is no guidance and 0 unconditional."""
-        run = self.stand_in or self
         if passes_per_step(cond_scale) == 1:
-            return run(x, time, classes, cond_drop_prob=1.0 - cond_scale)
+            return self(x, time, classes, cond_drop_prob=1.0 - cond_scale)
         batch = len(x)
         keep = torch.arange(2 * batch, device=x.device) < batch  # 2B: with the class, then without
-        both = run(x.repeat(2, 1, 1, 1), time.repeat(2), classes.repeat(2), cond_keep_mask=keep)  # 2B C S S
+        both = self(x.repeat(2, 1, 1, 1), time.repeat(2), classes.repeat(2), cond_keep_mask=keep)  # 2B C S S
         cond, uncond = both[:batch], both[batch:]  # each B C S S
         return uncond + cond_scale * (cond - uncond)
 

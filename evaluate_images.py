@@ -14,7 +14,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import classifier
 import classifier_trials
@@ -58,7 +57,7 @@ from image_sets import (
     warnings_of_run,
 )
 from latent_dataset import SPLIT_NAME, read_split
-from ranks import ALONE, Ranks, joined
+from ranks import joined
 from report_file import PAIRS_NAME, Report, file_digest
 from script import DONE, PAGE_NAME, RECORD_NAME, REPORT_NAME, Failed, StopSignals, say, warn
 
@@ -66,28 +65,26 @@ from script import DONE, PAGE_NAME, RECORD_NAME, REPORT_NAME, Failed, StopSignal
 @script.command
 def main(argv: Sequence[str] | None) -> int:
     """Runs the script; returns its exit code."""
-    with joined() as ranks:
-        try:
-            with ranks.together():
-                plan = make_plan(argv, ranks)
-                prepare.refuse_to_be_a_class(plan.folder, plan.settings.data_path)
-                script.check_writable(plan.folder, "output_folder", dry_run=False)
-                states = sweep.find_states(plan) if plan.settings.sweep else []
-            ranks.check_same(_facts(plan), "start all with the same command, and let all see the same folders")
-            if states:
-                sweep.sweep(plan, states)
-            else:
-                evaluate(plan)
-        except torch.OutOfMemoryError as error:
-            raise Failed(hardware.TOO_LITTLE_MEMORY) from error
-        say(f"see {plan.folder / PAGE_NAME}; all figures are in {plan.folder / REPORT_NAME}")
-        return DONE
+    with joined() as ranks, ranks.together():
+        ranks.must_be_alone("evaluate_images.py")
+    try:
+        plan = make_plan(argv)
+        prepare.refuse_to_be_a_class(plan.folder, plan.settings.data_path)
+        script.check_writable(plan.folder, "output_folder")
+        if plan.settings.sweep:
+            sweep.sweep(plan, sweep.find_states(plan))
+        else:
+            evaluate(plan)
+    except torch.OutOfMemoryError as error:
+        raise Failed(hardware.TOO_LITTLE_MEMORY) from error
+    say(f"see {plan.folder / PAGE_NAME}; all figures are in {plan.folder / REPORT_NAME}")
+    return DONE
 
 
 # --- what to do --------------------------------------------------------------------------------------------
 
 
-def make_plan(argv: Sequence[str] | None, ranks: Ranks = ALONE) -> Plan:
+def make_plan(argv: Sequence[str] | None) -> Plan:
     """Puts together flags, file, the run and the defaults."""
     layers = config.read_command_line(EvaluateSettings, argv, description=__doc__)
     state = run_folder.read_averages(Path(config.resolve(EvaluateSettings, layers).settings.checkpoint))
@@ -110,15 +107,7 @@ def make_plan(argv: Sequence[str] | None, ranks: Ranks = ALONE) -> Plan:
     read_like = replace(
         read_like.settings, data_path=settings.data_path or "", vae_path=settings.vae_path or "", device=settings.device
     )
-    device = hardware.pick_device(ranks.device_name(settings.device))
-    ranks.say_unused(settings.device, "evaluate_images.py")
-    return Plan(settings, state, split, read_like, device, ranks)
-
-
-def _facts(plan: Plan) -> dict[str, object]:
-    """Returns what all processes must have alike."""
-    asked = config.to_dict(plan.settings)
-    return {"weights": vae.weights_digest(plan.state.averages), **{f"--{name}": asked[name] for name in asked}}
+    return Plan(settings, state, split, read_like, hardware.pick_device(settings.device))
 
 
 # --- the images of a folder --------------------------------------------------------------------------------
@@ -133,31 +122,14 @@ class Evaluation:
         self.made_of = {**made_of_real(plan, real), "synthetic": synthetic.digest()}
 
     def run(self) -> None:
-        """Computes what is missing, and publishes the report after each part.
-
-        Features and classifiers are shared by the processes; rank 0 does the rest.
-        """
+        """Computes what is missing, and publishes the report after each part."""
         with StopSignals() as signals:
-            self._on_main("latents", signals, self.compare_latents)
-            self._on_main("copies", signals, self.look_for_copies)
+            for compute in (self.compare_latents, self.look_for_copies):
+                compute()
+                signals.raise_if_received()
             self.compare_features(signals)
             self.try_classifiers(signals)
-        if self.plan.ranks.is_main:
-            self.report.write()
-
-    def _on_main(self, topic: str, signals: StopSignals, work: Callable[[], None]) -> None:
-        """Lets rank 0 alone do some work that holds no exchange; the others wait for it, however long it takes."""
-        ranks = self.plan.ranks
-
-        def between() -> None:
-            if ranks.is_main:
-                ranks.sign_of_life(f"compared {topic}")
-            ranks.raise_if_stopped(signals)
-
-        with ranks.together(), ranks.while_main_works(f"compared {topic}", between):
-            if ranks.is_main:
-                work()
-                between()
+        self.report.write()
 
     def compare_latents(self) -> None:
         """Compares the latents of synthetic and training images with those of the test images."""
@@ -218,45 +190,28 @@ class Evaluation:
         if self.settings.inception_weights is None:
             self.report.drop("inception")
             return
-        ranks = self.plan.ranks
-        path, digest = self._find_weights(self.settings.inception_weights)
-        made_of = {**self.made_of, "neighbours": self.settings.neighbours, "weights": digest}
-        if ranks.of_main(self._is_done("inception", made_of)):
+        path = inception.find_weights(self.settings.inception_weights)
+        made_of = {**self.made_of, "neighbours": self.settings.neighbours, "weights": file_digest(path)}
+        if self._is_done("inception", made_of):
             return
         sets = (self.synthetic, self.real.training, self.real.test)
-        with ranks.together():
-            for part in sets:
-                if not part.are_at_hand:
-                    raise UserError(prepare.no_images_message(str(part.folder), also=", and Inception looks at images"))
-            network = inception.load_network(path, self.plan.device)
-        points = features(network, sets, ranks, signals)
-
-        def compare() -> None:
-            self.report.put("inception", made_of, self._closeness(*points, num_directions=None))
-
-        self._on_main("features", signals, compare)
-
-    def _find_weights(self, path_or_word: str) -> tuple[Path, str]:
-        """Returns where the weights lie, and the digest of the file; all processes must have the same."""
-        ranks = self.plan.ranks
-        with ranks.together():
-            path = inception.find_weights(path_or_word) if ranks.is_main else None  # it may fetch them
-        with ranks.together():
-            path = path or inception.find_weights(path_or_word)
-            digest = file_digest(path)
-        ranks.check_same({"--inception_weights of the digest": digest[:16]}, "give all the same file")
-        return path, digest
+        for part in sets:
+            if not part.are_at_hand:
+                raise UserError(prepare.no_images_message(str(part.folder), also=", and Inception looks at images"))
+        points = features(inception.load_network(path, self.plan.device), sets, signals)
+        self.report.put("inception", made_of, self._closeness(*points, num_directions=None))
+        signals.raise_if_received()
 
     def try_classifiers(self, signals: StopSignals) -> None:
         """Trains classifiers with and without the synthetic images, and tests them on the test images."""
         plan, settings = self.plan, self.settings
-        why = plan.ranks.of_main(classifier_trials.why_not(plan, self.real, self.synthetic.labels, [self.synthetic]))
+        why = classifier_trials.why_not(plan, self.real, self.synthetic.labels, [self.synthetic])
         if why is not None:
             if "classifier" not in self.report.data:  # those of an earlier run are about the same images
                 self.report.drop("classifier", why=why)
             return
         made_of = {**self.made_of, **classifier_trials.made_of(plan)}
-        stored = plan.ranks.of_main(self.report.part("classifier", made_of)) or {}
+        stored = self.report.part("classifier", made_of) or {}
         done, seeds = stored.get("scores", {}), classifier_trials.seeds(plan)
         left = len(classifier.trainings_left(seeds, done))
         if not left and stored.get("seeds") == seeds:
@@ -266,52 +221,35 @@ class Evaluation:
                 f"{left} trainings of a classifier to go, of {settings.classifier_steps:,} steps each; they may be "
                 "stopped, and the same command goes on"
             )
-        with plan.ranks.together():
-            trials, pixels = Trials.of(plan, self.real), self.synthetic.pixels(settings.classifier_image_size)
-
-        def keep(figures: dict[str, Any]) -> None:
-            if plan.ranks.is_main:
-                self.report.put("classifier", made_of, figures)
-
+        trials, pixels = Trials.of(plan, self.real), self.synthetic.pixels(settings.classifier_image_size)
         found = trials.run(
             pixels,
             self.synthetic.labels,
             done=done,
-            save=lambda scores: keep({"scores": scores}),
-            spread=lambda trainings, train: plan.ranks.spread(trainings, train, signals),
+            save=lambda scores: self.report.put("classifier", made_of, {"scores": scores}),
             signals=signals,
         )
-        keep(found)
+        self.report.put("classifier", made_of, found)
 
 
-def features(network: torch.nn.Module, sets: Sequence[ImageSet], ranks: Ranks, signals: StopSignals) -> list[Points]:
-    """Returns the Inception features of all images of each set; each process computes its share of them.
+def features(network: torch.nn.Module, sets: Sequence[ImageSet], signals: StopSignals) -> list[Points]:
+    """Returns the Inception features of all images of each set.
 
     Raises:
-        Stopped: after a signal to any process.
+        Stopped: after a signal.
         Failed: when an image cannot be read.
     """
     found = [torch.zeros(len(part), inception.NUM_FEATURES) for part in sets]
-    pieces = [
-        (part, rows, positions)
-        for part, rows in zip(sets, found, strict=True)
-        for positions in torch.arange(len(part)).split(READ_AT_ONCE)
-    ]
+    with script.progress(total=sum(map(len, sets)), unit="images", label="inception") as bar:
 
-    def compute(share: Sequence[tuple[ImageSet, Tensor, Tensor]]) -> None:
-        with script.progress(total=sum(len(piece[2]) for piece in share), unit="images", label="inception") as bar:
+        def advance(count: int) -> None:
+            bar.advance(count)
+            signals.raise_if_received()
 
-            def advance(count: int) -> None:
-                bar.advance(count)
-                ranks.work_goes_on(signals)
-
-            for part, rows, positions in share:
+        for part, rows in zip(sets, found, strict=True):
+            for positions in torch.arange(len(part)).split(READ_AT_ONCE):
                 pixels = torch.from_numpy(np.stack(part.read(positions.tolist())))
                 rows[positions] = inception.features(network, pixels, advance=advance)
-
-    list(ranks.spread(ranks.shares(pieces), compute, signals))
-    for rows in found:
-        ranks.add_up_shares(rows)
     return [Points(rows, part.labels) for rows, part in zip(found, sets, strict=True)]
 
 
@@ -325,8 +263,7 @@ def evaluate(plan: Plan) -> None:
     evaluated, settings = describe(plan, synthetic, real), config.to_dict(plan.settings)
     report.begin(evaluated=evaluated, warnings=warnings, settings=settings)
     Evaluation(plan, synthetic, real, report).run()
-    if plan.ranks.is_main:
-        print_figures(report.data)
+    print_figures(report.data)
 
 
 def describe(plan: Plan, synthetic: ImageSet, real: RealImages) -> dict[str, Any]:

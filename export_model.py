@@ -72,7 +72,7 @@ def _export(settings: ExportSettings, state: SavedState) -> None:
     )
     folder = Path(settings.output_folder)
     prepare.refuse_to_be_a_class(folder, state.meta.settings.get("data_path"))
-    script.check_writable(folder, "output_folder", dry_run=False)
+    script.check_writable(folder, "output_folder")
     files = {folder / _WEIGHTS_NAME: weights, folder / _CONFIG_NAME: facts}
     for path, data in files.items():
         _refuse_to_replace(path, data)

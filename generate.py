@@ -4,8 +4,8 @@
     python generate.py --checkpoint results --classes ID_1 ID_7 --cond_scale 3
     python generate.py --checkpoint results --strip 1 1.5 2 3 4 6
 
-An image depends on the checkpoint, the settings, its class and its number alone (and, within rounding, on whether the
-network was compiled: settings.json says so). Running it again makes only what is missing.
+An image depends on the checkpoint, the settings, its class and its number alone. Running it again makes only what is
+missing.
 """
 
 import signal
@@ -19,7 +19,6 @@ import io
 import json
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,6 @@ from PIL import Image
 
 import disk
 import durable
-import forecast
 import hardware
 import images
 import pictures
@@ -64,11 +62,7 @@ def main(argv: Sequence[str] | None) -> int:
         try:
             with ranks.together():
                 generator = open_generator(argv, ranks)
-                if generator.settings.dry_run:
-                    ranks.must_be_alone("--dry_run")
             ranks.check_same(generator.facts(), "start all with the same command, and let all see the same run")
-            if generator.settings.dry_run:
-                return generator.dry_run()
             return generator.make_strip() if generator.settings.strip else generator.make_images()
         except torch.OutOfMemoryError as error:
             raise Failed(hardware.TOO_LITTLE_MEMORY) from error
@@ -114,7 +108,6 @@ class Generator(TrainedModel):
         super().__init__(settings, state, device)
         self.ranks = ranks
         self.folder = Path(settings.output_folder)
-        self.is_compiled = False
         interval = settings.guidance_interval
         where = "" if interval == (0, 1) else f" from {interval[0]:g} to {interval[1]:g} of the way"
         passes = self.diffusion.num_passes(self.steps, cond_scale=settings.cond_scale, guidance_interval=interval)
@@ -123,47 +116,6 @@ class Generator(TrainedModel):
             f"{settings.cond_scale:g}{where}, {self.steps} steps of {settings.sampler} ({passes} network passes), "
             f"{str(self.dtype).removeprefix('torch.')} ({self.precision_reason}) on {hardware.describe(device)}"
         )
-
-    def dry_run(self) -> int:
-        """Samples and decodes one image, says what the whole would take, and writes nothing."""
-        self._go_on_as_begun()
-        cells = [] if self.settings.strip else _not_there(self._cells())
-        count = len(self.settings.strip) * len(self.classes) if self.settings.strip else len(cells)
-        if count:
-            self.decoder.open()
-        script.check_writable(self.folder, "output_folder", dry_run=True)
-        if not self.settings.strip:
-            self._choose_network(count)
-            self._refuse_other_images()
-            there = len(self.classes) * self.settings.images_per_class - count
-            say(f"{there:,} of the images are already there, {count:,} to make in {self.folder}")
-            self._tell_disk(count)
-        if count:
-            label = next(iter(self.classes))
-            samples = self.sample([label], [0], 1.0, steps=1)
-            line = forecast.generating(
-                lambda scale, steps: self.sample([label], [0], scale, steps=steps, interval=(0, 1)),
-                lambda: self.decoder(samples),
-                self.device,
-                num_images=count,
-                batch=BATCH_SIZE,
-                steps=self._steps_to_take(count),
-                most_steps=self.steps,
-            )
-            say(line)
-            say(forecast.memory(self.device))
-        say(script.DRY_RUN_END)
-        return DONE
-
-    def _steps_to_take(self, count: int) -> Counter[float]:
-        """Counts the solver steps of all batches by their guidance scale, for so many images or the strip."""
-        strip = self.settings.strip
-        num_batches = -(-(len(self.classes) if strip else count) // BATCH_SIZE)
-        levels, steps = self.diffusion.levels(self.steps), Counter()
-        for scale in strip or [self.settings.cond_scale]:
-            for own in self.diffusion.guidance(levels, scale, self.settings.guidance_interval):
-                steps[own] += num_batches
-        return steps
 
     # --- one folder per class ---
 
@@ -176,19 +128,11 @@ class Generator(TrainedModel):
         with self.ranks.together():
             cells = _not_there(self._cells())
             self._go_on_as_begun()
-            self._choose_network(len(cells))
-            script.check_writable(self.folder, "output_folder", dry_run=True)
+            script.check_writable(self.folder, "output_folder")
             if cells:
                 self.decoder.open()  # before anything is written
-            self._refuse_other_images()  # before minutes of compiling
-        self.ranks.check_same({"a compiled network": self.is_compiled}, "give --compile false")
         self.ranks.check_same({"the decoder in": self.decoder.dtype}, "give --precision float32")
         with self.ranks.together():
-            obstacle = self._compile() if cells and self.is_compiled else None
-        obstacle = self.ranks.first_of(obstacle)
-        with self.ranks.together():
-            if obstacle is not None:
-                self._do_without_compiler(obstacle)
             self._check_output_folder()
         there = len(self.classes) * self.settings.images_per_class - len(cells)
         if there:
@@ -226,32 +170,6 @@ class Generator(TrainedModel):
             began = _read_record(path)["decoder_precision"]
             if isinstance(began, str) and began in hardware.NUMBER_FORMATS:  # else the folder is refused
                 self.decoder.go_on_in(hardware.NUMBER_FORMATS[began])
-
-    def _choose_network(self, count: int) -> None:
-        """Decides whether the network is compiled for so many images; a folder with images goes on as it began."""
-        path = self.folder / RECORD_NAME
-        began_compiled = _read_record(path)["compiled"] if path.exists() else None
-        num_steps = self._steps_to_take(count).total()
-        self.is_compiled, told = hardware.pick_compile(
-            self.settings.compile, self.device, num_steps=num_steps, as_before=began_compiled
-        )
-        if count and (self.is_compiled or began_compiled):
-            say(told)
-
-    def _compile(self) -> str | None:
-        """Compiles the network, and takes a step of each kind that is to come; returns what cannot be done, if so."""
-        network, label = self.diffusion.model, next(iter(self.classes))
-        network.stand_in = torch.compile(network.forward, dynamic=False)
-        try:
-            for scale in self._steps_to_take(1):
-                self.sample([label], [0], scale, steps=1, interval=(0, 1))
-        except RuntimeError as error:
-            return hardware.compiler_obstacle(error)
-        return None
-
-    def _do_without_compiler(self, obstacle: str) -> None:
-        script.warn_uncompiled(self.settings.compile, obstacle, work="samples")
-        self.diffusion.model.stand_in, self.is_compiled = None, False
 
     def _make(self, cells: Sequence[Cell], bar: Progress, signals: StopSignals) -> None:
         with WriteBehind(self._write, at_most=_MOST_UNWRITTEN) as writer:
@@ -303,11 +221,12 @@ class Generator(TrainedModel):
 
     def _check_output_folder(self) -> None:
         """Refuses a folder whose images were made in another way, and writes down how these are made."""
-        script.check_writable(self.folder, "output_folder", dry_run=False)
         for place in (self.folder, *(self.folder / name for name in self.classes.values())):
             durable.remove_stale_temporaries(place)
         self._refuse_other_images()
-        durable.publish(self.folder / RECORD_NAME, (json.dumps(self._record(), indent=2) + "\n").encode())
+        path = self.folder / RECORD_NAME
+        if not path.exists():  # else it stays as it is, with what an earlier version has written into it
+            durable.publish(path, (json.dumps(self._record(), indent=2) + "\n").encode())
 
     def _refuse_other_images(self) -> None:
         record, path = self._record(), self.folder / RECORD_NAME
@@ -333,7 +252,6 @@ class Generator(TrainedModel):
             "seed": self.settings.seed,
             "precision": str(self.dtype).removeprefix("torch."),
             "decoder_precision": str(self.decoder.dtype).removeprefix("torch."),
-            "compiled": self.is_compiled,
             "image_format": self.suffix[1:],
             "vae": self.vae_name,
         }
@@ -359,7 +277,7 @@ class Generator(TrainedModel):
         """Draws one image per class and guidance scale, with the same noise along a row; rank 0 does so."""
         if not self.ranks.is_main:
             return DONE
-        script.check_writable(self.folder, "output_folder", dry_run=False)
+        script.check_writable(self.folder, "output_folder")
         self.decoder.open()  # first, for it says how all is computed: float32 on a GPU as TF32 or not
         scales, columns = self.settings.strip, []
         labels = list(self.classes)
@@ -403,7 +321,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 # What was done before settings.json said so.
-_BEFORE_RECORDED = {"decoder_precision": "float32", "compiled": False}
+_BEFORE_RECORDED = {"decoder_precision": "float32"}
 
 
 def _chosen_classes(asked: Sequence[str], known: Sequence[str]) -> dict[int, str]:

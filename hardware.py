@@ -100,8 +100,8 @@ def pick_compile(choice: str, device: torch.device, *, num_steps: float, as_befo
 
     Args:
         choice: the setting: auto, true or false.
-        num_steps: of training or of a sampler, that are to be taken.
-        as_before: whether what goes on was compiled, so that it goes on with the same bits; None where it begins.
+        num_steps: of training, in all.
+        as_before: whether the run that goes on was compiled, so that it keeps its bits; None where it begins.
 
     Raises:
         UserError: when it is asked for and cannot be done.

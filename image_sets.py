@@ -20,7 +20,7 @@ from evaluation import Points
 from images import BadImage, Entry, Split, shown
 from latent_cache import LatentCache, Space
 from latent_dataset import LatentDataset
-from ranks import ALONE, Ranks
+from ranks import ALONE
 from run_folder import SavedState
 from script import Failed, Stopped, StopSignals, say, warn
 from trained_model import checked_vae
@@ -40,7 +40,6 @@ class Plan:
     split: Split
     images: PreprocessSettings  # how the run read and encoded images, and where they are
     device: torch.device
-    ranks: Ranks = ALONE
 
     @property
     def folder(self) -> Path:
@@ -154,8 +153,7 @@ def open_real(plan: Plan) -> RealImages:
 
 def open_synthetic(plan: Plan) -> ImageSet:
     """Opens the generated images of the classes that the run knows; says which classes are missing or unknown."""
-    with plan.ranks.together():
-        split = _list_synthetic(plan)
+    split = _list_synthetic(plan)
     folder = Path(plan.settings.synthetic_path)
     points = encode(plan, split, list(split.train), folder, _SYNTHETIC)
     return ImageSet(_SYNTHETIC, folder, split.train, plan.images.image_size, points)
@@ -192,30 +190,27 @@ def encode(plan: Plan, split: Split, entries: list[Entry], folder: Path, what: s
         UserError: when images are to be encoded, and they or the run's VAE are not at hand.
         Failed: when images cannot be read, after each was named.
     """
-    ranks, place = plan.ranks, plan.folder / _CACHE_NAME
-    with ranks.together():
-        if ranks.is_main:
-            of_run = Path(plan.state.meta.settings.get("latents_cache_folder", ""))
-            _borrow(LatentCache(place, plan.space, writable=True), of_run, [entry.key for entry in entries])
-    with ranks.together():
-        dataset = prepare.open_dataset(
-            replace(plan.images, data_path=str(folder)),
-            split,
-            entries,
-            cache=LatentCache(place, plan.space, writable=True),
-            vae_at_hand=True,
-            images_at_hand=True,
-            device=plan.device,
-            if_edited=_if_edited(what),
-        )
-        missing = dataset.missing()
-        if missing:
-            if not folder.is_dir():
-                also = f", and {len(missing):,} of its images are not in the run's cache"
-                raise UserError(prepare.no_images_message(str(folder), also=also))
-            checked_vae(plan.settings.vae_path, plan.space)
-            say(f"{what} images: {len(dataset):,}, of which {len(missing):,} are to be encoded")
-        _refuse_bad(fill(dataset, ranks, what), dataset, what)
+    cache = LatentCache(plan.folder / _CACHE_NAME, plan.space, writable=True)
+    of_run = Path(plan.state.meta.settings.get("latents_cache_folder", ""))
+    _borrow(cache, of_run, [entry.key for entry in entries])
+    dataset = prepare.open_dataset(
+        replace(plan.images, data_path=str(folder)),
+        split,
+        entries,
+        cache=cache,
+        vae_at_hand=True,
+        images_at_hand=True,
+        device=plan.device,
+        if_edited=_if_edited(what),
+    )
+    missing = dataset.missing()
+    if missing:
+        if not folder.is_dir():
+            also = f", and {len(missing):,} of its images are not in the run's cache"
+            raise UserError(prepare.no_images_message(str(folder), also=also))
+        checked_vae(plan.settings.vae_path, plan.space)
+        say(f"{what} images: {len(dataset):,}, of which {len(missing):,} are to be encoded")
+    _refuse_bad(fill(dataset), dataset, what)
     dataset.set_norm(plan.state.meta.latent_norm)
     parts = [dataset.mean_latents(positions).cpu() for positions in torch.arange(len(dataset)).split(READ_AT_ONCE)]
     return Points(torch.cat(parts) if parts else torch.zeros(0, *dataset.latent_shape), dataset.labels)
@@ -232,11 +227,11 @@ def _borrow(cache: LatentCache, folder: Path, keys: Sequence[str]) -> None:
         cache.flush()
 
 
-def fill(dataset: LatentDataset, ranks: Ranks, what: str) -> list[tuple[int, str]]:
+def fill(dataset: LatentDataset) -> list[tuple[int, str]]:
     """Encodes what is missing under a progress bar; on a signal, what is encoded so far is kept."""
     with StopSignals() as signals:
         try:
-            return prepare.fill_together(dataset, ranks, signals, what=what)
+            return prepare.fill_together(dataset, ALONE, signals)
         except Stopped:
             dataset.cache.flush()
             say("stopped; what is encoded is kept, and the same command goes on from there")

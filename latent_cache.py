@@ -30,6 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 import durable
+import json_text
 from config import UserError
 
 FORMAT = 1
@@ -48,35 +49,6 @@ _KEY_BYTES, _SEAL_BYTES = 32, 4
 
 class _Invalid(Exception):
     """The reason why a file is no shard of the space at hand."""
-
-
-# --- JSON --------------------------------------------------------------------------------------------------
-
-
-def _canonical(value: object) -> str:
-    """Writes JSON in which equal values give equal texts, in ASCII, so that any file name can be in it."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _parse_json(text: bytes | str) -> object:
-    """Parses JSON from an untrusted file; raises ValueError for nonsense, repeated names and NaN."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        names = dict(pairs)
-        if len(names) != len(pairs):
-            raise ValueError("a name occurs twice")
-        return names
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not a number")
-
-    def finite(number: str) -> float:
-        return float(number) if math.isfinite(float(number)) else refuse(number)  # type: ignore[return-value]
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 # --- spaces ------------------------------------------------------------------------------------------------
@@ -100,13 +72,7 @@ class Space:
             "recipe": recipe,
             "vae": fingerprint,
         }
-        return cls(json.loads(_canonical(spec)))
-
-    @classmethod
-    def imported(cls, image_size: int, moments_shape: Sequence[int], scale_factor: float) -> "Space":
-        """Describes latents that another program made: of an unknown VAE, and divided by this factor."""
-        fingerprint = {"imported": "latents of another program", "scale_factor": scale_factor}
-        return cls.of(fingerprint, image_size, {"version": "unknown"}, moments_shape)
+        return cls(json.loads(json_text.canonical(spec)))
 
     @classmethod
     def stored(cls, spec: object) -> "Space":
@@ -123,7 +89,7 @@ class Space:
     @cached_property
     def text(self) -> str:
         """The spec as canonical JSON."""
-        return _canonical(self.spec)
+        return json_text.canonical(self.spec)
 
     @cached_property
     def id(self) -> str:
@@ -138,7 +104,7 @@ class Space:
 
     @property
     def is_imported(self) -> bool:
-        """Says whether no VAE is known that makes these latents, so that none can add to them."""
+        """Says whether an earlier version took these latents over from another program, whose VAE nobody knows."""
         return "imported" in self.spec["vae"]
 
     @property
@@ -175,7 +141,7 @@ def _is_shallow(value: object, depth: int = 20) -> bool:
 def _flat(value: object, name: str = "") -> dict[str, str]:
     """Flattens nested objects to {dotted name: value as JSON}."""
     if not isinstance(value, dict):
-        return {name: _canonical(value)}
+        return {name: json_text.canonical(value)}
     parts = [_flat(inner, f"{name}.{key}" if name else key) for key, inner in value.items()]
     return {name: text for part in parts for name, text in part.items()}
 
@@ -234,8 +200,8 @@ def _header(space: Space, count: int, names: list[str], records: list) -> bytes:
     """
     for kept in (names, []):
         metadata = {"format": str(FORMAT), "space": space.text}
-        metadata |= {"names": _canonical(kept), "records": _canonical(records)}
-        text = _canonical({"__metadata__": metadata, **_layout(count, space)}).encode()
+        metadata |= {"names": json_text.canonical(kept), "records": json_text.canonical(records)}
+        text = json_text.canonical({"__metadata__": metadata, **_layout(count, space)}).encode()
         text += b" " * (-len(text) % 8)
         if len(text) <= _HEADER_BYTES:
             return len(text).to_bytes(8, "little") + text
@@ -246,9 +212,9 @@ def _check_header(text: bytes, data_bytes: int, space: Space) -> tuple[dict[str,
     """Returns (metadata, number of rows) of a header; raises _Invalid if `_header` did not build it."""
     count, rest = divmod(data_bytes, _SEAL_BYTES + space.row_bytes + _KEY_BYTES)
     try:
-        header = _parse_json(text)
+        header = json_text.parse(text)
         metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
-        table = _canonical(header)
+        table = json_text.canonical(header)
     except (ValueError, RecursionError) as error:
         raise _Invalid(f"its header cannot be read ({str(error)[:60]})") from None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -258,7 +224,7 @@ def _check_header(text: bytes, data_bytes: int, space: Space) -> tuple[dict[str,
     if metadata.get("space") != space.text:
         raise _Invalid("it belongs to another space")
     # Compared as text, since in Python 1 equals True and 1.0.
-    if rest or table != _canonical(_layout(count, space)):
+    if rest or table != json_text.canonical(_layout(count, space)):
         raise _Invalid("its length or its table of tensors is not that of a shard")
     return metadata, count
 
@@ -622,7 +588,8 @@ class LatentCache:
         finite = np.isfinite(moments).reshape(len(keys), -1).all(axis=1)
         if not finite.all():
             raise ValueError(f"the moments of {names[int(np.argmin(finite))]} are not finite")
-        record = json.loads(_canonical(record))  # what cannot be written is refused now, and later changes do not count
+        # What cannot be written is refused now, and later changes do not count.
+        record = json.loads(json_text.canonical(record))
         now = time.monotonic()
         for key, row, name in zip(hex_keys, moments.copy(), names, strict=True):
             self._pending.setdefault(key, _Row(row, name, record, now))
@@ -807,7 +774,7 @@ def _is_run(run: object) -> bool:
 
 def _parse_or_none(text: str | None) -> object:
     try:
-        return _parse_json(text or "")
+        return json_text.parse(text or "")
     except ValueError:
         return None
 
@@ -833,7 +800,7 @@ def write_manifest(folder: str | os.PathLike[str], settings: dict, space: Space,
         "settings": settings,
         "record": record,
     }
-    document = {**body, "sha256": hashlib.sha256(_canonical(body).encode()).hexdigest()}
+    document = {**body, "sha256": hashlib.sha256(json_text.canonical(body).encode()).hexdigest()}
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     # Paths that are not UTF-8 hold surrogates, which only this error handler writes and json.loads reads.
     durable.publish(Path(folder) / MANIFEST_NAME, text.encode("utf-8", "surrogatepass") + b"\n")
@@ -847,7 +814,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
     """
     path = Path(folder) / MANIFEST_NAME
     try:
-        document = _parse_json(durable.read_whole(path, at_most=_LARGEST_MANIFEST_BYTES))
+        document = json_text.parse(durable.read_whole(path, at_most=_LARGEST_MANIFEST_BYTES))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -863,7 +830,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
             "use the version that made it, or another cache folder"
         )
     try:
-        sealed = hashlib.sha256(_canonical(document).encode()).hexdigest() == seal
+        sealed = hashlib.sha256(json_text.canonical(document).encode()).hexdigest() == seal
     except (ValueError, RecursionError):
         sealed = False
     if not sealed:
@@ -985,7 +952,7 @@ def spaces(folder: str | os.PathLike[str]) -> dict[str, dict]:
 def _stored_spec(path: Path) -> dict | None:
     try:
         with _opened(path) as (descriptor, size):
-            header = _parse_json(_read_header(descriptor, size))
-        return Space.stored(_parse_json(header["__metadata__"]["space"])).spec  # type: ignore[index]
+            header = json_text.parse(_read_header(descriptor, size))
+        return Space.stored(json_text.parse(header["__metadata__"]["space"])).spec  # type: ignore[index]
     except (_Invalid, OSError, ValueError, KeyError, TypeError):
         return None

@@ -26,7 +26,6 @@ from images import BadImage, Entry, Skipped, Split, shown
 from latent_cache import MANIFEST_NAME, LatentCache, Manifest, Space, read_manifest, write_manifest
 from latent_dataset import SPLIT_NAME, BatchEncoder, LatentDataset, read_split
 from ranks import OtherFailed, Ranks
-from sampling import check_decodes
 from script import (
     LABELS_NAME,
     PAGE_NAME,
@@ -296,51 +295,22 @@ def _without_vae(settings: ImageSettings, known: ChosenSpace) -> ChosenSpace:
     return known
 
 
-def takes_imported(sources: Mapping[str, str], known: ChosenSpace | None, *, goes_on: bool) -> bool:
-    """Says whether training is on imported latents: the run began with them, or nobody asks for images instead."""
-    return known is not None and known.space.is_imported and (goes_on or not is_explicit(sources, "data_path"))
+HOLDS_IMPORTED = "holds latents that an earlier version took over from another program"
 
 
-def imported_space(settings: ImageSettings, known: ChosenSpace) -> ChosenSpace:
-    """Returns the space of imported latents as it is: a VAE can decode them, and none can add to them.
+def manifest_of_images(folder: str | Path) -> Manifest | None:
+    """Returns the manifest of a cache; None, after a line, where its latents were imported and are of no use here.
 
-    Raises:
-        UserError: when another image size is asked for, or the VAE decodes latents of other channels.
+    Its settings are then left out as well: an import trained on all images that it found.
     """
-    size, channels = known.space.spec["image_size"], known.space.moments_shape[0] // 2
-    if settings.image_size != size:
-        raise UserError(f"--image_size is {settings.image_size}, but the imported latents are of images of {size}")
-    try:
-        identity = vae.read_identity(settings.vae_path)
-    except UserError as error:
-        say(f"no VAE at hand ({error}); imported latents can be trained on without it")
-        return known
-    check_decodes(settings.vae_path, identity, channels)
-    return known
-
-
-def imported_split(settings: ImageSettings, sources: Mapping[str, str], stored: Split | None, where: str) -> Split:
-    """Returns the split that imported latents came with; no setting draws it anew.
-
-    Raises:
-        UserError: when there is none, or a setting asks for another.
-    """
-    if stored is None:
-        raise UserError(f"{where} holds imported latents but no split of them; import them again")
-    counts = Counter(entry.class_name for entry in stored.train)
-    facts: dict[str, set[int | str]] = {
-        "num_users": {"all", len(stored.classes)},
-        "images_per_user": {"all", *counts.values()} if len(set(counts.values())) == 1 else {"all"},
-        "split": {"random"},
-    }
-    for name, fitting in facts.items():
-        value = getattr(settings, name)
-        if is_explicit(sources, name) and value not in fitting:
-            raise UserError(
-                f"--{name} {value} does not fit the {len(stored.train):,} training images of {len(stored.classes)} "
-                "classes that were imported; leave it out, or import again with an --import_split"
-            )
-    return stored
+    manifest = read_manifest(folder)
+    if manifest is None or not manifest.space.is_imported:
+        return manifest
+    say(
+        f"{folder} {HOLDS_IMPORTED}: they are left alone, and the images are encoded again with the VAE and the "
+        "image_size in use"
+    )
+    return None
 
 
 def space_of_manifest(manifest: Manifest) -> ChosenSpace:
@@ -480,16 +450,11 @@ def check_vae_of(known: Space, vae_path: str) -> None:
         raise UserError(f"{vae_path} makes other latents than those of the cache ({differences}); give that one")
 
 
-def fill_together(
-    dataset: LatentDataset, ranks: Ranks, signals: StopSignals, *, what: str = ""
-) -> list[tuple[int, str]]:
+def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) -> list[tuple[int, str]]:
     """Encodes all that is missing, each process its share, and takes up what the others have published.
 
     What does not appear in the cache folder is encoded here too: the disk of another process may not be this one, or
     take no files, or the process may have died. When one fails, all end; this belongs in a block of `Ranks.together`.
-
-    Args:
-        what: names the images, where a program fills more than one dataset.
 
     Returns:
         (position, reason) of each image that could not be encoded, equal ones included.
@@ -506,12 +471,12 @@ def fill_together(
         def advance(count: int) -> None:
             bar.advance(count)
             if count:
-                ranks.sign_of_life(f"filled {what}")
+                ranks.sign_of_life(_FILLED)
             ranks.raise_if_stopped(signals)
-            ranks.raise_if_failed(f"filled {what}")
+            ranks.raise_if_failed(_FILLED)
 
         try:
-            bad = _fill_shares(dataset, missing, ranks, advance, what)
+            bad = _fill_shares(dataset, missing, ranks, advance)
             ranks.raise_if_stopped(signals)  # by one that came since the last look
             return bad
         except OtherFailed:
@@ -520,29 +485,31 @@ def fill_together(
         except Stopped:
             raise
         except BaseException:
-            ranks.tell(f"filled {what} failed")
+            ranks.tell(f"{_FILLED} failed")
             raise
 
 
+_ENCODED, _FILLED = "encoded", "filled"  # what a process tells the others: its share is encoded; all is there
+
+
 def _fill_shares(
-    dataset: LatentDataset, missing: list[int], ranks: Ranks, advance: Callable[[int], None], what: str
+    dataset: LatentDataset, missing: list[int], ranks: Ranks, advance: Callable[[int], None]
 ) -> list[tuple[int, str]]:
     bad = dataset.fill(ranks.share(missing), advance=advance)
     if ranks.count == 1:
         return bad
-    encoded, filled = f"encoded {what}", f"filled {what}"
-    ranks.tell(encoded)
+    ranks.tell(_ENCODED)
 
     def look() -> tuple[int, int]:
         found = dataset.refresh()
         advance(found)
         return found, len(_others(dataset, bad))
 
-    ranks.await_others(encoded, look)
+    ranks.await_others(_ENCODED, look)
     left = _others(dataset, bad)
     bad = sorted(bad + dataset.fill(left, advance=advance)) if left else bad
-    ranks.tell(filled)
-    ranks.await_end(filled, lambda: advance(0))  # an exchange comes next, with a limit of time
+    ranks.tell(_FILLED)
+    ranks.await_end(_FILLED, lambda: advance(0))  # an exchange comes next, with a limit of time
     return bad
 
 

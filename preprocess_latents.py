@@ -1,7 +1,6 @@
 """Encodes a folder of labelled images through a KL-VAE into a cache of latents.
 
     python preprocess_latents.py --vae_path kl_vae_best.pt --data_path Normal_line --output_folder ./latents_cache
-    python preprocess_latents.py --vae_path kl_vae_best.pt --data_path Normal_line --dry_run
     python preprocess_latents.py --verify
 
 Running it again encodes only what is missing; train_latent_cfg.py then reads the cache.
@@ -31,7 +30,6 @@ import torch
 import cache_work
 import disk
 import durable
-import forecast
 import hardware
 import latent_cache
 import prepare
@@ -41,8 +39,6 @@ from latent_dataset import SPLIT_NAME, LatentDataset
 from preview import draw_preview
 from ranks import Ranks, joined
 from script import DONE, FAILED, Failed, StopSignals, say, warn
-
-_BELONGS_TO = {"yes": "prune", "import_split": "import_folder", "import_scale_factor": "import_folder"}
 
 
 @script.command
@@ -72,21 +68,18 @@ def resolve(argv: Sequence[str] | None) -> tuple[PreprocessSettings, dict[str, s
 def other_work(
     settings: PreprocessSettings, ranks: Ranks
 ) -> Callable[[PreprocessSettings, dict[str, str]], int] | None:
-    """Returns what is asked for besides encoding, a check, a prune or an import.
+    """Returns what is asked for besides encoding, a check or a prune.
 
     Raises:
         UserError: for two at once, and for several processes, which only encode together.
     """
-    works = {"verify": cache_work.verify, "prune": cache_work.prune, "import_folder": cache_work.import_latents}
+    works = {"verify": cache_work.verify, "prune": cache_work.prune}
     asked = [name for name in works if getattr(settings, name)]
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are two commands; give one of them")
-    if settings.dry_run and asked:
-        raise UserError(f"--dry_run is for encoding; leave it or --{asked[0]} out")
-    for name, owner in _BELONGS_TO.items():
-        if getattr(settings, name) != config.defaults(PreprocessSettings)[name] and not getattr(settings, owner):
-            raise UserError(f"--{name} belongs to --{owner}")
-    for name in (*asked, *["dry_run"] * settings.dry_run):
+    if settings.yes and not settings.prune:
+        raise UserError("--yes belongs to --prune")
+    for name in asked:
         ranks.must_be_alone(f"--{name}")
     return works[asked[0]] if asked else None
 
@@ -110,8 +103,6 @@ def encode(settings: PreprocessSettings, sources: dict[str, str], ranks: Ranks) 
         ranks.say_unused(settings.device, "preprocess_latents.py")
         work = open_work(settings, sources, device)
     dataset, num_missing = work.dataset, len(work.dataset.missing())
-    if settings.dry_run:
-        return dry_run(settings, work)
     ranks.check_same({"images and latents of the digest": dataset.digest()[:16]}, "give all the same images and VAE")
     with ranks.together():
         bad = fill(dataset, num_missing, ranks)
@@ -129,16 +120,14 @@ def encode(settings: PreprocessSettings, sources: dict[str, str], ranks: Ranks) 
 def open_work(settings: PreprocessSettings, sources: dict[str, str], device: torch.device) -> Work:
     """Chooses the images and the space, and says what there is to encode."""
     folder = Path(settings.output_folder)
-    script.check_writable(folder, "output_folder", dry_run=settings.dry_run)
-    manifest = latent_cache.read_manifest(folder)
-    if manifest is not None and manifest.space.is_imported:  # whose split no setting draws again
-        raise UserError(f"{folder} holds imported latents; give another --output_folder for latents of images")
+    script.check_writable(folder, "output_folder")
+    manifest = prepare.manifest_of_images(folder)
     if not prepare.images_at_hand(settings, sources, may_lack=False):
         raise UserError(prepare.no_images_message(settings.data_path))
     split = prepare.choose_images(settings, at_hand=True, stored=None, where=str(folder))
     prepare.warn_of_shared_content(split)
     chosen = prepare.choose_space(settings, sources, manifest and prepare.space_of_manifest(manifest), may_lack=False)
-    cache = LatentCache(folder, chosen.space, writable=not settings.dry_run)
+    cache = LatentCache(folder, chosen.space, writable=True)
     for problem in cache.problems:
         warn(problem)
     names = dict.fromkeys(settings.splits)
@@ -167,27 +156,6 @@ def open_work(settings: PreprocessSettings, sources: dict[str, str], device: tor
         remedy="give another --output_folder",
     )
     return Work(split, entries, chosen, dataset)
-
-
-def dry_run(settings: PreprocessSettings, work: Work) -> int:
-    """Tries every missing image and a few encoder calls, says what the run would take, and writes nothing."""
-    dataset = work.dataset
-    missing = dataset.missing()
-    wanted = [work.entries[position] for position in missing]
-    bad = prepare.find_bad_images(wanted, data_path=settings.data_path, image_size=settings.image_size)
-    for skipped in bad:
-        say(f"    {shown(f'{skipped.class_name}/{skipped.name}')}: {skipped.reason}")
-    with _plain_memory_error(dataset):
-        say(forecast.encoding(dataset, missing))
-    say(forecast.memory(dataset.device))
-    if bad and not settings.skip_bad_images:
-        warn(
-            f"{len(bad)} image(s) cannot be read; mend or remove them, or give --skip_bad_images to go on without them"
-        )
-        return FAILED
-    work.split.without(bad)  # raises where nothing of a class is left
-    say(script.DRY_RUN_END)
-    return DONE
 
 
 def fill(dataset: LatentDataset, num_missing: int, ranks: Ranks) -> list[tuple[int, str]]:

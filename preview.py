@@ -35,10 +35,9 @@ def draw_preview(
         return
     chosen = [present[i] for i in np.linspace(0, len(present) - 1, min(_NUM_PREVIEWS, len(present))).astype(int)]
     pairs = [(i, image) for i in chosen if (image := _read_or_none(settings, entries[i])) is not None]
-    if pairs:
-        chosen = [i for i, _ in pairs]
-    elif not dataset.cache.space.is_imported:  # of which there may never have been any images here
+    if not pairs:
         return
+    chosen = [i for i, _ in pairs]
     originals = [image for _, image in pairs]
     try:
         decoded = decode_means(dataset, chosen, settings.vae_path, device)
@@ -46,24 +45,20 @@ def draw_preview(
         reason = error if isinstance(error, UserError) else "the GPU has too little memory for the VAE decoder"
         warn(f"no {path.name}: {reason}")
         return
-    scores = [pictures.psnr(a, b) for a, b in zip(originals, decoded, strict=True)] if originals else []
+    scores = [pictures.psnr(a, b) for a, b in zip(originals, decoded, strict=True)]
     names = [dataset.names[i].split("/")[0] for i in chosen]
-    rows = {"image": originals, "decoded": decoded} if originals else {"decoded": decoded}
     try:
-        pictures.save_picture(pictures.labelled_grid(list(rows.values()), list(rows), names), path)
+        pictures.save_picture(pictures.labelled_grid([originals, decoded], ["image", "decoded"], names), path)
         where = f"see {path}"
     except OSError as error:  # a cache may be checked where it is read-only
         where = f"{path.name} cannot be written ({error.strerror or error})"
-    if scores:
-        quality = f"PSNR {np.mean(scores):.1f} dB over {len(scores)} images (worst {min(scores):.1f})"
-        say(f"round trip      {quality}; {where}")
-        if np.mean(scores) < _LOW_PSNR_DB:
-            say(
-                "                that is low: generated images can be no better, so look at that picture; is it the "
-                "VAE for these images and this image_size, trained long enough?"
-            )
-    else:
-        say(f"decoded         {len(decoded)} latents, with no images to compare; {where}")
+    quality = f"PSNR {np.mean(scores):.1f} dB over {len(scores)} images (worst {min(scores):.1f})"
+    say(f"round trip      {quality}; {where}")
+    if np.mean(scores) < _LOW_PSNR_DB:
+        say(
+            "                that is low: generated images can be no better, so look at that picture; is it the "
+            "VAE for these images and this image_size, trained long enough?"
+        )
 
 
 def _read_or_none(settings: PreprocessSettings, entry: Entry) -> np.ndarray | None:

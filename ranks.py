@@ -34,7 +34,6 @@ _PATIENCE_SECONDS = 300.0  # without anything new; latents are published each mi
 _WORD = "word left"  # in the store, by the first process that ended by itself: its rank, and what `explain` says
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class OtherFailed(Exception):
@@ -54,7 +53,6 @@ class Ranks:
         self.rank, self.count, self.local_rank = rank, count, local_rank
         self._store = store
         self._device_group: Any = None  # the group of all, until there are GPUs
-        self._num_spread, self._at_work_on = 0, None  # of `spread`: how many groups of items, and the present one
 
     @property
     def is_main(self) -> bool:
@@ -63,11 +61,7 @@ class Ranks:
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """Returns this process's share of what all of them list alike."""
-        return self.shares(items)[self.rank]
-
-    def shares(self, items: Sequence[Item]) -> list[Sequence[Item]]:
-        """Returns the share of each process of what all of them list alike."""
-        return [items[rank :: self.count] for rank in range(self.count)]
+        return items[self.rank :: self.count]
 
     # --- devices ---
 
@@ -160,42 +154,6 @@ class Ranks:
         """Returns the value that rank 0 has, of plain types."""
         return value if self.count == 1 else self._gather(value)[0]
 
-    def spread(
-        self, items: Sequence[Item], work: Callable[[Item], Result], signals: StopSignals
-    ) -> Iterator[tuple[Item, Result]]:
-        """Yields each item with the result of its work, of plain types; each process does its share.
-
-        As many items as there are processes are worked on at a time, and all processes get all results. Work must
-        hold no exchange, and call `work_goes_on` now and then. What fails in one process ends the work of all.
-        """
-        for start in range(0, len(items), self.count):
-            group = items[start : start + self.count]
-            yield from zip(group, self._work_on(group, work, signals), strict=False)
-
-    def _work_on(self, group: Sequence[Item], work: Callable[[Item], Result], signals: StopSignals) -> list[Result]:
-        result: Any = None
-        self._num_spread += 1
-        topic = self._at_work_on = f"spread {self._num_spread}"
-        with self.together():
-            try:
-                if self.rank < len(group):
-                    result = work(group[self.rank])
-            except Exception:
-                self.tell(f"{topic} failed")
-                raise
-            finally:
-                self._at_work_on = None
-                self.tell(topic)
-            if self.count > 1:  # not in an exchange, which has its limit of time
-                self.await_end(topic, lambda: self._raise_if_over(topic, signals))
-        return [result] if self.count == 1 else self._gather(result)
-
-    def add_up_shares(self, whole: Tensor) -> None:
-        """Adds up, in place, a tensor on the CPU that is 0 but for what each process has put into its share."""
-        if self.count > 1:
-            with self._reaching_others():
-                dist.all_reduce(whole)
-
     def copy_of_main(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites tensors on the device with those of rank 0."""
         if self.count > 1:
@@ -261,23 +219,6 @@ class Ranks:
             raise Stopped(number)
         with self._reaching_others():
             self._raise_word_left()
-
-    def work_goes_on(self, signals: StopSignals) -> None:
-        """Lets those that wait for this process's share of `spread` know that it is at work.
-
-        Raises:
-            Stopped: after a signal to any process.
-            OtherFailed: when another has failed in its share.
-        """
-        if self._at_work_on is None:
-            self.raise_if_stopped(signals)
-        else:
-            self.sign_of_life(self._at_work_on)
-            self._raise_if_over(self._at_work_on, signals)
-
-    def _raise_if_over(self, topic: str, signals: StopSignals) -> None:
-        self.raise_if_stopped(signals)  # first: one that was stopped has failed, too
-        self.raise_if_failed(topic)
 
     def raise_if_failed(self, topic: str) -> None:
         """Raises OtherFailed when another process has told that it failed in its share of a topic."""

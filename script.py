@@ -29,7 +29,6 @@ SIGNALLED = 128  # to which the number of the signal is added
 SETTINGS_NAME = "settings.yaml"
 RECORD_NAME, LABELS_NAME = "settings.json", "labels.csv"
 REPORT_NAME, PAGE_NAME = "report.json", "report.html"
-DRY_RUN_END = "dry run: nothing was written; the times are estimates"
 PROCESS_START = time.monotonic()  # this module is among the first that a script imports
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _KERNEL_MARK = "JPY_PARENT_PID"  # Jupyter sets it for its kernels, and so for the commands in their cells
@@ -170,12 +169,12 @@ def _describe_os_error(error: OSError) -> str:
     return f"{place}{error.strerror or error}"
 
 
-def check_writable(folder: Path, setting: str, *, dry_run: bool = False) -> None:
+def check_writable(folder: Path, setting: str, *, by_trying: bool = True) -> None:
     """Raises UserError, naming the setting, when files cannot be made in a folder; it need not exist yet.
 
-    With `dry_run` that is not tried, but told from permissions.
+    Where it is not found out `by_trying`, which a full disk would fail, it is told from permissions.
     """
-    reason = durable.why_not_permitted(folder) if dry_run else durable.why_not_writable(folder)
+    reason = durable.why_not_writable(folder) if by_trying else durable.why_not_permitted(folder)
     if reason is not None:
         raise UserError(f"--{setting} {folder} cannot be written to ({reason}); give another, or mend that one")
 
@@ -198,20 +197,19 @@ def warn(text: str) -> None:
         tqdm.write(f"warning: {_harmless(text)}", file=sys.stderr)
 
 
-def warn_uncompiled(choice: str, obstacle: str, *, work: str) -> None:
-    """Warns that the network works on without the compiler.
+def warn_uncompiled(choice: str, obstacle: str) -> None:
+    """Warns that the network trains without the compiler.
 
     Args:
         choice: the setting: auto or true.
         obstacle: what the compiler failed at.
-        work: what the network does, such as "trains".
 
     Raises:
         Failed: where a compiled network was asked for.
     """
     if choice == "true":
         raise Failed(f"the network cannot be compiled ({obstacle}); give --compile false")
-    warn(f"the network cannot be compiled, and {work} without ({obstacle})")
+    warn(f"the network cannot be compiled, and trains without ({obstacle})")
 
 
 class StopSignals:

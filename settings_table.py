@@ -75,13 +75,6 @@ HELP_ZH = {
     "run folders whose latents --prune keeps, besides those of the cache's own split": (
         "`--prune` 除缓存自身的划分外还为其保留 latent 的训练结果文件夹"
     ),
-    "folder of user_07_name.pt files, the latents of an older script, to make a cache of": (
-        "旧脚本留下的 latent 文件夹（`user_07_name.pt` 文件），由它建立缓存"
-    ),
-    "what the older script multiplied its latents by": "旧脚本给 latent 乘的系数",
-    "JSON, CSV or text file with the names of the older script's training (and test) images": (
-        "旧脚本的训练（及测试）图像名单：JSON、CSV 或文本文件"
-    ),
     "check a cache instead of filling it: every seal, and a few images decoded": (
         "不编码，只检查缓存：核对每一行的校验和，并解码几张图像"
     ),
@@ -97,9 +90,6 @@ HELP_ZH = {
     ),
     "compile the network: auto does so in runs long enough to repay it, where a compiler is at hand": (
         "编译网络：auto 在训练足够长、值得编译且有编译器时编译"
-    ),
-    "compile the network, save for --strip: auto does so for enough images, where a compiler is at hand": (
-        "编译网络（--strip 除外）：auto 在图像足够多且有编译器时编译"
     ),
     "number format of the network: auto is bfloat16 or float16 on a GPU, whichever is native, float32 on a CPU": (
         "网络的数值格式；auto 在 GPU 上取其原生支持的 bfloat16 或 float16，在 CPU 上取 float32"
@@ -149,9 +139,6 @@ HELP_ZH = {
     "columns of the sample grid; 0 makes no grid": "样本网格图的列数；0 表示不生成",
     "steps between lines of metrics.jsonl": "每隔多少步在 metrics.jsonl 中写一行",
     "bit-exact resume on a GPU, at some cost in speed": "在 GPU 上续训时逐位一致，速度略有损失",
-    "say what would be done and about how long it takes, and write nothing": (
-        "只说明将要做什么、大约需要多久，不写入任何内容"
-    ),
     "where figures and grids go, too: auto is tensorboard where it is installed; wandb sends them to its server": (
         "数据与网格图另外送往何处：auto 在装有 TensorBoard 时用它；wandb 会发送到其服务器"
     ),

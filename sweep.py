@@ -58,7 +58,7 @@ def sampling_settings(plan: Plan) -> GenerateSettings:
 def sweep(plan: Plan, states: Sequence[Path]) -> None:
     """Samples at each checkpoint and guidance scale, compares the samples with the test images, and says the best.
 
-    What is found about a point is kept in the report at once; with several processes, once each has done one point.
+    What is found about a point is kept in the report at once.
     """
     real = open_real(plan)
     if not len(real.test):
@@ -80,13 +80,12 @@ class Sweep:
         self.plan, self.real, self.report, self.signals = plan, real, report, signals
         self.sampling = sampling_settings(plan)
         self.made_of = made_of_sweep(plan, real, self.sampling)
-        self.part: dict[str, Any] = plan.ranks.of_main(report.part("sweep", self.made_of)) or {"points": []}
+        self.part: dict[str, Any] = report.part("sweep", self.made_of) or {"points": []}
         self.labels = torch.arange(len(plan.classes)).repeat_interleave(plan.settings.sweep_images)
-        self.why_no_classifier = plan.ranks.of_main(classifier_trials.why_not(plan, real, self.labels))
-        with plan.ranks.together():
-            self.trials = None if self.why_no_classifier else Trials.of(plan, real)
-            if self.trials is not None:
-                self._drop_other_classifiers()
+        self.why_no_classifier = classifier_trials.why_not(plan, real, self.labels)
+        self.trials = None if self.why_no_classifier else Trials.of(plan, real)
+        if self.trials is not None:
+            self._drop_other_classifiers()
         self._model: tuple[Path, TrainedModel] | None = None
 
     def run(self, states: Sequence[Path]) -> None:
@@ -97,12 +96,11 @@ class Sweep:
         todo = [point for point in points if not self._is_done(point)]
         if len(todo) < len(points):
             say(f"{len(points) - len(todo)} of {len(points)} points are in the report already")
-        for _, found in self.plan.ranks.spread(todo, self._look_at, self.signals):
-            self._keep(found)
-        if self.plan.ranks.is_main:
-            print_sweep(self.part)
-            if self.why_no_classifier:
-                say(f"no classifier: {self.why_no_classifier}")
+        for point in todo:
+            self._keep(self._look_at(point))
+        print_sweep(self.part)
+        if self.why_no_classifier:
+            say(f"no classifier: {self.why_no_classifier}")
 
     def _begun(self, path: Path, weights: str, scale: float) -> dict[str, Any]:
         """Returns what is known of a point."""
@@ -135,7 +133,7 @@ class Sweep:
         if self.trials is not None:
             for name in _CLASSIFIER_COLUMNS:  # of other seeds
                 found.pop(name, None)
-            self._keep_alone(found)
+            self._keep(found)
             found["classifier"] = self._train_classifiers(found, samples, model)
             means = {name: trained["mean"] for name, trained in found["classifier"]["sets"].items()}
             found |= {"alone": means[classifier.SYNTHETIC], "with_real": means[classifier.BOTH]}
@@ -158,7 +156,7 @@ class Sweep:
                 indices = [place % count for place in range(start, start + len(own))]
                 parts.append(model.sample(own, indices, scale).cpu())
                 bar.advance(len(own))
-                self.plan.ranks.work_goes_on(self.signals)
+                self.signals.raise_if_received()
         return torch.cat(parts)
 
     def _train_classifiers(self, point: dict[str, Any], samples: Tensor, model: TrainedModel) -> dict[str, Any]:
@@ -168,21 +166,15 @@ class Sweep:
         done = {**point.get("classifier", {}).get("scores", {}), classifier.REAL: real_alone}
 
         def save(scores: dict[str, Any]) -> None:
-            self._keep_alone({**point, "classifier": {"scores": scores, **classifier_trials.made_of(self.plan)}})
+            self._keep({**point, "classifier": {"scores": scores, **classifier_trials.made_of(self.plan)}})
 
         return self.trials.run(
-            decode(samples, model, self.plan, between=lambda: self.plan.ranks.work_goes_on(self.signals)),
+            decode(samples, model, self.plan, between=self.signals.raise_if_received),
             self.labels,
             done=done,
             save=save,
-            spread=classifier.one_by_one,
             signals=self.signals,
         )
-
-    def _keep_alone(self, point: dict[str, Any]) -> None:
-        """Keeps what is known of a point that is not finished, where there is one process."""
-        if self.plan.ranks.count == 1:
-            self._keep(point)
 
     def _keep(self, point: dict[str, Any]) -> None:
         own = {name: value for name, value in point.items() if name != "yardstick"}
@@ -198,9 +190,7 @@ class Sweep:
             "sentences": say_best(points, self.plan.settings.sweep_images),
         }
         training = {**self.part.get("training", {}), **point["yardstick"]}
-        self.part = {"points": points, "training": training, **best}
-        if self.plan.ranks.is_main:
-            self.part = self.report.put("sweep", self.made_of, self.part)
+        self.part = self.report.put("sweep", self.made_of, {"points": points, "training": training, **best})
 
 
 def decode(samples: Tensor, model: TrainedModel, plan: Plan, *, between: Callable[[], None] = lambda: None) -> Tensor:

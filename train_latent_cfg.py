@@ -1,7 +1,6 @@
 """Trains a class-conditional latent diffusion model with classifier-free guidance.
 
     python train_latent_cfg.py
-    python train_latent_cfg.py --dry_run
     python train_latent_cfg.py --vae_path kl_vae_best.pt --data_path Normal_line --max_hours 11.5
 
 It reads the cache that preprocess_latents.py made, and encodes and caches what is missing there when it is first
@@ -37,7 +36,6 @@ import build
 import checkpoint
 import disk
 import durable
-import forecast
 import hardware
 import latent_cache
 import optimizer_state
@@ -77,8 +75,7 @@ def train(argv: Sequence[str] | None, ranks: Ranks) -> int:
     with ranks.together():
         plan = make_plan(argv)
         _check_share(plan.settings, ranks)
-        if not plan.settings.dry_run:
-            durable.remove_stale_temporaries(plan.results)
+        durable.remove_stale_temporaries(plan.results)
         facts = _facts_of_plan(plan)
     ranks.check_same(facts, "start all with the same command, and let all see the same --results_folder")
     with ranks.together():
@@ -98,8 +95,6 @@ def train(argv: Sequence[str] | None, ranks: Ranks) -> int:
         if ranks.count > 1:
             _fill(data.dataset, ranks)
         trainer = Trainer(plan.settings, data, device, ranks)
-        if plan.settings.dry_run:
-            return dry_run(trainer, plan)
         if ranks.is_main:
             write_cache_defaults(plan, data)
         trainer.start(plan)
@@ -157,10 +152,11 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
     typed = config.resolve(TrainSettings, layers).settings
     newest_save = run_folder.newest_stamp(typed.results_folder)
     origin, state = find_run(Path(typed.results_folder), typed.resume_from)
+    _refuse_imported(origin, state)
     stored = {} if state is None else {k: v for k, v in state.meta.settings.items() if k not in _NOT_INHERITED}
     layers.append(config.stored_layer(TrainSettings, f"run {origin}", stored))
     folder = config.resolve(TrainSettings, layers).settings.latents_cache_folder
-    manifest = latent_cache.read_manifest(folder)
+    manifest = prepare.manifest_of_images(folder)
     about_cache = {} if manifest is None else manifest.settings
     layers.append(config.stored_layer(TrainSettings, f"manifest of {folder}", about_cache, only_about_cache=True))
     resolved = config.resolve(TrainSettings, layers)
@@ -208,6 +204,15 @@ def _say_warnings(state: SavedState | None) -> SavedState | None:
     return state
 
 
+def _refuse_imported(origin: Path | None, state: SavedState | None) -> None:
+    """Raises UserError for a run on latents that an earlier version took over from another program."""
+    if state is not None and state.meta.space.is_imported:
+        raise UserError(
+            f"the run in {origin} was trained on imported latents and cannot go on in this version (generate.py still "
+            "takes it); start another run on the images with another --results_folder"
+        )
+
+
 def _refuse_changes(stored: dict[str, Any], settings: TrainSettings, origin: Path | None) -> None:
     changed = config.differences_on_resume(stored, settings)
     if changed:
@@ -225,8 +230,6 @@ def _refuse_impossible(settings: TrainSettings) -> None:
 
 def _check_share(settings: TrainSettings, ranks: Ranks) -> None:
     """Raises UserError unless each process gets as many latents of a step as any other."""
-    if settings.dry_run:
-        ranks.must_be_alone("--dry_run")
     if batch_size(settings) % ranks.count:
         raise UserError(
             f"a step sees {batch_size(settings)} latents (--train_batch_size {settings.train_batch_size} times "
@@ -257,7 +260,7 @@ def _facts_of_data(data: "Data", device: torch.device) -> dict[str, object]:
 
 
 def _check_results_folder(plan: Plan) -> None:
-    script.check_writable(plan.results, "results_folder", dry_run=plan.settings.dry_run)
+    script.check_writable(plan.results, "results_folder")
     if plan.state is None:
         prepare.refuse_to_be_a_class(plan.results, plan.settings.data_path)
     if plan.state is None and any(plan.results.glob("ema-*.safetensors")):
@@ -289,18 +292,15 @@ def open_data(plan: Plan, device: torch.device, ranks: Ranks = ALONE) -> Data:
     settings, folder = plan.settings, plan.cache_folder
     goes_on = plan.state is not None  # the split is the run's own, so that nothing else can be meant
     known = _known_space(plan)
-    if prepare.takes_imported(plan.sources, known, goes_on=goes_on):
-        at_hand, split, chosen = False, _imported_split(plan), prepare.imported_space(settings, known)  # type: ignore[arg-type]
-    else:
-        at_hand = prepare.images_at_hand(settings, plan.sources, may_lack=goes_on)
-        split = _run_split(plan, at_hand)
-        chosen = prepare.choose_space(settings, plan.sources, known, may_lack=goes_on)
+    at_hand = prepare.images_at_hand(settings, plan.sources, may_lack=goes_on)
+    split = _run_split(plan, at_hand)
+    chosen = prepare.choose_space(settings, plan.sources, known, may_lack=goes_on)
     prepare.warn_of_shared_content(split)
     _check_same_space(plan, chosen)
-    reason = durable.why_not_permitted(folder) if settings.dry_run else durable.why_not_writable(folder)
+    reason = durable.why_not_writable(folder)
     if reason is not None:
         say(f"{folder} takes no files ({reason}): what is encoded in this run stays in memory")
-    cache = LatentCache(folder, chosen.space, writable=reason is None and not settings.dry_run)
+    cache = LatentCache(folder, chosen.space, writable=reason is None)
     for problem in cache.problems:
         warn(problem)
 
@@ -337,15 +337,6 @@ def _run_split(plan: Plan, at_hand: bool) -> Split:
     if plan.settings.skip_bad_images and stored is not None:
         split = split.without(stored.skipped)
     return split
-
-
-def _imported_split(plan: Plan) -> Split:
-    """Returns the run's own split when it goes on, else the one that the imported latents came with."""
-    own = None if plan.origin is None else read_split(plan.origin)
-    if own is not None:
-        return own
-    folder = plan.cache_folder
-    return prepare.imported_split(plan.settings, plan.sources, read_split(folder), str(folder))
 
 
 def _known_space(plan: Plan) -> ChosenSpace | None:
@@ -513,7 +504,7 @@ class Trainer:
         else:
             self._restore(plan.state)
         compiled = self.choose_network(None if plan.state is None else plan.state.meta.compiled)
-        if self.ranks.is_main and not self.settings.dry_run:
+        if self.ranks.is_main:
             run_folder.write_plan(plan.results, config.to_yaml(self.settings), self.data.split)
         parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
         shared = "" if self.ranks.count == 1 else f", {self.share} on each of {self.ranks.count} processes"
@@ -624,7 +615,7 @@ class Trainer:
         return loss, [(table[0].long(), table[1])]
 
     def _do_without_compiler(self, obstacle: str) -> None:
-        script.warn_uncompiled(self.settings.compile, obstacle, work="trains")
+        script.warn_uncompiled(self.settings.compile, obstacle)
         self.losses_of, self.is_compiled = self.diffusion, False
 
     def parts_of(self, step: int) -> list[StepDraws]:
@@ -853,32 +844,9 @@ def make_grid_maker(trainer: Trainer, folder: Path, metrics: Metrics) -> GridMak
     )
 
 
-def dry_run(trainer: Trainer, plan: Plan) -> int:
-    """Encodes a few images, takes a few steps and rehearses a grid, to say what the run takes; writes nothing.
-
-    The steps are the real ones, on random latents where an image is not encoded yet. All stays in memory.
-    """
-    dataset = trainer.dataset
-    missing, encoder = dataset.missing(), dataset.encode
-    say(forecast.encoding(dataset, missing))
-    dataset.encode, dataset.read_image = forecast.random_moments(dataset.moments_shape), forecast.blank_image
-    trainer.start(plan)
-    trainer.losses_of, trainer.is_compiled = trainer.diffusion, False
-    first_step = trainer.finished_steps
-    say(forecast.training(trainer.train_step, trainer.num_steps - first_step, trainer.device))
-    trainer.finished_steps = first_step
-    metrics = Metrics(plan.results, step=first_step, earlier=plan.origin, writes=False)
-    grids = make_grid_maker(trainer, plan.results, metrics)
-    grids.rehearse()
-    say(f"{forecast.memory(trainer.device)}{' with the encoder' if missing and encoder is not None else ''}")
-    tell_disk(trainer, grids, plan, num_missing=len(missing))
-    say(script.DRY_RUN_END)
-    return DONE
-
-
 def tell_disk(trainer: Trainer, grids: GridMaker, plan: Plan, *, num_missing: int) -> None:
     """Says what the saves to come, with their grids, and the latents that are missing will take on the disk."""
-    settings, every = trainer.settings, trainer.settings.save_and_sample_every
+    every = trainer.settings.save_and_sample_every
     num_saves = math.ceil(trainer.num_steps / every) - trainer.finished_steps // every
     states = run_folder.bytes_for_saves(plan.results, num_saves, trainer.diffusion, trainer.ema.model)
     disk.tell(
@@ -888,7 +856,7 @@ def tell_disk(trainer: Trainer, grids: GridMaker, plan: Plan, *, num_missing: in
         remedy="raise --save_and_sample_every, or give another --results_folder",
     )
     cache = trainer.dataset.cache
-    if cache.writable or settings.dry_run:  # else they stay in memory
+    if cache.writable:  # else they stay in memory
         num_bytes = latent_cache.expected_bytes(cache.space, num_missing)
         disk.tell(num_bytes, f"{num_missing:,} latents", cache.folder, remedy="give another --latents_cache_folder")
 

@@ -53,16 +53,8 @@ class TrainedModel:
         self.weights_digest = vae.weights_digest(state.averages)
         self.diffusion = averaged_diffusion(state).to(device)
 
-    def sample(
-        self,
-        labels: list[int],
-        indices: list[int],
-        cond_scale: float,
-        *,
-        steps: int | None = None,
-        interval: Sequence[float] | None = None,
-    ) -> torch.Tensor:
-        """Makes samples [B C h w] of at most BATCH_SIZE images; `steps` and `interval` stand in for the settings.
+    def sample(self, labels: list[int], indices: list[int], cond_scale: float) -> torch.Tensor:
+        """Makes samples [B C h w] of at most BATCH_SIZE images.
 
         Raises:
             Failed: when one is not finite, which would be decoded to a blank image.
@@ -76,9 +68,9 @@ class TrainedModel:
             ],
             dtype=self.dtype,
             cond_scale=cond_scale,
-            guidance_interval=self.settings.guidance_interval if interval is None else interval,
+            guidance_interval=self.settings.guidance_interval,
             sampler=self.settings.sampler,
-            sampling_timesteps=self.steps if steps is None else steps,
+            sampling_timesteps=self.steps,
         )
         self._refuse_not_finite(samples, labels, cond_scale)
         return samples

@@ -269,7 +269,7 @@ class Trainer:
         try:
             error = self._gradients(batch, noise)
         except RuntimeError as failure:
-            script.warn_uncompiled(self.settings.compile, hardware.compiler_obstacle(failure), work="trains")
+            script.warn_uncompiled(self.settings.compile, hardware.compiler_obstacle(failure))
             self.loss_function = vae_loss
             error = self._gradients(batch, noise)
         self.scaler.unscale_(self.optimizer)

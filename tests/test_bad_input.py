@@ -433,9 +433,8 @@ def test_a_gpu_that_is_too_small_is_told_what_to_lower(ready, monkeypatch, capsy
     assert preprocess(ready, output_folder=ready / "cache") == 0
     assert "no preview.png: the GPU has too little memory for the VAE decoder" in capsys.readouterr().err
     monkeypatch.setattr(KLVAE, "moments", too_much)
-    for dry in ("true", "false"):
-        assert preprocess(ready, output_folder=ready / "new", dry_run=dry) == 1
-        assert "error: the GPU has too little memory for --encode_batch_size 4; give" in capsys.readouterr().err
+    assert preprocess(ready, output_folder=ready / "new") == 1
+    assert "error: the GPU has too little memory for --encode_batch_size 4; give" in capsys.readouterr().err
     assert generate(ready, output_folder=ready / "other") == 1
     assert "error: the GPU has too little memory; end what else uses it" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import statistics
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import classifier
-from classifier import BOTH, REAL, SYNTHETIC, Score, compare, t_quantile, train_and_test, trainings_left
+from classifier import BOTH, REAL, SYNTHETIC, Score, compare, train_and_test, trainings_left
 from config import UserError
 
 CPU = torch.device("cpu")
@@ -210,10 +211,18 @@ def test_the_verdict_follows_from_the_interval_of_the_paired_difference(real, bo
     assert found["sets"][BOTH]["confusion"] == [[sum(range(len(real))), 0, len(real)]] * 3
 
 
-def test_the_quantile_of_t_is_that_of_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    degrees = [*range(1, 40), 100, 1001]
-    assert [t_quantile(n) for n in degrees] == pytest.approx(stats.t.ppf(0.975, degrees).tolist(), rel=1e-9)
+@pytest.mark.parametrize(("num_seeds", "quantile"), [(2, 12.7062), (3, 4.30265), (5, 2.77645), (10, 2.26216)])
+def test_the_interval_is_that_of_student(num_seeds, quantile):
+    """The quantiles are those of printed tables."""
+    changes = [0.01 * (-1) ** seed for seed in range(num_seeds)]
+    scores = {
+        REAL: {str(seed): {"accuracy": 0.5} for seed in range(num_seeds)},
+        BOTH: {str(seed): {"accuracy": 0.5 + change} for seed, change in enumerate(changes)},
+    }
+    found = classifier._difference(scores, range(num_seeds))
+    reach = quantile * statistics.stdev(changes) / num_seeds**0.5
+    assert found["high"] - found["mean"] == pytest.approx(reach, rel=1e-5)
+    assert found["mean"] - found["low"] == pytest.approx(reach, rel=1e-5)
 
 
 def test_a_class_without_images_is_refused_by_its_name():

@@ -61,6 +61,22 @@ def test_a_switch_with_a_third_position_takes_the_words_of_a_switch(word, value)
     assert read(TrainSettings, "--compile", word).settings.compile == value
 
 
+def test_settings_of_earlier_versions_break_neither_files_nor_runs(tmp_path):
+    path = tmp_path / "config.yaml"  # as an earlier version left it in a run folder
+    path.write_text("dry_run: false\nimport_folder: null\nimport_scale_factor: 0.18215\ndim: 16\n")
+    for cls in (TrainSettings, PreprocessSettings):
+        assert (
+            read(cls, "--config", str(path)).settings == read(cls, *["--dim", "16"] * (cls is TrainSettings)).settings
+        )
+    stored = {"dry_run": False, "import_folder": "/old", "import_split": ["no", {"value": 1}], "dim": 16}
+    layer = config.stored_layer(TrainSettings, "run x", stored)
+    assert layer.values == {"dim": 16}
+    assert not config.differences_on_resume(stored, config.resolve(TrainSettings, [layer]).settings)
+    path.write_text("dry_run: true\n")
+    with pytest.raises(UserError, match="there is no setting dry_run any more; the disk is told at the start, and"):
+        read(TrainSettings, "--config", str(path))
+
+
 def test_flag_wins_over_file_over_run_over_manifest_over_default(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("dim: 16\ntimesteps: 20\n")

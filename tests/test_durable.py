@@ -298,3 +298,11 @@ def test_nothing_is_removed_and_nothing_raised_where_it_cannot_be(tmp_path):
     assert old.exists()
     assert durable.remove_stale_temporaries(tmp_path / "absent") == 0
     assert durable.remove_stale_temporaries(old) == 0
+
+
+def test_permissions_are_told_without_trying(tmp_path):
+    assert durable.why_not_permitted(tmp_path / "new" / "folder") is None
+    (tmp_path / "file").write_text("x")
+    assert durable.why_not_permitted(tmp_path / "file" / "folder") == "Not a directory"
+    assert durable.why_not_permitted("/proc/self/folder") is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,6 @@ import durable
 import evaluate_images
 import export_model
 import generate as generate_script
-import hardware
 import pictures
 import run_folder
 import sampling
@@ -36,6 +34,7 @@ import vae
 from config import UserError
 from draws import sample_generator
 from latent_norm import LatentNorm
+from ranks import ALONE
 from sampling import BATCH_SIZE, Decoder, nearest_class, num_solver_steps, sample_padded
 
 
@@ -100,7 +99,7 @@ def test_an_image_does_not_depend_on_what_else_is_asked_for(make, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["", "synthetic", "ID_1", "../data/more"])
-@pytest.mark.parametrize("how", [{}, {"strip": [1.0, 2.0]}, {"dry_run": "true"}])
+@pytest.mark.parametrize("how", [{}, {"strip": [1.0, 2.0]}])
 def test_generated_images_do_not_become_a_class(trained, capsys, place, how):
     before = sorted((trained / "data").rglob("*"))
     assert generate(trained, output_folder=trained / "data" / place, **how) == 2
@@ -161,17 +160,27 @@ def test_a_folder_made_before_there_was_an_interval_counts_as_guided_on_the_whol
     whole = image_files(tmp_path / "synthetic")
     record_path = tmp_path / "synthetic" / "settings.json"
     record = json.loads(record_path.read_text())
-    assert [record.pop(name) for name in ("guidance_interval", "decoder_precision", "compiled")] == [
-        [0, 1],
-        "float32",
-        False,
-    ]
+    assert [record.pop(name) for name in ("guidance_interval", "decoder_precision")] == [[0, 1], "float32"]
     record_path.write_text(json.dumps(record))
     (tmp_path / "synthetic" / "ID_2" / "ID_2_000000.jpg").unlink()
     assert make(images_per_class=1, guidance_interval=[0, 0.5]) == 2
     assert "guidance_interval [0.0, 1.0], now it is" in pipeline.one_error(capsys)
     assert make(images_per_class=1) == 0
     assert image_files(tmp_path / "synthetic") == whole
+
+
+@pytest.mark.parametrize("was_compiled", [True, False])
+def test_a_folder_of_a_version_that_compiled_the_network_goes_on(make, tmp_path, was_compiled):
+    assert make(images_per_class=1) == 0
+    whole = image_files(tmp_path / "synthetic")
+    record_path = tmp_path / "synthetic" / "settings.json"
+    record = json.loads(record_path.read_text())
+    assert "compiled" not in record
+    record_path.write_text(json.dumps({**record, "compiled": was_compiled}, indent=2))
+    before = record_path.read_bytes()
+    (tmp_path / "synthetic" / "ID_2" / "ID_2_000000.jpg").unlink()
+    assert make(images_per_class=1) == 0
+    assert image_files(tmp_path / "synthetic") == whole and record_path.read_bytes() == before
 
 
 def test_an_interval_is_told_with_the_passes_that_it_leaves(make, tmp_path, capsys):
@@ -264,78 +273,6 @@ def test_a_file_that_cannot_be_written_ends_the_work_in_one_line_and_the_rest_is
     assert len(labels_of(tmp_path / "part")) == 1 + len(part)
     assert make("part", images_per_class=20) == 0
     assert image_files(tmp_path / "part") == whole
-
-
-# --- compiled ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def compiled(monkeypatch) -> Iterator[list[int]]:
-    """Lets the network be traced as for the compiler, and run as traced; returns the batch size of each trace."""
-    batches, real_compile = [], torch.compile
-
-    def backend(graph, inputs):
-        batches.extend({len(each) for each in inputs if each.ndim == 4 and each.shape[1:] == (4, 8, 8)})
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda run, dynamic: real_compile(run, dynamic=dynamic, backend=backend))
-    monkeypatch.setattr(hardware, "why_not_compile", lambda device: None)
-    torch.compiler.reset()
-    yield batches
-    torch.compiler.reset()
-
-
-def test_a_compiled_network_makes_the_same_images_with_one_trace_for_each_shape(make, tmp_path, compiled, capsys):
-    flags = {"images_per_class": 7, "image_format": "png", "guidance_interval": [0, 0.5], "sampling_timesteps": 4}
-    assert make("plain", **flags, compile="false") == 0
-    assert not compiled
-    assert make("compiled", **flags, compile="true") == 0
-    assert sorted(compiled) == [BATCH_SIZE, 2 * BATCH_SIZE]
-    assert "compiled, which takes a minute" in capsys.readouterr().out
-    assert image_files(tmp_path / "compiled") == image_files(tmp_path / "plain")
-    assert json.loads((tmp_path / "compiled" / "settings.json").read_text())["compiled"] is True
-    assert json.loads((tmp_path / "plain" / "settings.json").read_text())["compiled"] is False
-
-
-def test_auto_compiles_what_repays_it_and_goes_on_as_the_folder_began(make, tmp_path, compiled, monkeypatch, capsys):
-    monkeypatch.setattr(hardware, "_COMPILED_STEPS", 2 * 2)  # two batches of two steps
-    assert make("few", images_per_class=5) == 0
-    assert not compiled
-    assert make("many", images_per_class=6) == 0
-    assert compiled == [2 * BATCH_SIZE]
-    assert make("few", images_per_class=6) == 0  # as the folder began
-    (tmp_path / "many" / "ID_1" / "ID_1_000000.jpg").unlink()
-    assert make("many", images_per_class=6) == 0
-    assert make("many", images_per_class=6) == make("many", images_per_class=7, dry_run="true") == 0
-    capsys.readouterr()
-    assert make("many", images_per_class=7, compile="false") == 2
-    assert "holds images made with compiled True, now it is False" in pipeline.one_error(capsys)
-    assert make("few", images_per_class=7, compile="true") == 2
-    assert "holds images made with compiled False, now it is True" in pipeline.one_error(capsys)
-
-
-def test_a_network_that_cannot_be_compiled_samples_without(make, tmp_path, monkeypatch, capsys):
-    class BackendCompilerFailed(RuntimeError):
-        pass
-
-    def fail(*_: object, **__: object) -> None:
-        raise BackendCompilerFailed("no such header")
-
-    BackendCompilerFailed.__module__ = "torch._dynamo.exc"
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
-    monkeypatch.setattr(hardware, "why_not_compile", lambda device: None)
-    assert make("plain", compile="false") == 0
-    assert make("other", compile="true") == 1
-    assert "the network cannot be compiled (no such header); give --compile false" in pipeline.one_error(capsys)
-    assert not (tmp_path / "other").exists()
-    monkeypatch.setattr(hardware, "_COMPILED_STEPS", 1)
-    assert make("auto") == 0
-    assert capsys.readouterr().err.count("cannot be compiled, and samples without (no such header)") == 1
-    assert image_files(tmp_path / "auto") == image_files(tmp_path / "plain")
-    assert json.loads((tmp_path / "auto" / "settings.json").read_text())["compiled"] is False
-    monkeypatch.setattr(hardware, "why_not_compile", lambda device: "there is no C++ compiler")
-    assert make("more", compile="true") == 2
-    assert "--compile true cannot be done: there is no C++ compiler" in pipeline.one_error(capsys)
 
 
 # --- what to make them from --------------------------------------------------------------------------------
@@ -543,7 +480,7 @@ def test_the_decoder_gives_up_a_number_format_that_would_change_images(trained, 
     assert told is np.array_equal(images, exact_images) is (expected == torch.float32)
 
 
-@pytest.mark.parametrize("how", [{}, {"strip": [1.0]}, {"dry_run": "true"}])
+@pytest.mark.parametrize("how", [{}, {"strip": [1.0]}])
 def test_all_is_sampled_with_the_same_matrix_products(make, monkeypatch, how):
     torch.backends.cuda.matmul.allow_tf32 = False  # as torch begins; each script sets it
     seen, sample = set(), sampling.LatentDiffusion.sample
@@ -602,20 +539,21 @@ def test_the_decoder_is_built_when_needed_and_each_image_is_decoded_by_itself(tr
     assert np.abs(whole[0] - expected[0].permute(1, 2, 0).numpy() * 255).max() < 0.51
 
 
-def test_auto_means_what_it_did_when_the_run_began(trained, tmp_path, capsys):
+def test_auto_means_what_it_did_when_the_run_began(trained, tmp_path):
     root = shutil.copytree(trained, tmp_path / "world")
     state = run_folder.newest_state(root / "results")
     assert state is not None and state.meta.auto_steps == config.AUTO_STEPS
-    flags = {"sampling_timesteps": "auto", "dry_run": True, "output_folder": tmp_path / "synthetic"}
-    assert generate(root, **flags, checkpoint=state.path) == 0
-    assert ", 12 steps of dpm++ " in capsys.readouterr().out
+    flags = {"checkpoint": state.path, "sampling_timesteps": "auto", "device": "cpu"}
+
+    def told(**changes: object) -> str:
+        return generate_script.open_generator(tiny.flags({**flags, **changes}), ALONE).description
+
+    assert ", 12 steps of dpm++ " in told()
     tensors, meta = checkpoint.load(state.path)
     del meta["auto_steps"]  # as in the checkpoints of earlier versions
     checkpoint.save(state.path, tensors, meta)
-    assert generate(root, **flags, checkpoint=state.path) == 0
-    assert ", 20 steps of dpm++ " in capsys.readouterr().out
-    assert generate(root, **flags, checkpoint=state.path, sampler="ddim") == 0
-    assert ", 250 steps of ddim " in capsys.readouterr().out
+    assert ", 20 steps of dpm++ " in told()
+    assert ", 250 steps of ddim " in told(sampler="ddim")
     assert train(root, train_num_steps=state.step + 1, num_samples=0) == 0  # which goes on
     gone_on = run_folder.newest_state(root / "results")
     assert gone_on is not None and gone_on.step == state.step + 1 and gone_on.meta.auto_steps["dpm++"] == 20

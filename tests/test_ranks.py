@@ -26,6 +26,7 @@ import tiny
 import torch
 from pipeline import HALF, STEPS, at_step, generate, losses, preprocess, signal_self, stored_moments, train, train_flags
 
+import evaluate_images
 import export_model
 import generate as generate_script
 import hardware
@@ -602,24 +603,22 @@ def test_the_first_of_several_processes_prints_the_help_and_exports(trained, tmp
     assert codes == [2, 0] and "--checkpoint" in one_told(told)
 
 
-@pytest.mark.parametrize(
-    ("command", "asked"),
-    [
-        (preprocess, {"verify": "true"}),
-        (preprocess, {"prune": "true"}),
-        (preprocess, {"import_folder": "latents"}),
-        (preprocess, {"dry_run": "true"}),
-        (train, {"dry_run": "true"}),
-        (generate, {"dry_run": "true"}),
-    ],
-)
-def test_what_cannot_be_shared_is_refused_by_one_sentence_and_does_nothing(trained, tmp_path, command, asked):
+@pytest.mark.parametrize("work", ["verify", "prune"])
+def test_what_cannot_be_shared_is_refused_by_one_sentence_and_does_nothing(trained, tmp_path, work):
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    asked = {name: tmp_path if name == "import_folder" else value for name, value in asked.items()}
-    codes, told = Company(tmp_path, lambda rank: command(trained, **asked)).end()
+    codes, told = Company(tmp_path, lambda rank: preprocess(trained, **{work: "true"})).end()
     assert codes == [2, 2]
-    assert one_told(told) == f"error: --{next(iter(asked))} is for one process; start it without torchrun"
+    assert one_told(told) == f"error: --{work} is for one process; start it without torchrun"
     assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+
+
+def test_an_evaluation_by_several_processes_is_refused_by_one_sentence_and_writes_nothing(trained, tmp_path):
+    asked: dict[str, object] = {"checkpoint": trained / "results", "synthetic_path": trained / "data"}
+    flags = tiny.flags({**asked, "output_folder": tmp_path / "evaluation", "device": "cpu"})
+    codes, told = Company(tmp_path, lambda rank: evaluate_images.main(flags)).end()
+    assert codes == [2, 2]
+    assert one_told(told) == "error: evaluate_images.py is for one process; start it without torchrun"
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_the_first_of_several_processes_draws_the_strip(trained, tmp_path):
@@ -676,10 +675,10 @@ def test_a_gpu_that_is_not_used_is_told_of(monkeypatch, capsys):
     assert capsys.readouterr().out == said
 
 
-def test_each_script_tells_of_a_gpu_that_is_not_used(cached, trained, monkeypatch, capsys):
+def test_each_script_tells_of_a_gpu_that_is_not_used(cached, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    ways: dict[str, object] = {"device": "auto", "dry_run": "true"}
-    assert train(cached, **ways) == preprocess(cached, **ways) == generate(trained, **ways) == 0
+    assert train(cached, device="auto", train_num_steps=1) == preprocess(cached, device="auto") == 0
+    assert generate(trained, device="auto", output_folder=tmp_path / "synthetic", images_per_class=1) == 0
     said = capsys.readouterr().out
     for name in ("train_latent_cfg.py", "preprocess_latents.py", "generate.py"):
         assert said.count(f"torchrun --nproc_per_node=2 {name}, with the same flags") == 1
