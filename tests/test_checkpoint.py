@@ -12,6 +12,7 @@ from torch import nn
 
 import checkpoint
 import run_folder
+from checkpoint import DamagedCheckpoint
 from config import UserError
 
 META = {"step": 4, "settings": {"lr": 1e-4, "dims": [1, 2]}, "classes": ["ID_1", "步态", "\udcff"], "norm": 0.1 + 0.2}
@@ -108,6 +109,14 @@ def test_what_cannot_be_read_back_is_refused(tmp_path):
     with pytest.raises(ValueError, match="can be read back"):
         checkpoint.save(tmp_path / "x", tiny_tensors(), {"log": "x" * (5 << 20)})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_header_that_is_too_long_is_refused_though_it_is_right(tmp_path):
+    text = json.dumps({"log": "x" * (5 << 20)})
+    facts = {"format": "1", "meta": text, "sha256": checkpoint._checksum(tiny_tensors(), text)}
+    (tmp_path / "x").write_bytes(safetensors.torch.save(tiny_tensors(), facts))
+    with pytest.raises(DamagedCheckpoint, match="does not begin like a checkpoint"):
+        checkpoint.load(tmp_path / "x")
 
 
 def test_saving_takes_no_memory_besides_the_tensors_and_loading_takes_the_file_and_them(tmp_path):

@@ -33,6 +33,15 @@ def test_what_is_stored_is_read_and_stored_again_as_it_was(stored):
     assert meta.training is not None and meta.to_json()["training"] == stored["training"]
 
 
+def test_each_fact_is_stored_under_its_own_name(stored):
+    norm = {"scale": [1.5, 2.5, 3.5, 4.5], "shift": [0.25, 0.5, 0.75, 1.0]}
+    digests = {"data_digest": "a" * 64, "moments_digest": "b" * 64, "image_suffix": ".webp", "torch": "2.6.0"}
+    others = {"step": 77, "classes": ["x", "y"], "scale_factor": 0.5, "shift_factor": 0.125, "latent_norm": norm}
+    others |= {**digests, "auto_steps": {"ddim": 9}, "compiled": True, "training": {"scaler": {}}}
+    assert all(stored[name] != value for name, value in others.items())
+    assert RunMeta.from_json({**stored, **others}, PATH).to_json() == {**stored, **others}
+
+
 def test_averages_alone_say_nothing_of_training(trained, stored):
     state = run_folder.read_state(max((trained / "results").glob("ema-*")))
     assert state.meta.training is None and not state.is_full
