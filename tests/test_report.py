@@ -15,7 +15,7 @@ from PIL import Image
 from properties import given, settings, st
 
 import classifier
-from report import FEW_PER_CLASS, write_html
+from page import FEW_PER_CLASS, write_html
 
 VOID = {"meta", "link", "img", "line", "rect", "circle", "polyline"}  # an SVG child counts as void if it closes itself
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://x.invalid/>&amp;\u202eשלום 😀"
