@@ -35,12 +35,17 @@ _STYLE = {
     "legend.frameon": False,
     "text.parse_math": False,  # a $ in a name is a $
 }
-_PAGE_STYLE = dict.fromkeys(
-    ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _OF_THE_PAGE
-)
+_UNITS = 72  # of an SVG per inch
+_PAGE_STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color"), _OF_THE_PAGE),
+    **dict.fromkeys(("xtick.color", "ytick.color"), _OF_THE_PAGE),
+    "figure.dpi": _UNITS,
+    "svg.fonttype": "none",
+}
 _PAGE_WIDTH = 5.0  # inches of an SVG, as wide as a phone: 360 of its units
-_UNITS = 72  # per inch
-_FEW_CLASSES = 12  # whose confusion matrix is no wider than that
+_FEW_CLASSES = 12
+_CELL = 0.38  # inches of a confusion matrix for each class
+_LONGEST_NAME = 16  # letters
 
 
 def check_installed() -> None:
@@ -141,7 +146,7 @@ def bars(
         largest: where the axis ends, if not at the largest figure.
     """
     with _style(_PAGE_STYLE):
-        figure, axes = _new(_PAGE_WIDTH, 0.85 + len(names) * (0.16 + 0.18 * len(series)))
+        figure, axes = _new(_PAGE_WIDTH, 0.9 + len(names) * (0.45 if len(names) <= _FEW_CLASSES else 0.24))
         height = 0.8 / len(series)
         for number, (name, values) in enumerate(series.items()):
             places = np.arange(len(names)) + height * (number - (len(series) - 1) / 2)
@@ -149,7 +154,7 @@ def bars(
             axes.barh(places, widths, height, color=(_BLUE, _VERMILION)[number], label=name)
         axes.set_xlim(0, largest)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlabel(axis)
+        axes.set_xlabel(axis, loc="right")
         axes.grid(axis="x")
         _few_ticks(axes.xaxis)
         if len(series) > 1:
@@ -193,20 +198,21 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str], *, label: s
     """
     table = np.asarray(counts)
     shares = table / np.maximum(1, table.sum(1, keepdims=True))
-    side = _PAGE_WIDTH + 0.35 * max(0, len(names) - _FEW_CLASSES)
+    reach = 0.5 + max(_expected_width(_shown(name)) for name in names)  # of what stands left of the cells, and below
+    cell = max(_CELL, min(1.6 * _CELL, (_PAGE_WIDTH - reach) / len(names)))
+    width, height = max(_PAGE_WIDTH, reach + cell * len(names)), reach + cell * len(names)
     with _style(_PAGE_STYLE | {"axes.spines.top": True, "axes.spines.right": True}):
         from matplotlib.colors import LinearSegmentedColormap
 
         colours = LinearSegmentedColormap.from_list("share", [(*_rgb(_BLUE), 0.0), (*_rgb(_BLUE), 1.0)])
-        figure, axes = _new(side, side)
+        figure, axes = _new(width, height)
         axes.imshow(shares, cmap=colours, vmin=0, vmax=1, interpolation="none")
         for (i, j), count in np.ndenumerate(table):
             if count:
                 ink = "white" if shares[i, j] > 0.7 else _OF_THE_PAGE
                 axes.text(j, i, str(count), color=ink, ha="center", va="center", fontsize=10)
-        axes.set_xlabel("said by the classifier")
+        axes.set_xlabel("said by the classifier", loc="right")
         axes.set_ylabel("true class")
-        axes.tick_params(axis="x", rotation=90)
         axes.tick_params(length=0)
         return _svg(figure, label, {axes.xaxis: names, axes.yaxis: names})
 
@@ -296,19 +302,34 @@ def _svg(figure: "Figure", label: str, names: Mapping[Any, Sequence[str]] | None
     """
     import matplotlib
 
-    shown = {axis: [one_line(name) or "\u00a0" for name in texts] for axis, texts in (names or {}).items()}
+    shown = {axis: [_shown(name) for name in texts] for axis, texts in (names or {}).items()}
     for axis, texts in shown.items():
-        axis.set_ticks(range(len(texts)), [_as_wide(text) for text in texts])
+        axis.set_ticks(
+            range(len(texts)), [_as_wide(text) for text in texts], **_UPRIGHT if axis.axis_name == "x" else {}
+        )
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axis, texts in shown.items():
+        axis.set_label_coords(*axis.label.get_position(), transform=axis.label.get_transform())
         axis.set_ticklabels(texts)
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": label})
+    matplotlib.rcParams["svg.hashsalt"] = label
     buffer = io.BytesIO()
     figure.savefig(
         buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
     )
     return _for_a_page(buffer.getvalue(), label)
+
+
+_UPRIGHT = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}  # ends at its tick in any font
+
+
+def _shown(name: str) -> str:
+    return one_line(name, longest=_LONGEST_NAME) or "\u00a0"  # for every tick has a text
+
+
+def _expected_width(text: str) -> float:
+    """Returns about how many inches a text takes."""
+    return sum(0.15 if letter == "W" else 0.095 for letter in _as_wide(text))
 
 
 def _as_wide(text: str) -> str:

@@ -218,7 +218,7 @@ _COLOURS = {
 
 
 def closeness(latents: dict[str, Any]) -> tuple[str, str]:
-    """Says whether synthetic images are as close to the test images as real ones are, and which class is farthest."""
+    """Says whether synthetic images are as close to the test images as real ones are, and names the farthest class."""
     ours, theirs = latents.get("synthetic") or {}, latents.get("training") or {}
     key = next((k for k in ("frechet_mean", "frechet") if _is_number(ours.get(k)) and _is_number(theirs.get(k))), None)
     if key is None:
@@ -233,9 +233,9 @@ def closeness(latents: dict[str, Any]) -> tuple[str, str]:
     if len(ratios) > 1:
         farthest = max(ratios, key=lambda name: ratios[name])
         sentence += (
-            f" The farthest class is \u2068{farthest}\u2069, at {ratios[farthest]:.2g} times"  # its name isolated
+            f" The farthest class is \u2068{farthest}\u2069, at {ratios[farthest]:.1f} times what real ones reach"
         )
-        sentence += f"; {len(far)} of {len(ratios)} are beyond {_NEAR:g} times." if far else "."
+        sentence += f"; {len(far)} of {len(ratios)} classes are beyond {_NEAR:g} times." if far else "."
     per_class = latents.get("images", 0) / max(1, len(one))
     if per_class < FEW_PER_CLASS:
         sentence += f" It scatters much with so few images: {per_class:.3g} per class."

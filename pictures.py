@@ -52,10 +52,10 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub("\ufffd", text)
 
 
-def one_line(name: str) -> str:
-    """Returns a name that can be shown in a line, of 24 letters at most."""
+def one_line(name: str, *, longest: int = 24) -> str:
+    """Returns a name that can be shown in a line, of so many letters at most."""
     text = " ".join(printable(name).split())
-    return text if len(text) <= 24 else f"{text[:23]}…"
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 # About what a pixel of `encode_image` takes. Spectrograms and photographs lie 30 % around it.
