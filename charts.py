@@ -12,14 +12,14 @@ import re
 import unicodedata
 import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from config import UserError
-from pictures import one_line
+from pictures import one_line, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,7 +125,7 @@ def channel_histograms(panels: Sequence[tuple[str, str, np.ndarray]], edges: np.
         return _png(figure)
 
 
-# --- SVG for a page ----------------------------------------------------------------------------------------
+# --- SVG for a page: `label` says in words what a chart shows, and no two charts of a page have the same ---
 
 
 def bars(
@@ -134,7 +134,6 @@ def bars(
     axis: str,
     *,
     label: str,
-    largest: float | None = None,
 ) -> str:
     """Draws figures of some things as bars that lie side by side, one for each series.
 
@@ -142,8 +141,6 @@ def bars(
         names: of the things, from above.
         series: name -> a figure for each, None where it is not known.
         axis: what the figures are, with their unit.
-        label: what the chart shows, in words; no two charts of a page have the same.
-        largest: where the axis ends, if not at the largest figure.
     """
     with _style(_PAGE_STYLE):
         figure, axes = _new(_PAGE_WIDTH, 0.9 + len(names) * (0.45 if len(names) <= _FEW_CLASSES else 0.24))
@@ -152,7 +149,7 @@ def bars(
             places = np.arange(len(names)) + height * (number - (len(series) - 1) / 2)
             widths = [math.nan if value is None else value for value in values]
             axes.barh(places, widths, height, color=(_BLUE, _VERMILION)[number], label=name)
-        axes.set_xlim(0, largest)
+        axes.set_xlim(0)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel(axis, loc="right")
         axes.grid(axis="x")
@@ -194,7 +191,6 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str], *, label: s
     Args:
         counts: whole numbers [K][K]; the colour of a cell is its share of its row.
         names: the K classes, in the same order.
-        label: what the chart shows, in words; no two charts of a page have the same.
     """
     table = np.asarray(counts)
     shares = table / np.maximum(1, table.sum(1, keepdims=True))
@@ -226,7 +222,6 @@ def sweep_curves(
         curves: name -> (scale, figure) of each point.
         floor: what real images reach, drawn as a dashed line.
         axis: what the figure is.
-        label: what the chart shows, in words; no two charts of a page have the same.
     """
     with _style(_PAGE_STYLE):
         figure, axes = _new(_PAGE_WIDTH, 3.0)
@@ -264,7 +259,7 @@ def _style(more: Mapping[str, Any] | None = None) -> Iterator[None]:
         ) from error
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()  # not what a file of this user says
-        matplotlib.rcParams.update({**_STYLE, **(more or {})})
+        matplotlib.rcParams.update(_STYLE | dict(more or {}))  # type: ignore[arg-type]
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a browser has fonts that matplotlib lacks
         yield
 
@@ -302,6 +297,7 @@ def _svg(figure: "Figure", label: str, names: Mapping[Any, Sequence[str]] | None
     """
     import matplotlib
 
+    label = printable(label)
     shown = {axis: [_shown(name) for name in texts] for axis, texts in (names or {}).items()}
     for axis, texts in shown.items():
         axis.set_ticks(
@@ -362,8 +358,3 @@ def _for_a_page(svg: bytes, label: str) -> str:
             style = re.sub(r"font-family: [^;]*;? ?", "", parent.attrib["style"])
             parent.set("style", style.replace(_OF_THE_PAGE, "currentColor"))
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def finite(values: Iterable[Any]) -> list[float]:
-    """Returns those of some values that are finite numbers."""
-    return [value for value in values if isinstance(value, int | float) and math.isfinite(value)]

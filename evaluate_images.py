@@ -37,6 +37,7 @@ import durable
 import evaluation
 import generate
 import hardware
+import images
 import inception
 import page
 import pictures
@@ -446,7 +447,6 @@ def print_figures(data: dict[str, Any]) -> None:
             )
     if "latents" in data:
         found = data["latents"]["recognition"]
-        mark, closeness = page.closeness(data["latents"])
         say(_row("nearest to the mean of their own class", _share(found["synthetic"]), _share(found["test"])))
     copies = data["memorisation"]
     if "near_share" in copies:

@@ -81,11 +81,7 @@ def write_html(report: dict[str, Any], pictures: dict[str, bytes]) -> bytes:
         UserError: where matplotlib is absent.
     """
     environment = jinja2.Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.ChainableUndefined,
-        finalize=lambda value: printable(value) if type(value) is str else value,
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined, finalize=_harmless
     )
     sections = [
         ("In latent space", _distances(report, "latents")),
@@ -96,19 +92,21 @@ def write_html(report: dict[str, Any], pictures: dict[str, bytes]) -> bytes:
         ("What was evaluated", _evaluated(report.get("evaluated") or {})),
         ("Settings", [_settings(report)]),
     ]
-    here = Path(__file__)
-    return (
-        environment.from_string(here.with_name("page.html.jinja").read_text("utf-8"))
-        .render(
-            style=Markup(here.with_name("page.css").read_text("utf-8")),
-            facts=_facts(report.get("evaluated") or {}),
-            cards=_cards(report),
-            warnings=[_sentence(line) for line in report.get("warnings") or []],
-            sections=[(title, shown) for title, blocks in sections if (shown := list(filter(None, blocks)))],
-            parts=[name for name in _EXPLAINED if report.get(name)],
-        )
-        .encode("utf-8", "replace")
+    template = environment.from_string(Path(__file__).with_name("page.html.jinja").read_text("utf-8"))
+    page = template.render(
+        style=Markup(Path(__file__).with_name("page.css").read_text("utf-8")),
+        facts=_facts(report.get("evaluated") or {}),
+        cards=_cards(report),
+        warnings=[_sentence(line) for line in report.get("warnings") or []],
+        sections=[(title, shown) for title, blocks in sections if (shown := list(filter(None, blocks)))],
+        parts=[name for name in _EXPLAINED if report.get(name)],
     )
+    return page.encode()
+
+
+def _harmless(value: Any) -> Any:
+    """Returns what a template writes without characters that no page can hold; jinja2 escapes it."""
+    return printable(value) if type(value) is str else value
 
 
 # --- what a section is made of: nothing (None) where there is nothing to show ------------------------------
@@ -191,34 +189,30 @@ def _facts(evaluated: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _cards(report: dict[str, Any]) -> list[dict[str, str]]:
     """Answers three questions in a sentence each."""
     cards = []
-    for question, part, answer in (
-        ("Are they close to real images?", "latents", closeness),
-        ("Are they copies?", "memorisation", _are_copies),
-        ("Do they help a classifier?", "classifier", _do_help),
+    for question, part, answer, good, bad in (
+        ("Are they close to real images?", "latents", _is_close, "yes", "no"),
+        ("Are they copies?", "memorisation", _are_copies, "no sign of it", "yes"),
+        ("Do they help a classifier?", "classifier", _do_help, "yes", "no"),
     ):
-        if report.get(part):
-            mark, sentence = answer(report[part])
-        elif part in (report.get("why") or {}):
-            mark, sentence = "not known", f"Why: {report['why'][part]}"
-        else:
-            continue
-        kind = _COLOURS.get((part, mark), "open")
-        cards.append({"question": question, "mark": f"{mark[0].upper()}{mark[1:]}.", "kind": kind, "text": sentence})
+        why = (report.get("why") or {}).get(part)
+        if report.get(part) or why is not None:
+            mark, text = answer(report[part]) if report.get(part) else ("not known", f"Why: {why}")
+            kind = {good: "good", bad: "bad"}.get(mark, "open")
+            cards.append({"question": question, "mark": f"{mark.capitalize()}.", "kind": kind, "text": text})
     return cards
 
 
-_COLOURS = {
-    ("latents", "yes"): "good",
-    ("latents", "no"): "bad",
-    ("memorisation", "no sign of it"): "good",
-    ("memorisation", "yes"): "bad",
-    ("classifier", "yes"): "good",
-    ("classifier", "no"): "bad",
-}
+def _is_close(latents: dict[str, Any]) -> tuple[str, str]:
+    return closeness(latents, show=lambda name: f"\u2068{printable(name)}\u2069")  # isolated, as <bdi> does
 
 
-def closeness(latents: dict[str, Any]) -> tuple[str, str]:
-    """Says whether synthetic images are as close to the test images as real ones are, and names the farthest class."""
+def closeness(latents: dict[str, Any], *, show: Callable[[str], str]) -> tuple[str, str]:
+    """Says whether synthetic images are as close to the test images as real ones are: yes, nearly, no or not known.
+
+    Args:
+        latents: that part of the report.
+        show: returns the name of a class as it can stand in a sentence.
+    """
     ours, theirs = latents.get("synthetic") or {}, latents.get("training") or {}
     key = next((k for k in ("frechet_mean", "frechet") if _is_number(ours.get(k)) and _is_number(theirs.get(k))), None)
     if key is None:
@@ -232,9 +226,7 @@ def closeness(latents: dict[str, Any]) -> tuple[str, str]:
     far = [name for name in ratios if ratios[name] > _NEAR]
     if len(ratios) > 1:
         farthest = max(ratios, key=lambda name: ratios[name])
-        sentence += (
-            f" The farthest class is \u2068{farthest}\u2069, at {ratios[farthest]:.1f} times what real ones reach"
-        )
+        sentence += f" The farthest class is {show(farthest)}, at {ratios[farthest]:.1f} times what real ones reach"
         sentence += f"; {len(far)} of {len(ratios)} classes are beyond {_NEAR:g} times." if far else "."
     per_class = latents.get("images", 0) / max(1, len(one))
     if per_class < FEW_PER_CLASS:
@@ -328,18 +320,10 @@ def _of_classes(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> lis
     write, write_kernel = _column([*one.values(), *two.values()]), _column(kernel.values())
     rows = [(n, write(one.get(n)), write(two.get(n)), write_kernel(kernel.get(n))) for n in names]
     series = {"synthetic": [one.get(n) for n in names], _REAL: [two.get(n) for n in names]}
-    label = f"Fréchet distance to the test images of each class, {where}"
-    return [
-        _figures(
-            [(charts.bars(names, series, "Fréchet distance to the test images", label=label), "Lower is better.")]
-        ),
-        _table(
-            "Distance to the test images of each class",
-            ("class", "synthetic", _REAL, "kernel distance, synthetic"),
-            rows,
-            folded="These distances in numbers",
-        ),
-    ]
+    axis, caption = "Fréchet distance to the test images", "Distance to the test images of each class"
+    chart = charts.bars(names, series, axis, label=f"{axis} of each class, {where}")
+    head = ("class", "synthetic", _REAL, "kernel distance, synthetic")
+    return [_figures([(chart, "Lower is better.")]), _table(caption, head, rows, folded="These distances in numbers")]
 
 
 def _reason(report: dict[str, Any], part: str) -> list[_Block]:
@@ -439,14 +423,7 @@ def _classifier(report: dict[str, Any]) -> list[_Block]:
     if not part:
         return _reason(report, "classifier")
     sets, difference, counts = (part.get(name) or {} for name in ("sets", "difference", "images"))
-    rows = [
-        (
-            name,
-            f"{_share(found.get('mean'))}{_spread(found.get('deviation'))}",
-            " ".join(map(_share, found.get("accuracies") or [])),
-        )
-        for name, found in sets.items()
-    ]
+    rows = [(name, _mean(found), " ".join(map(_share, found.get("accuracies") or []))) for name, found in sets.items()]
     facts = [f"{_number(counts[name])} {name}" for name in ("real", "synthetic", "test") if name in counts]
     facts += [f"{_number(part[name])} {label}" for name, label in _TRAINING_FACTS.items() if name in part]
     names = list((report.get("evaluated") or {}).get("images_per_class") or {})
@@ -462,8 +439,9 @@ def _classifier(report: dict[str, Any]) -> list[_Block]:
 _TRAINING_FACTS = {"num_steps": "training steps", "batch_size": "images per step", "image_size": "pixels wide"}
 
 
-def _spread(deviation: Any) -> str:
-    return f" ±\u00a0{100 * deviation:.1f}" if _is_number(deviation) else ""
+def _mean(found: dict[str, Any]) -> str:
+    deviation = found.get("deviation")
+    return _share(found.get("mean")) + (f" ±\u00a0{100 * deviation:.1f}" if _is_number(deviation) else "")
 
 
 def _accuracy_per_class(sets: dict[str, Any], names: Sequence[str]) -> _Block:
@@ -515,17 +493,13 @@ _SWEEP_COLUMNS = {  # figure -> its name, how it is written
     "coverage": ("coverage", _share),
     "near_share": ("near copies", _share),
 }
-_SWEEP_CLASSIFIER_COLUMNS = {
-    "alone": ("classifier, these alone", _share),
-    "with_real": ("classifier, with real", _share),
-}
+_SWEEP_CLASSIFIERS = {"alone": ("classifier, these alone", _share), "with_real": ("classifier, with real", _share)}
 
 
 def _sweep(part: dict[str, Any]) -> list[_Block]:
     """Shows the figures at each guidance scale and checkpoint."""
     points, best, training = part.get("points") or [], part.get("best") or {}, part.get("training") or {}
-    has_classifiers = part.get("best_for_classifiers") is not None
-    columns = _SWEEP_COLUMNS | _SWEEP_CLASSIFIER_COLUMNS if has_classifiers else _SWEEP_COLUMNS
+    columns = _SWEEP_COLUMNS | (_SWEEP_CLASSIFIERS if part.get("best_for_classifiers") is not None else {})
 
     def row(head: str, figures: dict[str, Any]) -> list[str]:
         return [head, *(write(figures.get(name)) for name, (_, write) in columns.items())]
@@ -563,40 +537,35 @@ def _sweep_curves(points: Sequence[dict[str, Any]], training: dict[str, Any]) ->
 # --- what, and with which settings -------------------------------------------------------------------------
 
 
+_FACTS = (  # part, its fact, what it is called
+    ("evaluated", "checkpoint", "checkpoint"),
+    ("evaluated", "step", "training step"),
+    ("evaluated", "synthetic_path", "folder of the synthetic images"),
+    ("evaluated", "split", "how test images were chosen"),
+    ("evaluated", "image_size", "image size, pixels"),
+    ("made_with", "step", "step that the images were made with"),
+    ("made_with", "cond_scale", "guidance scale"),
+    ("made_with", "guidance_interval", "part of the way that is guided"),
+    ("made_with", "sampler", "sampler"),
+    ("made_with", "sampling_timesteps", "sampler steps"),
+    ("made_with", "seed", "seed of the images"),
+)
+
+
 def _evaluated(evaluated: dict[str, Any]) -> list[_Block]:
-    made_with = evaluated.get("made_with") or {}
+    parts = {"evaluated": evaluated, "made_with": evaluated.get("made_with") or {}}
     rows = [
-        (label, _number(facts[name]) if name == "step" else _value(facts[name]))
-        for labels, facts in ((_FACTS, evaluated), (_MADE_WITH, made_with))
-        for name, label in labels.items()
-        if name in facts
+        (label, _number(parts[part][name]) if name == "step" else _value(parts[part][name]))
+        for part, name, label in _FACTS
+        if name in parts[part]
     ]
     kinds = ("synthetic", "training", "test")
-    classes = [
-        (name, *(_number(counts.get(kind)) for kind in kinds))
-        for name, counts in (evaluated.get("images_per_class") or {}).items()
-    ]
+    counts = (evaluated.get("images_per_class") or {}).items()
+    classes = [(name, *(_number(of_class.get(kind)) for kind in kinds)) for name, of_class in counts]
     return [
         _table("The model and its images", ("what", "value"), rows, kind="words"),
         _table("Number of images", ("class", *kinds), classes, folded="Images of each class"),
     ]
-
-
-_FACTS = {
-    "checkpoint": "checkpoint",
-    "step": "training step",
-    "synthetic_path": "folder of the synthetic images",
-    "split": "how test images were chosen",
-    "image_size": "image size, pixels",
-}
-_MADE_WITH = {
-    "step": "step that the images were made with",
-    "cond_scale": "guidance scale",
-    "guidance_interval": "part of the way that is guided",
-    "sampler": "sampler",
-    "sampling_timesteps": "sampler steps",
-    "seed": "seed of the images",
-}
 
 
 def _value(value: Any) -> str:
