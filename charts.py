@@ -206,7 +206,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str], *, label: s
         for (i, j), count in np.ndenumerate(table):
             if count:
                 ink = "white" if shares[i, j] > 0.7 else _OF_THE_PAGE
-                axes.text(j, i, str(count), color=ink, ha="center", va="center", fontsize=10)
+                axes.text(j, i, str(count), color=ink, ha="center", va="center")
         axes.set_xlabel("said by the classifier", loc="right")
         axes.set_ylabel("true class")
         axes.tick_params(length=0)
