@@ -168,7 +168,7 @@ def latents_picture(moments: np.ndarray, statistics: ChannelStatistics) -> bytes
         values = (draws[:, i].ravel() - statistics.mean[i]) / scale
         density = np.histogram(values, _BINS)[0] / (len(values) * np.diff(_BINS))
         remark = statistics.remark(i).partition(":")[0] or outside_text(float(np.mean(np.abs(values) > _BINS[-1])))
-        title = f"channel {i}: mean {statistics.mean[i]:.3g}, std {statistics.std[i]:.3g}"
+        title = f"channel {i}\nmean {statistics.mean[i]:.3g}, std {statistics.std[i]:.3g}"
         panels.append((title, remark, density))
     centers = (_BINS[1:] + _BINS[:-1]) / 2
     return charts.channel_histograms(panels, _BINS, np.exp(-(centers**2) / 2) / math.sqrt(2 * math.pi))

@@ -86,8 +86,8 @@ def _log_scale(axes: "Axes") -> None:
     from matplotlib import ticker
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=10))
     low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,), numticks=8))
     if sum(low <= tick <= high for tick in axes.get_yticks()) < 3:  # too little for that: as on a plain axis
         axes.yaxis.set_major_locator(ticker.MaxNLocator(5))
     axes.yaxis.set_major_formatter("{x:.5g}")
@@ -110,7 +110,7 @@ def channel_histograms(panels: Sequence[tuple[str, str, np.ndarray]], edges: np.
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     with _style({"font.size": 9}):
-        figure, _ = _new(max(4.0, 2.4 * columns), 2.1 * rows + 0.6, axes=False)
+        figure, _ = _new(max(4.0, 2.4 * columns), 2.3 * rows + 0.6, axes=False)
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)

@@ -227,7 +227,7 @@ def closeness(latents: dict[str, Any], *, show: Callable[[str], str]) -> tuple[s
     if len(ratios) > 1:
         farthest = max(ratios, key=lambda name: ratios[name])
         sentence += f" The farthest class is {show(farthest)}, at {ratios[farthest]:.1f} times what real ones reach"
-        sentence += f"; {len(far)} of {len(ratios)} classes are beyond {_NEAR:g} times." if far else "."
+        sentence += f"; beyond {_NEAR:g} times: {len(far)} of {len(ratios)} classes." if far else "."
     per_class = latents.get("images", 0) / max(1, len(one))
     if per_class < FEW_PER_CLASS:
         sentence += f" It scatters much with so few images: {per_class:.3g} per class."

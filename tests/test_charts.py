@@ -37,11 +37,8 @@ def boxes(svg: str, colour: str, how: str = "fill") -> list[tuple[float, float, 
     """Returns (left, top, right, bottom) of each path of a colour that is not a mark of a legend."""
     found = []
     for element in ElementTree.fromstring(svg).iter():
-        if (
-            element.tag.endswith("}path")
-            and f"{how}: {colour}" in element.get("style", "")
-            and "clip-path" in element.keys()
-        ):
+        facts = element.attrib
+        if "d" in facts and "clip-path" in facts and f"{how}: {colour}" in facts.get("style", ""):
             x, y = np.array(re.findall(r"[ML] ([\d.-]+) ([\d.-]+)", facts["d"]), dtype=float).T
             found.append((x.min(), y.min(), x.max(), y.max()))
     return found

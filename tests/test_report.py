@@ -460,7 +460,7 @@ def test_the_farthest_class_is_named_and_many_times_the_yardstick_is_not_close(f
     text = verdict(latents=latents)
     words = "Their Fréchet distance to the test images is 1 times that of real training images. The farthest class is"
     assert f"{answer}. {words} \u2068ID_7\u2069, at {farthest / 2:.1f} times what real ones reach" in text
-    assert ("1 of 2 classes are beyond 2 times." in text) == (farthest > 4)
+    assert ("; beyond 2 times: 1 of 2 classes." in text) == (farthest > 4)
     assert "class is <ID_7>, at" in page.closeness(latents, show=lambda name: f"<{name}>")[1]
 
 
