@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+import charts
 import durable
 import latent_cache
 import latent_norm
-import pictures
 import script
 from images import Entry, shown
 from latent_cache import LatentCache, Report, Space
@@ -158,8 +157,8 @@ def measured_rows(cache: LatentCache, keys: Iterable[str]) -> np.ndarray:
     return moments[found]
 
 
-def latents_picture(moments: np.ndarray, statistics: ChannelStatistics) -> Image.Image:
-    """Draws for each channel how the normalised latents are distributed, with the unit normal over it."""
+def latents_picture(moments: np.ndarray, statistics: ChannelStatistics) -> bytes:
+    """Draws (PNG) for each channel how the normalised latents are distributed, with the unit normal over it."""
     mean, logvar = np.split(moments.astype(np.float32), 2, axis=1)  # each N C h w
     noise = np.random.default_rng(0).standard_normal(mean.shape, dtype=np.float32)
     draws = mean + np.exp(0.5 * logvar) * noise
@@ -169,10 +168,10 @@ def latents_picture(moments: np.ndarray, statistics: ChannelStatistics) -> Image
         values = (draws[:, i].ravel() - statistics.mean[i]) / scale
         density = np.histogram(values, _BINS)[0] / (len(values) * np.diff(_BINS))
         remark = statistics.remark(i).partition(":")[0] or outside_text(float(np.mean(np.abs(values) > _BINS[-1])))
-        title = f"channel {i}: mean {statistics.mean[i]:.3g}, std {statistics.std[i]:.3g}"
+        title = f"channel {i}\nmean {statistics.mean[i]:.3g}, std {statistics.std[i]:.3g}"
         panels.append((title, remark, density))
     centers = (_BINS[1:] + _BINS[:-1]) / 2
-    return pictures.histograms(panels, _BINS, np.exp(-(centers**2) / 2) / math.sqrt(2 * math.pi))
+    return charts.channel_histograms(panels, _BINS, np.exp(-(centers**2) / 2) / math.sqrt(2 * math.pi))
 
 
 def outside_text(share: float) -> str:

@@ -9,7 +9,6 @@ import config
 import hardware
 import images
 import latent_cache
-import pictures
 import prepare
 import run_folder
 import script
@@ -144,8 +143,10 @@ def _say_statistics(folder: Path, cache: LatentCache, keys: list[str]) -> None:
     statistics = cache_check.ChannelStatistics.of(moments)
     path = folder / "latents.png"
     try:
-        pictures.save_picture(cache_check.latents_picture(moments, statistics), path)
+        durable.publish(path, cache_check.latents_picture(moments, statistics))
         where = f"see {path}"
+    except UserError as error:
+        where = f"{path.name} is not drawn: {error}"
     except OSError as error:  # a cache may be checked where it is read-only
         where = f"{path.name} cannot be written ({error.strerror or error})"
     say()

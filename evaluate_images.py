@@ -29,16 +29,18 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+import charts
 import classifier
 import classifier_trials
 import durable
 import evaluation
 import generate
 import hardware
+import images
 import inception
+import page
 import pictures
 import prepare
-import report as report_page
 import run_folder
 import sweep
 import vae
@@ -96,6 +98,7 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
     for line in resolved.changes():
         say(line)
     settings: EvaluateSettings = resolved.settings
+    charts.check_installed()  # before anything is computed
     split = read_split(run)
     if split is None:
         raise UserError(f"{run} holds no {SPLIT_NAME}, which says which images were for training; keep it with the run")
@@ -305,10 +308,10 @@ def find_warnings(plan: Plan, synthetic: ImageSet, real: RealImages) -> list[str
         found.append(f"there are no synthetic images of {listing(missing)}; the figures are about the other classes")
     for part, remedy in ((synthetic, "generate"), (real.test, "have")):
         counts = [part.latents.count(label) for label in part.labels.unique().tolist()]
-        if counts and min(counts) < report_page.FEW_PER_CLASS:
+        if counts and min(counts) < page.FEW_PER_CLASS:
             found.append(
                 f"only {min(counts)} {part.name} images of a class: distances of so few are too large, and all figures "
-                f"scatter; {remedy} {report_page.FEW_PER_CLASS} or more of each"
+                f"scatter; {remedy} {page.FEW_PER_CLASS} or more of each"
             )
     record, weights = made_with(synthetic.folder), vae.weights_digest(plan.state.averages)
     if record.get("weights", weights) != weights:
@@ -389,6 +392,9 @@ def print_figures(data: dict[str, Any]) -> None:
         for name, found in data["classifier"]["sets"].items():
             say(_row(f"classifier trained on {name}: recognised", _share(found["mean"])))
         say(data["classifier"]["difference"]["sentence"])
+    if "latents" in data:
+        mark, sentence = page.closeness(data["latents"], show=images.shown)
+        say(f"Are they close to real images? {mark.capitalize()}. {sentence}")
     for name, why in data.get("why", {}).items():
         say(f"no {name}: {why}")
     if copies["same_content"]:

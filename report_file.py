@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import durable
-import report as report_page
+import page
 from script import PAGE_NAME, REPORT_NAME, warn
 
 PAIRS_NAME = "closest_pairs.png"
@@ -66,7 +66,7 @@ class Report:
         """Publishes both files."""
         whole = {**self.data, "sha256": _digest(self.data)}
         durable.publish(self.folder / REPORT_NAME, (json.dumps(whole, indent=1) + "\n").encode())
-        durable.publish(self.folder / PAGE_NAME, report_page.write_html(self.data, self._pictures()))
+        durable.publish(self.folder / PAGE_NAME, page.write_html(self.data, self._pictures()))
 
     def _pictures(self) -> dict[str, bytes]:
         """Returns the content of each picture that the report names and that is there."""

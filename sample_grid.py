@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import charts
+import durable
 import pictures
 from config import TrainSettings, UserError
 from diffusion import LatentDiffusion
@@ -51,7 +53,11 @@ class GridMaker:
         self.num_classes, self.names = len(classes), list(classes)[:_MAX_ROWS]
         self.decoder = Decoder(settings.vae_path, dataset.norm, dataset.device)  # type: ignore[arg-type]
         self.class_means: Tensor | None = None
-        self.can_draw = True
+        self.can_draw = self.can_chart = True
+        try:
+            charts.check_installed()
+        except UserError as error:
+            self._go_on_without_charts(error)
 
     def rehearse(self) -> None:
         """Takes one sampler step of a grid and decodes one image, so that what cannot work shows at once."""
@@ -92,10 +98,20 @@ class GridMaker:
         return len(self._cells()) * side * side * pictures.BYTES_PER_PIXEL[".png"]
 
     def draw_loss(self) -> None:
-        """Draws the loss curve from the metrics."""
+        """Draws the loss curve from the metrics; what matplotlib fails at ends no training."""
         steps, losses = self.metrics.series("loss")
-        if steps:
-            pictures.save_picture(pictures.loss_curve(steps, losses), self.folder / "loss.png")
+        if not steps or not self.can_chart:
+            return
+        try:
+            picture = charts.loss_curve(steps, losses)
+        except Exception as error:
+            self._go_on_without_charts(error)
+        else:
+            durable.publish(self.folder / "loss.png", picture)
+
+    def _go_on_without_charts(self, error: Exception) -> None:
+        self.can_chart = False
+        warn(f"there will be no loss.png: {str(error) or type(error).__name__}")
 
     def _cells(self) -> list[tuple[int, int]]:
         """Lists (label, column) of the cells, row by row."""

@@ -1,5 +1,7 @@
 """What a check says of a cache: counts by class, numbers by channel, and a picture of them."""
 
+import io
+
 import numpy as np
 import pipeline
 import pytest
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 
 import cache_check
+import charts
 import preprocess_latents
 from cache_check import ChannelStatistics, ClassStatus, class_status, class_table, latents_picture, outside_text
 from images import Entry
@@ -68,23 +71,26 @@ def test_channels_of_no_use_are_named():
     assert table[3].endswith("nearly unused: most of a draw is noise") and "99.0%" in table[3]
 
 
-def top_of_bars(picture: Image.Image, channel: int, value: float) -> int:
-    """Returns how many pixels of the bar's colour stand above a value on the axis of a panel."""
-    pixels = np.asarray(picture)[:, 300 * channel : 300 * (channel + 1)]
-    column = pixels[:, 14 + round((value + 5) / 10 * 272) + 1]
-    return int((column == (150, 180, 225)).all(axis=1).sum())
+def panels_of(monkeypatch: pytest.MonkeyPatch, moments: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
+    """Returns what is drawn of each channel: title, remark and density."""
+    seen, draw = [], charts.channel_histograms
+    monkeypatch.setattr(charts, "channel_histograms", lambda panels, *more: seen.extend(panels) or draw(panels, *more))
+    with Image.open(io.BytesIO(latents_picture(moments, ChannelStatistics.of(moments)))) as picture:
+        assert picture.format == "PNG" and picture.width > picture.height
+    return seen
 
 
-def test_the_picture_shows_the_distribution_of_each_channel():
+def test_the_picture_shows_the_distribution_of_each_channel(monkeypatch):
     generator = np.random.default_rng(1)
     normal = generator.standard_normal((100, 1, 16, 16))
     two_peaks = np.where(normal > 0, 1.0, -1.0) + 0.2 * generator.standard_normal(normal.shape)
     moments = np.concatenate([normal, two_peaks, np.full((100, 2, 16, 16), -30.0)], axis=1).astype(np.float16)
-    picture = latents_picture(moments, ChannelStatistics.of(moments))
-    assert picture.size == (600, 200)
-    heights = [[top_of_bars(picture, channel, value) for value in (-3, -1, 0, 1, 3)] for channel in (0, 1)]
-    assert heights[0][2] > heights[0][1] > heights[0][0] and heights[0][2] > heights[0][3] > heights[0][4]
-    assert heights[1][2] <= 2 and min(heights[1][1], heights[1][3]) > heights[0][1]
+    one, two = (density for _, _, density in panels_of(monkeypatch, moments))
+    middle, quarter = len(one) // 2, len(one) // 10  # of ten standard deviations
+    assert one[middle] > one[middle - quarter] > one[middle - 3 * quarter] >= 0 and one[middle] == pytest.approx(
+        0.4, abs=0.05
+    )
+    assert two[middle] < 0.05 and min(two[middle - quarter], two[middle + quarter]) > one[middle]
 
 
 @pytest.mark.parametrize(
@@ -102,15 +108,10 @@ def test_what_lies_outside_the_picture_is_told_in_percent(share, text):
 
 
 def test_the_picture_tells_of_each_channel_what_lies_outside(monkeypatch):
-    seen, draw = [], cache_check.pictures.histograms
-    monkeypatch.setattr(
-        cache_check.pictures, "histograms", lambda panels, *more: seen.extend(panels) or draw(panels, *more)
-    )
     mean = np.random.default_rng(0).standard_normal((100, 2, 10, 10))
     mean[:10, 1, 0, 0] = 40.0  # 10 of 10,000
     moments = np.concatenate([mean, np.full_like(mean, -30.0)], axis=1).astype(np.float16)
-    latents_picture(moments, ChannelStatistics.of(moments))
-    assert [remark for _, remark, _ in seen] == ["", "0.1 % beyond ±5"]
+    assert [remark for _, remark, _ in panels_of(monkeypatch, moments)] == ["", "0.1 % beyond ±5"]
 
 
 def test_no_more_rows_than_needed_are_measured(cached, monkeypatch):

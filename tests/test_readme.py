@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import bench_sample
 import pytest
+import report
 import tiny
 import tiny_vae
 
@@ -25,7 +26,6 @@ import config
 import evaluation
 import export_model
 import preprocess_latents
-import report
 import script
 import settings_table
 import train_latent_cfg

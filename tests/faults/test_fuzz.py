@@ -35,13 +35,13 @@ from tiny_vae import save_tiny_diffusers_vae, save_tiny_vae
 import checkpoint
 import config
 import run_folder
+from charts import loss_curve
 from checkpoint import DamagedCheckpoint
 from config import UserError
 from images import BadImage, Split, decode
 from latent_cache import MANIFEST_NAME, read_manifest, spaces, verify, write_manifest
 from latent_dataset import SPLIT_NAME
 from metrics_log import METRICS_NAME, Metrics
-from pictures import loss_curve
 from prepare import space_of_manifest
 from run_folder import read_state
 from vae import load_vae, read_identity
@@ -477,7 +477,7 @@ def test_metrics(tmp_path: Path, account: Account, is_long: bool) -> None:
         changed = "".join(json.dumps(row) + "\n" for row in twisted(rows, draw)).encode()
         overwrite(tmp_path / METRICS_NAME, mangled(text, draw) if draw.random() < 0.5 else changed)
         metrics = Metrics(tmp_path, step=4)
-        with np.errstate(all="raise"):
+        with np.errstate(invalid="raise", divide="raise"):
             loss_curve(*metrics.series("loss"))
         return any(row["step"] > 4 for row in metrics.rows)
 
