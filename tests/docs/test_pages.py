@@ -497,6 +497,14 @@ def test_a_translation_is_of_the_page_as_it_is(page):
     assert pages.stamp(original) in text_of(page), f"translate what changed in {original}, then put this into {page}"
 
 
+def test_an_edit_of_the_english_page_is_noticed_but_not_one_of_its_generated_tables(monkeypatch):
+    before, text = pages.stamp("docs/settings.md"), text_of("docs/settings.md")
+    monkeypatch.setattr(pages, "text_of", lambda page: text.replace("| `seed` | `42` |", "| `seed` | `43` |"))
+    assert pages.text_of("docs/settings.md") != text and pages.stamp("docs/settings.md") == before
+    monkeypatch.setattr(pages, "text_of", lambda page: f"{text}One more sentence.\n")
+    assert pages.stamp("docs/settings.md") != before
+
+
 @by_translation
 def test_a_translation_has_the_same_headings_and_blocks(page):
     original = TRANSLATIONS[page]
