@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cache_check
 import config
+import durable
 import hardware
 import images
 import latent_cache

@@ -24,8 +24,8 @@ class UserError(Exception):
     """A mistake that its user can mend; a script prints it as one line on stderr and exits with 2."""
 
 
-AUTO_PASSES = 150  # of training over the images; after 130 to 200, samples turned into copies (LOG.md)
-# Solver steps where sampling_timesteps is auto (LOG.md); a sampler that is not here takes every training timestep.
+AUTO_PASSES = 150  # of training over the images; after 130 to 200, samples turned into copies (docs/log.md)
+# Solver steps where sampling_timesteps is auto (docs/log.md); a sampler that is not here takes every training timestep.
 AUTO_STEPS = {"dpm++": 12, "ddim": 250}
 DOWNLOAD = "download"  # a word that stands in place of a path, for what can be fetched
 

@@ -3,7 +3,7 @@
     python export_model.py --checkpoint results --output_folder exported
 
 Two files are written: model.safetensors, the weights under the names of denoising-diffusion-pytorch, and config.json,
-all that is needed to build that U-Net and to sample from it. README.md has the program that does so.
+all that is needed to build that U-Net and to sample from it. docs/python.md has the program that does so.
 """
 
 import signal
@@ -90,7 +90,7 @@ def describe(
     guidance_interval: Sequence[float],
     ddim_steps: int,
 ) -> dict[str, Any]:
-    """Returns the content of config.json; README.md says what each entry is."""
+    """Returns the content of config.json; docs/python.md says what each entry is."""
     meta = state.meta
     facts = meta.network_facts
     levels = diffusion.levels(min(ddim_steps, diffusion.num_timesteps))

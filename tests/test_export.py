@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pages
 import pipeline
 import pytest
-import test_readme
 import tiny
 import torch
 from denoising_diffusion_pytorch.classifier_free_guidance import Unet
@@ -34,16 +34,18 @@ def facts_of(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
 
 
-def readme_program() -> str:
-    """Returns the program in README.md that samples from an export."""
-    (block,) = [block.text for block in test_readme.blocks("en", "python") if "exported/config.json" in block.text]
+def documented_program() -> str:
+    """Returns the program in docs/python.md that samples from an export."""
+    (block,) = [
+        block.text for block in pages.blocks("docs/python.md", "python") if "exported/config.json" in block.text
+    ]
     return block
 
 
 def our_samples(
     results: Path, labels: list[int], *, cond_scale: float, steps: int, interval: tuple[float, float] = (0, 1)
 ) -> Tensor:
-    """Samples [B C h w] as the VAE decodes them, by our own sampler, from the noise of the program in README.md."""
+    """Samples [B C h w] as the VAE decodes them, by our own sampler, from the noise of the documented program."""
     state = run_folder.read_averages(results)
     diffusion = trained_model.averaged_diffusion(state)
     one = torch.Generator().manual_seed(0)  # its rows, drawn one after the other, are those of a single draw
@@ -73,13 +75,13 @@ def run_elsewhere(program: str, folder: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_program_in_the_readme_gives_our_samples_without_our_modules(trained, tmp_path):
+def test_the_documented_program_gives_our_samples_without_our_modules(trained, tmp_path):
     assert export(trained, tmp_path / "exported", cond_scale=3) == 0
     proof = (
         "try:\n    import diffusion\nexcept ModuleNotFoundError:\n    pass\nelse:\n    raise SystemExit(diffusion)\n"
         "from safetensors.torch import save_file; save_file({'latents': latents}, 'latents.safetensors')\n"
     )
-    done = run_elsewhere(readme_program() + proof, tmp_path)
+    done = run_elsewhere(documented_program() + proof, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "torch.Size([4, 4, 8, 8])\n"
     found = load_file(tmp_path / "latents.safetensors")["latents"]
@@ -95,7 +97,7 @@ def test_the_program_knows_what_else_a_network_may_predict(cached, tmp_path, mon
     assert export(cached, tmp_path / "exported", ddim_steps=4) == 0
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(readme_program(), names)
+    exec(documented_program(), names)
     expected = our_samples(cached / "results", [0, 0, 1, 1], cond_scale=1.5, steps=4)
     torch.testing.assert_close(names["latents"], expected, rtol=1e-3, atol=1e-3)
 
@@ -148,7 +150,7 @@ def test_the_program_guides_in_the_interval_of_the_run_or_of_the_flags(cached, t
     assert facts_of(tmp_path / "other")["guidance"] == [3, 3, 1, 1, 1]
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(readme_program(), names)
+    exec(documented_program(), names)
     expected, whole = (
         our_samples(cached / "results", [0, 0, 1, 1], cond_scale=3.0, steps=5, interval=interval)
         for interval in ((0.2, 0.7), (0, 1))
@@ -229,7 +231,7 @@ def test_a_program_that_samples_otherwise_is_noticed(trained, tmp_path, monkeypa
         ("[0, 0, 1, 1]", "[0, 0, 1, 2]"),
         ("+ next_sigma *", "- next_sigma *"),
     ):
-        assert readme_program().count(old) == 1
+        assert documented_program().count(old) == 1
         names: dict = {}
-        exec(readme_program().replace(old, new), names)
+        exec(documented_program().replace(old, new), names)
         assert not torch.allclose(names["latents"], expected, rtol=1e-4, atol=1e-4), old

@@ -1,10 +1,10 @@
-"""Prints the settings of the scripts as Markdown tables, or writes them into both READMEs.
+"""Prints the settings of the scripts as Markdown tables, or writes them into the pages about settings.
 
-    python settings_table.py                   # English
-    python settings_table.py --language zh     # Chinese
-    python settings_table.py --write           # replaces the tables in README.md and README.zh-CN.md
+    python docs/settings_table.py                   # English
+    python docs/settings_table.py --language zh     # Chinese
+    python docs/settings_table.py --write           # replaces the tables in docs/settings.md and docs/zh-CN/settings.md
 
-Names, defaults and limits come from config.py. The Chinese help stands here under the English one that it
+Names, defaults and limits come from the module of settings. The Chinese help stands here under the English one that it
 translates, so that a help text that was changed asks for its translation.
 """
 
@@ -14,11 +14,17 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:  # started as a script, it finds only what lies in docs/
+    sys.path.insert(0, str(ROOT))
+
 import config
 from config import Spec
 
-READMES = {"en": Path("README.md"), "zh": Path("README.zh-CN.md")}
-BEGIN, END = "<!-- settings: begin (python settings_table.py --write) -->", "<!-- settings: end -->"
+PAGES = {"en": ROOT / "docs" / "settings.md", "zh": ROOT / "docs" / "zh-CN" / "settings.md"}
+BEGIN, END = "<!-- settings: begin (python docs/settings_table.py --write) -->", "<!-- settings: end -->"
+# How a command is typed, where that is not the name of its script.
+_TYPED: dict[type, str] = {config.ExportSettings: "python -m gait_latents.export"}
 
 _HEADS = {"en": ("setting", "default", "takes", "what it does"), "zh": ("设置", "默认值", "取值", "作用")}
 _KINDS = {
@@ -73,7 +79,7 @@ HELP_ZH = {
     ),
     "do what --prune lists": "执行 `--prune` 所列的删除",
     "run folders whose latents --prune keeps, besides those of the cache's own split": (
-        "`--prune` 除缓存自身的划分外还为其保留 latent 的训练结果文件夹"
+        "`--prune` 除缓存自身的划分外还为其保留潜变量的训练结果文件夹"
     ),
     "check a cache instead of filling it: every seal, and a few images decoded": (
         "不编码，只检查缓存：核对每一行的校验和，并解码几张图像"
@@ -107,7 +113,7 @@ HELP_ZH = {
     "channels per attention head": "每个注意力头的通道数",
     "attention heads": "注意力头数",
     "probability that a training latent loses its class, for guidance": (
-        "训练时以此概率丢弃 latent 的类别条件，供引导使用"
+        "训练时以此概率丢弃潜变量的类别条件，供引导使用"
     ),
     "diffusion timesteps": "扩散的时间步数",
     "what the network predicts": "网络预测的量",
@@ -117,13 +123,13 @@ HELP_ZH = {
     ),
     "weigh the loss by min-SNR": "用 min-SNR 给损失加权",
     "gamma of min-SNR": "min-SNR 的 gamma",
-    "latents per forward pass": "每次前向传播的 latent 数",
+    "latents per forward pass": "每次前向传播的潜变量数",
     "forward passes per step; a step sees train_batch_size times this": (
-        "每个训练步包含的前向传播次数；每步共用 train_batch_size 乘以此数个 latent"
+        "每个训练步包含的前向传播次数；每步共用 train_batch_size 乘以此数个潜变量"
     ),
     "learning rate of Adam": "Adam 的学习率",
     "latents are moved along the width, time in a spectrogram, by up to this share of it, each time they are seen": (
-        "每次看到 latent 时，沿宽度方向（谱图中为时间）随机移动，最多移动宽度的这一比例"
+        "每次看到潜变量时，沿宽度方向（谱图中为时间）随机移动，最多移动宽度的这一比例"
     ),
     "steps in all; auto is as many as see each training image 150 times": "总步数；auto 使每张训练图像被看到 150 次",
     "compute the forward passes of a step as one where they are small: the same training, and faster": (
@@ -184,13 +190,14 @@ def help_texts() -> set[str]:
     return {spec.help for cls in config.SCRIPTS.values() for spec in config.specs(cls).values()}
 
 
+def title(script: str) -> str:
+    """Returns the heading above the table of a script."""
+    return f"## `{_TYPED.get(config.SCRIPTS[script], script)}`"
+
+
 def tables(language: str) -> str:
-    """Returns one folded Markdown table per script, in "en" or "zh"."""
-    parts = []
-    for script, cls in config.SCRIPTS.items():
-        lines = _table(cls, language)
-        summary = f"<summary><code>{script}</code></summary>"
-        parts.append("\n".join(["<details>", summary, "", *lines, "", "</details>"]))
+    """Returns one Markdown table per script, each under its heading, in "en" or "zh"."""
+    parts = ["\n".join([title(script), "", *_table(cls, language)]) for script, cls in config.SCRIPTS.items()]
     return "\n\n".join(parts)
 
 
@@ -223,24 +230,24 @@ def _takes(spec: Spec, language: str) -> str:
 
 
 def with_tables(text: str, language: str) -> str:
-    """Returns the text of a README with the tables between its markers made anew."""
+    """Returns the text of a page with the tables between its markers made anew."""
     before, found_begin, rest = text.partition(BEGIN)
     _, found_end, after = rest.partition(END)
     if not (found_begin and found_end):
-        raise config.UserError(f"the README has no {BEGIN} ... {END}")
+        raise config.UserError(f"the page has no {BEGIN} ... {END}")
     return f"{before}{BEGIN}\n\n{tables(language)}\n\n{END}{after}"
 
 
 def main(argv: Sequence[str] | None) -> int:
-    """Prints the tables, or writes them into both READMEs; returns the exit code."""
+    """Prints the tables, or writes them into the pages of both languages; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--language", choices=sorted(READMES), default="en", help="language of what is printed")
-    parser.add_argument("--write", action="store_true", help="write both READMEs instead of printing")
+    parser.add_argument("--language", choices=sorted(PAGES), default="en", help="language of what is printed")
+    parser.add_argument("--write", action="store_true", help="write the pages of both languages instead of printing")
     arguments = parser.parse_args(argv)
     if not arguments.write:
         print(tables(arguments.language))
         return 0
-    for language, path in READMES.items():
+    for language, path in PAGES.items():
         path.write_text(with_tables(path.read_text(encoding="utf-8"), language), encoding="utf-8")
     return 0
 
