@@ -57,8 +57,8 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapp
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = _canonical(meta)
     facts = {"format": str(FORMAT), "meta": text, "sha256": _checksum(stored, text)}
-    # Written from where the tensors lie. safetensors.torch.save would hold all of it twice more, and its save_file
-    # gives neither the fsync nor the reason of a failure that a published file needs; both shuffle the metadata.
+    # Written from where the tensors lie. safetensors.torch.save would hold all of it twice more, and its save_file puts
+    # a file of its own in place, with mode 0600 and no errno when that fails; both shuffle the metadata.
     order = sorted(stored, key=lambda name: (-stored[name].element_size(), name))  # keeps each tensor aligned
     header = _header({name: stored[name] for name in order}, facts)
     durable.publish(path, [header, *(_bytes(stored[name]) for name in order)])
