@@ -62,7 +62,7 @@ def test_a_switch_with_a_third_position_takes_the_words_of_a_switch(word, value)
 
 
 def test_settings_of_earlier_versions_break_neither_files_nor_runs(tmp_path):
-    path = tmp_path / "config.yaml"  # as an earlier version left it in a run folder
+    path = tmp_path / "settings.yaml"  # as an earlier version left it in a run folder
     path.write_text("dry_run: false\nimport_folder: null\nimport_scale_factor: 0.18215\ndim: 16\n")
     for cls in (TrainSettings, PreprocessSettings):
         assert (
