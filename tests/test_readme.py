@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import bench_sample
 import pytest
-import report
 import tiny
 import tiny_vae
 
@@ -26,6 +25,7 @@ import config
 import evaluation
 import export_model
 import preprocess_latents
+import report
 import script
 import settings_table
 import train_latent_cfg
