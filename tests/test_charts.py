@@ -13,10 +13,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
-from pipeline import train
+from pipeline import one_error, train
 
 import charts
+import evaluate_images
 from config import UserError
 
 BLUE, VERMILION = "#0072b2", "#d55e00"
@@ -235,6 +237,10 @@ def test_training_goes_on_without_matplotlib_and_says_so_once(world, monkeypatch
     said = capsys.readouterr().err
     assert said.count("there will be no loss.png: charts need the package matplotlib; pip install matplotlib") == 1
     assert not (world / "results" / "loss.png").exists() and (world / "results" / "metrics.jsonl").exists()
+    flags = {"checkpoint": world / "results", "synthetic_path": world / "data", "output_folder": world / "evaluation"}
+    assert evaluate_images.main(tiny.flags(flags)) == 2  # which is told before anything is computed
+    assert one_error(capsys) == "error: charts need the package matplotlib; pip install matplotlib"
+    assert not (world / "evaluation").exists()
 
 
 def test_training_goes_on_when_a_chart_fails(world, monkeypatch, capsys):
