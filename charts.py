@@ -5,6 +5,7 @@ out from white and from black. matplotlib is imported when something is drawn, a
 Texts and lines of an SVG have the colour and the font of the page around it.
 """
 
+import functools
 import importlib.util
 import io
 import math
@@ -12,9 +13,9 @@ import re
 import unicodedata
 import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_P = ParamSpec("_P")
 _BLUE, _VERMILION = "#0072B2", "#D55E00"
 _OF_THE_PAGE = "#010203"  # stands for the colour of the page's text until the SVG is done
 _STYLE = {
@@ -128,6 +130,21 @@ def channel_histograms(panels: Sequence[tuple[str, str, np.ndarray]], edges: np.
 # --- SVG for a page: `label` says in words what a chart shows, and no two charts of a page have the same ---
 
 
+def _once(draw: Callable[_P, str]) -> Callable[_P, str]:
+    """Draws what was drawn before of the very same figures not again: a page is made anew after each of its parts."""
+    drawn: dict[str, str] = {}
+
+    @functools.wraps(draw)
+    def found(*args: _P.args, **kwargs: _P.kwargs) -> str:
+        key = repr((args, kwargs))
+        if key not in drawn:
+            drawn[key] = draw(*args, **kwargs)
+        return drawn[key]
+
+    return found
+
+
+@_once
 def bars(
     names: Sequence[str],
     series: Mapping[str, Sequence[float | None]],
@@ -159,6 +176,7 @@ def bars(
         return _svg(figure, label, {axes.yaxis: names})
 
 
+@_once
 def distances_histogram(
     ours: Sequence[float], theirs: Sequence[float], threshold: float | None, *, axis: str, label: str
 ) -> str:
@@ -185,6 +203,7 @@ def distances_histogram(
         return _svg(figure, label)
 
 
+@_once
 def confusion(counts: Sequence[Sequence[int]], names: Sequence[str], *, label: str) -> str:
     """Draws a confusion matrix: a row per true class, a column per class that was said, deeper for a larger share.
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import durable
+import json_text
 from config import UserError
 
 FORMAT = 1
@@ -55,7 +56,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapp
     """
     _check_storable(tensors)
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = _canonical(meta)
+    text = json_text.canonical(meta)
     facts = {"format": str(FORMAT), "meta": text, "sha256": _checksum(stored, text)}
     # Written from where the tensors lie. safetensors.torch.save would hold all of it twice more, and its save_file puts
     # a file of its own in place, with mode 0600 and no errno when that fails; both shuffle the metadata.
@@ -162,15 +163,11 @@ def _checked_meta(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     return meta
 
 
-def _canonical(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
 def _checksum(tensors: Mapping[str, Tensor], meta_text: str) -> str:
     """Returns the SHA-256 over meta, then names, types and shapes, then the bytes of contiguous CPU tensors."""
     names = sorted(tensors)
     table = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
-    whole = hashlib.sha256(_canonical([meta_text, table]).encode())
+    whole = hashlib.sha256(json_text.canonical([meta_text, table]).encode())
     for name in names:
         whole.update(_bytes(tensors[name]))
     return whole.hexdigest()

@@ -10,13 +10,14 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
-from pipeline import train
+from pipeline import one_error, train
 
 import charts
+import evaluate_images
 from config import UserError
 
 BLUE, VERMILION = "#0072b2", "#d55e00"
@@ -186,13 +187,22 @@ def test_a_confusion_matrix_is_deeper_where_the_share_of_its_row_is_larger(num_c
 
 
 def test_the_same_figures_give_the_same_chart_whatever_is_set_elsewhere():
-    before = all_charts()
-    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.hashsalt": None}):
-        assert all_charts() == before
-        assert matplotlib.rcParams["font.size"] == 30
-    code = "import sys; sys.path[:0] = ['.', 'tests']; import test_charts; print(ascii(test_charts.all_charts()))"
+    code = (
+        "import sys; sys.path[:0] = ['.', 'tests']; import matplotlib, test_charts; now = matplotlib.rcParams\n"
+        "now.update({'font.size': 30, 'axes.facecolor': 'red', 'svg.hashsalt': None})\n"
+        "print(ascii(test_charts.all_charts()), now['font.size'], now['axes.facecolor'], now['svg.hashsalt'])"
+    )
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert again.stdout.strip() == ascii(before)
+    assert again.stdout.strip() == f"{all_charts()!a} 30.0 red None"
+
+
+def test_a_chart_of_the_same_figures_is_drawn_once(monkeypatch):
+    first = [charts.bars(["a"], {"x": [value]}, "y", label="drawn once") for value in (1.0, 2.0)]
+    without_matplotlib(monkeypatch)
+    assert [charts.bars(["a"], {"x": [value]}, "y", label="drawn once") for value in (1.0, 2.0)] == first
+    assert first[0] != first[1]
+    with pytest.raises(UserError):
+        charts.bars(["a"], {"x": [3.0]}, "y", label="drawn once")
 
 
 # --- where matplotlib is absent ----------------------------------------------------------------------------
@@ -235,6 +245,10 @@ def test_training_goes_on_without_matplotlib_and_says_so_once(world, monkeypatch
     said = capsys.readouterr().err
     assert said.count("there will be no loss.png: charts need the package matplotlib; pip install matplotlib") == 1
     assert not (world / "results" / "loss.png").exists() and (world / "results" / "metrics.jsonl").exists()
+    flags = {"checkpoint": world / "results", "synthetic_path": world / "data", "output_folder": world / "evaluation"}
+    assert evaluate_images.main(tiny.flags(flags)) == 2  # which is told before anything is computed
+    assert one_error(capsys) == "error: charts need the package matplotlib; pip install matplotlib"
+    assert not (world / "evaluation").exists()
 
 
 def test_training_goes_on_when_a_chart_fails(world, monkeypatch, capsys):
