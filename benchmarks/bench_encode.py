@@ -74,7 +74,7 @@ def save_vae(path: Path, arguments: argparse.Namespace) -> None:
     """Writes a KL-VAE of the usual width, or a tiny one, with random weights."""
     import torch
 
-    from vae import KLVAE
+    from gait_latents.vae.network import KLVAE
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"width": 128, "multipliers": (1, 2, 2, 4), "num_blocks": 2}
@@ -90,10 +90,10 @@ def usual(arguments: argparse.Namespace, folder: Path, batch_size: int) -> Round
     from PIL import Image
     from torchvision import transforms
 
-    import vae
+    from gait_latents.vae import load
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = vae.load_vae(str(folder / "vae.pt"), device, parts="encoder")
+    model = load.load_vae(str(folder / "vae.pt"), device, parts="encoder")
     size = image_size(arguments)
     transform = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()])
     paths = sorted((folder / "data" / "ID_1").iterdir())
@@ -118,10 +118,11 @@ def ours(arguments: argparse.Namespace, folder: Path, facts: dict[str, float]) -
     """Sets up preprocess_latents.py without its preview; notes the time outside of the VAE and the error."""
     import torch
 
-    import hardware
-    import prepare
-    from config import PreprocessSettings
-    from latent_cache import LatentCache
+    from gait_latents.common import hardware
+    from gait_latents.images import selection
+    from gait_latents.latents import opening, vae_fit
+    from gait_latents.latents.cache import LatentCache
+    from gait_latents.settings import PreprocessSettings
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = PreprocessSettings(
@@ -132,12 +133,12 @@ def ours(arguments: argparse.Namespace, folder: Path, facts: dict[str, float]) -
         encode_precision=OURS[arguments.worker],
     )
     sources = {"vae_path": "flag", "data_path": "flag"}
-    split = prepare.choose_images(settings, at_hand=True, stored=None, where="")
-    chosen = prepare.choose_space(settings, sources, None, may_lack=False)
+    split = selection.choose_images(settings, at_hand=True, stored=None, where="")
+    chosen = vae_fit.choose_space(settings, sources, None, may_lack=False)
     output = folder / "latents_cache"
 
     def open_dataset(encoder: Any = None) -> Any:
-        dataset = prepare.open_dataset(
+        dataset = opening.open_dataset(
             settings,
             split,
             list(split.train),
@@ -172,11 +173,11 @@ def stored_error(dataset: Any, vae_path: str) -> float:
     """Returns how far stored means are from plain float32 ones: root mean square, in deviations of the means."""
     import torch
 
-    import vae
+    from gait_latents.vae import load
 
     images = torch.stack([torch.from_numpy(dataset.read_image(i)) for i in range(min(4, len(dataset)))])
     stored = dataset.encode(images).to(torch.float16).double()
-    plain = vae.load_vae(vae_path, "cpu", parts="encoder")
+    plain = load.load_vae(vae_path, "cpu", parts="encoder")
     with torch.inference_mode():
         exact = plain.encode(images.permute(0, 3, 1, 2).float().contiguous() / 255).double()
     means, exact_means = stored.chunk(2, dim=1)[0], exact.chunk(2, dim=1)[0]

@@ -36,8 +36,9 @@ def opening(arguments: argparse.Namespace, folder: Path, facts: dict[str, float]
     """Sets up a cache of the worker's size."""
     import torch
 
-    from latent_cache import LatentCache, Space
-    from latent_dataset import LatentDataset
+    from gait_latents.latents.cache import LatentCache
+    from gait_latents.latents.dataset import LatentDataset
+    from gait_latents.latents.space import Space
 
     count = ROWS[arguments.worker] // (100 if arguments.small else 1)
     space = Space.of({"weights": "none"}, 8, {"version": 0}, (2, 1, 1))
@@ -71,7 +72,7 @@ def fill(folder: Path, space: Any, count: int) -> list[str]:
     """Writes `count` rows; returns their keys."""
     import numpy as np
 
-    from latent_cache import LatentCache
+    from gait_latents.latents.cache import LatentCache
 
     random = np.random.default_rng(0)
     keys = [random.bytes(32).hex() for _ in range(count)]

@@ -52,7 +52,7 @@ def start_second() -> bool:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Answers the harness, as rank 0 or alone."""
-    from ranks import joined
+    from gait_latents.common.distributed import joined
 
     facts: dict[str, float] = {}
     with joined() as ranks, tempfile.TemporaryDirectory() as folder:
@@ -75,7 +75,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def follow(arguments: argparse.Namespace) -> None:
     """Takes part in each round, as rank 1."""
-    from ranks import joined
+    from gait_latents.common.distributed import joined
 
     with joined() as ranks, tempfile.TemporaryDirectory() as folder:
         step, exchange = set_up(arguments, Path(folder), ranks)
@@ -100,17 +100,18 @@ def set_up(arguments: argparse.Namespace, folder: Path, ranks: Any) -> tuple[Act
     """Builds the trainer; returns a step as the loop takes it, and what of it the processes exchange."""
     import torch
 
-    import train_latent_cfg
-    from config import TrainSettings
-    from images import Split
-    from prepare import ChosenSpace
+    from gait_latents.images.split import Split
+    from gait_latents.latents.vae_fit import ChosenSpace
+    from gait_latents.settings import TrainSettings
+    from gait_latents.training import run_data
+    from gait_latents.training.trainer import Trainer
 
     torch.set_num_threads(1)
     dataset = bench_train.random_dataset(arguments, folder, torch.device("cpu"))
     split = Split(tuple(f"ID_{i}" for i in range(bench_train.NUM_CLASSES)), train=(), test=(), skipped=(), rule={})
-    data = train_latent_cfg.Data(split, ChosenSpace(dataset.cache.space, 1.0, 0.0, vae_at_hand=False), dataset)
+    data = run_data.Data(split, ChosenSpace(dataset.cache.space, 1.0, 0.0, vae_at_hand=False), dataset)
     settings = TrainSettings(**bench_train.network_settings(arguments), compile="false")
-    trainer = train_latent_cfg.Trainer(settings, data, dataset.device, ranks)
+    trainer = Trainer(settings, data, dataset.device, ranks)
     dataset.fit_norm(seed=0, num_images=64)
 
     def agree() -> None:

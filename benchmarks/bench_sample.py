@@ -140,14 +140,14 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Samples, compares, prints."""
     arguments = read_arguments()
-    import script
-    from config import UserError
+    from gait_latents.common import errors
+    from gait_latents.common.errors import UserError
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = make_small_run(Path(folder)) if arguments.small else arguments.checkpoint
         try:
             measure(arguments, checkpoint, Path(folder))
-        except (UserError, script.Failed) as error:
+        except (UserError, errors.Failed) as error:
             raise SystemExit(f"error: {error}") from error
 
 
@@ -155,11 +155,11 @@ def measure(arguments: argparse.Namespace, checkpoint: str, folder: Path) -> Non
     """Prints the table and the line of JSON, and draws the picture."""
     import torch
 
-    import evaluate_images
-    import image_sets
-    import pictures
+    from gait_latents.common import pictures
+    from gait_latents.evaluation import image_sets
+    from gait_latents.evaluation import plan as evaluation_plan
 
-    plan = evaluate_images.make_plan(harness.flags({"checkpoint": checkpoint, "output_folder": folder / "evaluation"}))
+    plan = evaluation_plan.make_plan(harness.flags({"checkpoint": checkpoint, "output_folder": folder / "evaluation"}))
     real = image_sets.open_real(plan)
     if not len(real.test):
         raise SystemExit("error: the run has no test images to compare with")
@@ -240,10 +240,10 @@ class Bench:
         import torch
         from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
 
-        import sweep
-        from classifier_trials import Trials
-        from diffusion import unet_arguments
-        from trained_model import TrainedModel
+        from gait_latents.diffusion.model import unet_arguments
+        from gait_latents.evaluation import sweep
+        from gait_latents.evaluation.trials import Trials
+        from gait_latents.training.trained_model import TrainedModel
 
         self.plan, self.real, self.count, self.classifier_steps = plan, real, count, classifier_steps
         self.shape = plan.state.meta.latent_shape
@@ -272,7 +272,7 @@ class Bench:
 
     def run(self, variant: Variant, seed: int) -> dict[str, float]:
         """Samples every class with a seed; returns passes and seconds per sample, and the figures."""
-        from evaluation import Points
+        from gait_latents.evaluation.figures import Points
 
         started = time.perf_counter()
         labels = range(len(self.plan.classes))
@@ -313,8 +313,8 @@ class Bench:
         """Samples (label, index) in full batches, as generate.py does."""
         import torch
 
-        from draws import sample_generator
-        from sampling import BATCH_SIZE, sample_padded
+        from gait_latents.common.seeds import sample_generator
+        from gait_latents.diffusion.sampling import BATCH_SIZE, sample_padded
 
         parts = []
         for start in range(0, len(cells), BATCH_SIZE):
@@ -335,33 +335,33 @@ class Bench:
 
     def figures(self, samples: Any) -> dict[str, float]:
         """Compares samples with the test images; keeps what as many training images get as the yardstick."""
-        import evaluation
+        from gait_latents.evaluation.figures import NEAR_SHARE, NUM_DIRECTIONS, closeness, memorisation, recognition
 
         training, test, seed = self.real.training.latents, self.real.test.latents, self.plan.settings.seed
-        found = evaluation.closeness(
+        found = closeness(
             samples,
             training,
             test,
             neighbours=self.plan.settings.neighbours,
             seed=seed,
-            num_directions=evaluation.NUM_DIRECTIONS,
+            num_directions=NUM_DIRECTIONS,
         )
         self.yardstick = {
             **{name: found["training"][name] for name in FIGURES if name in found["training"]},
-            "recognition": evaluation.recognition(test, training),
-            "near_share": evaluation.NEAR_SHARE,
+            "recognition": recognition(test, training),
+            "near_share": NEAR_SHARE,
         }
         return {
             **{name: found["synthetic"][name] for name in FIGURES if name in found["synthetic"]},
-            "recognition": evaluation.recognition(samples, training),
-            "near_share": evaluation.memorisation(samples, training, test, seed=seed)["near_share"],
+            "recognition": recognition(samples, training),
+            "near_share": memorisation(samples, training, test, seed=seed)["near_share"],
         }
 
     def help(self, samples: Any, seed: int) -> dict[str, float]:
         """Trains a classifier on the decoded samples, and one on these and the real images, which is what they gain."""
         if self.trials is None:
             return {}
-        import sweep
+        from gait_latents.evaluation import sweep
 
         training, test = self.trials.training, self.trials.test
         synthetic = sweep.decode(samples, self.generator, self.plan), self.labels
@@ -371,7 +371,7 @@ class Bench:
         return {"alone": self._accuracy([synthetic], test, seed), "gain": 100 * (both - self.on_real[seed])}
 
     def _accuracy(self, sets: Sequence[Any], test: Any, seed: int) -> float:
-        from classifier import train_and_test
+        from gait_latents.evaluation.classifier import train_and_test
 
         return train_and_test(
             sets,

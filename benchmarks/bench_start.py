@@ -38,6 +38,7 @@ class Started(Exception):
 def start(arguments: argparse.Namespace, folder: Path) -> Round:
     """Sets up a complete cache of random moments for real images."""
     import train_latent_cfg
+    from gait_latents.training import trainer
 
     make_images(folder / "data", arguments)
     fill_cache(arguments, folder)
@@ -48,7 +49,7 @@ def start(arguments: argparse.Namespace, folder: Path) -> Round:
     def stop(_trainer: object) -> None:
         raise Started
 
-    train_latent_cfg.Trainer.train_step = stop  # type: ignore[method-assign]
+    trainer.Trainer.train_step = stop  # type: ignore[method-assign]
 
     def work() -> int:
         shutil.rmtree(folder / "results", ignore_errors=True)
@@ -64,25 +65,27 @@ def fill_cache(arguments: argparse.Namespace, folder: Path) -> None:
     """Writes the cache, manifest and split that a finished preprocess would, without encoding anything."""
     import numpy as np
 
-    import config
-    import durable
-    import prepare
-    from latent_cache import LatentCache, Space
+    from gait_latents.common import files
+    from gait_latents.images import selection
+    from gait_latents.latents import opening, vae_fit
+    from gait_latents.latents.cache import LatentCache
+    from gait_latents.latents.space import Space
+    from gait_latents.settings import PreprocessSettings
 
     size = image_size(arguments)
-    settings = config.PreprocessSettings(
+    settings = PreprocessSettings(
         data_path=str(folder / "data"), vae_path=str(folder / "none.pt"), image_size=size, images_per_user="all"
     )
-    split = prepare.choose_images(settings, at_hand=True, stored=None, where="")
+    split = selection.choose_images(settings, at_hand=True, stored=None, where="")
     space = Space.of({"weights": hashlib.sha256(b"none").hexdigest()}, size, {"version": 0}, (8, size // 8, size // 8))
     cache = LatentCache(folder / "latents_cache", space, writable=True)
     keys = [entry.key for entry in split.train]
     moments = np.random.default_rng(0).standard_normal((len(keys), *space.moments_shape)).astype(np.float16)
     cache.put(keys, moments, [entry.name for entry in split.train], {})
     cache.flush()
-    durable.publish(folder / "latents_cache" / "split.json", split.to_bytes())
-    chosen = prepare.ChosenSpace(space, 1.0, 0.0, vae_at_hand=False)
-    prepare.record_manifest(folder / "latents_cache", settings, chosen, len(keys))
+    files.publish(folder / "latents_cache" / "split.json", split.to_bytes())
+    chosen = vae_fit.ChosenSpace(space, 1.0, 0.0, vae_at_hand=False)
+    opening.record_manifest(folder / "latents_cache", settings, chosen, len(keys))
 
 
 if __name__ == "__main__":

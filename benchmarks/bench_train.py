@@ -145,10 +145,11 @@ def ours(arguments: argparse.Namespace, folder: Path, shares: dict[str, float]) 
     """Sets up the trainer of train_latent_cfg.py on a cache of as many latents; notes the share of data and draws."""
     import torch
 
-    import train_latent_cfg
-    from config import TrainSettings
-    from images import Split
-    from prepare import ChosenSpace
+    from gait_latents.images.split import Split
+    from gait_latents.latents.vae_fit import ChosenSpace
+    from gait_latents.settings import TrainSettings
+    from gait_latents.training import run_data
+    from gait_latents.training.trainer import Trainer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = random_dataset(arguments, folder, device)
@@ -156,7 +157,7 @@ def ours(arguments: argparse.Namespace, folder: Path, shares: dict[str, float]) 
     classes = tuple(f"ID_{i}" for i in range(1, NUM_CLASSES + 1))
     split = Split(classes=classes, train=(), test=(), skipped=(), rule={})
     chosen = ChosenSpace(dataset.cache.space, 1.0, 0.0, vae_at_hand=False)
-    trainer = train_latent_cfg.Trainer(settings, train_latent_cfg.Data(split, chosen, dataset), device)
+    trainer = Trainer(settings, run_data.Data(split, chosen, dataset), device)
     trainer.choose_network(None)
     dataset.fit_norm(seed=0, num_images=64)
 
@@ -178,8 +179,9 @@ def random_dataset(arguments: argparse.Namespace, folder: Path, device: Any) -> 
 
     import numpy as np
 
-    from latent_cache import LatentCache, Space
-    from latent_dataset import LatentDataset
+    from gait_latents.latents.cache import LatentCache
+    from gait_latents.latents.dataset import LatentDataset
+    from gait_latents.latents.space import Space
 
     channels, height, width = latent_shape(arguments)
     space = Space.of({"weights": "none"}, 8 * height, {"version": 0}, (2 * channels, height, width))

@@ -25,24 +25,29 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import config
-import script
+from gait_latents.common import cli, console, errors, files, hardware, pictures, process, seeds
+from gait_latents.common.errors import UserError
+from gait_latents.diffusion.ema import EMA
+from gait_latents.images import folders, reading, selection
+from gait_latents.settings import ImageSettings, MachineSettings, SamplingSettings, differences_on_resume
+from gait_latents.training import checkpoint, optimizer_state, run_folder
+from gait_latents.vae.network import KLVAE
 
 
 def _setting(default: Any, kind: type, group: str, help: str, **facts: Any) -> Any:
-    spec = config.Spec(kind=kind, help=help, group=group, **facts)
+    spec = cli.Spec(kind=kind, help=help, group=group, **facts)
     return dataclasses.field(default=default, metadata={"spec": spec})
 
 
 @dataclasses.dataclass(frozen=True)
-class VAESettings(config.MachineSettings):
+class VAESettings(MachineSettings):
     """Settings of train_vae.py."""
 
     data_path: str = _setting(
-        config.ImageSettings.data_path, str, "images", "folder of images, or of folders of images", path=True, free=True
+        ImageSettings.data_path, str, "images", "folder of images, or of folders of images", path=True, free=True
     )
     image_size: int = _setting(
-        config.ImageSettings.image_size, int, "images", "side of the square images, in pixels", low=8, high=4096
+        ImageSettings.image_size, int, "images", "side of the square images, in pixels", low=8, high=4096
     )
     output_folder: str = _setting(
         "./vae", str, "saving", "where vae.safetensors, preview.png and the training state go", path=True, free=True
@@ -72,7 +77,7 @@ class VAESettings(config.MachineSettings):
     ema_decay: float = _setting(0.999, float, "training", "decay of the averaged weights", low=0.0, high=1.0)
     save_and_sample_every: int = _setting(500, int, "saving", "steps between saves", low=1, free=True)
     precision: str = _setting(
-        config.SamplingSettings.precision,
+        SamplingSettings.precision,
         str,
         "machine",
         "number format of the convolutions; bfloat16 is also fast on CPUs that have AMX",
@@ -88,25 +93,12 @@ class VAESettings(config.MachineSettings):
 
 
 if __name__ == "__main__":
-    script.check_command_line(VAESettings, __doc__)
+    cli.check_command_line(VAESettings, __doc__)
 
 import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
-
-import checkpoint
-import draws
-import durable
-import hardware
-import images
-import optimizer_state
-import pictures
-import prepare
-import run_folder
-from config import UserError
-from diffusion import EMA
-from vae import KLVAE
 
 WARMUP_STEPS = 100
 COMPILE_FROM_STEPS = 300  # compiling takes as long as about a hundred steps
@@ -126,10 +118,10 @@ def find_images(folder: str) -> list[Path]:
     found = [
         path.relative_to(root)
         for path in root.rglob("*")
-        if path.suffix.lower() in images.IMAGE_SUFFIXES
+        if path.suffix.lower() in folders.IMAGE_SUFFIXES
         and not any(part[0] == "." for part in path.relative_to(root).parts)
     ]
-    return [root / path for path in sorted(found, key=lambda path: [images.natural_key(part) for part in path.parts])]
+    return [root / path for path in sorted(found, key=lambda path: [folders.natural_key(part) for part in path.parts])]
 
 
 def read_images(folder: str, image_size: int) -> tuple[np.ndarray, str]:
@@ -142,15 +134,15 @@ def read_images(folder: str, image_size: int) -> tuple[np.ndarray, str]:
     def read(path: Path) -> tuple[np.ndarray | None, str]:
         try:
             data = path.read_bytes()
-            return images.decode(data, image_size=image_size), images.image_key(data)
-        except (images.BadImage, OSError) as error:
+            return reading.decode(data, image_size=image_size), reading.image_key(data)
+        except (reading.BadImage, OSError) as error:
             return None, str(error)
 
     paths = find_images(folder)
-    with ThreadPoolExecutor() as pool, script.progress(total=len(paths), unit="images", label="reading") as bar:
+    with ThreadPoolExecutor() as pool, console.progress(total=len(paths), unit="images", label="reading") as bar:
         for path, (image, word) in zip(paths, pool.map(read, paths), strict=True):
             if image is None:
-                script.warn(f"{path} is left out: {word}")
+                console.warn(f"{path} is left out: {word}")
             else:
                 digest.update(word.encode())
                 pixels.append(image)
@@ -184,13 +176,13 @@ def check_settings(settings: VAESettings) -> None:
             f"--image_size is {settings.image_size}; {levels} levels need a multiple of {2 ** (levels - 1)}"
         )
     folder = Path(settings.output_folder)
-    prepare.refuse_to_be_a_class(folder, settings.data_path)
+    selection.refuse_to_be_a_class(folder, settings.data_path)
     if Path(settings.data_path).resolve() in folder.resolve().parents:
         raise UserError(
             f"--output_folder {folder} is in --data_path {settings.data_path}, so that its preview would count as an "
             "image; give a folder outside"
         )
-    if not durable.can_write(settings.output_folder):
+    if not files.can_write(settings.output_folder):
         raise UserError(
             f"--output_folder {settings.output_folder} cannot be written to (no permission, or no space left)"
         )
@@ -255,9 +247,9 @@ class Trainer:
     def batch(self) -> tuple[Tensor, Tensor]:
         """Draws the images [B 3 S S] of this step and their posterior noise [B C h w], from (seed, step) alone."""
         size = self.settings.train_batch_size
-        positions = draws.visited(self.settings.seed, self.step * size, size, len(self.train))
+        positions = seeds.visited(self.settings.seed, self.step * size, size, len(self.train))
         side = self.settings.image_size // self.vae.downsampling
-        generator = draws.sample_generator(self.settings.seed, "vae", self.step)
+        generator = seeds.sample_generator(self.settings.seed, "vae", self.step)
         noise = torch.randn(size, self.vae.latent_channels, side, side, generator=generator)
         return to_unit_range(self.train[positions], self.device), noise.to(self.device)
 
@@ -269,7 +261,7 @@ class Trainer:
         try:
             error = self._gradients(batch, noise)
         except RuntimeError as failure:
-            script.warn_uncompiled(self.settings.compile, hardware.compiler_obstacle(failure))
+            hardware.warn_uncompiled(self.settings.compile, hardware.compiler_obstacle(failure))
             self.loss_function = vae_loss
             error = self._gradients(batch, noise)
         self.scaler.unscale_(self.optimizer)
@@ -293,13 +285,13 @@ class Trainer:
         is_norm_good = self.scaler.is_enabled() or math.isfinite(norm)  # the scaler leaves such a step out
         if not math.isfinite(error) or not is_norm_good:
             what = "gradient" if math.isfinite(error) else "loss"
-            raise script.Failed(f"the {what} is not finite at step {self.step}; lower --train_lr")
+            raise errors.Failed(f"the {what} is not finite at step {self.step}; lower --train_lr")
 
     def save_state(self) -> None:
         """Saves the full state, then removes older ones but one."""
         folder = Path(self.settings.output_folder)
         tensors, values = optimizer_state.pack_training_state(self.vae, self.ema.model, self.optimizer, self.scaler)
-        settings = config.to_dict(self.settings)
+        settings = cli.to_dict(self.settings)
         meta = {"step": self.step, "settings": settings, "data": self.digest, "training": values}
         checkpoint.save(folder / run_folder.full_name(self.step), tensors, meta)
         run_folder.prune(folder, step=self.step)
@@ -311,7 +303,7 @@ class Trainer:
             return False
         path, tensors, meta, warnings = found
         for line in warnings:
-            script.warn(line)
+            console.warn(line)
         check_same_run(meta, self.settings, self.digest, path)
         optimizer_state.unpack_training_state(
             tensors, meta["training"], self.vae, self.ema.model, self.optimizer, self.scaler
@@ -322,9 +314,9 @@ class Trainer:
 
 def check_same_run(meta: dict, settings: VAESettings, digest: str, path: Path) -> None:
     """Raises UserError when a saved state was trained with other settings or other images."""
-    for name, stored, asked in config.differences_on_resume(meta["settings"], settings):
+    for name, stored, asked in differences_on_resume(meta["settings"], settings):
         raise UserError(
-            f"{path} was trained with --{name} {config.show(stored)}, not {config.show(asked)}; "
+            f"{path} was trained with --{name} {cli.show(stored)}, not {cli.show(asked)}; "
             "take that, or another --output_folder"
         )
     if meta["data"] != digest:
@@ -372,7 +364,7 @@ def save_all(trainer: Trainer, held_out: Tensor) -> str:
     decoded = reconstruct(vae, moments, trainer.device)
     originals = held_out.permute(0, 2, 3, 1).numpy()
     std = latent_std(moments)
-    durable.publish(folder / "vae.safetensors", vae_bytes(vae, 1 / std.square().mean().sqrt().item()))
+    files.publish(folder / "vae.safetensors", vae_bytes(vae, 1 / std.square().mean().sqrt().item()))
     shown = slice(None, None, math.ceil(len(originals) / 8))
     grid = pictures.labelled_grid([[*originals[shown]], [*decoded[shown]]], ["image", "VAE"])
     pictures.save_picture(grid, folder / "preview.png")
@@ -380,10 +372,10 @@ def save_all(trainer: Trainer, held_out: Tensor) -> str:
     return f"PSNR {psnr:.2f} dB, latent std per channel {' '.join(f'{value:.2f}' for value in std)}"
 
 
-def run(trainer: Trainer, held_out: Tensor, stop: script.StopSignals) -> None:
+def run(trainer: Trainer, held_out: Tensor, stop: process.StopSignals) -> None:
     """Trains to the end, saving on the way and on a signal."""
     settings, pace = trainer.settings, Pace(trainer)
-    with script.progress(total=settings.train_num_steps, unit="steps", label="training", initial=trainer.step) as bar:
+    with console.progress(total=settings.train_num_steps, unit="steps", label="training", initial=trainer.step) as bar:
         while trainer.step < settings.train_num_steps:
             error, norm = trainer.train_step()
             pace.tell()
@@ -395,7 +387,7 @@ def run(trainer: Trainer, held_out: Tensor, stop: script.StopSignals) -> None:
                 figures = {"error": f"{error:.4f}", "gradient": f"{norm:.2f}"}
             bar.advance(1, **figures)
             if saves:
-                script.say(f"step {trainer.step}: {save_all(trainer, held_out)}")
+                console.say(f"step {trainer.step}: {save_all(trainer, held_out)}")
                 stop.raise_if_received()
 
 
@@ -413,44 +405,44 @@ class Pace:
             self.start = time.monotonic()  # compiling and warming up are over
         if done == 30:
             seconds = (time.monotonic() - self.start) / 20
-            left = script.duration(seconds * (settings.train_num_steps - self.trainer.step))
-            script.say(f"{seconds:.2f} s per step of {settings.train_batch_size} images; about {left} to go")
+            left = console.duration(seconds * (settings.train_num_steps - self.trainer.step))
+            console.say(f"{seconds:.2f} s per step of {settings.train_batch_size} images; about {left} to go")
 
 
-@script.command
+@cli.command
 def main(argv: Sequence[str] | None) -> int:
     """Trains a VAE as the command line asks; returns the exit code."""
-    settings = config.resolve(VAESettings, config.read_command_line(VAESettings, argv, description=__doc__)).settings
+    settings = cli.resolve(VAESettings, cli.read_command_line(VAESettings, argv, description=__doc__)).settings
     check_settings(settings)
     device = hardware.pick_device(settings.device)
-    with script.StopSignals() as stop:
+    with process.StopSignals() as stop:
         pixels, digest = read_images(settings.data_path, settings.image_size)
         train, held_out = hold_out(pixels)
         trainer = Trainer(settings, train, digest, device)
         if trainer.resume():
-            script.say(f"going on from step {trainer.step}")
+            console.say(f"going on from step {trainer.step}")
         if trainer.step >= settings.train_num_steps:
-            script.say(f"{settings.output_folder} is trained already; a higher --train_num_steps goes on")
-            return script.DONE
+            console.say(f"{settings.output_folder} is trained already; a higher --train_num_steps goes on")
+            return errors.DONE
         if pick_compile(settings, device, trainer.dtype):
             trainer.loss_function = torch.compile(vae_loss)
         num_parameters = sum(p.numel() for p in trainer.vae.parameters())
-        script.say(
+        console.say(
             f"{len(train)} images to train on, {len(held_out)} held out; {num_parameters / 1e6:.2f} M parameters, "
             f"{str(trainer.dtype).removeprefix('torch.')} on {hardware.describe(device)}"
         )
         try:
             run(trainer, held_out, stop)
         except torch.OutOfMemoryError as error:
-            raise script.Failed(
+            raise errors.Failed(
                 f"the GPU has too little memory for --train_batch_size {settings.train_batch_size} and --image_size "
                 f"{settings.image_size}; lower one of them, and give another --output_folder where a state was saved"
             ) from error
     folder = Path(settings.output_folder)
-    script.say(f"done: look at {folder / 'preview.png'}, which shows held-out images above what the VAE makes of them")
+    console.say(f"done: look at {folder / 'preview.png'}, which shows held-out images above what the VAE makes of them")
     path = shlex.quote(str(folder / "vae.safetensors"))
-    script.say(f"next: preprocess_latents.py with --vae_path {path} --image_size {settings.image_size}")
-    return script.DONE
+    console.say(f"next: preprocess_latents.py with --vae_path {path} --image_size {settings.image_size}")
+    return errors.DONE
 
 
 if __name__ == "__main__":

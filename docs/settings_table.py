@@ -18,13 +18,14 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:  # started as a script, it finds only what lies in docs/
     sys.path.insert(0, str(ROOT))
 
-import config
-from config import Spec
+from gait_latents import settings
+from gait_latents.common import cli, errors
+from gait_latents.common.cli import Spec
 
 PAGES = {"en": ROOT / "docs" / "settings.md", "zh": ROOT / "docs" / "zh-CN" / "settings.md"}
 BEGIN, END = "<!-- settings: begin (python docs/settings_table.py --write) -->", "<!-- settings: end -->"
 # How a command is typed, where that is not the name of its script.
-_TYPED: dict[type, str] = {config.ExportSettings: "python -m gait_latents.export"}
+_TYPED: dict[type, str] = {settings.ExportSettings: "python -m gait_latents.export"}
 
 _HEADS = {"en": ("setting", "default", "takes", "what it does"), "zh": ("设置", "默认值", "取值", "作用")}
 _KINDS = {
@@ -39,16 +40,16 @@ _FREE_NOTES = {"en": "\\* may change when a run goes on.", "zh": "\\* 续训时�
 _NOTHING = {"en": "(none)", "zh": "（空）"}
 
 GROUPS_ZH = {
-    config.DATA: "图像",
-    config.CACHE: "缓存与 VAE",
-    config.NETWORK: "网络",
-    config.DIFFUSION: "扩散",
-    config.TRAINING: "训练",
-    config.SAVING: "保存与日志",
-    config.SAMPLING: "采样",
-    config.OUTPUT: "生成的图像",
-    config.EVALUATION: "评估",
-    config.MACHINE: "机器",
+    settings.DATA: "图像",
+    settings.CACHE: "缓存与 VAE",
+    settings.NETWORK: "网络",
+    settings.DIFFUSION: "扩散",
+    settings.TRAINING: "训练",
+    settings.SAVING: "保存与日志",
+    settings.SAMPLING: "采样",
+    settings.OUTPUT: "生成的图像",
+    settings.EVALUATION: "评估",
+    settings.MACHINE: "机器",
 }
 
 HELP_ZH = {
@@ -187,33 +188,33 @@ HELP_ZH = {
 
 def help_texts() -> set[str]:
     """Returns every English help text that a table shows."""
-    return {spec.help for cls in config.SCRIPTS.values() for spec in config.specs(cls).values()}
+    return {spec.help for cls in settings.SCRIPTS.values() for spec in cli.specs(cls).values()}
 
 
 def title(script: str) -> str:
     """Returns the heading above the table of a script."""
-    return f"## `{_TYPED.get(config.SCRIPTS[script], script)}`"
+    return f"## `{_TYPED.get(settings.SCRIPTS[script], script)}`"
 
 
 def tables(language: str) -> str:
     """Returns one Markdown table per script, each under its heading, in "en" or "zh"."""
-    parts = ["\n".join([title(script), "", *_table(cls, language)]) for script, cls in config.SCRIPTS.items()]
+    parts = ["\n".join([title(script), "", *_table(cls, language)]) for script, cls in settings.SCRIPTS.items()]
     return "\n\n".join(parts)
 
 
 def _table(cls: type, language: str) -> list[str]:
     rows = [_HEADS[language], ("---",) * 4, *_rows(cls, language)]
     lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return [*lines, "", _FREE_NOTES[language]] if config.can_resume(cls) else lines
+    return [*lines, "", _FREE_NOTES[language]] if cli.can_resume(cls) else lines
 
 
 def _rows(cls: type, language: str) -> Iterator[tuple[str, ...]]:
-    specs, standard = config.specs(cls), config.defaults(cls)
-    for group, members in groupby(config.by_group(cls), key=lambda name: specs[name].group):
+    specs, standard = cli.specs(cls), cli.defaults(cls)
+    for group, members in groupby(cli.by_group(cls), key=lambda name: specs[name].group):
         yield f"**{GROUPS_ZH[group] if language == 'zh' else group}**", "", "", ""
         for name in members:
-            spec, mark = specs[name], " \\*" if specs[name].free and config.can_resume(cls) else ""
-            shown = f"`{config.show(standard[name])}`" if standard[name] != () else _NOTHING[language]
+            spec, mark = specs[name], " \\*" if specs[name].free and cli.can_resume(cls) else ""
+            shown = f"`{cli.show(standard[name])}`" if standard[name] != () else _NOTHING[language]
             help_text = HELP_ZH[spec.help] if language == "zh" else spec.help
             yield f"`{name}`{mark}", shown, _takes(spec, language), help_text.replace("*", "\\*").replace("|", "\\|")
 
@@ -234,7 +235,7 @@ def with_tables(text: str, language: str) -> str:
     before, found_begin, rest = text.partition(BEGIN)
     _, found_end, after = rest.partition(END)
     if not (found_begin and found_end):
-        raise config.UserError(f"the page has no {BEGIN} ... {END}")
+        raise errors.UserError(f"the page has no {BEGIN} ... {END}")
     return f"{before}{BEGIN}\n\n{tables(language)}\n\n{END}{after}"
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from latent_dataset import LatentDataset
-from prepare import open_cache
+from gait_latents.latents.dataset import LatentDataset
+from gait_latents.latents.opening import open_cache
 
 
 def main(folder: str, num_epochs: int = 3) -> list[float]:

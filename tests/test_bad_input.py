@@ -20,17 +20,15 @@ import torch
 from os_faults import fault_at, raising
 from pipeline import SIZE, STEPS, generate, preprocess, train
 
-import checkpoint
-import export_model
 import generate as generate_script
-import latent_cache
 import preprocess_latents
-import run_folder
-import script
 import train_latent_cfg
-from diffusion import LatentDiffusion
-from latent_dataset import read_split
-from vae import KLVAE
+from gait_latents import export
+from gait_latents.common import cli, layout
+from gait_latents.diffusion.model import LatentDiffusion
+from gait_latents.images.split import read_split
+from gait_latents.training import checkpoint, run_folder
+from gait_latents.vae.network import KLVAE
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., int]
@@ -38,7 +36,7 @@ SCRIPTS: dict[str, ModuleType] = {
     "preprocess": preprocess_latents,
     "train": train_latent_cfg,
     "generate": generate_script,
-    "export": export_model,
+    "export": export,
 }
 ENCODING = pytest.mark.parametrize("run", [preprocess, train], ids=["preprocess", "train"])
 
@@ -602,7 +600,7 @@ def as_split_of_format_2(path: Path) -> None:
 
 
 def test_a_manifest_of_another_format_is_refused(ready, capsys):
-    path = ready / "latents_cache" / latent_cache.MANIFEST_NAME
+    path = ready / "latents_cache" / layout.MANIFEST_NAME
     as_manifest_of_format_2(path)
     told = "has format 2, and this version reads 1; use the version that made it, or another"
     for run in (preprocess, lambda root: train(root, results_folder=root / "new"), go_on):
@@ -716,7 +714,7 @@ def test_an_older_diffusion_library_on_the_path_is_named_by_version_and_place(tm
 )
 def test_imports_that_fail_or_are_interrupted_end_in_one_line(capsys, error, code, told):
     with pytest.raises(SystemExit) as ending:
-        script._explain_import(type(error), error, None)
+        cli._explain_import(type(error), error, None)
     assert ending.value.code == code
     said = capsys.readouterr().err
     assert said.startswith(told) and len(said.strip().splitlines()) == 1

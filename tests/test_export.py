@@ -15,11 +15,9 @@ from pipeline import CLASSES, STEPS
 from safetensors.torch import load_file
 from torch import Tensor
 
-import checkpoint
-import durable
-import export_model as export_script
-import run_folder
-import trained_model
+from gait_latents.common import files
+from gait_latents.export import main
+from gait_latents.training import checkpoint, run_folder, trained_model
 
 NAMES = {"model.safetensors", "config.json"}
 
@@ -27,7 +25,7 @@ NAMES = {"model.safetensors", "config.json"}
 def export(trained: Path, folder: Path, **changes: object) -> int:
     """Runs export_model.py on the finished run."""
     settings = {"checkpoint": trained / "results", "output_folder": folder, "ddim_steps": 5}
-    return export_script.main(tiny.flags({**settings, **changes}))
+    return main(tiny.flags({**settings, **changes}))
 
 
 def facts_of(folder: Path) -> dict:
@@ -163,7 +161,7 @@ def test_an_export_needs_neither_vae_nor_images_nor_cache(cached, tmp_path):
     assert pipeline.train(cached, train_num_steps=1, num_samples=0) == 0
     results = (cached / "results").rename(tmp_path / "results")
     (cached / "vae.pt").unlink()
-    assert export_script.main(tiny.flags({"checkpoint": results, "output_folder": tmp_path / "exported"})) == 0
+    assert main(tiny.flags({"checkpoint": results, "output_folder": tmp_path / "exported"})) == 0
     assert {path.name for path in (tmp_path / "exported").iterdir()} == NAMES
 
 
@@ -173,7 +171,7 @@ def test_an_export_needs_neither_vae_nor_images_nor_cache(cached, tmp_path):
 def test_a_run_that_has_saved_nothing_is_told_in_one_line(tmp_path, capsys):
     (tmp_path / "results").mkdir()
     for place in (tmp_path / "results", tmp_path / "gone"):
-        assert export_script.main(tiny.flags({"checkpoint": place, "output_folder": tmp_path / "exported"})) == 2
+        assert main(tiny.flags({"checkpoint": place, "output_folder": tmp_path / "exported"})) == 2
         error = pipeline.one_error(capsys)
         assert f"--checkpoint {place} is neither a checkpoint nor a folder of a run that has saved one" in error
     assert not (tmp_path / "exported").exists()
@@ -198,7 +196,7 @@ def test_the_same_export_again_is_welcome_and_another_one_replaces_nothing(train
 
 
 def test_a_stop_between_the_files_leaves_no_config_and_is_made_good(trained, tmp_path, monkeypatch):
-    publish = durable.publish
+    publish = files.publish
 
     def full_disk(path: Path, data: bytes) -> None:
         if path.name == "config.json":
@@ -206,7 +204,7 @@ def test_a_stop_between_the_files_leaves_no_config_and_is_made_good(trained, tmp
         publish(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "publish", full_disk)
+        patch.setattr(files, "publish", full_disk)
         assert export(trained, tmp_path / "exported") == 1
     assert [path.name for path in (tmp_path / "exported").iterdir()] == ["model.safetensors"]
     assert export(trained, tmp_path / "exported") == 0

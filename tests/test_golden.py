@@ -20,11 +20,11 @@ from PIL import Image
 from safetensors import safe_open
 
 import evaluate_images
-import generate
+import generate as generate_script
 import preprocess_latents
 import train_latent_cfg
-from latent_dataset import LatentDataset
-from vae import load_vae
+from gait_latents.latents.dataset import LatentDataset
+from gait_latents.vae.load import load_vae
 
 GOLDEN = Path(make_golden.__file__).parent / "format_1"
 FACTS = json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))
@@ -312,10 +312,10 @@ def test_an_older_run_goes_on_and_makes_images_as_its_own_version_did(tree, caps
     meta = json.loads(tensors_and_meta(tree / "older" / "state-00000008.safetensors")[1]["meta"])
     assert [meta["settings"][name] for name in ("noise_shift", "time_shift", "guidance_interval")] == [0, 0, [0, 1]]
     assert meta["auto_steps"]["dpm++"] == 20
-    run_script(generate.main, make_golden.generate_flags(tree, "older", "new_images"), capsys)
+    run_script(generate_script.main, make_golden.generate_flags(tree, "older", "new_images"), capsys)
     assert_same_images(tree / "new_images", GOLDEN / "older_synthetic")
     if SAME_BITS:  # else the weights are others, and the folder is refused
-        output = run_script(generate.main, make_golden.generate_flags(tree, "older", "older_synthetic"), capsys)
+        output = run_script(generate_script.main, make_golden.generate_flags(tree, "older", "older_synthetic"), capsys)
         assert "6 of the images are already there" in output and "0 images made" in output
 
 
@@ -332,13 +332,13 @@ def assert_same_images(folder: Path, golden: Path) -> None:
 
 
 def test_the_finished_run_makes_the_golden_images_again(tree, capsys):
-    run_script(generate.main, make_golden.generate_flags(tree, "finished", "new_images"), capsys)
+    run_script(generate_script.main, make_golden.generate_flags(tree, "finished", "new_images"), capsys)
     assert_same_images(tree / "new_images", GOLDEN / "synthetic")
 
 
 def test_golden_images_are_not_made_again(tree, capsys):
     before = contents(tree / "synthetic")
-    output = run_script(generate.main, make_golden.generate_flags(tree, "finished", "synthetic"), capsys)
+    output = run_script(generate_script.main, make_golden.generate_flags(tree, "finished", "synthetic"), capsys)
     assert "6 of the images are already there" in output and "0 images made" in output
     assert contents(tree / "synthetic") == before
 

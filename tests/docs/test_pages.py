@@ -26,14 +26,14 @@ import tiny
 import tiny_vae
 from pages import ENGLISH, RECORDS, ROOT, TRANSLATIONS, blocks, code_spans, prose, text_of
 
-# The names of modules that the checks need stand here alone, so that one that moves is renamed in one place.
-import config as settings
-import evaluation as figures
-import export_model as export
-import page as report_page
 import preprocess_latents
-import script as errors
 import train_latent_cfg
+
+# The names of modules that the checks need stand here alone, so that one that moves is renamed in one place.
+from gait_latents import export, settings
+from gait_latents.common import cli, errors
+from gait_latents.evaluation import figures
+from gait_latents.evaluation.page import FEW_PER_CLASS
 
 COMMAND_OF_MODULE = {"gait_latents.export": settings.ExportSettings}  # python -m
 CONSOLE_COMMANDS = {
@@ -119,7 +119,7 @@ def commands(page: str) -> Iterator[list[str]]:
 
 
 def check_flags(cls: type, flags: list[str]) -> None:
-    settings.read_command_line(cls, flags, description=None)
+    cli.read_command_line(cls, flags, description=None)
 
 
 def check_python(words: list[str]) -> None:
@@ -205,11 +205,11 @@ def test_there_are_commands_to_check():
 
 
 def test_a_command_with_a_wrong_setting_is_noticed():
-    with pytest.raises(settings.UserError):
+    with pytest.raises(errors.UserError):
         check_python(["train_latent_cfg.py", "--max_hour", "11.5"])
-    with pytest.raises(settings.UserError):
+    with pytest.raises(errors.UserError):
         check_python(["-m", "gait_latents.export", "--checkpoints", "results"])
-    with pytest.raises(settings.UserError):
+    with pytest.raises(errors.UserError):
         check_torchrun(["--nproc_per_node=2", "generate.py", "--images", "5"])
     with pytest.raises(AssertionError):
         check_make(["demos"])
@@ -315,7 +315,7 @@ def test_a_link_that_leads_nowhere_is_noticed():
 
 @by_page
 def test_flags_and_make_targets_that_are_named_exist(page):
-    known = {f"--{name}" for cls in settings.SCRIPTS.values() for name in settings.specs(cls)} | OTHER_FLAGS
+    known = {f"--{name}" for cls in settings.SCRIPTS.values() for name in cli.specs(cls)} | OTHER_FLAGS
     spans = code_spans(prose(page))
     flags = {word.replace("-", "_").replace("__", "--", 1) for span in spans for word in re.findall(r"--[\w-]+", span)}
     assert not flags - known
@@ -436,9 +436,9 @@ def test_every_setting_has_a_row_with_its_default(language):
     num_rows = 0
     for name, cls in settings.SCRIPTS.items():
         part = table.partition(f"{settings_table.title(name)}\n")[2].partition("\n## ")[0]
-        for setting, default in settings.defaults(cls).items():
+        for setting, default in cli.defaults(cls).items():
             (row,) = re.findall(rf"^\| `{setting}`(?: \\\*)? \| (.*)$", part, re.MULTILINE)
-            assert default == () or row.startswith(f"`{settings.show(default)}` |")
+            assert default == () or row.startswith(f"`{cli.show(default)}` |")
             num_rows += 1
     assert num_rows > 60
 
@@ -448,7 +448,7 @@ def test_every_setting_has_a_row_with_its_default(language):
 
 def test_the_numbers_of_an_evaluation_are_those_in_the_code():
     text = " ".join(prose("docs/evaluation.md").split())
-    assert re.findall(r"have (\d+) or more test images per class", text) == [str(report_page.FEW_PER_CLASS)]
+    assert re.findall(r"have (\d+) or more test images per class", text) == [str(FEW_PER_CLASS)]
     few = 100 * figures.NEAR_SHARE
     found = re.findall(r"nearer to one than (\S+)% of the test images are \| about (\S+)%;", text)
     assert found == [(f"{100 - few:g}", f"{few:g}")]

@@ -18,9 +18,10 @@ from os_faults import fault_at, fork, forked, killing, raising, wait_for
 from pipeline import assert_same_run, preprocess, state_digests, stored_moments, train
 from tiny_cache import RECORD, SPACE, found_rows, key, put, reader, row, stored
 
-import durable
-import latent_cache
-from latent_cache import LatentCache
+from gait_latents.common import files
+from gait_latents.latents import cache as latent_cache
+from gait_latents.latents import shard as shard_file
+from gait_latents.latents.cache import LatentCache
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = {"images_per_user": "all"}
@@ -111,7 +112,7 @@ def test_four_encoders_and_a_trainer_that_are_killed_fill_one_cache(world, encod
         ours, theirs = state_digests(company.results), state_digests(world / "results")
         wrong += sum(ours[name] != digest for name, digest in theirs.items())
         assert company.reader.problems == []
-        assert not list(company.folder.rglob(f"{durable.TEMPORARY_PREFIX}*"))
+        assert not list(company.folder.rglob(f"{files.TEMPORARY_PREFIX}*"))
         how = "SIGKILL at random calls, then once more"
         account.add("four encoders and a trainer on one cache", how, cases=company.num_starts, lost=lost, wrong=wrong)
 
@@ -147,19 +148,19 @@ def test_clocks_that_are_ten_years_off_change_nothing(world, trained, account, i
 
 def test_a_temporary_that_a_wrong_clock_makes_look_abandoned_is_written_anew(tmp_path, monkeypatch, account):
     """Another process removes it under its living writer."""
-    write_new, removed, long_ago = durable._write_new, [], time.time() - 1e8
+    write_new, removed, long_ago = files._write_new, [], time.time() - 1e8
 
     def aged(path: Path, chunks: list[memoryview]) -> os.stat_result:
         status = write_new(path, chunks)
         if not removed and chunks:
             os.utime(path, (long_ago, long_ago))
-            removed.append(durable.remove_stale_temporaries(path.parent))
+            removed.append(files.remove_stale_temporaries(path.parent))
         return status
 
     cache = LatentCache(tmp_path, SPACE, writable=True)
     put(cache, range(5))
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "_write_new", aged)
+        patch.setattr(files, "_write_new", aged)
         cache.flush()
     assert removed == [1]
     lost = 5 - len(found_rows(reader(tmp_path), range(5)))
@@ -308,7 +309,7 @@ def test_a_reader_with_an_older_view_finds_merged_rows(tmp_path, account):
 def test_a_listing_that_a_merge_makes_stale_is_made_anew(tmp_path, monkeypatch, account):
     for i in range(4):
         stored(tmp_path, [i])
-    list_shards, merged = latent_cache._shard_paths, []
+    list_shards, merged = shard_file.list_shards, []
 
     def listing_before_a_merge(folder: Path) -> list[Path]:
         paths = list_shards(folder)
@@ -317,7 +318,7 @@ def test_a_listing_that_a_merge_makes_stale_is_made_anew(tmp_path, monkeypatch, 
             LatentCache(tmp_path, SPACE, writable=True).merge()
         return paths
 
-    monkeypatch.setattr(latent_cache, "_shard_paths", listing_before_a_merge)
+    monkeypatch.setattr(shard_file, "list_shards", listing_before_a_merge)
     cache = reader(tmp_path)
     lost = 4 - len(found_rows(cache, range(4)))
     assert merged and cache.problems == []
@@ -327,12 +328,12 @@ def test_a_listing_that_a_merge_makes_stale_is_made_anew(tmp_path, monkeypatch, 
 def test_a_stale_listing_gives_misses_and_no_wrong_row(tmp_path, monkeypatch, account):
     for i in range(4):
         stored(tmp_path, [i])
-    listing = latent_cache._shard_paths(tmp_path / SPACE.id)
+    listing = shard_file.list_shards(tmp_path / SPACE.id)
     old = reader(tmp_path)
     LatentCache(tmp_path, SPACE, writable=True).merge()
     stored(tmp_path, [4])
     with monkeypatch.context() as patch:
-        patch.setattr(latent_cache, "_shard_paths", lambda folder: listing)
+        patch.setattr(shard_file, "list_shards", lambda folder: listing)
         for cache in (old, reader(tmp_path)):
             assert found_rows(cache, range(5)) == []
             assert cache.problems == []

@@ -17,14 +17,13 @@ from tiny_cache import SPACE, key, reader, row, strangers
 from tiny_checkpoint import same, saved, tiny_tensors
 from tiny_images import small_split
 
-import checkpoint
-import latent_dataset
-import run_folder
-from checkpoint import DamagedCheckpoint
-from config import UserError
-from images import Split, make_split
-from latent_cache import MANIFEST_NAME, read_manifest, verify, write_manifest
-from latent_dataset import SPLIT_NAME
+from gait_latents.common.errors import UserError
+from gait_latents.common.layout import MANIFEST_NAME, SPLIT_NAME
+from gait_latents.images.split import Split, make_split, read_split
+from gait_latents.latents.manifest import read_manifest, write_manifest
+from gait_latents.latents.verify import verify
+from gait_latents.training import checkpoint, run_folder
+from gait_latents.training.checkpoint import DamagedCheckpoint
 
 # --- a shard -----------------------------------------------------------------------------------------------
 
@@ -277,13 +276,13 @@ def test_a_damaged_manifest_is_a_clear_error_and_never_another_one(manifest: Pat
 def test_a_damaged_split_is_a_clear_error_and_never_another_one(split: Path, account: Account) -> None:
     data, folder = split.read_bytes(), split.parent
     for how, contents in everything(data).items():
-        cases, wrong = count_wrong(split, lambda: latent_dataset.read_split(folder), contents)
+        cases, wrong = count_wrong(split, lambda: read_split(folder), contents)
         account.add("damaged split", how, cases=cases, wrong=wrong)
         overwrite(split, data)
     for content in (b"", *NONSENSE):
         overwrite(split, content)
         with pytest.raises(UserError, match=r"split\.json is damaged or was edited"):
-            latent_dataset.read_split(folder)
+            read_split(folder)
 
 
 # --- the scripts -------------------------------------------------------------------------------------------

@@ -35,11 +35,12 @@ from publishings import NEW, OLD, WORKS, Work, check_rows, done_again, temporari
 from test_kill import Reference, Told, averages, forget_run, telling
 from tiny_cache import SPACE, put, reader, stored
 
-import durable
-import latent_cache
-import run_folder
-from latent_cache import LatentCache
-from latent_dataset import read_split
+from gait_latents.common import files
+from gait_latents.images.split import read_split
+from gait_latents.latents import cache as latent_cache
+from gait_latents.latents import shard as shard_file
+from gait_latents.latents.cache import LatentCache
+from gait_latents.training import run_folder
 
 # --- at each call ------------------------------------------------------------------------------------------
 
@@ -167,14 +168,14 @@ def other_writer_at_each_call(root: Path) -> Tally:
     path, other = root / "file", b"from another writer, of another length than that"
     tally = Tally()
     for index in itertools.count():
-        durable.publish(path, OLD)
+        files.publish(path, OLD)
 
         def interrupt(name: str, real: Callable, args: tuple) -> object:
-            durable.publish(path, other)
+            files.publish(path, other)
             return real(*args)
 
         with nothing_synced(), fault_at(index, interrupt) as calls:
-            error = _error_of(lambda: durable.publish(path, NEW))
+            error = _error_of(lambda: files.publish(path, NEW))
         if len(calls.log) <= index:
             return tally
         content = path.read_bytes()
@@ -205,7 +206,7 @@ class Script:
 
 def _encode(world: Path, **changes: object) -> int:
     with mock.patch.object(latent_cache, "SHARD_SECONDS", 0.0):  # a shard for each batch, and two to be merged
-        with mock.patch.object(latent_cache, "SHARD_BYTES", 8 * ROW_BYTES):
+        with mock.patch.object(shard_file, "SHARD_BYTES", 8 * ROW_BYTES):
             return pipeline.preprocess(world, **changes)
 
 

@@ -27,17 +27,20 @@ from os_faults import forked, overwrite
 from pipeline import HALF, STEPS, assert_same_run, at_step, losses, preprocess, signal_self, state_digests, train
 from torch import Tensor
 
-import durable
-import hardware
-import images
-import latent_cache
-import latent_dataset
-import run_folder
-import sampling
 import train_latent_cfg
-from diffusion import EMA, LatentDiffusion, LatentUnet
-from latent_dataset import BatchEncoder, LatentDataset
-from train_latent_cfg import Trainer
+from gait_latents.common import files, hardware, pictures
+from gait_latents.diffusion.ema import EMA
+from gait_latents.diffusion.model import LatentDiffusion, LatentUnet
+from gait_latents.images import reading
+from gait_latents.images.split import read_split
+from gait_latents.latents import cache as latent_cache
+from gait_latents.latents import dataset
+from gait_latents.latents.dataset import LatentDataset
+from gait_latents.training import draws as draws_module
+from gait_latents.training import plan as training_plan
+from gait_latents.training import run_data, run_folder
+from gait_latents.training.trainer import Trainer
+from gait_latents.vae.batch_encoder import BatchEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG_RUN = 24  # steps
@@ -67,7 +70,7 @@ ALWAYS_CALLED: dict[str, tuple[object, str]] = {
     "batch": (LatentDataset, "batch"),
     "update": (Trainer, "_update"),
     "average": (EMA, "update"),
-    "publish": (durable, "publish"),
+    "publish": (files, "publish"),
     "save": (Trainer, "save"),
 }
 PLACES = {**ALWAYS_CALLED, "grid": (LatentUnet, "guided"), "encode": (BatchEncoder, "__call__")}
@@ -217,11 +220,11 @@ class Run:
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Returns the latents and labels that another process would train on next."""
-        plan = train_latent_cfg.make_plan(self.flags(train_num_steps=LONG_RUN + 1))
-        trainer = Trainer(plan.settings, train_latent_cfg.open_data(plan, torch.device("cpu")), torch.device("cpu"))
+        plan = training_plan.make_plan(self.flags(train_num_steps=LONG_RUN + 1))
+        trainer = Trainer(plan.settings, run_data.open_data(plan, torch.device("cpu")), torch.device("cpu"))
         trainer.start(plan)
         facts = {"size": len(trainer.dataset), "latent_shape": (4, 8, 8), "timesteps": 1000, "cond_drop_prob": 0.5}
-        draws = train_latent_cfg.draw_step(42, trainer.finished_steps, batch=4, **facts)
+        draws = draws_module.draw_step(42, trainer.finished_steps, batch=4, **facts)
         return trainer.dataset.batch(draws.positions, draws.posterior_noise)
 
 
@@ -335,7 +338,7 @@ def test_a_signal_anywhere_ends_a_run_within_one_step(
 
 def test_a_signal_cuts_a_sample_grid_short_wherever_it_comes(cached, trained, monkeypatch, account):
     num_cases = late = 0
-    for step, place in ((3, (LatentUnet, "guided")), (5, (sampling.pictures, "to_uint8"))):
+    for step, place in ((3, (LatentUnet, "guided")), (5, (pictures, "to_uint8"))):
         with monkeypatch.context() as patch:
             calls = [0]
             real = getattr(*place)
@@ -499,7 +502,7 @@ def test_a_row_that_is_damaged_under_a_running_training_is_encoded_again(
     cached, trained, monkeypatch, encoder, account
 ):
     without_memory = SimpleNamespace(**{**vars(hardware), "free_memory_bytes": lambda device: 0})
-    monkeypatch.setattr(latent_dataset, "hardware", without_memory)  # so that rows stay in the shards
+    monkeypatch.setattr(dataset, "hardware", without_memory)  # so that rows stay in the shards
     at_step(monkeypatch, HALF, lambda: flip_in_rows(cached, count=15))
     assert train(cached, num_samples=0) == 0
     assert 0 < encoder.num_images <= 15
@@ -533,10 +536,10 @@ def assert_refused(root: Path, capsys: pytest.CaptureFixture[str], code: int, *p
 @pytest.mark.parametrize("change", ["content", "class", "vae", "lost"])
 def test_other_data_stop_a_resume_and_leave_the_run_alone(world, capsys, account, change):
     assert train(world, train_num_steps=2, num_samples=0, latent_norm_images=2, encode_batch_size=2) == 0
-    split = latent_dataset.read_split(world / "results")
+    split = read_split(world / "results")
     assert split is not None
     first, other = split.train[0], split.train[-1]
-    path, other_path = (images.image_path(world / "data", entry) for entry in (first, other))
+    path, other_path = (reading.image_path(world / "data", entry) for entry in (first, other))
     expected = [f"{first.class_name}/{first.name}", "--results_folder"]
     if change == "content":
         tiny.make_image(600).save(path)
@@ -557,11 +560,11 @@ def test_other_data_stop_a_resume_and_leave_the_run_alone(world, capsys, account
 
 def test_an_image_that_vanishes_from_a_lazy_run_ends_it_in_one_line(world, capsys, account):
     assert train(world, train_num_steps=1, num_samples=0, latent_norm_images=2, encode_batch_size=2) == 0
-    split = latent_dataset.read_split(world / "results")
+    split = read_split(world / "results")
     assert split is not None
     held = set(pipeline.open_cache(world / "latents_cache").keys())
     gone = next(entry for entry in split.train if entry.key not in held)
-    images.image_path(world / "data", gone).unlink()
+    reading.image_path(world / "data", gone).unlink()
     assert_refused(world, capsys, 1, f"{gone.class_name}/{gone.name}: cannot be read: No such file")
     account.add("other data at a resume", "an image that is gone", cases=1)
 

@@ -32,19 +32,22 @@ from tiny_checkpoint import same, saved, tiny_tensors
 from tiny_images import SAMPLES, small_split
 from tiny_vae import save_tiny_diffusers_vae, save_tiny_vae
 
-import checkpoint
-import config
-import run_folder
-from charts import loss_curve
-from checkpoint import DamagedCheckpoint
-from config import UserError
-from images import BadImage, Split, decode
-from latent_cache import MANIFEST_NAME, read_manifest, spaces, verify, write_manifest
-from latent_dataset import SPLIT_NAME
-from metrics_log import METRICS_NAME, Metrics
-from prepare import space_of_manifest
-from run_folder import read_state
-from vae import load_vae, read_identity
+from gait_latents.common import cli
+from gait_latents.common.charts import loss_curve
+from gait_latents.common.errors import UserError
+from gait_latents.common.layout import MANIFEST_NAME, METRICS_NAME, SPLIT_NAME
+from gait_latents.images.reading import BadImage, decode
+from gait_latents.images.split import Split
+from gait_latents.latents.cache import spaces
+from gait_latents.latents.manifest import read_manifest, write_manifest
+from gait_latents.latents.vae_fit import space_of_manifest
+from gait_latents.latents.verify import verify
+from gait_latents.settings import PreprocessSettings, TrainSettings
+from gait_latents.training import checkpoint, run_folder
+from gait_latents.training.checkpoint import DamagedCheckpoint
+from gait_latents.training.metrics_log import Metrics
+from gait_latents.training.run_folder import read_state
+from gait_latents.vae.load import load_vae, read_identity
 
 CASES, SECONDS = 300, 60.0  # of the short form, and of the long one
 MEMORY = 800_000_000  # bytes that all cases of one opener may add to its process
@@ -262,8 +265,8 @@ def read_all_of_manifest(folder: Path) -> object:
         manifest = read_manifest(folder)
         if manifest is not None:
             space_of_manifest(manifest)
-            for cls in (config.PreprocessSettings, config.TrainSettings):
-                config.stored_layer(cls, "manifest", manifest.settings, only_about_cache=True)
+            for cls in (PreprocessSettings, TrainSettings):
+                cli.stored_layer(cls, "manifest", manifest.settings, only_about_cache=True)
             manifest.space.differing_fields(SPACE)
         return manifest
     except UserError:
@@ -273,7 +276,7 @@ def read_all_of_manifest(folder: Path) -> object:
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
     """A manifest as preprocess_latents.py writes it."""
-    settings = config.to_dict(config.PreprocessSettings())
+    settings = cli.to_dict(PreprocessSettings())
     write_manifest(tmp_path, settings, SPACE, {"scale_factor": 0.18215, "shift_factor": 0.0, "images": 3})
     return tmp_path / MANIFEST_NAME
 
@@ -364,7 +367,7 @@ def test_sealed_checkpoints(trained: Path, tmp_path: Path, account: Account, is_
             state = read_state(path)
         except UserError:
             return False
-        config.stored_layer(config.TrainSettings, "run", state.meta.settings)
+        cli.stored_layer(TrainSettings, "run", state.meta.settings)
         return any("/" in name for name in state.meta.classes) or state.step < 0
 
     fuzz(account, "checkpoint", "meta, sealed anew", attempt, is_long=is_long)
@@ -447,23 +450,23 @@ def test_images(account: Account, is_long: bool) -> None:
 
 
 def test_config_files(tmp_path: Path, account: Account, is_long: bool) -> None:
-    text = config.to_yaml(config.TrainSettings()).encode()
+    text = cli.to_yaml(TrainSettings()).encode()
     path = tmp_path / "my.yaml"
 
     def attempt(draw: random.Random) -> bool:
         content = mangled(text, draw)
         if draw.random() < 0.5:
-            changed = twisted(config.to_dict(config.TrainSettings()), draw)
+            changed = twisted(cli.to_dict(TrainSettings()), draw)
             content = json.dumps(changed).encode()  # JSON is YAML, and keeps what dumping would quote
         overwrite(path, content)
         try:
-            layer = config.read_file(config.TrainSettings, str(path))
+            layer = cli.read_file(TrainSettings, str(path))
         except UserError as error:
             assert str(error)
             return False
-        settings = config.resolve(config.TrainSettings, [layer]).settings
-        again = config.stored_layer(config.TrainSettings, "again", config.to_dict(settings)).values
-        paths = [again[name] for name, spec in config.specs(config.TrainSettings).items() if spec.path and again[name]]
+        settings = cli.resolve(TrainSettings, [layer]).settings
+        again = cli.stored_layer(TrainSettings, "again", cli.to_dict(settings)).values
+        paths = [again[name] for name, spec in cli.specs(TrainSettings).items() if spec.path and again[name]]
         return any(b"\0" in os.fsencode(path) for path in paths)
 
     fuzz(account, "--config", "bytes, values", attempt, is_long=is_long)

@@ -31,25 +31,29 @@ from tiny_checkpoint import same, saved, tiny_tensors
 from tiny_images import png, small_split
 from tiny_vae import save_tiny_diffusers_vae, save_tiny_vae, tiny_vae
 
-import checkpoint
-import durable
-import export_model
 import generate as generate_script
-import images
-import latent_cache
 import preprocess_latents
-import run_folder
 import train_latent_cfg
-import weight_files
-from checkpoint import DamagedCheckpoint
-from config import UserError
-from images import Split
-from latent_cache import LatentCache, read_manifest, spaces, verify
-from latent_dataset import SPLIT_NAME, LatentDataset, read_split
-from metrics_log import METRICS_NAME, Metrics
-from prepare import space_of_manifest
-from run_folder import SETTINGS_NAME, read_state
-from vae import load_vae, read_identity
+from gait_latents import export
+from gait_latents.common import files, layout
+from gait_latents.common.errors import UserError
+from gait_latents.common.layout import METRICS_NAME, SETTINGS_NAME, SPLIT_NAME
+from gait_latents.images import reading
+from gait_latents.images.split import Split, read_split
+from gait_latents.latents import cache as latent_cache
+from gait_latents.latents import manifest
+from gait_latents.latents import shard as shard_file
+from gait_latents.latents.cache import LatentCache, spaces
+from gait_latents.latents.dataset import LatentDataset
+from gait_latents.latents.manifest import read_manifest
+from gait_latents.latents.vae_fit import space_of_manifest
+from gait_latents.latents.verify import verify
+from gait_latents.training import checkpoint, run_folder
+from gait_latents.training.checkpoint import DamagedCheckpoint
+from gait_latents.training.metrics_log import Metrics
+from gait_latents.training.run_folder import read_state
+from gait_latents.vae import weight_files
+from gait_latents.vae.load import load_vae, read_identity
 
 ROOT = Path(latent_cache.__file__).parent
 MEMORY = 150_000_000  # bytes that a refusal may cost at most
@@ -57,7 +61,7 @@ SCRIPTS = {
     "preprocess": preprocess_latents,
     "train": train_latent_cfg,
     "generate": generate_script,
-    "export": export_model,
+    "export": export,
 }
 
 
@@ -161,7 +165,7 @@ def test_headers_and_shards_that_claim_terabytes_are_refused_unread(tmp_path: Pa
     good = stored(tmp_path, [1])
     path = good.with_name(f"{'0' * 32}.safetensors")
     many = (1 << 40) // 44
-    header = latent_cache._header(SPACE, many, [], [])
+    header = shard_file.header_bytes(SPACE, many, [], [])
 
     def open_all() -> int:
         cases = 0
@@ -202,14 +206,14 @@ def test_ten_thousand_orphans_cost_little_and_go(tmp_path: Path, account: Accoun
     ended = fork(lambda: None)
     wait_for(ended)
     for number in range(10_000):
-        host = durable._host() if number % 2 else "00000000"
-        os.close(os.open(folder / f"{durable.TEMPORARY_PREFIX}{host}-{ended}-{number}", os.O_CREAT | os.O_WRONLY))
+        host = files._host() if number % 2 else "00000000"
+        os.close(os.open(folder / f"{files.TEMPORARY_PREFIX}{host}-{ended}-{number}", os.O_CREAT | os.O_WRONLY))
 
     def open_it() -> list[int]:
         return found_rows(LatentCache(tmp_path, SPACE, writable=True), [0])
 
     found, memory = in_child(open_it)
-    left = len(list(folder.glob(f"{durable.TEMPORARY_PREFIX}*")))
+    left = len(list(folder.glob(f"{files.TEMPORARY_PREFIX}*")))
     assert memory < MEMORY and left == 5_000  # those of another machine may be in use
     account.add("abandoned temporaries", "10,000 in the folder of a space", cases=1, lost=int(found != [0]))
 
@@ -390,7 +394,7 @@ def test_a_sealed_manifest_of_nonsense_is_a_clear_error(
     finished: Path, account: Account, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = finished / "latents_cache"
-    path = folder / latent_cache.MANIFEST_NAME
+    path = folder / layout.MANIFEST_NAME
     whole = json.loads(path.read_text())
     del whole["sha256"]
     assert read_manifest(folder) is not None
@@ -595,7 +599,7 @@ def test_a_split_without_content_keys_is_a_clear_error(finished: Path, account: 
 
 
 def test_what_is_no_file_named_like_a_manifest_or_a_split_is_an_error(tmp_path: Path, account: Account) -> None:
-    readers: dict[str, Callable[[Path], object]] = {latent_cache.MANIFEST_NAME: read_manifest, SPLIT_NAME: read_split}
+    readers: dict[str, Callable[[Path], object]] = {layout.MANIFEST_NAME: read_manifest, SPLIT_NAME: read_split}
     kinds = [kind for kind in ODDITIES if kind != "dangling link"]
 
     def open_all() -> None:
@@ -837,7 +841,7 @@ def checkpoint_refusal(path: Path) -> Callable[[Path], object]:
 
 def newest_averages_or_error(folder: Path) -> object:
     """Opens a folder as that of a run, as generate.py does."""
-    return generate_script.read_averages(folder)
+    return run_folder.read_averages(folder)
 
 
 def error_of(path: Path) -> str:
@@ -1111,13 +1115,13 @@ def test_the_limits_that_are_promised_are_those_of_the_code() -> None:
     text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     promised = {
         f"headers above {weight_files.MAX_HEADER_BYTES // 10**6} MB": weight_files.MAX_HEADER_BYTES % 10**6,
-        f"headers above {latent_cache._HEADER_BYTES >> 20} MiB": latent_cache._HEADER_BYTES % (1 << 20),
-        f"files above {latent_cache._LARGEST_SHARD_BYTES >> 30} GiB": latent_cache._LARGEST_SHARD_BYTES % (1 << 30),
-        f"above {latent_cache._LARGEST_MANIFEST_BYTES >> 20} MiB": latent_cache._LARGEST_MANIFEST_BYTES % (1 << 20),
+        f"headers above {shard_file._HEADER_BYTES >> 20} MiB": shard_file._HEADER_BYTES % (1 << 20),
+        f"files above {shard_file._LARGEST_SHARD_BYTES >> 30} GiB": shard_file._LARGEST_SHARD_BYTES % (1 << 30),
+        f"above {manifest._LARGEST_MANIFEST_BYTES >> 20} MiB": manifest._LARGEST_MANIFEST_BYTES % (1 << 20),
         f"headers above {checkpoint._HEADER_BYTES >> 20} MiB": checkpoint._HEADER_BYTES % (1 << 20),
-        f"files above {images.MAX_FILE_BYTES >> 20} MiB": images.MAX_FILE_BYTES % (1 << 20),
-        f"{images.MAX_PIXELS:,} pixels": 0,
-        f"{images.MAX_SCANS} scans": 0,
+        f"files above {reading.MAX_FILE_BYTES >> 20} MiB": reading.MAX_FILE_BYTES % (1 << 20),
+        f"{reading.MAX_PIXELS:,} pixels": 0,
+        f"{reading.MAX_SCANS} scans": 0,
     }
     assert [words for words, rest in promised.items() if rest or words not in text] == []
-    assert len(images._FORMATS) == 7 and "seven formats" in text
+    assert len(reading._FORMATS) == 7 and "seven formats" in text

@@ -18,8 +18,9 @@ from pipeline import preprocess, stored_moments, train
 from tiny_images import SAMPLES, encoded, grey16, png, reason, smooth, tiff
 from torchvision import transforms
 
-from images import BadImage, decode
-from latent_dataset import LatentDataset, read_split
+from gait_latents.images.reading import BadImage, decode
+from gait_latents.images.split import read_split
+from gait_latents.latents.dataset import LatentDataset
 
 MEMORY = 200_000_000  # bytes that a bomb may cost at most
 SIZE = 16

@@ -26,12 +26,16 @@ from pipeline import HALF, STEPS
 from publishings import WORKS, Work, done_again, temporaries, verdict
 from torch import Tensor
 
-import checkpoint
-import durable
-import latent_cache
-import run_folder
-from latent_cache import LatentCache, Space
-from latent_dataset import SPLIT_NAME, LatentDataset, read_split
+from gait_latents.common import files as disk_files
+from gait_latents.common import layout
+from gait_latents.common.layout import SPLIT_NAME
+from gait_latents.images.split import read_split
+from gait_latents.latents import cache as latent_cache
+from gait_latents.latents import shard as shard_file
+from gait_latents.latents.cache import LatentCache
+from gait_latents.latents.dataset import LatentDataset
+from gait_latents.latents.space import Space
+from gait_latents.training import checkpoint, run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -258,7 +262,7 @@ def _encode(root: Path, tell: Tell) -> None:
     with (
         telling(tell),
         mock.patch.object(latent_cache, "SHARD_SECONDS", 0.0),
-        mock.patch.object(latent_cache, "SHARD_BYTES", 4 * row_bytes),
+        mock.patch.object(shard_file, "SHARD_BYTES", 4 * row_bytes),
     ):
         assert pipeline.preprocess(root, encode_batch_size=1) == 0
 
@@ -340,7 +344,7 @@ def test_kills_at_random_while_training(world, reference, account, is_long):
 def test_kills_while_a_run_saves(world, reference, account, is_long):
     """Whichever file of a save is the last, the run ends with the same files as if undisturbed."""
     _train(world, HALF, lambda line: None)
-    expected, publish, tally = trained(world), durable.publish, Tally()
+    expected, publish, tally = trained(world), disk_files.publish, Tally()
 
     def train_and_die(name: str, call: str, after: bool, tell: Tell) -> None:
         def deadly_publish(path: Path, data: list) -> None:
@@ -349,7 +353,7 @@ def test_kills_while_a_run_saves(world, reference, account, is_long):
             with fault_at(0 if is_due else None, killing(after=after), only=(call,)):
                 publish(path, data)
 
-        with mock.patch.object(durable, "publish", deadly_publish):
+        with mock.patch.object(disk_files, "publish", deadly_publish):
             _train(world, HALF, tell)
 
     names = (run_folder.full_name(HALF), run_folder.ema_name(HALF), run_folder.full_name(STEPS), "loss.png")
@@ -368,7 +372,7 @@ def test_kills_while_a_run_saves(world, reference, account, is_long):
 
 def test_kills_while_generating(trained, tmp_path, account):
     """The same command makes the rest, and takes away what the killed one had begun."""
-    folder, publish, places = tmp_path / "synthetic", durable.publish, itertools.count()
+    folder, publish, places = tmp_path / "synthetic", disk_files.publish, itertools.count()
 
     def run(tell: Tell) -> None:
         assert pipeline.generate(trained, output_folder=folder, classes=["ID_1"]) == 0
@@ -378,7 +382,7 @@ def test_kills_while_generating(trained, tmp_path, account):
             with fault_at(0 if next(places) == place else None, killing(after=False), only=("rename",)):
                 publish(path, data)
 
-        with nothing_synced(), mock.patch.object(durable, "publish", deadly_publish):
+        with nothing_synced(), mock.patch.object(disk_files, "publish", deadly_publish):
             run(tell)
 
     def files() -> dict[str, bytes]:
@@ -399,18 +403,18 @@ def test_a_kill_before_the_manifest_and_a_training_run(world, account):
     """A cache that has no manifest, since the preprocess was killed before it, gets one from training."""
 
     def encode_and_die(before: str, tell: Tell) -> None:
-        publish = durable.publish
+        publish = disk_files.publish
 
         def deadly_publish(path: Path, data: bytes) -> None:
             if path.name == before:
                 os.kill(os.getpid(), signal.SIGKILL)
             publish(path, data)
 
-        with nothing_synced(), mock.patch.object(durable, "publish", deadly_publish):
+        with nothing_synced(), mock.patch.object(disk_files, "publish", deadly_publish):
             pipeline.preprocess(world)
 
     tally = Tally()
-    for name in (SPLIT_NAME, latent_cache.MANIFEST_NAME):
+    for name in (SPLIT_NAME, layout.MANIFEST_NAME):
         forget_run(world)
         assert Child(functools.partial(encode_and_die, name)).end()[0] == -9
         assert pipeline.train(world, train_num_steps=2, num_samples=0) == 0

@@ -16,20 +16,19 @@ from pipeline import assert_same_run, preprocess, stored_moments, train
 from tiny_cache import RECORD, SPACE, key, row
 from torch import Tensor, nn
 
-import checkpoint
-import images
-import latent_dataset
-import optimizer_state
-import run_folder
-import script
-import train_latent_cfg
-from config import UserError
-from diffusion import LatentDiffusion
-from draws import StepDraws
-from latent_cache import LatentCache
-from latent_dataset import BatchEncoder
-from latent_norm import LatentNorm
-from train_latent_cfg import Trainer
+from gait_latents.common import errors
+from gait_latents.common.errors import UserError
+from gait_latents.diffusion.model import LatentDiffusion
+from gait_latents.images import reading
+from gait_latents.images.split import read_split
+from gait_latents.latents.cache import LatentCache
+from gait_latents.training import checkpoint, optimizer_state, run_data, run_folder
+from gait_latents.training import draws as draws_module
+from gait_latents.training import plan as training_plan
+from gait_latents.training.draws import StepDraws
+from gait_latents.training.trainer import Trainer
+from gait_latents.vae.batch_encoder import BatchEncoder
+from gait_latents.vae.norm import LatentNorm
 
 # --- from the VAE ------------------------------------------------------------------------------------------
 
@@ -42,7 +41,7 @@ class Spell:
 
     def __init__(self, world: Path, value: float, *, in_float32: bool) -> None:
         data = [(world / "data" / name).read_bytes() for name in SICK]
-        pixels = [images.decode(content, image_size=pipeline.SIZE) for content in data]
+        pixels = [reading.decode(content, image_size=pipeline.SIZE) for content in data]
         self.pixels = [torch.from_numpy(image).permute(2, 0, 1).float() / 255 for image in pixels]
         self.value, self.in_float32 = value, in_float32
         self.dtypes: list[torch.dtype] = []
@@ -64,7 +63,7 @@ class Spell:
 
 
 def keys_of(world: Path, names: tuple[str, ...]) -> set[str]:
-    return {images.image_key((world / "data" / name).read_bytes()) for name in names}
+    return {reading.image_key((world / "data" / name).read_bytes()) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +124,7 @@ def test_images_that_the_vae_cannot_do_are_left_out_on_request_and_stop_a_lazy_t
     )
     assert preprocess(world, images_per_user="all", skip_bad_images="true") == 0
     assert train(world, images_per_user="all", skip_bad_images="true", num_samples=0, results_folder=world / "r") == 0
-    split = latent_dataset.read_split(world / "r")
+    split = read_split(world / "r")
     assert split is not None and {f"{item.class_name}/{item.name}" for item in split.skipped} == set(SICK)
     account.add("the VAE gives what cannot be stored", "in a lazy training; skipped on request", cases=3)
 
@@ -261,7 +260,7 @@ def test_images_that_are_all_black_train_without_a_bad_number(world, account):
 
 def poison_noise(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Makes the noise of the step of this number, counted from 1, infinite, and with it its loss not finite."""
-    draw_step = train_latent_cfg.draw_step
+    draw_step = draws_module.draw_step
 
     def poisoned(seed: int, number: int, **facts) -> StepDraws:
         draws = draw_step(seed, number, **facts)
@@ -269,7 +268,7 @@ def poison_noise(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             draws.noise[1] = torch.inf
         return draws
 
-    monkeypatch.setattr(train_latent_cfg, "draw_step", poisoned)
+    monkeypatch.setattr(draws_module, "draw_step", poisoned)
 
 
 class _SickGradient(torch.autograd.Function):
@@ -303,10 +302,10 @@ POISONS = {"loss": poison_noise, "gradient": poison_gradient}
 
 def names_of_step(root: Path, step: int) -> list[str]:
     """Returns the images of a step by drawing it again."""
-    split = latent_dataset.read_split(root / "results")
+    split = read_split(root / "results")
     assert split is not None
     facts = {"size": 15, "latent_shape": (4, 8, 8), "timesteps": 1000, "cond_drop_prob": 0.5}
-    positions = train_latent_cfg.draw_step(42, step - 1, batch=4, **facts).positions
+    positions = draws_module.draw_step(42, step - 1, batch=4, **facts).positions
     return [f"{split.train[i].class_name}/{split.train[i].name}" for i in positions.tolist()]
 
 
@@ -321,9 +320,9 @@ def sick_tensors(results: Path) -> int:
 )
 def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment(cached, monkeypatch, account, what, precision):
     POISONS[what](monkeypatch, 3)
-    plan = train_latent_cfg.make_plan(pipeline.train_flags(cached, precision=precision, ema_update_every=1))
+    plan = training_plan.make_plan(pipeline.train_flags(cached, precision=precision, ema_update_every=1))
     device = torch.device("cpu")
-    trainer = Trainer(plan.settings, train_latent_cfg.open_data(plan, device), device)
+    trainer = Trainer(plan.settings, run_data.open_data(plan, device), device)
     trainer.start(plan)
 
     def weights() -> dict[str, Tensor]:
@@ -344,7 +343,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment(cached, monke
         trainer.check_finite()
         assert trainer.scaler.get_scale() < scale
     else:
-        with pytest.raises(script.Failed, match=f"the {what} of step 3 is not finite; the step was not taken"):
+        with pytest.raises(errors.Failed, match=f"the {what} of step 3 is not finite; the step was not taken"):
             trainer.check_finite()
     account.add(f"a {what} that is not finite", "one step", cases=1, wrong=wrong)
 

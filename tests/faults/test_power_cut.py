@@ -14,8 +14,10 @@ from os_faults import Tally, Tell, nothing_synced
 from publishings import WORKS, Work
 from test_kill import Reference, Told, telling
 
-import latent_cache
-from latent_dataset import read_split
+from gait_latents.images.split import read_split
+from gait_latents.latents import cache as latent_cache
+from gait_latents.latents import manifest
+from gait_latents.latents import shard as shard_file
 
 # --- the model ---------------------------------------------------------------------------------------------
 
@@ -123,7 +125,7 @@ def cut_script(command: Command, world: Path, end: Callable[[Path], tuple], *, n
     for state, lines in cuts:
         looked += reference.check(put_down(state, after), Told().add(lines))
         for place in (after / "latents_cache", after / "results"):  # raise for what is damaged
-            latent_cache.read_manifest(place)
+            manifest.read_manifest(place)
             read_split(place)
     for state, lines in random.Random(num_repeats).sample(cuts, min(num_repeats, len(cuts))):
         told = Told().add(lines)
@@ -138,7 +140,7 @@ def _encode(world: Path, folder: Path, tell: Tell) -> None:
     with (
         telling(tell),
         mock.patch.object(latent_cache, "SHARD_SECONDS", 0.0),
-        mock.patch.object(latent_cache, "SHARD_BYTES", 8 * row_bytes),
+        mock.patch.object(shard_file, "SHARD_BYTES", 8 * row_bytes),
     ):
         assert pipeline.preprocess(world, output_folder=folder / "latents_cache") == 0
 

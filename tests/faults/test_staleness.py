@@ -27,12 +27,13 @@ from safetensors.torch import save_file
 from tiny_cache import SPACE, found_rows, make_space, reader, stored
 from torch import Tensor
 
-import images
-import latent_cache
-import latent_dataset
-import vae
-from latent_dataset import BatchEncoder, LatentDataset
-from vae import HALVES
+from gait_latents.images import reading
+from gait_latents.images.split import read_split
+from gait_latents.latents import cache as latent_cache
+from gait_latents.latents.dataset import LatentDataset
+from gait_latents.vae import load
+from gait_latents.vae.base import HALVES
+from gait_latents.vae.batch_encoder import BatchEncoder
 
 ALL = {"images_per_user": "all"}
 
@@ -40,7 +41,7 @@ ALL = {"images_per_user": "all"}
 @functools.cache
 def encoder_of(path: Path, _digest: str) -> BatchEncoder:
     return BatchEncoder(
-        lambda: vae.load_vae(path, torch.device("cpu"), parts="encoder"),
+        lambda: load.load_vae(path, torch.device("cpu"), parts="encoder"),
         device=torch.device("cpu"),
         batch_size=4,  # as tiny.preprocess_flags has it
         dtype=torch.float32,
@@ -50,17 +51,17 @@ def encoder_of(path: Path, _digest: str) -> BatchEncoder:
 def truth(vae_path: Path, file: Path, size: int) -> Tensor:
     """Returns the moments [2C h w] that the encoder gives for a file, rounded as they are stored."""
     encode = encoder_of(vae_path, hashlib.sha256(vae_path.read_bytes()).hexdigest())
-    pixels = torch.from_numpy(images.decode(file.read_bytes(), image_size=size))
+    pixels = torch.from_numpy(reading.decode(file.read_bytes(), image_size=size))
     return encode(pixels[None])[0].half().float()
 
 
 def wrong_rows(world: Path, data: Path, vae_path: Path, size: int) -> int:
     """Counts the images of a cache that are served with another row or label than they have."""
-    dataset, split = LatentDataset.open(world / "latents_cache"), latent_dataset.read_split(world / "latents_cache")
+    dataset, split = LatentDataset.open(world / "latents_cache"), read_split(world / "latents_cache")
     assert split is not None
     wrong = 0
     for position, entry in enumerate(split.train):
-        expected = truth(vae_path, images.image_path(data, entry), size)
+        expected = truth(vae_path, reading.image_path(data, entry), size)
         is_right = torch.equal(dataset.moments(torch.tensor([position]))[0], expected)
         wrong += not is_right or split.classes[int(dataset.labels[position])] != entry.class_name
     return wrong
@@ -105,7 +106,7 @@ def test_the_check_sees_a_wrong_row_and_a_wrong_label(world):
 def test_one_weight_of_the_encoder_changed_by_one_ulp_misses(world, encoder, account, is_long):
     state = read_state(world / "vae.pt")
     names = [name for name in state if name.startswith(HALVES["encoder"])]
-    generator, seen = random.Random(1), [vae.read_identity(world / "vae.pt").fingerprint["weights"]]
+    generator, seen = random.Random(1), [load.read_identity(world / "vae.pt").fingerprint["weights"]]
     assert preprocess(world, images_per_user=1) == 0
     for name in names if is_long else generator.sample(names, 4):
         changed = {**state, name: state[name].clone()}
@@ -114,7 +115,7 @@ def test_one_weight_of_the_encoder_changed_by_one_ulp_misses(world, encoder, acc
         torch.save(changed, world / "changed.pt")
         flags = {"images_per_user": 1, "vae_path": world / "changed.pt"}
         check(account, world, encoder, "one encoder weight changed by one ulp", "a miss", misses=3, **flags)
-        seen.append(vae.read_identity(world / "changed.pt").fingerprint["weights"])
+        seen.append(load.read_identity(world / "changed.pt").fingerprint["weights"])
     assert len(set(seen)) == len(seen)
     check(account, world, encoder, "another VAE", "the first one again: a hit", misses=0, images_per_user=1)
 
@@ -368,10 +369,10 @@ def test_what_is_stored_does_not_move_unnoticed(tmp_path, account, mode):
     (tmp_path / "data" / "ID_1" / "golden.png").write_bytes(golden_png(mode))
     tiny.make_image(1).save(tmp_path / "data" / "ID_2" / "other.png")
     assert preprocess(tmp_path, **ALL) == 0
-    pixels = images.decode(golden_png(mode), image_size=pipeline.SIZE).astype(int)
+    pixels = reading.decode(golden_png(mode), image_size=pipeline.SIZE).astype(int)
     read = [int(pixels.sum()), *pixels[0, :2].ravel().tolist()]
     assert read == GOLDEN_PIXELS[mode], f"an image gives other pixels: raise the version in images.RECIPE ({read})"
-    row = pipeline.stored_moments(tmp_path / "latents_cache")[images.image_key(golden_png(mode))]
+    row = pipeline.stored_moments(tmp_path / "latents_cache")[reading.image_key(golden_png(mode))]
     moments = np.frombuffer(row, "<f2").reshape(8, 8, 8).astype(float)
     found = np.stack([moments.mean((1, 2)), moments.std((1, 2), ddof=1), moments[:, 0, 0], moments[:, 4, 5]], axis=1)
     moved = np.abs(found - GOLDEN_MOMENTS[mode])

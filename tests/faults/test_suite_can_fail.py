@@ -20,11 +20,13 @@ from test_errors import faults_at_each_call, other_writer_at_each_call
 from test_kill import kills_at_each_call
 from test_power_cut import power_cuts_in
 
-import checkpoint
-import durable
-import latent_cache
-from checkpoint import DamagedCheckpoint
-from config import UserError
+from gait_latents.common import files
+from gait_latents.common.errors import UserError
+from gait_latents.latents import cache as latent_cache
+from gait_latents.latents import shard as shard_file
+from gait_latents.latents.space import Space
+from gait_latents.training import checkpoint
+from gait_latents.training.checkpoint import DamagedCheckpoint
 
 Check = Callable[[Path], Tally]  # of a new folder
 
@@ -87,34 +89,34 @@ def _sync_again(descriptor: int) -> None:
 
 
 def _write_in_place(path: Path, chunks: list[memoryview]) -> None:
-    durable._make_folder(path.parent)
+    files._make_folder(path.parent)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    durable._fill_and_close(descriptor, chunks)
-    durable._sync_folder(path.parent)
+    files._fill_and_close(descriptor, chunks)
+    files._sync_folder(path.parent)
 
 
 def _open_shared(path: Path, flags: int, *mode: int) -> int:
     return os.open(path, (flags & ~os.O_EXCL) | os.O_TRUNC if flags & os.O_CREAT else flags, *mode)
 
 
-def _ignore_errors(path: Path, data: object, *, publish: Callable = durable.publish) -> None:
+def _ignore_errors(path: Path, data: object, *, publish: Callable = files.publish) -> None:
     with suppress(OSError):
         publish(path, data)
 
 
-def _remove_others_first(path: Path, data: object, *, publish: Callable = durable.publish) -> None:
+def _remove_others_first(path: Path, data: object, *, publish: Callable = files.publish) -> None:
     for other in path.parent.glob(f"*{path.suffix}"):
         other.unlink()
     publish(path, data)
 
 
-def _serve_unchecked(shard: object, rows: np.ndarray, space: object, *, read: Callable = latent_cache._sealed_rows):
+def _serve_unchecked(shard: object, rows: np.ndarray, space: object, *, read: Callable = shard_file.sealed_rows):
     for some, moments, _ in read(shard, rows, space):
         yield some, moments, np.ones(len(some), dtype=bool)
 
 
 def _seal_without_key(
-    space: latent_cache.Space, keys: np.ndarray, moments: np.ndarray, *, seal: Callable = latent_cache._seal_rows
+    space: Space, keys: np.ndarray, moments: np.ndarray, *, seal: Callable = shard_file.seal_rows
 ) -> np.ndarray:
     return seal(space, np.zeros_like(keys), moments)
 
@@ -132,45 +134,45 @@ class Mutation:
         return self.name
 
 
-SHARED_TEMPORARY = {"os": OtherOs(open=_open_shared), "_temporary_name": lambda: f"{durable.TEMPORARY_PREFIX}x"}
+SHARED_TEMPORARY = {"os": OtherOs(open=_open_shared), "_temporary_name": lambda: f"{files.TEMPORARY_PREFIX}x"}
 MUTATIONS = [
     Mutation(
-        "a file is not synced", durable, {"os": OtherOs(fsync=_sync_folders_only)}, partial(power_cuts_in, SECOND_SHARD)
+        "a file is not synced", files, {"os": OtherOs(fsync=_sync_folders_only)}, partial(power_cuts_in, SECOND_SHARD)
     ),
     Mutation(
         "a folder is not synced",
-        durable,
+        files,
         {"_sync_folder": lambda folder: None},
         partial(power_cuts_in, REPLACED_FILE),
     ),
     Mutation(
         "a new folder is not synced",
-        durable,
+        files,
         {"_make_folder": lambda folder: folder.mkdir(parents=True, exist_ok=True)},
         partial(power_cuts_in, NEW_FOLDERS),
     ),
     Mutation(
         "a file is written in place",
-        durable,
+        files,
         {"_publish_once": _write_in_place},
         partial(kills_at_each_call, REPLACED_FILE),
     ),
-    Mutation("temporaries are shared", durable, SHARED_TEMPORARY, other_writer_at_each_call),
-    Mutation("temporaries stay", durable, {"_discard": lambda path: None}, an_error_in(REPLACED_FILE)),
-    Mutation("a failed sync is tried again", durable, {"os": OtherOs(fsync=_sync_again)}, an_error_in(REPLACED_FILE)),
+    Mutation("temporaries are shared", files, SHARED_TEMPORARY, other_writer_at_each_call),
+    Mutation("temporaries stay", files, {"_discard": lambda path: None}, an_error_in(REPLACED_FILE)),
+    Mutation("a failed sync is tried again", files, {"os": OtherOs(fsync=_sync_again)}, an_error_in(REPLACED_FILE)),
     Mutation(
-        "a folder that cannot be synced is accepted", durable, {"_CANNOT_SYNC": {errno.EIO}}, an_error_in(REPLACED_FILE)
+        "a folder that cannot be synced is accepted", files, {"_CANNOT_SYNC": {errno.EIO}}, an_error_in(REPLACED_FILE)
     ),
-    Mutation("errors are ignored", durable, {"publish": _ignore_errors}, an_error_in(SECOND_SHARD)),
+    Mutation("errors are ignored", files, {"publish": _ignore_errors}, an_error_in(SECOND_SHARD)),
     Mutation(
         "a merge removes before it publishes",
-        durable,
+        files,
         {"publish": _remove_others_first},
         partial(kills_at_each_call, MERGE),
     ),
     Mutation(
         "a checkpoint replaces those before",
-        durable,
+        files,
         {"publish": _remove_others_first},
         partial(kills_at_each_call, CHECKPOINT),
     ),

@@ -1,0 +1,1 @@
+"""What every wing needs: command lines, printing, errors, files, devices, processes. It imports no other wing."""

@@ -1,0 +1,461 @@
+"""Command lines: text to settings and back, the layers of settings, --help, and how a script begins and ends.
+
+A script's settings are one frozen dataclass whose fields `setting` makes. A value is looked up in this order, and
+`Resolved.sources` remembers where it was found: flag > --config file > what was stored earlier (the run that goes on,
+the manifest of the cache) > default. Flags and files go through the same text parser, so `1e-4` means the same in both.
+Nothing here imports torch: --help is instant.
+"""
+
+import argparse
+import atexit
+import difflib
+import functools
+import gc
+import math
+import os
+import re
+import signal
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import yaml
+
+from gait_latents.common.console import harmless, print_error
+from gait_latents.common.errors import DONE, SIGNALLED, USER_ERROR, Failed, Stopped, Told, UserError, explain
+from gait_latents.common.process import num_ranks, rank
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The facts about one setting besides its name and default."""
+
+    kind: type  # int, float, bool or str
+    help: str
+    group: str
+    words: tuple[str, ...] = ()  # texts accepted besides the kind, such as "all"; "none" becomes None
+    choices: tuple[str, ...] = ()
+    low: float | None = None  # smallest value allowed
+    high: float | None = None  # largest value allowed
+    unit: str = ""  # what a number counts, such as "steps"
+    many: bool = False  # a list, as separate words on the command line
+    needed: bool = True  # a list must not be empty
+    pair: bool = False  # a list of two numbers, the first no larger than the second
+    path: bool = False  # a file or folder name
+    free: bool = False  # may change when a run is resumed
+    about_cache: bool = False  # the manifest of the cache supplies a default
+
+
+def setting(default: Any, kind: type, group: str, help: str, **facts: Any) -> Any:
+    return field(default=default, metadata={"spec": Spec(kind=kind, help=help, group=group, **facts)})
+
+
+def specs(cls: type) -> dict[str, Spec]:
+    """Returns the facts about each setting of one script, in order."""
+    return {f.name: f.metadata["spec"] for f in fields(cls)}
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Returns the default of each setting of one script."""
+    return {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+
+
+@dataclass
+class Catalogue:
+    """What the parser knows of the settings that there are; the module that defines them declares it once.
+
+    Attributes:
+        scripts: file name of a script -> the class of its settings.
+        groups: the order in which --help shows the groups of settings.
+        other_names: a name that people type -> the setting that they mean.
+        gone: a setting of earlier versions -> what a file says where nobody used it, and what takes its place.
+    """
+
+    scripts: dict[str, type] = field(default_factory=dict)
+    groups: tuple[str, ...] = ()
+    other_names: dict[str, str] = field(default_factory=dict)
+    gone: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
+CATALOGUE = Catalogue()
+_SWITCH = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
+_THOUSANDS = re.compile(r"[0-9]{1,3}(,[0-9]{3})+")
+_KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def parse(name: str, texts: Sequence[str], spec: Spec, where: str) -> Any:
+    """Turns the words given for one setting into its value; raises UserError naming the setting and `where`."""
+    if spec.many:
+        if not texts and spec.needed:
+            raise UserError(f"{name} in {where} needs at least one value")
+        values = tuple(_parse_word(name, text, spec, where) for text in texts)
+        if spec.pair and (len(values) != 2 or values[0] > values[1]):
+            raise UserError(f"{name} is {' '.join(texts)} in {where}; it takes two numbers, the smaller one first")
+        return values
+    if len(texts) != 1:
+        raise UserError(f"{name} takes one value, not {len(texts)} ({' '.join(texts)}), in {where}")
+    return _parse_word(name, texts[0], spec, where)
+
+
+def _parse_word(name: str, text: str, spec: Spec, where: str) -> Any:
+    word = text.strip()
+    if "none" in spec.words and word.lower() in ("none", "null", "~", ""):
+        return None
+    if word in spec.words:
+        return word
+    if "true" in spec.choices and word.lower() in _SWITCH:  # a switch with a third position
+        return str(_SWITCH[word.lower()]).lower()
+    value = _convert(word, spec.kind)
+    if value is None or (spec.kind is str and not word):
+        wanted = " or ".join([_KIND_NAMES[spec.kind], *spec.words]) + (", or several as separate words" * spec.many)
+        raise UserError(f"{name} is {text!r} in {where}; it takes {wanted}")
+    if spec.choices and value not in spec.choices:
+        raise UserError(f"{name} is {text!r} in {where}; it is one of {', '.join(spec.choices)}")
+    if spec.low is not None and value < spec.low:
+        raise UserError(f"{name} is {text} in {where}; the smallest allowed is {spec.low:g}")
+    high = _LARGEST_INT if spec.high is None and spec.kind is int else spec.high
+    if high is not None and value > high:
+        raise UserError(f"{name} is {text} in {where}; the largest allowed is {high:g}")
+    if spec.path and not _can_be_path(value):
+        raise UserError(f"{name} is {text!r} in {where}; that can be no path")
+    return str(Path(value).expanduser()) if spec.path and value.startswith("~") else value
+
+
+_LARGEST_INT = 2**63 - 1  # what torch can count
+
+
+def _can_be_path(text: str) -> bool:
+    """Says whether the system can be asked about this name; an escape in YAML or JSON may stand for anything."""
+    try:
+        name = os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return b"\0" not in name and len(name) < 4096 and all(len(part) < 256 for part in name.split(b"/"))
+
+
+def _convert(word: str, kind: type) -> Any:
+    if kind is bool:
+        return _SWITCH.get(word.lower())
+    if kind is int and _THOUSANDS.fullmatch(word):  # but 1,2,4 is no number
+        word = word.replace(",", "")
+    try:
+        value = kind(word)
+    except ValueError:
+        return None
+    return None if kind is float and not math.isfinite(value) else value
+
+
+def to_words(value: Any) -> list[str]:
+    """Turns a value back into the words that `parse` reads; the inverse of `parse`."""
+    if isinstance(value, list | tuple):
+        return [word for item in value for word in to_words(item)]
+    if isinstance(value, bool):
+        return [str(value).lower()]
+    return ["none" if value is None else str(value)]
+
+
+def show(value: Any) -> str:
+    """Shows a value as it would be typed."""
+    return " ".join(to_words(value)) or "(nothing)"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values of some settings and the place that they come from."""
+
+    source: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings of one script, and for each the place that its value comes from."""
+
+    settings: Any
+    sources: dict[str, str]
+
+    def changes(self) -> list[str]:
+        """Lists the settings that differ from their defaults, in lines that begin with where they come from."""
+        standard, found = defaults(type(self.settings)), {}
+        for name, source in self.sources.items():
+            if getattr(self.settings, name) != standard[name]:
+                found.setdefault(source, []).append(f"{name} {show(getattr(self.settings, name))}")
+        return [line for source, texts in found.items() for line in _wrap(f"{source}: ", texts)]
+
+
+def _wrap(start: str, texts: list[str]) -> list[str]:
+    """Joins texts by commas into lines of about 100 characters, breaking none of them."""
+    glued = ", ".join(text.replace(" ", "\0") for text in texts)
+    lines = textwrap.wrap(start + glued, 100, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\0", " ") for line in lines]
+
+
+def resolve(cls: type, layers: Iterable[Layer]) -> Resolved:
+    """Puts layers together, the first one that has a value winning, and the defaults last."""
+    values, sources = {}, {}
+    layers = [*layers, Layer("default", defaults(cls))]
+    for name in specs(cls):
+        layer = next(layer for layer in layers if name in layer.values)
+        values[name], sources[name] = layer.values[name], layer.source
+    return Resolved(cls(**values), sources)
+
+
+def stored_layer(cls: type, source: str, values: Mapping[str, Any], *, only_about_cache: bool = False) -> Layer:
+    """Makes a layer of values stored earlier (settings of a run, manifest), read by the same text parser.
+
+    Names that this version does not know are left out: an older or newer file still gives what it can.
+    """
+    known = {name: spec for name, spec in specs(cls).items() if spec.about_cache or not only_about_cache}
+    found = {name: values[name] for name in known if name in values}
+    for name, value in found.items():
+        if not all(item is None or isinstance(item, str | int | float) for item in _items(value)):
+            raise UserError(f"{name} in {source} is neither a value nor a list of values")
+    return Layer(source, {name: parse(name, to_words(value), known[name], source) for name, value in found.items()})
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def read_command_line(cls: type, argv: Sequence[str] | None, *, description: str | None) -> list[Layer]:
+    """Parses the flags of one script and the file that --config names: the two highest layers.
+
+    Raises:
+        UserError: for an unknown flag or key (the nearest known one is named) or a value of the wrong type.
+    """
+    typed, unknown = _parser(cls, description).parse_known_args(argv)
+    if unknown:
+        raise UserError(_unknown_message(unknown[0].split("=")[0], specs(cls), prefix="--"))
+    words = {name: value if isinstance(value, list) else [value] for name, value in vars(typed).items()}
+    config_file = words.pop("config", [None])[0]
+    values = {name: parse(name, texts, specs(cls)[name], f"--{name}") for name, texts in words.items()}
+    layers = [Layer("flag", values)]
+    return layers if config_file is None else [*layers, read_file(cls, config_file)]
+
+
+def read_file(cls: type, path: str) -> Layer:
+    """Reads the settings of one script from a YAML file.
+
+    One file may serve several scripts: a key of another script is checked and then left alone.
+    """
+    known = {name: spec for other in CATALOGUE.scripts.values() for name, spec in specs(other).items()}
+    values = {}
+    for name, texts in _read_pairs(path):
+        if name in CATALOGUE.gone and texts == [CATALOGUE.gone[name][0]]:
+            continue
+        if name not in known:
+            raise UserError(f"{_unknown_message(name, known)}, in {path}")
+        value = parse(name, texts, specs(cls).get(name, known[name]), path)
+        if name in specs(cls):
+            values[name] = value
+    return Layer(f"--config {path}", values)
+
+
+def _read_pairs(path: str) -> list[tuple[str, list[str]]]:
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode) or not all(isinstance(key, yaml.ScalarNode) for key, _ in root.value):
+        raise UserError(f"--config {path} must hold lines of the form 'name: value'")
+    pairs = [(key.value, _node_words(key.value, node, path)) for key, node in root.value]
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise UserError(f"{name} stands {count} times in {path}")
+    return pairs
+
+
+def _node_words(name: str, node: yaml.Node, path: str) -> list[str]:
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not all(isinstance(item, yaml.ScalarNode) for item in items):
+        raise UserError(f"{name} in {path} (line {node.start_mark.line + 1}) must be a value or a list of values")
+    return [item.value for item in items]
+
+
+def _unknown_message(name: str, known: Iterable[str], prefix: str = "") -> str:
+    plain, known = name.lstrip("-").replace("-", "_"), list(known)
+    if plain in CATALOGUE.gone:
+        return f"there is no setting {name} any more; {CATALOGUE.gone[plain][1]}"
+    near = [other for other in (CATALOGUE.other_names.get(plain),) if other in known]
+    near += difflib.get_close_matches(plain, known, n=1, cutoff=0.8)
+    near += [other for other in known if f"_{plain}_" in f"_{other}_"]  # a part of a name, in whole words
+    near += difflib.get_close_matches(plain, known, n=1)
+    elsewhere = [script for script, cls in CATALOGUE.scripts.items() if plain in specs(cls)]
+    if near:
+        hint = f"did you mean {prefix}{near[0]}?"
+    elif elsewhere:
+        hint = f"it is one of {' and '.join(elsewhere)}"
+    else:
+        hint = "--help lists the settings"
+    return f"there is no setting {name}; {hint}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the settings")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+def _parser(cls: type, description: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+        usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
+        epilog=_FREE_NOTE if can_resume(cls) else None,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
+    known = specs(cls)
+    groups = {
+        group: parser.add_argument_group(group) for group in dict.fromkeys(known[name].group for name in by_group(cls))
+    }
+    for name, spec in known.items():
+        group = groups[spec.group]
+        words = {"nargs": "*"} if spec.many else {"nargs": "?", "const": "true"} if spec.kind is bool else {}
+        group.add_argument(f"--{name}", metavar=metavar(spec), help=_help(cls, name, spec), **words)  # type: ignore[arg-type]
+    return parser
+
+
+def by_group(cls: type) -> list[str]:
+    """Lists the settings of one script in the order of their groups; groups of its own come last."""
+    known = specs(cls)
+    order = list(dict.fromkeys([*CATALOGUE.groups, *(spec.group for spec in known.values())]))
+    return sorted(known, key=lambda name: order.index(known[name].group))
+
+
+def can_resume(cls: type) -> bool:
+    """Says whether a script goes on with a run, which keeps its settings but for the free ones."""
+    return "resume_from" in specs(cls)
+
+
+def metavar(spec: Spec) -> str:
+    """Names what a setting takes, such as STEPS|auto or cosine|linear."""
+    kind = spec.unit.upper() or ("PATH" if spec.path else _METAVARS[spec.kind])
+    return "|".join(spec.choices or (kind, *spec.words))
+
+
+_METAVARS = {int: "INT", float: "NUMBER", bool: "true|false", str: "TEXT"}
+_FREE_NOTE = "* may change when a run goes on. The README says more of each setting."
+
+
+def _help(cls: type, name: str, spec: Spec) -> str:
+    mark = " *" if spec.free and can_resume(cls) else ""
+    return f"{spec.help} (default: {show(defaults(cls)[name])}){mark}".replace("%", "%%")
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Returns the settings as plain values for JSON or YAML, paths made absolute."""
+    plain = {}
+    for name, spec in specs(type(settings)).items():
+        value = getattr(settings, name)
+        if isinstance(value, tuple):
+            plain[name] = [absolute_path(item) for item in value] if spec.path else list(value)
+        else:
+            plain[name] = absolute_path(value) if spec.path and value is not None else value
+    return plain
+
+
+def absolute_path(text: str) -> str:
+    """Makes a path absolute, leaving alone what looks like a hub id (`owner/name`, not on disk)."""
+    path = Path(text).expanduser()
+    return str(path.absolute()) if path.exists() or path.is_absolute() or text.startswith(".") else text
+
+
+def to_yaml(settings: Any) -> str:
+    """Returns the settings as a YAML text that is itself a valid --config file."""
+    return yaml.safe_dump(to_dict(settings), sort_keys=False, default_flow_style=None, allow_unicode=True)
+
+
+def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+    """Makes `main(argv)` return its exit code for every way in which a script ends, without a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None) -> int:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it is until here, see `check_command_line`
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return main(argv)
+        except (UserError, Failed, OSError) as error:
+            return _fail(*explain(error))
+        except (Stopped, Told) as end:
+            return end.exit_code
+        except KeyboardInterrupt:
+            return _interrupted()
+
+    return wrapped
+
+
+def check_command_line(cls: type, description: str | None) -> None:
+    """Answers --help and mistakes in the flags at once; a script calls this before it imports torch.
+
+    From then on the imports, too, end in one line when they fail. Ctrl-C ends them without a word.
+    """
+
+    @command
+    def check(argv: Sequence[str] | None) -> int:
+        read_command_line(cls, argv, description=description)
+        return DONE
+
+    asks_for_help = not {"-h", "--help"}.isdisjoint(sys.argv[1:])
+    if asks_for_help and rank():
+        sys.exit(DONE)
+    code = check(None) if asks_for_help or num_ranks() == 1 else DONE  # else they agree on it, and one tells
+    if code != DONE:
+        sys.exit(code)
+    atexit.register(gc.freeze)  # else Python looks for garbage at its end among all that torch has made, for a second
+    sys.excepthook = _explain_import
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an import may turn KeyboardInterrupt into an error of its own
+
+
+def _explain_import(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if isinstance(error, UserError):  # from a module that looks at what it is about to import
+        sys.exit(_fail(error, USER_ERROR))
+    if isinstance(error, ImportError):
+        sys.exit(_fail(f"{error}; pip install -r requirements.txt", USER_ERROR))
+    if "torchvision::nms" in str(error):
+        remedy = "install both from the same package index, as a matching pair"
+        sys.exit(_fail(f"torch and torchvision do not fit each other ({error}); {remedy}", USER_ERROR))
+    if isinstance(error, KeyboardInterrupt):
+        sys.exit(_interrupted())
+    sys.__excepthook__(kind, error, trace)
+
+
+def _interrupted() -> int:
+    if rank() == 0:
+        print_error("\nstopped by Ctrl-C")
+    return SIGNALLED + signal.SIGINT
+
+
+def _fail(message: object, code: int) -> int:
+    where = f"process {rank()}: " if rank() else ""  # which speaks only of what rank 0 cannot know
+    print_error(f"error: {where}{harmless(' '.join(str(message).split()))}")
+    return code
+
+
+def is_explicit(sources: Mapping[str, str], name: str) -> bool:
+    """Says whether the user gave this setting in a flag or a --config file."""
+    return sources[name].startswith(("flag", "--config "))

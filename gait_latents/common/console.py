@@ -1,0 +1,191 @@
+"""What the scripts print: log lines, warnings, progress bars, and numbers with their units."""
+
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from tqdm.auto import tqdm
+
+from gait_latents.common.process import rank
+
+_KERNEL_MARK = "JPY_PARENT_PID"  # Jupyter sets it for its kernels, and so for the commands in their cells
+_LOG_SECONDS, _LOG_SHARE = 60.0, 0.1  # least time and least share of the work between progress lines in a log
+
+
+def print_error(text: str) -> None:
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
+
+def harmless(text: str) -> str:
+    """Escapes what a terminal would obey: names and values may come from a file of somebody else."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def say(text: str = "") -> None:
+    """Prints one line for the user, above any progress bar; what the output cannot show is escaped."""
+    if rank():
+        return
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    with suppress(OSError):  # a closed terminal, or a full disk below the log, does not end the work
+        tqdm.write(harmless(text).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    """Prints one line that the user should not miss."""
+    if rank():
+        return
+    with suppress(OSError):
+        tqdm.write(f"warning: {harmless(text)}", file=sys.stderr)
+
+
+class Progress:
+    """A bar on a terminal; in a log, and a notebook's output is one, a plain line now and then and one at the end."""
+
+    def __init__(self, *, total: int, unit: str, label: str, initial: int = 0) -> None:
+        self.total, self.unit, self.label = total, unit, label
+        self.is_quiet = rank() != 0
+        self.is_log = self.is_quiet or not _is_live(sys.stderr)
+        # A bar that is not drawn still counts, so that both forms show the same numbers.
+        self.bar = tqdm(
+            total=total,
+            unit=f" {unit}",
+            desc=label,
+            initial=initial,
+            file=_Nowhere() if self.is_log else sys.stderr,
+            dynamic_ncols=not self.is_log,
+            smoothing=0.1,
+        )
+        self.last_time, self.last_count = time.monotonic(), initial  # of the last line
+
+    def advance(self, count: int = 1, **figures: str) -> None:
+        """Moves on by `count`; `figures` are shown behind the bar."""
+        if figures:
+            self.bar.set_postfix(figures, refresh=False)
+        self.bar.update(count)
+        is_time = time.monotonic() - self.last_time >= _LOG_SECONDS
+        if self.is_log and is_time and self.bar.n - self.last_count >= max(1, _LOG_SHARE * self.total):
+            self._print_line()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self.is_log and self.bar.n > self.last_count:
+            self._print_line(is_last=True)
+        self.bar.close()
+
+    def _print_line(self, *, is_last: bool = False) -> None:
+        if self.is_quiet:
+            return
+        facts, done = self.bar.format_dict, self.bar.n
+        parts = [f"{self.label}: {done:,} of {self.total:,} {self.unit} ({done / self.total:.0%})"]
+        parts[0] += f" after {duration(facts['elapsed'])}"
+        if done < self.total and not is_last:
+            pace = facts["rate"] or (done - facts["initial"]) / facts["elapsed"]
+            parts.append(f"about {duration((self.total - done) / pace)} to go")
+        if facts["postfix"]:
+            parts.append(facts["postfix"])
+        print_error(", ".join(parts))
+        self.last_time, self.last_count = time.monotonic(), done
+
+
+def _is_live(stream: TextIO) -> bool:
+    """Says whether a line that was printed can be drawn over.
+
+    A command in a cell has a terminal, too, but all that a bar draws on it ends up in the saved notebook.
+    """
+    return stream.isatty() and _KERNEL_MARK not in os.environ
+
+
+class _Nowhere:
+    def write(self, _text: str) -> None:
+        """Drops the text."""
+
+    def flush(self) -> None:
+        """Has nothing to flush."""
+
+
+@contextmanager
+def progress(*, total: int, unit: str, label: str, initial: int = 0) -> Iterator[Progress]:
+    """Shows progress over a block, and ends the bar on every way out."""
+    bar = Progress(total=total, unit=unit, label=label, initial=initial)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Writes a time as 42 s, 3 min 20 s or 4 h 05 min."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def python_word() -> str:
+    """Returns how a shell here starts this Python: by its path where its virtual environment is not activated."""
+    found, own = shutil.which("python"), Path(sys.executable)
+    if sys.prefix == sys.base_prefix or (found and Path(found).parent == own.parent):
+        return "python"
+    return shlex.quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
+
+
+def size(count: float) -> str:
+    """Writes a number of bytes as 512 B, 25.4 MB or 1.2 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.95:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def tell(num_bytes: float, what: str, folder: Path, *, remedy: str) -> None:
+    """Says about how much `what` will take in `folder` and how much is free there; warns where that is too little.
+
+    Args:
+        num_bytes: an estimate; nothing is said of nothing.
+        what: what is written, with its number, such as "75 saves".
+        folder: need not exist yet.
+        remedy: what the user may do besides making room.
+    """
+    if num_bytes <= 0:
+        return
+    try:
+        free = free_bytes(folder)
+    except OSError as error:  # the writing itself will tell, if it cannot be done either
+        say(f"disk: about {size(num_bytes)} for {what}; what is free on {folder} is not known ({error.strerror})")
+        return
+    if num_bytes < free:
+        say(f"disk: about {size(num_bytes)} for {what}; {size(free)} free on {folder}")
+    else:
+        warn(
+            f"disk: about {size(num_bytes)} for {what} will not fit on {folder}, where {size(free)} are free; "
+            f"make room, or {remedy}"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Returns how much this user can still write where a folder is, or would be made."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def shown(name: str | os.PathLike[str]) -> str:
+    """Returns a name for a message of one line: quoted and escaped where a character cannot be printed."""
+    text = str(name)
+    return text if text.isprintable() else ascii(text)

@@ -1,0 +1,327 @@
+"""Publishing: a file appears under its name whole and on the disk, or not at all; and reading one with care.
+
+Every file-system call is `os.<name>`, looked up when it is made, so that a test can make any of them fail.
+"""
+
+import errno
+import functools
+import hashlib
+import os
+import socket
+import stat
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gait_latents.common.errors import UserError
+
+
+def check_writable(folder: Path, setting: str, *, by_trying: bool = True) -> None:
+    """Raises UserError, naming the setting, when files cannot be made in a folder; it need not exist yet.
+
+    Where it is not found out `by_trying`, which a full disk would fail, it is told from permissions.
+    """
+    reason = why_not_writable(folder) if by_trying else why_not_permitted(folder)
+    if reason is not None:
+        raise UserError(f"--{setting} {folder} cannot be written to ({reason}); give another, or mend that one")
+
+
+TEMPORARY_PREFIX = ".tmp-"
+_STALE_SECONDS = 24 * 3600  # age at which a temporary of another machine counts as abandoned
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # what file systems without folder syncing answer
+_CANNOT_RENAME = {errno.EPERM, errno.ENOTSUP, errno.EXDEV}  # what object-store mounts answer
+_REPLY_LOST = {errno.ENOENT, errno.EIO}  # what NFS may answer to a rename that took place
+Buffer = bytes | bytearray | memoryview
+
+
+def publish(path: str | os.PathLike[str], data: Buffer | Sequence[Buffer]) -> None:
+    """Writes `data` (one buffer, or several in a row) as `path`, replacing what had that name.
+
+    Returns only when the content and the name have reached the disk; missing folders are made.
+
+    Raises:
+        OSError: naming `path`. The old file, if any, is then whole and no temporary is left; only where the
+            sync of the folder failed is the new file in place, though it may not outlive a power cut.
+    """
+    path = Path(path).absolute()
+    views = [memoryview(part) for part in ([data] if isinstance(data, Buffer) else data)]
+    chunks = [view.cast("B") for view in views if view.nbytes]
+    try:
+        try:
+            _publish_once(path, chunks)
+        except FileNotFoundError:  # somebody removed the temporary or the folder meanwhile: write it anew
+            _publish_once(path, chunks)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def _publish_once(path: Path, chunks: list[memoryview]) -> None:
+    folder = path.parent
+    _make_folder(folder)
+    temporary = folder / _temporary_name()
+    written = _write_new(temporary, chunks)
+    try:
+        _put_in_place(temporary, path, chunks, written)
+    except BaseException:
+        _discard(temporary)
+        raise
+    _sync_folder(folder)
+    # A killed process may have made the folder and not got to sync its name.
+    _sync_if_allowed(folder.parent)
+
+
+def _write_new(path: Path, chunks: list[memoryview]) -> os.stat_result:
+    """Creates `path`, fills and syncs it, and returns its checked stat; removes it when that fails."""
+    # Mode 0666 leaves the umask to decide; the tempfile module would force 0600.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        return _fill_and_close(descriptor, chunks)
+    except BaseException:
+        _discard(path)
+        raise
+
+
+def _fill_and_close(descriptor: int, chunks: list[memoryview]) -> os.stat_result:
+    size = sum(map(len, chunks))
+    try:
+        for chunk in chunks:
+            _write_all(descriptor, chunk)
+        os.fsync(descriptor)  # never repeated: after a failure the kernel may have dropped the pages
+        status = os.fstat(descriptor)
+        if status.st_size != size:
+            raise OSError(errno.EIO, f"the file system kept {status.st_size} bytes of {size}")
+    except BaseException:
+        with suppress(OSError):
+            os.close(descriptor)
+        raise
+    os.close(descriptor)  # network file systems may report a full disk only here
+    return status
+
+
+def _write_all(descriptor: int, chunk: memoryview) -> None:
+    while chunk:
+        count = os.write(descriptor, chunk)
+        if count == 0:
+            raise OSError(errno.EIO, "the file system takes no more bytes and gives no reason")
+        chunk = chunk[count:]
+
+
+def _put_in_place(temporary: Path, path: Path, chunks: list[memoryview], written: os.stat_result) -> None:
+    """Renames `temporary` to `path`; where the file system cannot rename, writes `path` itself."""
+    try:
+        os.rename(temporary, path)
+    except OSError as error:
+        if error.errno in _REPLY_LOST and _is_same_file(path, written):
+            return
+        if error.errno not in _CANNOT_RENAME:
+            raise
+        try:
+            _write_new(path, chunks)  # not whole at every moment, but what reads it checks every byte
+        except FileExistsError:
+            raise error from None
+        _discard(temporary)
+
+
+def _is_same_file(path: Path, written: os.stat_result) -> bool:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    return (found.st_ino, found.st_dev, found.st_size) == (written.st_ino, written.st_dev, written.st_size)
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes `folder` and what is missing above it; each name is synced before the next is made."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    with suppress(FileExistsError):  # another writer was faster; a plain file here fails at the next step
+        os.mkdir(folder)
+    _sync_folder(folder.parent)
+    _sync_if_allowed(folder.parent.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _sync_if_allowed(folder: Path) -> None:
+    """Syncs a folder that others made, and that may not be readable."""
+    with suppress(PermissionError):
+        _sync_folder(folder)
+
+
+def _discard(path: Path) -> None:
+    with suppress(OSError):
+        os.unlink(path)
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Gives an error of the block the name of the file: one of a read or a write, unlike one of an open, has none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def read_whole(path: str | os.PathLike[str], *, at_most: int) -> bytes:
+    """Reads a file of no more than `at_most` bytes.
+
+    Raises:
+        OSError: when it cannot be read, is longer, or is no file: a named pipe would wait, a device never end.
+    """
+    path = Path(path)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    if status.st_size > at_most:
+        raise OSError(errno.EFBIG, f"it is larger than {at_most:,} bytes", str(path))
+    with naming(path):
+        return path.read_bytes()
+
+
+# --- temporaries -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _host() -> str:
+    """Names the set of processes whose ids can be asked here: machine, boot and process namespace."""
+    facts = [socket.gethostname()]
+    with suppress(OSError):
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        facts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def _temporary_name() -> str:
+    return f"{TEMPORARY_PREFIX}{_host()}-{os.getpid()}-{uuid.uuid4().hex}"
+
+
+def can_write(folder: str | os.PathLike[str]) -> bool:
+    """Says whether files can be made in `folder`; it need not exist, and nothing is left of the try."""
+    return why_not_writable(folder) is None
+
+
+def why_not_writable(folder: str | os.PathLike[str]) -> str | None:
+    """Tries to make a file in `folder`, which need not exist; returns the reason when that fails.
+
+    Nothing is left of the try, so that a run that is refused for another reason leaves no empty folders.
+    """
+    folder = Path(folder).absolute()
+    missing: list[Path] = []
+    try:
+        missing += [place for place in (folder, *folder.parents) if not place.exists()]
+        try:
+            _write_probe(folder)
+        except FileNotFoundError:  # another process took its own empty folder away again
+            _write_probe(folder)
+    except OSError as error:
+        return error.strerror or str(error)
+    finally:
+        for place in missing:
+            with suppress(OSError):  # not made, or in use by now
+                os.rmdir(place)
+    return None
+
+
+def why_not_permitted(folder: str | os.PathLike[str]) -> str | None:
+    """Returns why no file can be made in `folder`, as far as that is told without trying; None where it can."""
+    place = Path(folder).absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            return os.strerror(errno.ENOTDIR)
+        if os.statvfs(place).f_flag & os.ST_RDONLY:
+            return os.strerror(errno.EROFS)
+        return None if os.access(place, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _write_probe(folder: Path) -> None:
+    _make_folder(folder)
+    probe = folder / _temporary_name()
+    _write_new(probe, [memoryview(b"x")])
+    _discard(probe)
+
+
+def remove_stale_temporaries(folder: str | os.PathLike[str]) -> int:
+    """Removes what killed writers left in `folder`, and returns how many files that were."""
+    return sum(_remove(path) for path in stale_temporaries(folder))
+
+
+def stale_temporaries(folder: str | os.PathLike[str]) -> list[Path]:
+    """Finds what killed writers left in `folder`.
+
+    A temporary is stale when its process was of this machine and is dead, or when it is a day older than a file
+    made just now in the same folder: the clock of the file system decides, not ours.
+    """
+    folder = Path(folder)
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if _is_temporary(entry)]
+    except OSError:
+        return []
+    oldest = _file_system_time(folder) - _STALE_SECONDS if names else 0.0
+    return [folder / name for name in names if _is_stale(folder / name, oldest)]
+
+
+def _is_temporary(entry: os.DirEntry[str]) -> bool:
+    return entry.name.startswith(TEMPORARY_PREFIX) and entry.is_file(follow_symlinks=False)
+
+
+def _file_system_time(folder: Path) -> float:
+    """Returns the time that a file made now in `folder` gets, or minus infinity if none can be made."""
+    probe = folder / _temporary_name()
+    try:
+        status = _write_new(probe, [])
+    except OSError:
+        return float("-inf")
+    _discard(probe)
+    return status.st_mtime
+
+
+def _is_stale(path: Path, oldest: float) -> bool:
+    try:
+        return _is_writer_dead(path.name) or path.lstat().st_mtime < oldest
+    except OSError:  # gone already
+        return False
+
+
+def _remove(path: Path) -> bool:
+    try:
+        os.unlink(path)
+    except OSError:  # gone already, or not ours to remove
+        return False
+    return True
+
+
+def _is_writer_dead(name: str) -> bool:
+    """Says whether the process that made a temporary of this name is known to have ended."""
+    host, _, rest = name.removeprefix(TEMPORARY_PREFIX).partition("-")
+    process = rest.partition("-")[0]
+    if host != _host() or not process.isdecimal() or len(process) > 9:
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # alive, and somebody else's
+        return False
+    return False

@@ -1,0 +1,38 @@
+"""Pseudo-random order and generators that depend on nothing but a seed and a position."""
+
+import hashlib
+import json
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def visited(seed: int, start: int, count: int, size: int) -> Tensor:
+    """Gives items start to start + count - 1 (int64) of the endless chain of permutations of `size` items."""
+    if size < 1:
+        raise ValueError(f"an order over {size} items is empty")
+    pieces = [torch.empty(0, dtype=torch.int64)]
+    while count > 0:
+        epoch, offset = divmod(start, size)
+        taken = min(count, size - offset)
+        pieces.append(_permutation(seed, epoch, size)[offset : offset + taken])
+        start, count = start + taken, count - taken
+    return torch.cat(pieces)  # a copy: the cached permutation stays ours
+
+
+def sample_generator(seed: int, *labels: str | int) -> torch.Generator:
+    """Makes the CPU generator of (seed, labels); a last label that is a number counts through distinct streams.
+
+    torch's CPU generator looks at only 32 bits of its seed: with everything hashed, two of 100,000 images would
+    more likely than not share their noise. So a last number is added to the hash of the rest, and never repeats.
+    """
+    count = labels[-1] if labels and isinstance(labels[-1], int) else None
+    hashed = labels if count is None else (*labels[:-1], None)
+    digest = hashlib.sha256(json.dumps([seed, *hashed]).encode()).digest()
+    return torch.Generator().manual_seed((int.from_bytes(digest[:8], "little") + (count or 0)) % 2**63)
+
+
+@lru_cache(maxsize=2)  # the two epochs that a batch across the seam needs
+def _permutation(seed: int, epoch: int, size: int) -> Tensor:
+    return torch.randperm(size, generator=sample_generator(seed, "order", epoch))

@@ -1,0 +1,1 @@
+"""The denoising network, its schedule, guidance, and the samplers."""

@@ -1,0 +1,42 @@
+"""The exponential moving average of a network's weights."""
+
+import copy
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class EMA(Generic[Model]):
+    """Keeps a moving average of a model's weights; its decay is a function of the step, so it has no other state."""
+
+    WARMUP_STEPS = 100
+
+    def __init__(self, model: Model, *, decay: float, update_every: int):
+        """Starts from a copy of the model, in eval mode and without gradients."""
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.update_every = update_every
+
+    def decay_at(self, step: int) -> float:
+        """Gives the share of the average that survives this step's update: 0 at first, `decay` in the end."""
+        if step < self.WARMUP_STEPS:
+            return 0.0
+        return min(self.decay, 1.0 - (1 + step - self.WARMUP_STEPS) ** (-2 / 3))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Moves towards the model after optimiser step number `step`, if that is a multiple of `update_every`."""
+        if step % self.update_every:
+            return
+        averaged: list[Tensor] = list(self.model.parameters())
+        current: list[Tensor] = list(model.parameters())
+        decay = self.decay_at(step)
+        if decay == 0:
+            torch._foreach_copy_(averaged, current)
+        else:
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+        for kept, new in zip(self.model.buffers(), model.buffers(), strict=True):
+            kept.copy_(new)

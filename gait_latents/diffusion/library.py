@@ -1,0 +1,56 @@
+"""The package denoising-diffusion-pytorch, of which the U-Net and the schedule come: is it there, and new enough?"""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from gait_latents.common.errors import UserError
+
+LIBRARY = "denoising-diffusion-pytorch"
+LIBRARY_MODULE = "denoising_diffusion_pytorch"
+LIBRARY_OLDEST = (2, 3, 4)
+
+
+def check_library() -> None:
+    """Raises UserError, with version and place, unless Python would import a new enough diffusion library."""
+    wanted = ".".join(map(str, LIBRARY_OLDEST))
+    remedy = f'pip install "{LIBRARY}>={wanted}"'
+    folder = _library_folder()
+    if folder is None:
+        raise UserError(f"{LIBRARY} is not installed; {remedy}")
+    version = _version_in(folder)
+    if version is None or _release(version) < LIBRARY_OLDEST:
+        raise UserError(
+            f"Python imports {LIBRARY} {version or '(version unknown)'} from {folder}, but {wanted} or newer is"
+            f" needed; move that folder away if it is a copy, then {remedy}"
+        )
+
+
+def library_version() -> str | None:
+    """Returns the version of the diffusion library that Python imports, None where there is none or it does not say."""
+    folder = _library_folder()
+    return None if folder is None else _version_in(folder)
+
+
+def _library_folder() -> Path | None:
+    spec = importlib.util.find_spec(LIBRARY_MODULE)
+    return None if spec is None else Path(spec.origin or LIBRARY_MODULE).resolve().parent
+
+
+def _version_in(folder: Path) -> str | None:
+    """Reads the version of the very folder that is imported, which may hide the installed one."""
+    own = folder / "version.py"
+    if own.is_file():
+        text = own.read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"""__version__\s*=\s*['"]([^'"]+)""", text)
+        return found[1] if found else None
+    try:
+        installed = importlib.metadata.distribution(LIBRARY)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    same = Path(str(installed.locate_file(LIBRARY_MODULE))).resolve() == folder
+    return installed.version if same else None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])

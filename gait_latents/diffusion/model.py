@@ -1,0 +1,302 @@
+"""The diffusion model on latents: the library's U-Net and noise schedule, our guidance, samplers and EMA.
+
+Shapes: B samples, C latent channels, S the latent's height and width, T timesteps of training.
+A noisy latent is alpha * latent + sigma * noise, with alpha^2 + sigma^2 = 1 and lambda = log(alpha / sigma).
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
+from torch import Tensor
+
+from gait_latents.common.errors import UserError
+from gait_latents.diffusion.library import check_library
+from gait_latents.diffusion.samplers import CLEAN, SAMPLERS, START_LAMBDA, Level, spread, steps_of_levels
+
+check_library()  # first: an old copy may pass the import below and fail much later, with a puzzling message
+
+
+class LatentUnet(Unet):
+    """The library's U-Net: from noisy latents [B C S S], times [B] and classes [B] to float32 [B C S S]."""
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        classes: Tensor,
+        cond_drop_prob: float | None = None,
+        cond_keep_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Runs the network; under autocast its output still comes back in float32."""
+        return super().forward(x, time, classes, cond_drop_prob, cond_keep_mask).float()
+
+    def guided(self, x: Tensor, time: Tensor, classes: Tensor, cond_scale: float) -> Tensor:
+        """Gives uncond + cond_scale * (cond - uncond), so that 1 is no guidance and 0 unconditional."""
+        if passes_per_step(cond_scale) == 1:
+            return self(x, time, classes, cond_drop_prob=1.0 - cond_scale)
+        batch = len(x)
+        keep = torch.arange(2 * batch, device=x.device) < batch  # 2B: with the class, then without
+        both = self(x.repeat(2, 1, 1, 1), time.repeat(2), classes.repeat(2), cond_keep_mask=keep)  # 2B C S S
+        cond, uncond = both[:batch], both[batch:]  # each B C S S
+        return uncond + cond_scale * (cond - uncond)
+
+    def forward_with_cond_scale(self, *args, **kwargs):
+        """Refuses, and with it the library's samplers: its guidance projects, rescales and returns a pair or not."""
+        raise NotImplementedError("use LatentUnet.guided and LatentDiffusion.sample")
+
+
+def moved(latents: Tensor, columns: Tensor) -> Tensor:
+    """Moves each latent [B C S S] to the right by its number of columns [B]; the edge column fills the gap."""
+    width = latents.shape[3]
+    sources = (torch.arange(width, device=latents.device) - columns[:, None]).clamp(0, width - 1)  # B S
+    return latents.gather(3, sources[:, None, None, :].expand(latents.shape))
+
+
+def passes_per_step(cond_scale: float) -> int:
+    """Returns the network passes per sample that guidance of this scale takes: with the class, without, or both."""
+    return 1 if cond_scale in (0, 1) else 2
+
+
+def mean_by_timestep(times: Sequence[int], losses: Sequence[float], timesteps: int) -> dict[str, float]:
+    """Returns the mean loss in ten equal ranges of timesteps by names such as 100-199; empty ranges are left out."""
+    num_bins, width = min(_NUM_TIME_BINS, timesteps), len(str(timesteps - 1))
+    found: dict[int, list[float]] = {}
+    for time, loss in zip(times, losses, strict=True):
+        found.setdefault(time * num_bins // timesteps, []).append(loss)
+    edges = [-(-timesteps * number // num_bins) for number in range(num_bins + 1)]
+    return {
+        f"{edges[number]:0{width}d}-{edges[number + 1] - 1:0{width}d}": math.fsum(some) / len(some)
+        for number, some in sorted(found.items())
+    }
+
+
+_NUM_TIME_BINS = 10
+
+
+class LatentDiffusion(GaussianDiffusion):
+    """Trains the U-Net on latents and samples from it, with no map to [-1, 1], clamp or random call of its own."""
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        latent_channels: int,
+        latent_size: int,
+        dim: int,
+        dim_mults: Sequence[int],
+        attn_dim_head: int,
+        attn_heads: int,
+        cond_drop_prob: float,
+        timesteps: int,
+        objective: str,
+        beta_schedule: str,
+        noise_shift: float,
+        min_snr_loss_weight: bool,
+        min_snr_gamma: float,
+    ):
+        """Builds network and schedule; raises UserError where sizes or timesteps do not fit them."""
+        _check_sizes(latent_size, dim, dim_mults)
+        arguments = unet_arguments(
+            dim=dim,
+            num_classes=num_classes,
+            cond_drop_prob=cond_drop_prob,
+            dim_mults=dim_mults,
+            latent_channels=latent_channels,
+            attn_dim_head=attn_dim_head,
+            attn_heads=attn_heads,
+        )
+        with _noisier_schedule(beta_schedule, noise_shift):
+            super().__init__(
+                LatentUnet(**arguments),
+                image_size=latent_size,
+                timesteps=timesteps,
+                objective=objective,
+                beta_schedule=beta_schedule,
+                min_snr_loss_weight=min_snr_loss_weight,
+                min_snr_gamma=min_snr_gamma,  # pyright: ignore[reportArgumentType]  # any number will do
+            )
+        self.latent_shape = (latent_channels, latent_size, latent_size)
+        if timesteps < 2 or self.get_buffer("betas").max() >= 1:
+            raise UserError(
+                f"timesteps is {timesteps}, too few for beta_schedule {beta_schedule}; raise it or use cosine"
+            )
+
+    def forward(
+        self, latents: Tensor, classes: Tensor, *, times: Tensor, noise: Tensor, cond_keep_mask: Tensor
+    ) -> Tensor:
+        """Gives the weighted losses [B] of latents [B C S S], noised with `noise` [B C S S] to `times` [B]."""
+        if latents.shape[1:] != self.latent_shape:
+            raise ValueError(f"latents {list(latents.shape)} do not have the shape {self.latent_shape}")
+        return self.p_losses(
+            latents, times, classes=classes, noise=noise, cond_keep_mask=cond_keep_mask, loss_reduction="none"
+        )
+
+    @torch.inference_mode()
+    def sample(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        classes: Tensor,
+        generators: Sequence[torch.Generator],
+        *,
+        cond_scale: float,
+        guidance_interval: Sequence[float],
+        sampler: str,
+        sampling_timesteps: int,
+        progress: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """Makes a sample [B C S S] per class [B], each from its own CPU generator whatever else is in the batch.
+
+        `sampler` is a key of SAMPLERS; `progress`, where given, is called after every step. For `guidance_interval`
+        see `guidance`.
+        """
+        if len(generators) != len(classes):
+            raise ValueError(f"{len(classes)} classes, but {len(generators)} generators")
+        levels = self.levels(sampling_timesteps)
+        scales = dict(zip(levels[:-1], self.guidance(levels, cond_scale, guidance_interval), strict=True))
+        device = self.get_buffer("betas").device
+        classes = classes.to(device)
+
+        def draw() -> Tensor:
+            rows = [torch.randn(self.latent_shape, generator=own, dtype=torch.float32) for own in generators]
+            return torch.stack(rows).to(device)  # B C S S
+
+        def denoise(x: Tensor, level: Level) -> Tensor:
+            time = torch.full((len(x),), level.time, device=device)
+            clean = self._clean(x, level, self.model.guided(x, time, classes, scales[level]))
+            if progress is not None:
+                progress()
+            return clean
+
+        was_training = self.training
+        self.eval()
+        try:
+            return SAMPLERS[sampler](denoise, draw, levels, draw())
+        finally:
+            self.train(was_training)
+
+    def levels(self, sampling_timesteps: int) -> list[Level]:
+        """Gives the levels that sampling visits, from START_LAMBDA on (see TIME_SHARE) to clean, without repeats.
+
+        There are `sampling_timesteps` of them before the clean one, or as many as the schedule has after the start.
+        """
+        if not 1 <= sampling_timesteps <= self.num_timesteps:
+            raise UserError(
+                f"sampling_timesteps is {sampling_timesteps}, but the model was trained with"
+                f" {self.num_timesteps} timesteps; give a number from 1 to {self.num_timesteps}"
+            )
+        usable = self._usable_levels()
+        return [*spread(usable, min(sampling_timesteps, len(usable))), CLEAN]
+
+    def guidance(self, levels: Sequence[Level], cond_scale: float, interval: Sequence[float]) -> list[float]:
+        """Gives the guidance scale of each step: `cond_scale` in the interval, 1 outside (Kynkäänniemi et al. 2024).
+
+        `levels` are those of `levels`. The interval is a part of the way on which steps are spread, 0 at the first
+        level and 1 at the last noisy one, so that a level is in it or not whatever the number of steps. Of (0, 1) it
+        has all, of (a, a) none; between, it ends before the level at its end.
+        """
+        low, high = interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"{low} to {high} is no part of the way from 0 to 1")
+        usable = self._usable_levels()
+        ways = dict(zip(usable, steps_of_levels(usable), strict=True))
+        if high == 1 > low:
+            high = math.inf  # the last level belongs to the way
+        return [cond_scale if low <= ways[level] < high else 1.0 for level in levels if level is not CLEAN]
+
+    def num_passes(self, sampling_timesteps: int, *, cond_scale: float, guidance_interval: Sequence[float]) -> int:
+        """Returns the network passes that one sample takes."""
+        return sum(map(passes_per_step, self.guidance(self.levels(sampling_timesteps), cond_scale, guidance_interval)))
+
+    def _usable_levels(self) -> list[Level]:
+        """Gives every level that sampling may visit, noisiest first."""
+        alphas = self.get_buffer("sqrt_alphas_cumprod").tolist()
+        sigmas = self.get_buffer("sqrt_one_minus_alphas_cumprod").tolist()
+        every = [Level(*level) for level in zip(range(self.num_timesteps), alphas, sigmas, strict=True)]
+        return [level for level in reversed(every) if level.log_snr >= START_LAMBDA]
+
+    def _clean(self, x: Tensor, level: Level, output: Tensor) -> Tensor:
+        """Turns the network's output into the expected latent."""
+        output = output.float()
+        if self.objective == "pred_noise":
+            return (x - level.sigma * output) / level.alpha
+        if self.objective == "pred_v":  # Salimans & Ho 2022, appendix D
+            return level.alpha * x - level.sigma * output
+        return output
+
+
+@contextmanager
+def _noisier_schedule(beta_schedule: str, noise_shift: float) -> Iterator[None]:
+    """Lets the library compute its tables, weights of the loss too, from a shifted schedule: it takes no betas."""
+    library, name = sys.modules[GaussianDiffusion.__module__], f"{beta_schedule}_beta_schedule"
+    schedule = getattr(library, name)
+    setattr(library, name, lambda timesteps: noisier(schedule(timesteps), noise_shift))
+    try:
+        yield
+    finally:
+        setattr(library, name, schedule)
+
+
+def noisier(betas: Tensor, noise_shift: float) -> Tensor:
+    """Lowers the lambda of each timestep by `noise_shift` (Hoogeboom et al. 2023, "simple diffusion", section 3.1).
+
+    Args:
+        betas: float64 [T], each below 1; others, of too few timesteps, come back as they are.
+    """
+    if noise_shift == 0 or betas.max() >= 1:
+        return betas
+    signal = torch.cumprod(1 - betas, dim=0)  # alpha^2
+    signal = signal / (signal + (1 - signal) * math.exp(2 * noise_shift))
+    kept = signal / torch.cat([signal.new_ones(1), signal[:-1]])
+    return (1 - kept).clamp(0, 0.999)  # as the library's cosine schedule
+
+
+def unet_arguments(
+    *,
+    dim: int,
+    num_classes: int,
+    cond_drop_prob: float,
+    dim_mults: Sequence[int],
+    latent_channels: int,
+    attn_dim_head: int,
+    attn_heads: int,
+    **_schedule: Any,
+) -> dict[str, Any]:
+    """Returns what the library's `Unet` is built with, from the arguments of a `LatentDiffusion`."""
+    return {
+        "dim": dim,
+        "num_classes": num_classes,
+        "cond_drop_prob": cond_drop_prob,
+        "dim_mults": tuple(dim_mults),
+        "channels": latent_channels,
+        "attn_dim_head": attn_dim_head,
+        "attn_heads": attn_heads,
+    }
+
+
+def network_bytes(**settings: Any) -> float:
+    """Returns the size of the weights of a `LatentDiffusion` of these settings, infinity where torch cannot count it.
+
+    Raises:
+        UserError: where sizes do not fit.
+    """
+    _check_sizes(settings["latent_size"], settings["dim"], settings["dim_mults"])
+    try:
+        with torch.device("meta"):
+            return sum(parameter.nbytes for parameter in LatentUnet(**unet_arguments(**settings)).parameters())
+    except (RuntimeError, OverflowError, TypeError):  # "Storage size calculation overflowed", in several ways
+        return math.inf
+
+
+def _check_sizes(latent_size: int, dim: int, dim_mults: Sequence[int]) -> None:
+    step = 2 ** min(len(dim_mults) - 1, 64)
+    if latent_size % step:
+        raise UserError(
+            f"latents are {latent_size} x {latent_size}, but the {len(dim_mults)} dim_mults halve them"
+            f" {len(dim_mults) - 1} times, which needs a multiple of {step}; use fewer dim_mults or another image_size"
+        )
+    if dim < 4 or dim % 2:
+        raise UserError(f"dim is {dim}; the time embedding needs an even number of at least 4")

@@ -1,0 +1,1 @@
+"""Whether generated images are any good: distances, copies, classifiers, and the report about them."""

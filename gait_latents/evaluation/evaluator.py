@@ -1,0 +1,276 @@
+"""TODO."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gait_latents.common import cli, console, files, pictures
+from gait_latents.common.console import say, warn
+from gait_latents.common.errors import Failed, UserError
+from gait_latents.common.layout import RECORD_NAME
+from gait_latents.common.process import StopSignals
+from gait_latents.evaluation import classifier, inception, page
+from gait_latents.evaluation import trials as classifier_trials
+from gait_latents.evaluation.figures import NUM_DIRECTIONS, Points, closeness, memorisation, recognition
+from gait_latents.evaluation.image_sets import (
+    NO_TEST_IMAGES,
+    READ_AT_ONCE,
+    ImageSet,
+    RealImages,
+    listing,
+    made_of_real,
+    open_real,
+    open_synthetic,
+    warnings_of_run,
+)
+from gait_latents.evaluation.plan import Plan
+from gait_latents.evaluation.report import PAIRS_NAME, Report, file_digest
+from gait_latents.evaluation.terminal import print_figures
+from gait_latents.evaluation.trials import Trials
+from gait_latents.images import generated, selection
+from gait_latents.settings import with_later_settings
+from gait_latents.vae import base
+
+
+class Evaluation:
+    """The report about the images of a folder, part by part; a part that the report has already is left as it is."""
+
+    def __init__(self, plan: Plan, synthetic: ImageSet, real: RealImages, report: Report) -> None:
+        self.plan, self.synthetic, self.real, self.report = plan, synthetic, real, report
+        self.settings = plan.settings
+        self.made_of = {**made_of_real(plan, real), "synthetic": synthetic.digest()}
+
+    def run(self) -> None:
+        """Computes what is missing, and publishes the report after each part."""
+        with StopSignals() as signals:
+            for compute in (self.compare_latents, self.look_for_copies):
+                compute()
+                signals.raise_if_received()
+            self.compare_features(signals)
+            self.try_classifiers(signals)
+        self.report.write()
+
+    def compare_latents(self) -> None:
+        """Compares the latents of synthetic and training images with those of the test images."""
+        made_of = {**self.made_of, "neighbours": self.settings.neighbours}
+        if self._is_done("latents", made_of):
+            return
+        figures = self._closeness(*self._latents(), num_directions=NUM_DIRECTIONS)
+        figures["recognition"] = {
+            part.name: recognition(part.latents, self.real.training.latents)
+            for part in (self.synthetic, self.real.test)
+        }
+        self.report.put("latents", made_of, figures)
+
+    def _is_done(self, name: str, made_of: dict[str, Any]) -> bool:
+        """Says whether nothing is left to do for a part that needs test images."""
+        if not len(self.real.test):
+            self.report.drop(name, why=NO_TEST_IMAGES)
+            return True
+        return self.report.part(name, made_of) is not None
+
+    def _latents(self) -> tuple[Points, Points, Points]:
+        return self.synthetic.latents, self.real.training.latents, self.real.test.latents
+
+    def _closeness(self, *points: Points, num_directions: int | None) -> dict[str, Any]:
+        found = closeness(
+            *points,
+            neighbours=self.settings.neighbours,
+            seed=self.settings.seed,
+            num_directions=num_directions,
+        )
+        for name in ("synthetic", "training"):
+            for figure in ("frechet_per_class", "kernel_per_class"):
+                found[name][figure] = self._by_name(found[name][figure])
+        return found
+
+    def _by_name(self, by_label: dict[int, Any]) -> dict[str, Any]:
+        return {self.plan.classes[label]: value for label, value in by_label.items()}
+
+    def look_for_copies(self) -> None:
+        """Measures how near synthetic images are to single training images, and draws the closest pairs."""
+        synthetic, training = self.synthetic, self.real.training
+        path = self.plan.folder / PAIRS_NAME
+        stored = self.report.part("memorisation", self.made_of)
+        if stored is not None and (path.is_file() if stored["picture"] else not training.are_at_hand):
+            return
+        figures = memorisation(*self._latents(), seed=self.settings.seed)
+        figures["picture"], figures["why_no_picture"] = draw_pairs(path, synthetic, training, figures["pairs"])
+        figures["pairs"] = [
+            {"synthetic": synthetic.place(i), "training": training.place(j), "distance": distance}
+            for i, j, distance in figures["pairs"]
+        ]
+        figures["per_class"] = self._by_name(figures.get("per_class", {}))
+        figures["same_content"] = same_content(synthetic, self.real)
+        self.report.put("memorisation", self.made_of, figures)
+
+    def compare_features(self, signals: StopSignals) -> None:
+        """Compares the Inception features of synthetic and training images with those of the test images, if asked."""
+        if self.settings.inception_weights is None:
+            self.report.drop("inception")
+            return
+        path = inception.find_weights(self.settings.inception_weights)
+        made_of = {**self.made_of, "neighbours": self.settings.neighbours, "weights": file_digest(path)}
+        if self._is_done("inception", made_of):
+            return
+        sets = (self.synthetic, self.real.training, self.real.test)
+        for part in sets:
+            if not part.are_at_hand:
+                raise UserError(selection.no_images_message(str(part.folder), also=", and Inception looks at images"))
+        points = features(inception.load_network(path, self.plan.device), sets, signals)
+        self.report.put("inception", made_of, self._closeness(*points, num_directions=None))
+        signals.raise_if_received()
+
+    def try_classifiers(self, signals: StopSignals) -> None:
+        """Trains classifiers with and without the synthetic images, and tests them on the test images."""
+        plan, settings = self.plan, self.settings
+        why = classifier_trials.why_not(plan, self.real, self.synthetic.labels, [self.synthetic])
+        if why is not None:
+            if "classifier" not in self.report.data:  # those of an earlier run are about the same images
+                self.report.drop("classifier", why=why)
+            return
+        made_of = {**self.made_of, **classifier_trials.made_of(plan)}
+        stored = self.report.part("classifier", made_of) or {}
+        done, seeds = stored.get("scores", {}), classifier_trials.seeds(plan)
+        left = len(classifier.trainings_left(seeds, done))
+        if not left and stored.get("seeds") == seeds:
+            return
+        if left:
+            say(
+                f"{left} trainings of a classifier to go, of {settings.classifier_steps:,} steps each; they may be "
+                "stopped, and the same command goes on"
+            )
+        trials, pixels = Trials.of(plan, self.real), self.synthetic.pixels(settings.classifier_image_size)
+        found = trials.run(
+            pixels,
+            self.synthetic.labels,
+            done=done,
+            save=lambda scores: self.report.put("classifier", made_of, {"scores": scores}),
+            signals=signals,
+        )
+        self.report.put("classifier", made_of, found)
+
+
+def features(network: torch.nn.Module, sets: Sequence[ImageSet], signals: StopSignals) -> list[Points]:
+    """Returns the Inception features of all images of each set.
+
+    Raises:
+        Stopped: after a signal.
+        Failed: when an image cannot be read.
+    """
+    found = [torch.zeros(len(part), inception.NUM_FEATURES) for part in sets]
+    with console.progress(total=sum(map(len, sets)), unit="images", label="inception") as bar:
+
+        def advance(count: int) -> None:
+            bar.advance(count)
+            signals.raise_if_received()
+
+        for part, rows in zip(sets, found, strict=True):
+            for positions in torch.arange(len(part)).split(READ_AT_ONCE):
+                pixels = torch.from_numpy(np.stack(part.read(positions.tolist())))
+                rows[positions] = inception.features(network, pixels, advance=advance)
+    return [Points(rows, part.labels) for rows, part in zip(found, sets, strict=True)]
+
+
+def evaluate(plan: Plan) -> None:
+    """Makes the report about the images of a folder, and prints the main figures."""
+    synthetic, real = open_synthetic(plan), open_real(plan)
+    report = Report(plan.folder, made_of_real(plan, real))
+    warnings = find_warnings(plan, synthetic, real)
+    for line in warnings:
+        warn(line)
+    evaluated, settings = describe(plan, synthetic, real), cli.to_dict(plan.settings)
+    report.begin(evaluated=evaluated, warnings=warnings, settings=settings)
+    Evaluation(plan, synthetic, real, report).run()
+    print_figures(report.data)
+
+
+def describe(plan: Plan, synthetic: ImageSet, real: RealImages) -> dict[str, Any]:
+    """Says what is evaluated: which model, which images, and how many of each class."""
+    sets = (synthetic, real.training, real.test)
+    return {
+        "checkpoint": plan.state.path.name,
+        "step": plan.state.step,
+        "synthetic_path": str(synthetic.folder.absolute()),
+        "synthetic_digest": synthetic.digest(),
+        "made_with": made_with(synthetic.folder),
+        "split": plan.split.rule["split"],
+        "image_size": plan.images.image_size,
+        "images": {part.name: len(part) for part in sets},
+        "images_per_class": {
+            name: {part.name: part.latents.count(label) for part in sets} for label, name in enumerate(plan.classes)
+        },
+    }
+
+
+def made_with(folder: Path) -> dict[str, Any]:
+    """Returns what generate.py wrote down beside its images; nothing in a folder that it did not make."""
+    try:
+        record = json.loads(files.read_whole(folder / RECORD_NAME, at_most=generated.LARGEST_RECORD_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    known = ("weights", "step", "cond_scale", "guidance_interval", "sampler", "sampling_timesteps", "seed")
+    found = with_later_settings(record) if isinstance(record, dict) else {}
+    return {name: found[name] for name in known if isinstance(found.get(name), str | int | float | list)}
+
+
+def find_warnings(plan: Plan, synthetic: ImageSet, real: RealImages) -> list[str]:
+    """Returns a sentence for each thing that the figures about these images must be read with."""
+    found = warnings_of_run(plan)
+    if not len(real.test):
+        found.append(f"{NO_TEST_IMAGES}, so that only the distances to training images can be computed")
+    missing = [name for label, name in enumerate(plan.classes) if not synthetic.latents.count(label)]
+    if missing:
+        found.append(f"there are no synthetic images of {listing(missing)}; the figures are about the other classes")
+    for part, remedy in ((synthetic, "generate"), (real.test, "have")):
+        counts = [part.latents.count(label) for label in part.labels.unique().tolist()]
+        if counts and min(counts) < page.FEW_PER_CLASS:
+            found.append(
+                f"only {min(counts)} {part.name} images of a class: distances of so few are too large, and all figures "
+                f"scatter; {remedy} {page.FEW_PER_CLASS} or more of each"
+            )
+    record, weights = made_with(synthetic.folder), base.weights_digest(plan.state.averages)
+    if record.get("weights", weights) != weights:
+        found.append(
+            f"the images were made with other weights (of step {record.get('step')}) than those of "
+            f"{plan.state.path.name}"
+        )
+    return found
+
+
+def draw_pairs(
+    path: Path, synthetic: ImageSet, training: ImageSet, pairs: Sequence[tuple[int, int, float]]
+) -> tuple[str | None, str | None]:
+    """Draws synthetic images above their nearest training images; returns the file's name, or why there is none."""
+    path.unlink(missing_ok=True)
+    if not training.are_at_hand:
+        return None, f"the training images are not at hand in {training.folder}"
+    try:
+        above, below = synthetic.read(i for i, _, _ in pairs), training.read(j for _, j, _ in pairs)
+    except Failed as error:  # changed or removed since it was encoded, which the figures do not need
+        return None, str(error)
+    names = [
+        " / ".join(dict.fromkeys((synthetic.entries[i].class_name, training.entries[j].class_name)))
+        for i, j, _ in pairs
+    ]
+    pictures.save_picture(pictures.labelled_grid([above, below], ["synthetic", "nearest training"], names), path)
+    return path.name, None
+
+
+def same_content(synthetic: ImageSet, real: RealImages) -> list[dict[str, str]]:
+    """Pairs each synthetic file with the first other file of the very same content, be it real or synthetic."""
+    first: dict[str, tuple[str, str]] = {}
+    for part in (real.training, real.test):
+        for position, entry in enumerate(part.entries):
+            first.setdefault(entry.key, (part.name, part.place(position)))
+    found = []
+    for position, entry in enumerate(synthetic.entries):
+        own = (synthetic.name, synthetic.place(position))
+        kind, place = first.setdefault(entry.key, own)
+        if (kind, place) != own:
+            found.append({"synthetic": own[1], "same_as": place, "kind": kind})
+    return found

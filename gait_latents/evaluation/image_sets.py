@@ -1,0 +1,253 @@
+"""What evaluate_images.py compares: the run's own images and generated ones, each with its latents."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gait_latents.common.console import say, shown, warn
+from gait_latents.common.distributed import ALONE
+from gait_latents.common.errors import Failed, Stopped, UserError
+from gait_latents.common.process import StopSignals
+from gait_latents.evaluation.figures import Points
+from gait_latents.evaluation.plan import Plan
+from gait_latents.images import folders, reading, selection
+from gait_latents.images.reading import BadImage
+from gait_latents.images.split import Entry, Split
+from gait_latents.latents import filling, opening
+from gait_latents.latents.cache import LatentCache
+from gait_latents.latents.dataset import LatentDataset
+from gait_latents.latents.vae_fit import checked_vae
+
+_CACHE_NAME = "latents_cache"
+_SYNTHETIC = "synthetic"
+_NUM_LISTED = 10
+READ_AT_ONCE = 64  # images whose pixels are in memory at once
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Some images with their latents; the files may be gone as long as nothing asks for pixels."""
+
+    name: str  # training, test or synthetic
+    folder: Path
+    entries: tuple[Entry, ...]
+    image_size: int
+    latents: Points  # the means of the posterior, normalised [N C h w]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def labels(self) -> Tensor:
+        """The label of each image [N]."""
+        return self.latents.labels
+
+    @property
+    def are_at_hand(self) -> bool:
+        """Says whether the files should be there."""
+        return self.folder.is_dir()
+
+    def digest(self) -> str:
+        """Returns the SHA-256 over class, name and content of all images."""
+        whole = hashlib.sha256()
+        for entry in self.entries:
+            whole.update(json.dumps([entry.class_name, entry.name, entry.key]).encode())
+        return whole.hexdigest()
+
+    def read(self, positions: Iterable[int]) -> list[np.ndarray]:
+        """Reads some of the images as uint8 [S S 3]; raises Failed naming the first that cannot be read."""
+
+        def read_one(position: int) -> np.ndarray:
+            entry = self.entries[position]
+            try:
+                return reading.read_image(
+                    str(self.folder), entry, image_size=self.image_size, if_edited=_if_edited(self.name)
+                )
+            except BadImage as error:
+                raise Failed(f"{self.folder / entry.class_name / entry.name}: {error}") from error
+
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            return list(pool.map(read_one, positions))
+
+    def pixels(self, size: int) -> Tensor:
+        """Reads all images as uint8 [N size size 3]: as the run saw them, then made smaller or larger."""
+        found = torch.zeros(len(self), size, size, 3, dtype=torch.uint8)
+        for positions in torch.arange(len(self)).split(READ_AT_ONCE):
+            for position, image in zip(positions.tolist(), self.read(positions.tolist()), strict=True):
+                found[position] = resized(image, size)
+        return found
+
+    def place(self, position: int) -> str:
+        """Names an image for a person: its class and its file."""
+        return f"{self.entries[position].class_name}/{self.entries[position].name}"
+
+
+def _if_edited(what: str) -> str:
+    """Returns what to do about an edited image: the content of real ones was noted in training, of others just now."""
+    return reading.EDITED_MEANWHILE if what == _SYNTHETIC else "was edited since the run was trained; put it back"
+
+
+def resized(image: np.ndarray, size: int) -> Tensor:
+    """Returns a uint8 image [S S 3] made smaller or larger, [size size 3]."""
+    return torch.from_numpy(np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)))
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The training and the test images of the run."""
+
+    training: ImageSet
+    test: ImageSet
+
+    def digest(self) -> str:
+        """Returns a digest of both."""
+        return f"{self.training.digest()}:{self.test.digest()}"
+
+
+def open_real(plan: Plan) -> RealImages:
+    """Opens the training and test images of the run's split with their latents, encoding what is not cached."""
+    folder = Path(plan.images.data_path)
+    entries = [*plan.split.train, *plan.split.test]
+    points = encode(plan, plan.split, entries, folder, "real")
+    count = len(plan.split.train)
+    training, test = points.take(torch.arange(count)), points.take(torch.arange(count, len(entries)))
+    size = plan.images.image_size
+    return RealImages(
+        ImageSet("training", folder, plan.split.train, size, training),
+        ImageSet("test", folder, plan.split.test, size, test),
+    )
+
+
+def open_synthetic(plan: Plan) -> ImageSet:
+    """Opens the generated images of the classes that the run knows; says which classes are missing or unknown."""
+    split = _list_synthetic(plan)
+    folder = Path(plan.settings.synthetic_path)
+    points = encode(plan, split, list(split.train), folder, _SYNTHETIC)
+    return ImageSet(_SYNTHETIC, folder, split.train, plan.images.image_size, points)
+
+
+def _list_synthetic(plan: Plan) -> Split:
+    folder = Path(plan.settings.synthetic_path)
+    index = folders.list_images(folder, setting="synthetic_path")
+    unknown = [name for name in index if name not in plan.classes]
+    found = [name for name in plan.classes if index.get(name)]
+    if not found:
+        raise UserError(
+            f"synthetic_path {shown(folder)} has images of {listing(list(index))}, and the run knows "
+            f"{listing(plan.classes)}: give a folder with one sub-folder per class of the run"
+        )
+    if unknown:
+        warn(f"{folder} has folders of classes that the run does not know: {listing(unknown)}; they are passed over")
+    entries = tuple(Entry(name, file) for name in found for file in index[name])
+    split = Split(plan.classes, entries, (), (), {})
+    return selection.with_fresh_keys(split, str(folder))
+
+
+def listing(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - _NUM_LISTED} more" if len(names) > _NUM_LISTED else ""
+    return ", ".join(shown(name) for name in names[:_NUM_LISTED]) + rest
+
+
+def encode(plan: Plan, split: Split, entries: list[Entry], folder: Path, what: str) -> Points:
+    """Returns the normalised posterior means of images; what is encoded is kept in a cache of the output folder.
+
+    Rows that the run's own cache has are copied from there, and that cache is not written to.
+
+    Raises:
+        UserError: when images are to be encoded, and they or the run's VAE are not at hand.
+        Failed: when images cannot be read, after each was named.
+    """
+    cache = LatentCache(plan.folder / _CACHE_NAME, plan.space, writable=True)
+    of_run = Path(plan.state.meta.settings.get("latents_cache_folder", ""))
+    _borrow(cache, of_run, [entry.key for entry in entries])
+    dataset = opening.open_dataset(
+        replace(plan.images, data_path=str(folder)),
+        split,
+        entries,
+        cache=cache,
+        vae_at_hand=True,
+        images_at_hand=True,
+        device=plan.device,
+        if_edited=_if_edited(what),
+    )
+    missing = dataset.missing()
+    if missing:
+        if not folder.is_dir():
+            also = f", and {len(missing):,} of its images are not in the run's cache"
+            raise UserError(selection.no_images_message(str(folder), also=also))
+        checked_vae(plan.settings.vae_path, plan.space)
+        say(f"{what} images: {len(dataset):,}, of which {len(missing):,} are to be encoded")
+    _refuse_bad(fill(dataset), dataset, what)
+    dataset.set_norm(plan.state.meta.latent_norm)
+    parts = [dataset.mean_latents(positions).cpu() for positions in torch.arange(len(dataset)).split(READ_AT_ONCE)]
+    return Points(torch.cat(parts) if parts else torch.zeros(0, *dataset.latent_shape), dataset.labels)
+
+
+def _borrow(cache: LatentCache, folder: Path, keys: Sequence[str]) -> None:
+    """Copies the rows of these keys that are in the cache of a folder, and not here yet."""
+    wanted = [key for key, is_here in zip(keys, cache.holds(keys), strict=True) if key and not is_here]
+    wanted = list(dict.fromkeys(wanted))
+    moments, found = LatentCache(folder, cache.space, writable=False).read(wanted)
+    kept = [key for key, is_there in zip(wanted, found, strict=True) if is_there]
+    if kept:
+        cache.put(kept, moments[found], [""] * len(kept), {"copied from": str(folder)})
+        cache.flush()
+
+
+def fill(dataset: LatentDataset) -> list[tuple[int, str]]:
+    """Encodes what is missing under a progress bar; on a signal, what is encoded so far is kept."""
+    with StopSignals() as signals:
+        try:
+            return filling.fill_together(dataset, ALONE, signals)
+        except Stopped:
+            dataset.cache.flush()
+            say("stopped; what is encoded is kept, and the same command goes on from there")
+            raise
+
+
+def _refuse_bad(bad: list[tuple[int, str]], dataset: LatentDataset, what: str) -> None:
+    for position, reason in bad:
+        say(f"    {shown(dataset.names[position])}: {reason}")
+    if bad:
+        raise Failed(f"{len(bad)} {what} image(s) cannot be read; mend or remove them (the rest is encoded and kept)")
+
+
+# --- what goes for all figures -----------------------------------------------------------------------------
+
+
+def made_of_real(plan: Plan, real: RealImages) -> dict[str, Any]:
+    """Returns what figures about real images depend on."""
+    return {
+        "space": plan.space.id,
+        "latent_norm": plan.state.meta.latent_norm.to_json(),
+        "training": real.training.digest(),
+        "test": real.test.digest(),
+        "seed": plan.settings.seed,
+    }
+
+
+def warnings_of_run(plan: Plan) -> list[str]:
+    """Returns a sentence for each thing about the split that all figures must be read with."""
+    found = [_RANDOM_SPLIT] if plan.split.rule["split"] == "random" else []
+    tested = {entry.class_name for entry in plan.split.test}
+    untested = [name for name in plan.classes if name not in tested]
+    if tested and untested:
+        found.append(f"there are no test images of {listing(untested)}; what is compared with them leaves these out")
+    shared = selection.shared_content_warning(plan.split)
+    return found if shared is None else [*found, shared]
+
+
+NO_TEST_IMAGES = "the run has no test images: all were for training"
+_RANDOM_SPLIT = (
+    "the split is random: if images are overlapping windows of one recording, test images are nearly the same as "
+    "training images, and the figures look too good; train with --split contiguous"
+)

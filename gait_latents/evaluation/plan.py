@@ -1,0 +1,70 @@
+"""What an evaluation is about: its settings, the run, the split, and the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from gait_latents.common import charts, cli, hardware
+from gait_latents.common.console import say, warn
+from gait_latents.common.errors import UserError
+from gait_latents.common.layout import SPLIT_NAME
+from gait_latents.images.split import Split, read_split
+from gait_latents.latents.space import Space
+from gait_latents.settings import EvaluateSettings, PreprocessSettings
+from gait_latents.training import run_folder
+from gait_latents.training.run_folder import SavedState
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings, and the run that made the images."""
+
+    settings: EvaluateSettings
+    state: SavedState
+    split: Split
+    reading: PreprocessSettings  # how the run read and encoded images, and where they are
+    device: torch.device
+
+    @property
+    def folder(self) -> Path:
+        """Where the report goes."""
+        return Path(self.settings.output_folder)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """All classes of the run, in label order."""
+        return self.split.classes
+
+    @property
+    def space(self) -> Space:
+        """What makes a latent of the run what it is."""
+        return self.state.meta.space
+
+
+def make_plan(argv: Sequence[str] | None) -> Plan:
+    """Puts together flags, file, the run and the defaults."""
+    layers = cli.read_command_line(EvaluateSettings, argv, description=__doc__)
+    state = run_folder.read_averages(Path(cli.resolve(EvaluateSettings, layers).settings.checkpoint))
+    for line in state.warnings:
+        warn(line)
+    run, of_run = state.path.parent, state.meta.chosen_settings("seed", "vae_path", "data_path")
+    layers.append(cli.stored_layer(EvaluateSettings, f"run {run}", of_run))
+    resolved = cli.resolve(EvaluateSettings, layers)
+    for line in resolved.changes():
+        say(line)
+    settings: EvaluateSettings = resolved.settings
+    charts.check_installed()  # before anything is computed
+    split = read_split(run)
+    if split is None:
+        raise UserError(f"{run} holds no {SPLIT_NAME}, which says which images were for training; keep it with the run")
+    if split.classes != state.meta.classes:
+        raise UserError(f"{run / SPLIT_NAME} names other classes than {state.path}; they belong to two runs")
+    read_like = cli.resolve(
+        PreprocessSettings, [cli.stored_layer(PreprocessSettings, f"run {run}", state.meta.settings)]
+    )
+    read_like = replace(
+        read_like.settings, data_path=settings.data_path or "", vae_path=settings.vae_path or "", device=settings.device
+    )
+    return Plan(settings, state, split, read_like, hardware.pick_device(settings.device))

@@ -1,0 +1,110 @@
+"""report.json and report.html of an evaluation: what is found is kept at once, and nothing is computed twice."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from gait_latents.common import files
+from gait_latents.common.console import warn
+from gait_latents.common.layout import PAGE_NAME, REPORT_NAME
+from gait_latents.evaluation import page
+
+PAIRS_NAME = "closest_pairs.png"
+_LARGEST_REPORT_BYTES = 1 << 28
+_PARTS = ("latents", "memorisation", "inception", "classifier", "why")  # of the report, about synthetic images
+
+
+class Report:
+    """report.json and report.html: written after each finished part, so that nothing is computed twice.
+
+    A part is kept with a digest of all that it was computed from, and counts only as long as that is the same. What
+    is about other images than those of this run goes at once, so that no page mixes two.
+
+    Args:
+        real: what the figures about real images depend on.
+    """
+
+    def __init__(self, folder: Path, real: dict[str, Any]) -> None:
+        self.folder = folder
+        stored = _read_report(folder / REPORT_NAME)
+        digest = _digest(real)
+        self.data: dict[str, Any] = stored if stored.get("real_digest") == digest else {"real_digest": digest}
+
+    def begin(self, *, evaluated: dict[str, Any], **facts: Any) -> None:
+        """Takes what is evaluated, and facts that are no part; drops the parts about other synthetic images."""
+        before = self.data.get("evaluated", {}).get("synthetic_digest")
+        if before != evaluated["synthetic_digest"]:
+            for name in _PARTS:
+                self.data.pop(name, None)
+        self.set_facts(evaluated=evaluated, **facts)
+
+    def part(self, name: str, made_of: dict[str, Any]) -> dict[str, Any] | None:
+        """Returns the figures of a part if they were computed from just this; None otherwise."""
+        stored = self.data.get(name, {})
+        return stored if stored.get("digest") == _digest(made_of) else None
+
+    def put(self, name: str, made_of: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+        """Keeps the figures of a part, and publishes the report."""
+        self.data[name] = {**plain(figures), "digest": _digest(made_of)}
+        self.data.get("why", {}).pop(name, None)
+        self.write()
+        return self.data[name]
+
+    def drop(self, name: str, *, why: str | None = None) -> None:
+        """Leaves out a part that was not asked for, or that cannot be computed, saying why."""
+        self.data.pop(name, None)
+        self.data.get("why", {}).pop(name, None)
+        if why is not None:
+            self.data["why"] = {**self.data.get("why", {}), name: why}
+
+    def set_facts(self, **facts: Any) -> None:
+        """Takes facts that are no part, such as warnings and settings."""
+        self.data |= plain(facts)
+
+    def write(self) -> None:
+        """Publishes both files."""
+        whole = {**self.data, "sha256": _digest(self.data)}
+        files.publish(self.folder / REPORT_NAME, (json.dumps(whole, indent=1) + "\n").encode())
+        files.publish(self.folder / PAGE_NAME, page.write_html(self.data, self._pictures()))
+
+    def _pictures(self) -> dict[str, bytes]:
+        """Returns the content of each picture that the report names and that is there."""
+        name = self.data.get("memorisation", {}).get("picture")
+        path = self.folder / PAIRS_NAME
+        return {PAIRS_NAME: path.read_bytes()} if name == PAIRS_NAME and path.is_file() else {}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """Returns a value as JSON gives it back: names as texts, lists for tuples, None for what is not finite."""
+    if isinstance(value, dict):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    """Reads what `Report.write` wrote; anything else counts as nothing, after a warning."""
+    try:
+        data = json.loads(files.read_whole(path, at_most=_LARGEST_REPORT_BYTES))
+        if data.pop("sha256") == _digest(data):
+            return data
+        reason = "its checksum does not fit"
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+    warn(f"{path} is damaged or was edited ({reason}); everything is computed anew")
+    return {}
+
+
+def file_digest(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with files.naming(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,288 @@
+"""Reads one image file as uint8 [S S 3]: strictly, upright, in RGB, cut to a square. `RECIPE` names how."""
+
+import hashlib
+import io
+import os
+import re
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+from gait_latents.common import files
+from gait_latents.images.split import Entry, Skipped, one_line
+
+# Part of the identity of every latent: when the pixels that `decode` gives change, so must something in here.
+RECIPE: dict[str, object] = {
+    "version": 1,
+    "orientation": "EXIF",
+    "colours": "RGB, alpha over white, 16-bit grey scaled to 8 bits, ICC profiles ignored",
+    "resize": "Pillow bilinear with antialiasing, shorter side to image_size, longer side rounded down",
+    "crop": "centre",
+}
+MAX_FILE_BYTES = 2**29 + 2**24  # 16-bit colours and alpha of so many pixels, not compressed
+MAX_SCANS = 100  # of a JPEG
+MAX_PIXELS = 2**26  # of the file as it claims, and of the resized image before it is cropped: 256 MiB in memory
+
+
+class BadImage(Exception):
+    """An image that cannot be used; `str()` is the reason, in one line."""
+
+
+# --- reading one -------------------------------------------------------------------------------------------
+
+
+def image_path(data_path: str | os.PathLike[str], entry: Entry) -> Path:
+    """Returns where the file of an entry is."""
+    return Path(data_path) / entry.class_name / entry.name
+
+
+def image_key(data: bytes) -> str:
+    """Returns the content key of an image: the SHA-256, in hex, of the very bytes given to `decode`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def decode(data: bytes, *, image_size: int) -> np.ndarray:
+    """Turns the bytes of an image file into uint8 [S S 3]; of several frames, the first.
+
+    The pixels equal those of torchvision's Resize(S) and CenterCrop(S) on the upright RGB image, bit for bit.
+    Any number of threads may decode at once.
+
+    Raises:
+        BadImage: with the reason, for whatever is not a whole image of a reasonable size.
+    """
+    _refuse_strangers(data)
+    if data.startswith(b"\xff\xd8") and _num_scans(data) > MAX_SCANS:
+        raise BadImage(f"a JPEG of more than {MAX_SCANS} scans, each of which costs the time of a picture")
+    with _strict_pillow:
+        try:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                _check_depth(image, data)
+                image.load()
+                return _square(_upright(_to_rgb(image), _orientation(image)), image_size)
+        except _PILLOW_ERRORS as error:
+            raise BadImage(_reason(error)) from error
+
+
+_MARKER = re.compile(rb"\xff+[^\0\xff\xd0-\xd7]")  # within a scan, these bytes stand for anything but a marker
+
+
+def _num_scans(data: bytes) -> int:
+    """Counts the scans of a JPEG: about ten where it is progressive, one where it is not."""
+    count = position = 0
+    while found := _MARKER.search(data, position):
+        marker, position = found[0][-1], found.end()
+        count += marker == 0xDA
+        if marker == 0xD9 or count > MAX_SCANS:  # its end; further pictures may follow
+            return count
+        if marker not in (0x01, 0xD8):  # these two have no content
+            position += int.from_bytes(data[position : position + 2], "big")
+    return count
+
+
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+# What Pillow was seen to raise on bad data, and what its code shows that it may.
+_PILLOW_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError),
+    *(RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+_STRANGERS = (
+    (b"version https://git-lfs", "a Git-LFS pointer instead of the image; run `git lfs pull`"),
+    (b"<!doctype html", "a web page, not an image; download it again"),
+    (b"<html", "a web page, not an image; download it again"),
+    (b"%!ps", "PostScript, not an image"),
+    (b"%pdf", "a PDF, not an image"),
+    (b"pk\3\4", "a zip archive, not an image"),
+)
+
+
+def _refuse_strangers(data: bytes) -> None:
+    if not data:
+        raise BadImage("the file is empty")
+    start = data[:32].lstrip().lower()
+    for beginning, reason in _STRANGERS:
+        if start.startswith(beginning):
+            raise BadImage(reason)
+    if not data.strip(b"\0"):
+        raise BadImage("the file holds nothing but zeros")
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"not an image, or its beginning is damaged (read are {', '.join(_FORMATS)})"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it claims to have more than {MAX_PIXELS:,} pixels"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to decode it"
+    if "truncated" in str(error).lower():
+        return f"the file is cut short ({one_line(error)})"
+    return f"the file is damaged ({one_line(error) or type(error).__name__})"
+
+
+class _StrictPillow:
+    """Holds Pillow's process-wide switches where we need them while any thread decodes, then puts them back.
+
+    Files that are cut short must fail even if somebody switched that off, Pillow's own limit on pixels must be
+    ours, and its warnings must not reach the user; `warnings.catch_warnings` is not safe among threads.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.theirs: tuple[bool, int | None] = (False, None)
+        self.quiet = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.users == 0:
+                self.theirs = (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)
+            self.users += 1
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+            Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it and raises above twice as many
+            if self.quiet not in warnings.filters:
+                warnings.filters.insert(0, self.quiet)  # type: ignore[attr-defined]
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = self.theirs
+                with suppress(ValueError):
+                    warnings.filters.remove(self.quiet)  # type: ignore[attr-defined]
+
+
+_strict_pillow = _StrictPillow()
+
+
+# --- colours, orientation, size ----------------------------------------------------------------------------
+_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+_PLAIN_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB")
+_GREY16_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
+_TIFF_PHOTOMETRIC, _TIFF_BITS_PER_SAMPLE = 262, 258  # tags
+_PNG_BIT_DEPTH = 24  # place in the file
+
+
+def _check_depth(image: Any, data: bytes) -> None:
+    """Refuses what Pillow would open with other greys or another transparency than the file means."""
+    if image.format == "PNG" and data[_PNG_BIT_DEPTH] == 16 and "transparency" in image.info:
+        raise BadImage("a 16-bit PNG with a transparent colour; save it with an alpha channel or without any")
+    if image.format == "TIFF" and image.mode in _GREY16_MODES and image.tag_v2.get(_TIFF_PHOTOMETRIC) != 1:
+        raise BadImage("a 16-bit grey TIFF in which zero is not black; save it with zero as black")
+
+
+def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+    if image.mode in _GREY16_MODES or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return _grey16_to_rgb(image)
+    if image.mode in _ALPHA_MODES or image.has_transparency_data:
+        return _over_white(image.convert("RGBA"))
+    if image.mode in _PLAIN_MODES:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    raise BadImage(f"it has pixels of Pillow's mode {image.mode}, which do not say what is white; save it with 8 bits")
+
+
+def _grey16_to_rgb(image: Any) -> Image.Image:
+    bits = image.tag_v2[_TIFF_BITS_PER_SAMPLE][0] if image.format == "TIFF" else 16
+    white = 2**bits - 1
+    grey = np.asarray(image).astype(np.uint32)  # from here in place, for these arrays can be large
+    grey *= 255
+    grey += white // 2
+    grey //= white  # 0 to 255, to the nearest
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    flat = Image.new("RGB", image.size, "white")
+    flat.paste(image, mask=image.getchannel("A"))
+    return flat
+
+
+_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    # Broken EXIF data say nothing about the pixels: such an image is taken as it lies.
+    with suppress(*_PILLOW_ERRORS):
+        return _TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return None
+
+
+def _upright(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    return image if turn is None else image.transpose(turn)
+
+
+def _square(image: Image.Image, image_size: int) -> np.ndarray:
+    """Resizes the shorter side to image_size and cuts out the centre: uint8 [S S 3]."""
+    width, height = image.size
+    shorter = min(width, height)
+    # Rounded as torchvision rounds: down for the longer side, to even for half a pixel of margin.
+    width, height = int(image_size * width / shorter), int(image_size * height / shorter)
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{image.width:,} x {image.height:,} is too long a strip to resize and crop to a square")
+    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.array(resized.crop((left, top, left + image_size, top + image_size)))
+
+
+def find_bad_images(entries: Iterable[Entry], *, data_path: str, image_size: int) -> tuple[Skipped, ...]:
+    """Decodes each entry once and returns those that cannot be read, with the reason."""
+
+    def reason(entry: Entry) -> str | None:
+        try:
+            read_image(data_path, entry, image_size=image_size)
+        except BadImage as error:
+            return str(error)
+        return None
+
+    entries = list(entries)
+    with ThreadPoolExecutor() as pool:
+        reasons = list(pool.map(reason, entries))
+    return tuple(Skipped(e.class_name, e.name, r) for e, r in zip(entries, reasons, strict=True) if r is not None)
+
+
+def skipped(entries: list[Entry], bad: Iterable[tuple[int, str]]) -> tuple[Skipped, ...]:
+    """Turns (position, reason) pairs into what the split records of images that are left out."""
+    return tuple(Skipped(entries[i].class_name, entries[i].name, reason) for i, reason in bad)
+
+
+EDITED_MEANWHILE = "changed since this program looked at it first; start again"
+EDITED_BEFORE = (
+    "was edited since the cache was made; put it back as it was, or run preprocess_latents.py again, which takes it as "
+    "it is now"
+)
+
+
+def read_image(data_path: str, entry: Entry, *, image_size: int, if_edited: str = EDITED_MEANWHILE) -> Any:
+    """Reads one image as uint8 [S S 3].
+
+    Raises:
+        BadImage: when it cannot be read, or with the reason `if_edited` when it has not the content of its key.
+    """
+    try:
+        data = read_file(data_path, entry)
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror or error}") from error
+    if entry.key and image_key(data) != entry.key:
+        raise BadImage(if_edited)
+    return decode(data, image_size=image_size)
+
+
+def read_file(data_path: str, entry: Entry) -> bytes:
+    """Reads the file of an image; raises OSError."""
+    return files.read_whole(image_path(data_path, entry), at_most=MAX_FILE_BYTES)

@@ -1,0 +1,166 @@
+"""Which images the settings mean: chosen from the folder where it is at hand, else from the split that is stored."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from gait_latents.common.cli import is_explicit
+from gait_latents.common.console import shown, warn
+from gait_latents.common.errors import UserError
+from gait_latents.common.layout import (
+    LABELS_NAME,
+    MANIFEST_NAME,
+    PAGE_NAME,
+    RECORD_NAME,
+    REPORT_NAME,
+    SETTINGS_NAME,
+    SPLIT_NAME,
+)
+from gait_latents.images import reading
+from gait_latents.images.folders import LAYOUT_REMEDY, list_images, missing_classes_warning
+from gait_latents.images.reading import read_file
+from gait_latents.images.split import Entry, Split, make_split, shared_content
+from gait_latents.settings import ImageSettings
+
+
+def images_at_hand(settings: ImageSettings, sources: Mapping[str, str], *, may_lack: bool) -> bool:
+    """Says whether the image folder has class folders; unless `may_lack`, one that was asked for must be there."""
+    folder = Path(settings.data_path)
+    is_needed = not may_lack and is_explicit(sources, "data_path")
+    if is_needed and not folder.is_dir():
+        raise UserError(no_images_message(settings.data_path))
+    return is_needed or (folder.is_dir() and any(child.is_dir() for child in folder.iterdir()))
+
+
+def no_images_message(data_path: str, *, also: str = "") -> str:
+    """Says what is wrong with a data folder that cannot be used, and what to give instead."""
+    folder = Path(data_path)
+    state = "has no sub-folders" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+    return f"--data_path {shown(data_path)} {state}{also}; {LAYOUT_REMEDY}"
+
+
+def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | None, where: str) -> Split:
+    """Draws the split, from the image folder when it is at hand, else from the one stored in the cache `where`.
+
+    Both give the same split when the folder is as it was. Every entry comes with its content key.
+
+    Raises:
+        UserError: when neither is there, a class has too few images, or the cache would count as a class.
+    """
+    if not at_hand and stored is None:
+        also = f", and {where} holds no split of earlier images"
+        raise UserError(no_images_message(settings.data_path, also=also))
+    if at_hand:
+        refuse_to_be_a_class(Path(where), settings.data_path)
+    else:
+        _check_classes_known(settings, stored, where)  # type: ignore[arg-type]
+    index = list_images(settings.data_path) if at_hand else stored.index()  # type: ignore[union-attr]
+    if at_hand:
+        _refuse_own_outputs(settings, list(index))
+    notice = missing_classes_warning(index, settings.num_users)
+    if notice:
+        warn(notice)
+    split = make_split(
+        index,
+        num_users=settings.num_users,
+        images_per_user=settings.images_per_user,
+        seed=settings.seed,
+        split=settings.split,
+        split_gap=settings.split_gap,
+    )
+    if at_hand:
+        return with_fresh_keys(split, settings.data_path)
+    known = stored.keys()  # type: ignore[union-attr]
+    return split.with_keys({place: known.get(place, _key_of_no_content(*place)) for place in _places(split)})
+
+
+def refuse_to_be_a_class(folder: Path, data_path: str | None) -> None:
+    """Raises UserError for a folder to write to among the class folders: its pictures would be taken for images.
+
+    Args:
+        data_path: the image folder, which need not exist; None where nobody knows it.
+    """
+    place = folder.resolve()
+    if data_path and Path(data_path).resolve() in (place, place.parent):
+        raise UserError(
+            f"{shown(folder)} is among the class folders of --data_path {shown(data_path)} and would count as one; "
+            "give a folder outside"
+        )
+
+
+_OUTPUTS = {  # files that lie together in a folder of ours -> what wrote them
+    (MANIFEST_NAME, SPLIT_NAME): "is a cache of latents",
+    (SETTINGS_NAME, SPLIT_NAME): "was written by train_latent_cfg.py",
+    (RECORD_NAME, LABELS_NAME): "was written by generate.py",
+    (REPORT_NAME, PAGE_NAME): "was written by evaluate_images.py",
+}
+
+
+def _refuse_own_outputs(settings: ImageSettings, folders: list[str]) -> None:
+    """Raises UserError when one of the class folders in use is what a script wrote: its pictures are no class."""
+    for name in folders if settings.num_users == "all" else folders[: int(settings.num_users)]:
+        for files, what in _OUTPUTS.items():
+            if all((Path(settings.data_path) / name / file).is_file() for file in files):
+                raise UserError(
+                    f"the folder {shown(name)} in --data_path {shown(settings.data_path)} {what}, and its pictures "
+                    "would count as a class; move it elsewhere"
+                )
+
+
+def _check_classes_known(settings: ImageSettings, stored: Split, where: str) -> None:
+    """Raises UserError when more classes are asked for than the stored split was given of the images."""
+    known, asked = stored.rule["num_users"], settings.num_users
+    was_cut = known == len(stored.classes)
+    if was_cut and (asked == "all" or int(asked) > int(known)):
+        also = f"--num_users is {asked}, but {where} knows {known} classes, and "
+        raise UserError(also + no_images_message(settings.data_path))
+
+
+def with_fresh_keys(split: Split, data_path: str) -> Split:
+    """Returns the split with the content key of each file as it is now; one that cannot be read keeps its key."""
+
+    def key_of(entry: Entry) -> str:
+        try:
+            return reading.image_key(read_file(data_path, entry))
+        except OSError:
+            return entry.key or _key_of_no_content(entry.class_name, entry.name)
+
+    entries = [*split.train, *split.test]
+    with ThreadPoolExecutor() as pool:
+        keys = list(pool.map(key_of, entries))
+    return split.with_keys(dict(zip(_places(split), keys, strict=True)))
+
+
+def _places(split: Split) -> list[tuple[str, str]]:
+    return [(entry.class_name, entry.name) for entry in (*split.train, *split.test)]
+
+
+def _key_of_no_content(class_name: str, name: str) -> str:
+    # Not a hash of an image's bytes, so never cached: reading the image is tried when it is needed, and fails by name.
+    return reading.image_key(json.dumps(["unreadable", class_name, name]).encode())
+
+
+def warn_of_shared_content(split: Split) -> None:
+    """Warns when the same file content is in the training and the test images."""
+    notice = shared_content_warning(split)
+    if notice:
+        warn(notice)
+
+
+def shared_content_warning(split: Split) -> str | None:
+    """Returns a warning when the same file content is in the training and the test images, else None."""
+    pairs = shared_content(split)
+    if not pairs:
+        return None
+    train, test = pairs[0]
+    return (
+        f"{len(pairs)} test image(s) have the same content as a training image, such as "
+        f"{test.class_name}/{test.name} and {train.class_name}/{train.name}; scores on them will look too good"
+    )
+
+
+def common_suffix(split: Split) -> str:
+    """Returns the commonest ending of the training images, such as .jpg."""
+    return Counter(Path(entry.name).suffix.lower() for entry in split.train).most_common(1)[0][0]

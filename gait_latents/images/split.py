@@ -1,0 +1,293 @@
+"""The split of the images into training and test images, drawn by seed and stored as JSON lines under a seal."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gait_latents.common import files
+from gait_latents.common.console import shown
+from gait_latents.common.errors import UserError
+from gait_latents.common.layout import SPLIT_NAME
+from gait_latents.images.folders import name_list, natural_key
+
+SPLIT_FORMAT = 1
+_RULE_FIELDS = ("seed", "split", "split_gap", "images_per_user", "num_users")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of a split: its place below the data folder, and its content key ("" when not hashed yet)."""
+
+    class_name: str
+    name: str
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that the split would have held but that could not be read, and why."""
+
+    class_name: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of a run: for training, for testing, skipped as unreadable, and left out between the first two.
+
+    Entries are ordered by class, then by name, both naturally; `rule` holds the settings that made the split.
+    """
+
+    classes: tuple[str, ...]
+    train: tuple[Entry, ...]
+    test: tuple[Entry, ...]
+    skipped: tuple[Skipped, ...]
+    rule: dict[str, int | str]
+    gap: tuple[Entry, ...] = ()
+
+    def part(self, name: str) -> tuple[Entry, ...]:
+        """Returns the entries of "train" or "test"; raises UserError for any other name."""
+        if name not in ("train", "test"):
+            raise UserError(f"split is {name!r}; it is train or test")
+        return getattr(self, name)
+
+    def labels(self, entries: Iterable[Entry]) -> list[int]:
+        """Returns the label of each entry: the place of its class among the classes."""
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        return [label_of[entry.class_name] for entry in entries]
+
+    def keys(self) -> dict[tuple[str, str], str]:
+        """Returns (class name, file name) -> content key for all entries that have one."""
+        entries = (*self.train, *self.test, *self.gap)
+        return {(entry.class_name, entry.name): entry.key for entry in entries if entry.key}
+
+    def with_keys(self, keys: Mapping[tuple[str, str], str]) -> "Split":
+        """Returns the split with these content keys; entries that are not named keep theirs."""
+
+        def keyed(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+            return tuple(replace(e, key=keys.get((e.class_name, e.name), e.key)) for e in entries)
+
+        return replace(self, train=keyed(self.train), test=keyed(self.test), gap=keyed(self.gap))
+
+    def without(self, skipped: Iterable[Skipped]) -> "Split":
+        """Returns the split with these images, as far as they are in it, recorded as skipped and in neither part.
+
+        Raises:
+            UserError: when that leaves a class without a training image.
+        """
+        own = {(entry.class_name, entry.name) for entry in (*self.train, *self.test)}
+        new = {(item.class_name, item.name): item for item in skipped if (item.class_name, item.name) in own}
+        old = {(item.class_name, item.name): item for item in self.skipped}
+
+        def kept(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+            return tuple(e for e in entries if (e.class_name, e.name) not in new)
+
+        train = kept(self.train)
+        empty = sorted({e.class_name for e in self.train} - {e.class_name for e in train}, key=natural_key)
+        if empty:
+            raise UserError(
+                f"no training image can be read of {name_list(empty)}; mend the images or remove the folder"
+            )
+        return replace(self, train=train, test=kept(self.test), skipped=tuple((old | new).values()))
+
+    def index(self) -> dict[str, list[str]]:
+        """Returns class -> names of all images that the split was made from, as `list_images` would."""
+        names: dict[str, list[str]] = {class_name: [] for class_name in self.classes}
+        for item in (*self.train, *self.test, *self.gap, *self.skipped):
+            names[item.class_name].append(item.name)
+        return {class_name: sorted(found, key=natural_key) for class_name, found in names.items()}
+
+    def to_bytes(self) -> bytes:
+        """Returns the split as readable JSON, one image a line, ending in the SHA-256 of what precedes it."""
+        members = [
+            f'  "format": {SPLIT_FORMAT}',
+            f'  "rule": {_json(self.rule)}',
+            _json_lines("classes", self.classes),
+            *(
+                _json_lines(part, [{"class": e.class_name, "name": e.name, "key": e.key} for e in entries])
+                for part, entries in (("train", self.train), ("test", self.test), ("gap", self.gap))
+            ),
+            _json_lines("skipped", [{"class": s.class_name, "name": s.name, "reason": s.reason} for s in self.skipped]),
+        ]
+        body = ("{\n" + ",\n".join(members) + ",\n").encode()
+        return body + _seal(body)
+
+    @staticmethod
+    def from_bytes(data: bytes, where: str) -> "Split":
+        """Reads what `to_bytes` wrote.
+
+        Raises:
+            UserError: naming `where`, when a single bit is not as it was written, or the format is another.
+        """
+        body = data[: -len(_seal(b""))]
+        if data != body + _seal(body):
+            raise UserError(f"{where} is damaged or was edited (its checksum does not fit); restore it or remove it")
+        try:
+            document = json.loads(data)
+            found = document["format"]
+            if found == SPLIT_FORMAT:
+                return _split_of(document)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{where} does not hold a split ({one_line(error)}); remove it") from error
+        raise UserError(f"{where} has format {found!r} but this program reads format {SPLIT_FORMAT}; remove it")
+
+
+def make_split(
+    index: Mapping[str, Sequence[str]],
+    *,
+    num_users: int | str,
+    images_per_user: int | str,
+    seed: int,
+    split: str,
+    split_gap: int,
+) -> Split:
+    """Divides the listed images of the first classes into training and test images.
+
+    Args:
+        index: class -> file names, from `list_images` or `Split.index`.
+        num_users: how many classes, the first in natural order, or "all".
+        images_per_user: training images of each class, or "all".
+        seed: orders the images of a "random" split.
+        split: "random", or "contiguous" for the first images in natural order.
+        split_gap: images left out between training and test in a contiguous split.
+
+    Raises:
+        UserError: naming each class that has too few images.
+    """
+    classes = sorted(index, key=natural_key)[: None if num_users == "all" else int(num_users)]
+    _check_enough({name: len(index[name]) for name in classes}, images_per_user)
+    parts: dict[str, list[Entry]] = {"train": [], "test": [], "gap": []}
+    for class_name in classes:
+        names = sorted(index[class_name], key=natural_key)
+        count = len(names) if images_per_user == "all" else int(images_per_user)
+        if split == "contiguous":
+            chosen, gap = set(names[:count]), set(names[count : count + split_gap])
+        elif split == "random":
+            chosen, gap = set(sorted(names, key=_draw_order(seed, class_name))[:count]), set()
+        else:
+            raise UserError(f"split is {split!r}; it is random or contiguous")
+        for name in names:
+            part = "train" if name in chosen else "gap" if name in gap else "test"
+            parts[part].append(Entry(class_name, name))
+    settings = (seed, split, split_gap, images_per_user, num_users)
+    rule: dict[str, int | str] = dict(zip(_RULE_FIELDS, settings, strict=True))
+    train, test, gap = (tuple(parts[part]) for part in ("train", "test", "gap"))
+    return Split(tuple(classes), train, test, (), rule, gap)
+
+
+def _draw_order(seed: int, class_name: str) -> Callable[[str], bytes]:
+    # A file's place depends on itself alone: other files and classes that come or go do not reshuffle it. JSON
+    # keeps the three parts apart, and its escapes also stand for names that are not valid Unicode.
+    return lambda name: hashlib.sha256(json.dumps([seed, class_name, name]).encode()).digest()
+
+
+def _check_enough(counts: Mapping[str, int], images_per_user: int | str) -> None:
+    wanted = 1 if images_per_user == "all" else int(images_per_user)
+    if wanted < 1:
+        raise UserError(f"--images_per_user is {wanted}; it must be at least 1")
+    few = [name for name, count in counts.items() if count < wanted]
+    if not few:
+        return
+    listing = ", ".join(f"{shown(name)} has {counts[name] or 'none'}" for name in few)
+    would_do = min((count for count in counts.values() if count), default=0)
+    remedy = "add images"
+    if wanted > would_do > 0:
+        remedy = f"lower it to {would_do} or add images"
+    if any(counts[name] == 0 for name in few):
+        remedy += ", and remove the folders that have none"
+    raise UserError(f"--images_per_user is {images_per_user} but {listing}; {remedy}")
+
+
+def shared_content(split: Split) -> list[tuple[Entry, Entry]]:
+    """Pairs each test image with the first training image of the same content, where there is one."""
+    train_of: dict[str, Entry] = {}
+    for entry in split.train:
+        train_of.setdefault(entry.key, entry)
+    return [(train_of[entry.key], entry) for entry in split.test if entry.key and entry.key in train_of]
+
+
+def _json(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    # Line separators, control characters and the stand-ins for undecodable bytes only survive as escapes.
+    return text if text.isprintable() else json.dumps(value)
+
+
+def _json_lines(name: str, rows: Sequence[object]) -> str:
+    lines = ",\n".join(f"    {_json(row)}" for row in rows)
+    return f'  "{name}": [\n{lines}\n  ]' if rows else f'  "{name}": []'
+
+
+def _seal(body: bytes) -> bytes:
+    return f'  "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+
+
+def _split_of(document: dict[str, Any]) -> Split:
+    classes = tuple(_name(name) for name in document["classes"])
+    parts = {
+        part: tuple(Entry(_name(row["class"]), _name(row["name"]), _key(row["key"])) for row in document[part])
+        for part in ("train", "test", "gap")
+    }
+    skipped = tuple(Skipped(_name(row["class"]), _name(row["name"]), str(row["reason"])) for row in document["skipped"])
+    images = [(item.class_name, item.name) for items in (*parts.values(), skipped) for item in items]
+    if len(set(classes)) < len(classes) or len(set(images)) < len(images):
+        raise ValueError("a class or an image stands in it twice")
+    if not parts["train"]:
+        raise ValueError("it has no training image")
+    if not {class_name for class_name, _ in images} <= set(classes):
+        raise ValueError("an image of a class that is not listed")
+    rule = {name: document["rule"][name] for name in _RULE_FIELDS}
+    if not all(isinstance(value, int | str) for value in rule.values()):
+        raise TypeError("the rule")
+    return Split(classes, parts["train"], parts["test"], skipped, rule, parts["gap"])
+
+
+def _name(value: object) -> str:
+    # A file name and no path: nothing in a split may lead out of the data folder.
+    if not is_file_name(value):
+        raise ValueError(f"{value!r:.100} is not the name of a file or folder")
+    return value  # type: ignore[return-value]
+
+
+def is_file_name(value: object) -> bool:
+    """Says whether a value out of a file can be the name of one file or folder, and leads nowhere else."""
+    if not isinstance(value, str) or value in ("", ".", "..") or "/" in value or "\0" in value:
+        return False
+    try:
+        return bool(os.fsencode(value))
+    except UnicodeEncodeError:
+        return False
+
+
+def _key(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"([0-9a-f]{64})?", value):
+        raise ValueError(f"{value!r:.100} is not a content key")
+    return value
+
+
+def one_line(error: BaseException) -> str:
+    return shown(" ".join(str(error).split())[:200])
+
+
+_LARGEST_SPLIT_BYTES = 1 << 30
+
+
+def read_split(folder: Path) -> Split | None:
+    """Reads the split stored in a cache or run folder; None when there is none.
+
+    Raises:
+        UserError: when it cannot be read, or is not as it was written.
+    """
+    path = folder / SPLIT_NAME
+    try:
+        data = files.read_whole(path, at_most=_LARGEST_SPLIT_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; restore it or remove it") from error
+    return Split.from_bytes(data, str(path))

@@ -1,0 +1,403 @@
+"""LatentDataset: a hit reads the cache, a miss encodes and stores.
+
+Shapes: moments [B 2C h w] float16 as stored; latents [B C h w] float32; labels [B] int64. A *position* is an index
+into the dataset. Equal images share one row of the table of moments, whatever their labels.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from gait_latents import settings
+from gait_latents.common import cli, hardware
+from gait_latents.common.errors import UserError
+from gait_latents.common.seeds import sample_generator
+from gait_latents.images.reading import BadImage
+from gait_latents.images.split import read_split
+from gait_latents.latents.cache import LatentCache
+from gait_latents.latents.manifest import read_manifest
+from gait_latents.vae.batch_encoder import Encode, storable
+from gait_latents.vae.norm import LatentNorm
+
+ReadImage = Callable[[int], np.ndarray]  # position -> uint8 image [S S 3]; raises BadImage
+
+
+class LatentDataset(Dataset):
+    """Latents and labels of an ordered list of images, from a cache that it fills where it must.
+
+    `dataset[i]` is `(latent [C h w], label)` with a fresh posterior draw from torch's global generator, so that any
+    DataLoader can use it. A training loop that owns its randomness uses `ensure` and `batch`.
+
+    Args:
+        cache: the open cache; its space says what a row means.
+        keys: content key of each image, in dataset order.
+        labels: label of each image.
+        names: a name of each image, for messages and for the cache.
+        encode: uint8 images to moments, or None when no VAE is at hand.
+        read_image: gives the image at a position, or None when the images are not at hand.
+        encode_batch_size: how many missing images are encoded together.
+        device: where batches are wanted.
+        on_store_error: told when the cache cannot be written to, and new rows then stay in memory; None raises.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        keys: Sequence[str],
+        labels: Sequence[int],
+        names: Sequence[str],
+        *,
+        encode: Encode | None,
+        read_image: ReadImage | None,
+        encode_batch_size: int,
+        device: torch.device,
+        on_store_error: Callable[[OSError], None] | None = None,
+    ) -> None:
+        self._on_store_error = on_store_error
+        self.cache, self.names = cache, list(names)
+        self.encode, self.read_image, self.encode_batch_size = encode, read_image, encode_batch_size
+        self.device = device
+        self.keys = list(keys)
+        if "" in self.keys:  # a split may say so of images that were never read
+            first = self.names[self.keys.index("")]
+            raise UserError(f"the split has no content key of {first}; run preprocess_latents.py again")
+        self.labels = torch.tensor(list(labels), dtype=torch.long)  # N
+        self._device_labels = self.labels.to(device)
+        self.norm: LatentNorm | None = None
+        self._device_norm: LatentNorm | None = None
+        row_of_key = {key: row for row, key in enumerate(dict.fromkeys(self.keys))}
+        self._row_keys = list(row_of_key)
+        self._row_of = np.array([row_of_key[key] for key in self.keys], dtype=np.int64)  # N
+        self._rows = torch.from_numpy(self._row_of)  # N, moved to where the table is
+        self._first_position = np.unique(self._row_of, return_index=True)[1].tolist()  # of each row
+        self._load()
+
+    # --- reading ---
+
+    def _load(self) -> None:
+        """Puts the rows where batches are fastest: on the device, in host memory, or left in the shards."""
+        shape = (len(self._row_keys), *self.moments_shape)
+        needed = 2 * int(np.prod(shape))
+        fits = [
+            device for device in (self.device, torch.device("cpu")) if needed < hardware.free_memory_bytes(device) / 2
+        ]
+        self.place = str(fits[0]) if fits else "shards"
+        if fits:
+            moments, found = self.cache.read(self._row_keys)
+            self._table = torch.from_numpy(moments).to(fits[0])  # rows 2C h w
+            self._rows = self._rows.to(fits[0])
+            self._have = found
+        else:
+            self._table = None
+            self._have = self.cache.holds(self._row_keys)
+        self._complete = bool(self._have.all())
+
+    @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        """Shape of one row of moments: (2C, h, w)."""
+        return self.cache.space.moments_shape
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape of one latent: (C, h, w)."""
+        channels, height, width = self.moments_shape
+        return channels // 2, height, width
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def num_different(self) -> int:
+        """How many images it has, equal ones counted once: those share their moments."""
+        return len(self._row_keys)
+
+    def missing(self) -> list[int]:
+        """Returns one position for each different image that is not encoded yet, in dataset order."""
+        return sorted(self._first_position[row] for row in np.flatnonzero(~self._have).tolist())
+
+    def moments(self, positions: Tensor) -> Tensor:
+        """Returns the moments [B 2C h w] float32 at `positions`, on the device; misses are encoded first."""
+        self.ensure(positions)
+        if self._table is None:
+            return self._read_rows(self._row_of[positions.cpu().numpy()].tolist()).to(self.device).float()
+        positions = positions.to(self._rows.device)
+        return self._table.index_select(0, self._rows[positions]).to(self.device).float()
+
+    def _read_rows(self, rows: list[int]) -> Tensor:
+        moments, found = self.cache.read([self._row_keys[row] for row in rows])
+        if not found.all():  # a row went bad since it was indexed
+            lost = list(dict.fromkeys(row for row, good in zip(rows, found, strict=True) if not good))
+            self._have[lost] = False
+            self._encode_or_raise(lost)
+            moments, found = self.cache.read([self._row_keys[row] for row in rows])
+        return torch.from_numpy(moments)
+
+    def batch(self, positions: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws the latents [B C h w] at `positions` with `noise` [B C h w]; returns them and the labels [B]."""
+        latents = self._norm_here().to_latent(self.moments(positions), noise.to(self.device))
+        return latents, self._device_labels[positions.to(self.device)]
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[tuple[Tensor, int]]:
+        """Returns a list of (latent [C h w], label), encoding what is missing in one go."""
+        index = torch.as_tensor(positions, dtype=torch.long)
+        latents, labels = self.batch(index, torch.randn(len(index), *self.latent_shape))
+        return list(zip(latents, labels.tolist(), strict=True))
+
+    @property
+    def can_encode(self) -> bool:
+        """Says whether a miss can be encoded: both the VAE and the images are at hand."""
+        return self.encode is not None and self.read_image is not None
+
+    def mean_latents(self, positions: Tensor) -> Tensor:
+        """Returns the normalised posterior means [B C h w] at `positions`, on the device."""
+        return self._norm_here().mean_latent(self.moments(positions))
+
+    # --- normalisation ---
+
+    def _norm_here(self) -> LatentNorm:
+        if self._device_norm is None:
+            raise RuntimeError("set_norm or fit_norm comes before the first batch")
+        return self._device_norm
+
+    def set_norm(self, norm: LatentNorm) -> None:
+        """Takes the normalisation that latents are given with."""
+        self.norm, self._device_norm = norm, norm.to(self.device)
+
+    def fit_norm(self, *, seed: int, num_images: int) -> LatentNorm:
+        """Measures the normalisation on `num_images` images that depend on data and seed alone, and takes it."""
+        order = torch.randperm(len(self), generator=sample_generator(seed, "latent norm"))
+        self.set_norm(LatentNorm.from_moments(self.moments(order[:num_images].sort().values).cpu()))
+        return self.norm  # type: ignore[return-value]
+
+    # --- filling ---
+
+    def ensure(self, positions: Tensor, upcoming: Iterable[int] = ()) -> None:
+        """Encodes the images at `positions` that are missing, topping batches up with those of `upcoming`.
+
+        Raises:
+            UserError: when an image or the VAE that is needed is not at hand.
+            BadImage: when an image cannot be encoded; its name stands first.
+        """
+        if self._complete:
+            return
+        wanted = list(self._missing_rows(positions.tolist()))
+        if not wanted:
+            return
+        if get_worker_info() is not None:
+            raise RuntimeError("an image is not encoded yet, and a DataLoader worker cannot do it: call dataset.fill()")
+        ahead = (row for row in self._missing_rows(upcoming) if row not in wanted)
+        self._encode_or_raise([*wanted, *islice(ahead, -len(wanted) % self.encode_batch_size)])
+
+    def _encode_or_raise(self, rows: list[int]) -> None:
+        bad = self._encode_rows(rows)
+        if bad:
+            position, reason = bad[0]
+            raise BadImage(f"{self.names[position]}: {reason}")
+        self._complete = bool(self._have.all())
+        if self._complete:
+            self.cache_flush()
+            self.close_encoder()
+
+    def _missing_rows(self, positions: Iterable[int]) -> Iterator[int]:
+        """Yields the rows at `positions` that are not encoded yet, each once, in order."""
+        seen = set()
+        for position in positions:
+            row = int(self._row_of[position])
+            if not self._have[row] and row not in seen:
+                seen.add(row)
+                yield row
+
+    def fill(
+        self, positions: Sequence[int] | None = None, *, advance: Callable[[int], None] = lambda count: None
+    ) -> list[tuple[int, str]]:
+        """Encodes everything that is missing, publishes it, and frees the VAE.
+
+        Args:
+            positions: encode only what is missing of these.
+            advance: called after each batch with the number of images that it settled.
+
+        Returns:
+            (position, reason) of each image that could not be encoded, equal ones included.
+        """
+        wanted = self.missing() if positions is None else positions
+        reasons = dict(self._encode_rows(list(self._missing_rows(wanted)), advance))
+        first = [self._first_position[row] for row in self._row_of.tolist()]
+        bad = [(position, reasons[first[position]]) for position in range(len(self)) if first[position] in reasons]
+        self._complete = bool(self._have.all())
+        self.cache_flush()
+        self.close_encoder()
+        return bad
+
+    def refresh(self) -> int:
+        """Takes up the missing rows that other processes have published since; returns how many."""
+        rows = np.flatnonzero(~self._have)
+        self.cache.refresh()
+        keys = [self._row_keys[row] for row in rows]
+        if self._table is None:
+            found = self.cache.holds(keys)
+        else:
+            moments, found = self.cache.read(keys)
+            there = torch.from_numpy(rows[found]).to(self._table.device)
+            self._table[there] = torch.from_numpy(moments[found]).to(self._table.device)
+        self._have[rows[found]] = True
+        self._complete = bool(self._have.all())
+        return int(found.sum())
+
+    def cache_flush(self) -> None:
+        """Publishes the rows that wait in memory."""
+        self._store(self.cache.flush)
+
+    def _store(self, operation: Callable[[], None]) -> None:
+        try:
+            operation()
+        except OSError as error:
+            if self._on_store_error is None:
+                raise
+            self._on_store_error(error)
+            self.cache.writable = False
+
+    def close_encoder(self) -> None:
+        """Frees the VAE, if the encoder holds one."""
+        close = getattr(self.encode, "close", None)
+        if close is not None:
+            close()
+
+    def _encode_rows(
+        self, rows: list[int], advance: Callable[[int], None] = lambda count: None
+    ) -> list[tuple[int, str]]:
+        if rows and not self.can_encode:
+            what = "the VAE is" if self.encode is None else "the images are"
+            first = self.names[self._first_position[rows[0]]]
+            raise UserError(f"{len(rows)} image(s) are not in the cache (the first is {first}) and {what} not at hand")
+        bad, good = [], []
+        for row, image in self._read_ahead(rows):
+            if isinstance(image, BadImage):
+                bad.append((self._first_position[row], str(image)))
+                advance(1)
+            else:
+                good.append((row, image))
+            if len(good) == self.encode_batch_size:
+                bad += self._encode_batch(good)
+                advance(len(good))
+                good = []
+        if good:
+            bad += self._encode_batch(good)
+            advance(len(good))
+        return bad
+
+    def _encode_batch(self, batch: list[tuple[int, np.ndarray]]) -> list[tuple[int, str]]:
+        rows = [row for row, _ in batch]
+        moments = self.encode(torch.from_numpy(np.stack([image for _, image in batch])))  # type: ignore[misc]
+        self._check_shape(moments)
+        stored = moments.to(torch.float16)  # what the network sees must be what a later run reads
+        finite = storable(moments).tolist()
+        kept = [i for i, good in enumerate(finite) if good]
+        good_rows = [rows[i] for i in kept]
+        if kept:
+            keys = [self._row_keys[row] for row in good_rows]
+            names = [self.names[self._first_position[row]] for row in good_rows]
+            record = getattr(self.encode, "record", {})
+            self._store(lambda: self.cache.put(keys, stored[kept].numpy(), names, record))
+            if self._table is not None:
+                self._table[torch.tensor(good_rows, device=self._table.device)] = stored[kept].to(self._table.device)
+            self._have[good_rows] = True
+        reason = "the VAE gives values that are not finite, in float32 too"
+        return [(self._first_position[row], reason) for row, good in zip(rows, finite, strict=True) if not good]
+
+    def _check_shape(self, moments: Tensor) -> None:
+        if tuple(moments.shape[1:]) != self.moments_shape:
+            raise UserError(
+                f"the VAE gives moments of shape {tuple(moments.shape[1:])}, but the cache holds {self.moments_shape}"
+            )
+
+    def _read_ahead(self, rows: Sequence[int]) -> Iterator[tuple[int, np.ndarray | BadImage]]:
+        """Yields (row, image) in order, with threads reading and decoding a few batches ahead."""
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            waiting: list[tuple[int, Future]] = []
+            queue = iter(rows)
+            try:
+                while True:
+                    for row in islice(queue, 3 * self.encode_batch_size - len(waiting)):
+                        waiting.append((row, pool.submit(self._read_or_reason, self._first_position[row])))
+                    if not waiting:
+                        return
+                    row, future = waiting.pop(0)
+                    yield row, future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read_or_reason(self, position: int) -> np.ndarray | BadImage:
+        try:
+            return self.read_image(position)  # type: ignore[misc]
+        except BadImage as error:
+            return error
+
+    # --- identity ---
+
+    def digest(self) -> str:
+        """Returns the SHA-256 over the space, then keys and labels in dataset order: known before any encoding."""
+        whole = hashlib.sha256(self.cache.space.id.encode())
+        for key, label in zip(self.keys, self.labels.tolist(), strict=True):
+            whole.update(f"{key}:{label}\n".encode())
+        return whole.hexdigest()
+
+    def moments_digest(self) -> str | None:
+        """Returns the SHA-256 of all moments in dataset order; None while some are missing or the rest is in shards."""
+        if not self._complete or self._table is None:
+            return None
+        return hashlib.sha256(self._table.cpu().numpy().tobytes()).hexdigest()
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, *, split: str = "train", device: str | torch.device = "cpu", seed: int = 42
+    ) -> "LatentDataset":
+        """Opens a complete cache: all that somebody else's training loop needs.
+
+        Args:
+            folder: the cache folder that preprocess_latents.py made.
+            split: "train" or "test".
+            device: where batches are wanted.
+            seed: chooses the images that the normalisation is measured on.
+
+        Raises:
+            UserError: when the folder is no cache, the split has no such images, or rows are missing or damaged.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise UserError(f"{folder} holds no latents: there is no manifest.json; run preprocess_latents.py")
+        stored = read_split(folder)
+        if stored is None:
+            raise UserError(f"{folder} holds no split.json; run preprocess_latents.py")
+        entries = stored.part(split)
+        if not entries:
+            raise UserError(f"the split in {folder} has no {split} images; lower --images_per_user to leave some")
+        dataset = cls(
+            LatentCache(folder, manifest.space, writable=False),
+            [entry.key for entry in entries],
+            stored.labels(entries),
+            [f"{entry.class_name}/{entry.name}" for entry in entries],
+            encode=None,
+            read_image=None,
+            encode_batch_size=1,
+            device=torch.device(device),
+        )
+        missing = dataset.missing()
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(dataset)} {split} images are not in {folder} "
+                f"(the first is {dataset.names[missing[0]]}); run preprocess_latents.py"
+            )
+        dataset.fit_norm(seed=seed, num_images=cli.defaults(settings.TrainSettings)["latent_norm_images"])
+        return dataset

@@ -1,0 +1,78 @@
+"""Encodes what a dataset misses; several processes share the work."""
+
+from collections.abc import Callable
+
+from gait_latents.common import console
+from gait_latents.common.distributed import OtherFailed, Ranks
+from gait_latents.common.errors import Stopped
+from gait_latents.common.process import StopSignals
+from gait_latents.latents.dataset import LatentDataset
+
+
+def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) -> list[tuple[int, str]]:
+    """Encodes all that is missing, each process its share, and takes up what the others have published.
+
+    What does not appear in the cache folder is encoded here too: the disk of another process may not be this one, or
+    take no files, or the process may have died. When one fails, all end; this belongs in a block of `Ranks.together`.
+
+    Returns:
+        (position, reason) of each image that could not be encoded, equal ones included.
+
+    Raises:
+        Stopped: after a signal to any of the processes; what waits in memory is still to be published.
+        OtherFailed: when another process could not encode its share; it tells why at the end of the block.
+    """
+    missing = dataset.missing()
+    if not missing and ranks.count == 1:
+        return []
+    with console.progress(total=len(missing), unit="images", label="encode") as bar:
+
+        def advance(count: int) -> None:
+            bar.advance(count)
+            if count:
+                ranks.sign_of_life(_FILLED)
+            ranks.raise_if_stopped(signals)
+            ranks.raise_if_failed(_FILLED)
+
+        try:
+            bad = _fill_shares(dataset, missing, ranks, advance)
+            ranks.raise_if_stopped(signals)  # by one that came since the last look
+            return bad
+        except OtherFailed:
+            dataset.cache_flush()
+            raise
+        except Stopped:
+            raise
+        except BaseException:
+            ranks.tell(f"{_FILLED} failed")
+            raise
+
+
+_ENCODED, _FILLED = "encoded", "filled"  # what a process tells the others: its share is encoded; all is there
+
+
+def _fill_shares(
+    dataset: LatentDataset, missing: list[int], ranks: Ranks, advance: Callable[[int], None]
+) -> list[tuple[int, str]]:
+    bad = dataset.fill(ranks.share(missing), advance=advance)
+    if ranks.count == 1:
+        return bad
+    ranks.tell(_ENCODED)
+
+    def look() -> tuple[int, int]:
+        found = dataset.refresh()
+        advance(found)
+        return found, len(_others(dataset, bad))
+
+    ranks.await_others(_ENCODED, look)
+    left = _others(dataset, bad)
+    bad = sorted(bad + dataset.fill(left, advance=advance)) if left else bad
+    ranks.tell(_FILLED)
+    ranks.await_end(_FILLED, lambda: advance(0))  # an exchange comes next, with a limit of time
+    return bad
+
+
+def _others(dataset: LatentDataset, bad: list[tuple[int, str]]) -> list[int]:
+    """Returns what is missing and has not failed here."""
+    failed = {position for position, _ in bad}
+    return [position for position in dataset.missing() if position not in failed]

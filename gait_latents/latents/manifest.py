@@ -1,0 +1,102 @@
+"""The manifest of a cache: the settings that made it, as defaults for later runs, and its space."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from gait_latents.common import files, json_text
+from gait_latents.common.console import say
+from gait_latents.common.errors import UserError
+from gait_latents.common.layout import MANIFEST_NAME
+from gait_latents.latents.space import FORMAT, Space
+
+_LARGEST_MANIFEST_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the last preprocess of a cache folder was: its settings, the space that it filled, and facts."""
+
+    space: Space
+    settings: dict
+    record: dict
+
+
+def write_manifest(folder: str | os.PathLike[str], settings: dict, space: Space, record: dict) -> None:
+    """Publishes manifest.json, readable and ending in its own SHA-256; raises OSError."""
+    body = {
+        "format": FORMAT,
+        "space": space.id,
+        "spec": space.spec,
+        "settings": settings,
+        "record": record,
+    }
+    document = {**body, "sha256": hashlib.sha256(json_text.canonical(body).encode()).hexdigest()}
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    # Paths that are not UTF-8 hold surrogates, which only this error handler writes and json.loads reads.
+    files.publish(Path(folder) / MANIFEST_NAME, text.encode("utf-8", "surrogatepass") + b"\n")
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
+    """Reads manifest.json; None when there is none.
+
+    Raises:
+        UserError: when it is damaged, cannot be read, or has another format number.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        document = json_text.parse(files.read_whole(path, at_most=_LARGEST_MANIFEST_BYTES))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        document = None
+    seal = document.pop("sha256", None) if isinstance(document, dict) else None
+    if not isinstance(document, dict) or "format" not in document:
+        raise UserError(_damage(path))
+    if document["format"] != FORMAT:
+        raise UserError(
+            f"{path} has format {str(document['format'])[:20]}, and this version reads {FORMAT}; "
+            "use the version that made it, or another cache folder"
+        )
+    try:
+        sealed = hashlib.sha256(json_text.canonical(document).encode()).hexdigest() == seal
+    except (ValueError, RecursionError):
+        sealed = False
+    if not sealed:
+        raise UserError(_damage(path))
+    settings, record = document.get("settings"), document.get("record")
+    if not isinstance(settings, dict) or not isinstance(record, dict):
+        raise UserError(_damage(path, "it has no settings"))
+    try:
+        return Manifest(Space.stored(document.get("spec")), settings, record)
+    except ValueError as error:
+        raise UserError(_damage(path, str(error))) from None
+
+
+def _damage(path: Path, what: str = "its content does not match its checksum") -> str:
+    return (
+        f"{path} is damaged or was edited: {what}; remove it and run preprocess_latents.py again (the images encoded "
+        "so far are kept)"
+    )
+
+
+HOLDS_IMPORTED = "holds latents that an earlier version took over from another program"
+
+
+def manifest_of_images(folder: str | Path) -> Manifest | None:
+    """Returns the manifest of a cache; None, after a line, where its latents were imported and are of no use here.
+
+    Its settings are then left out as well: an import trained on all images that it found.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None or not manifest.space.is_imported:
+        return manifest
+    say(
+        f"{folder} {HOLDS_IMPORTED}: they are left alone, and the images are encoded again with the VAE and the "
+        "image_size in use"
+    )
+    return None

@@ -1,0 +1,149 @@
+"""From settings to an open dataset: what preprocessing and training both do first.
+
+Two questions are answered here, for both scripts in the same way: which images (`choose_images`), and which
+space of the cache (`choose_space`). Each thing may be absent as long as it is not needed: with a complete cache
+neither the images nor the VAE have to exist.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gait_latents.common import cli, files, hardware
+from gait_latents.common.console import say, warn
+from gait_latents.common.errors import UserError
+from gait_latents.common.layout import MANIFEST_NAME, SPLIT_NAME
+from gait_latents.images.reading import EDITED_BEFORE, EDITED_MEANWHILE, read_image
+from gait_latents.images.split import Entry, Split, read_split
+from gait_latents.latents.cache import LatentCache
+from gait_latents.latents.dataset import LatentDataset
+from gait_latents.latents.manifest import read_manifest, write_manifest
+from gait_latents.latents.vae_fit import ChosenSpace, check_vae_of
+from gait_latents.settings import ImageSettings, PreprocessSettings
+from gait_latents.vae import load
+from gait_latents.vae.batch_encoder import BatchEncoder
+
+
+def merge_shards(cache: LatentCache) -> None:
+    """Joins the shards into few; where there is no room for both, they stay as they are."""
+    try:
+        cache.merge()
+    except OSError as error:
+        warn(
+            f"the shards in {cache.folder} could not be joined ({error.strerror or error}) and stay as they are, "
+            "which costs nothing but their number"
+        )
+
+
+def record_manifest(folder: Path, settings: ImageSettings, chosen: ChosenSpace, num_images: int) -> None:
+    """Writes the manifest: the settings as defaults for later runs, and the space."""
+    write_manifest(
+        folder,
+        cli.to_dict(settings),
+        chosen.space,
+        {"scale_factor": chosen.scale_factor, "shift_factor": chosen.shift_factor, "images": num_images},
+    )
+
+
+# --- the dataset -------------------------------------------------------------------------------------------
+
+
+def open_dataset(
+    settings: ImageSettings,
+    split: Split,
+    entries: list[Entry],
+    *,
+    cache: LatentCache,
+    vae_at_hand: bool,
+    images_at_hand: bool,
+    device: torch.device,
+    on_store_error: Callable[[OSError], None] | None = None,
+    if_edited: str = EDITED_MEANWHILE,
+) -> LatentDataset:
+    """Opens the dataset over `entries`, able to encode misses where VAE and images are at hand.
+
+    An image whose content is not that of its key is refused with the reason `if_edited`.
+    """
+    hardware.allow_tf32()
+    encoder = BatchEncoder(
+        lambda: load.load_vae(settings.vae_path, device, parts="encoder", memory_format=torch.channels_last),
+        device=device,
+        batch_size=settings.encode_batch_size,
+        dtype=hardware.NUMBER_FORMATS[settings.encode_precision],
+    )
+    return LatentDataset(
+        cache,
+        [entry.key for entry in entries],
+        split.labels(entries),
+        [f"{entry.class_name}/{entry.name}" for entry in entries],
+        encode=encoder if vae_at_hand else None,
+        read_image=(
+            lambda i: read_image(settings.data_path, entries[i], image_size=settings.image_size, if_edited=if_edited)
+        )
+        if images_at_hand
+        else None,
+        encode_batch_size=settings.encode_batch_size,
+        device=device,
+        on_store_error=on_store_error,
+    )
+
+
+def say_equal(dataset: LatentDataset) -> None:
+    """Says how many images are not counted among the different ones, if any."""
+    num_equal = len(dataset) - dataset.num_different
+    if num_equal:
+        say(f"{num_equal:,} more have the very content of another, and share its latent")
+
+
+def check_can_encode(dataset: LatentDataset, settings: ImageSettings) -> None:
+    """Raises UserError when something is missing, and the VAE or the images, which could encode it, are so too."""
+    missing = dataset.missing()
+    if missing and not dataset.can_encode:
+        what = settings.vae_path if dataset.encode is None else settings.data_path
+        raise UserError(
+            f"{len(missing):,} of {dataset.num_different:,} images are not in {dataset.cache.folder} (the first is "
+            f"{dataset.names[missing[0]]}), and {what}, which is needed to encode them, is not there"
+        )
+
+
+def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.device = "cpu") -> LatentDataset:
+    """Opens the dataset of a cache that may lack images, able to encode them as its manifest says.
+
+    Made for training loops of one's own: after `open_cache(folder).fill()` the cache is complete, and
+    `LatentDataset.open(folder)` takes it. The VAE and the images are needed only if something is missing.
+
+    Args:
+        folder: the cache folder that preprocess_latents.py or train_latent_cfg.py made.
+        split: "train" or "test"; the test images may be encoded in this way, too.
+        device: where the VAE encodes.
+
+    Raises:
+        UserError: when the folder is no cache, the split is neither, or something is missing and its VAE is not the
+            one of the cache.
+    """
+    folder = Path(folder)
+    manifest, stored = read_manifest(folder), read_split(folder)
+    if manifest is None or stored is None:
+        raise UserError(f"{folder} has no {MANIFEST_NAME} or no {SPLIT_NAME}; run preprocess_latents.py")
+    layer = cli.stored_layer(PreprocessSettings, f"{folder}/{MANIFEST_NAME}", manifest.settings, only_about_cache=True)
+    settings = cli.resolve(PreprocessSettings, [layer]).settings
+    cache = LatentCache(folder, manifest.space, writable=files.can_write(folder))
+
+    def opened(*, able: bool) -> LatentDataset:
+        return open_dataset(
+            settings,
+            stored,
+            list(stored.part(split)),
+            cache=cache,
+            vae_at_hand=able,
+            images_at_hand=able,
+            device=torch.device(device),
+            if_edited=EDITED_BEFORE,
+        )
+
+    dataset = opened(able=False)
+    if not dataset.missing():
+        return dataset
+    check_vae_of(manifest.space, settings.vae_path)
+    return opened(able=True)

@@ -1,0 +1,79 @@
+"""A few latents of a cache decoded again, and drawn below their images."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gait_latents.common import pictures
+from gait_latents.common.console import say, warn
+from gait_latents.common.errors import UserError
+from gait_latents.images import reading
+from gait_latents.images.reading import BadImage
+from gait_latents.images.split import Entry
+from gait_latents.latents.dataset import LatentDataset
+from gait_latents.settings import PreprocessSettings
+from gait_latents.vae import load
+
+_NUM_PREVIEWS = 6  # images decoded again for the PSNR and the picture
+_LOW_PSNR_DB = 20  # what the VAE makes of an image is then another image
+
+
+def draw_preview(
+    settings: PreprocessSettings,
+    dataset: LatentDataset,
+    entries: list[Entry],
+    device: torch.device,
+    path: Path,
+    *,
+    fresh: bool,
+) -> None:
+    """Decodes a few entries again, draws them below their images, and says how close they are."""
+    if not fresh and path.exists():
+        return
+    lost = set(dataset.missing())
+    present = [position for position in range(len(dataset)) if position not in lost]
+    if not present:
+        return
+    chosen = [present[i] for i in np.linspace(0, len(present) - 1, min(_NUM_PREVIEWS, len(present))).astype(int)]
+    pairs = [(i, image) for i in chosen if (image := _read_or_none(settings, entries[i])) is not None]
+    if not pairs:
+        return
+    chosen = [i for i, _ in pairs]
+    originals = [image for _, image in pairs]
+    try:
+        decoded = decode_means(dataset, chosen, settings.vae_path, device)
+    except (UserError, torch.OutOfMemoryError) as error:  # the latents are good all the same
+        reason = error if isinstance(error, UserError) else "the GPU has too little memory for the VAE decoder"
+        warn(f"no {path.name}: {reason}")
+        return
+    scores = [pictures.psnr(a, b) for a, b in zip(originals, decoded, strict=True)]
+    names = [dataset.names[i].split("/")[0] for i in chosen]
+    try:
+        pictures.save_picture(pictures.labelled_grid([originals, decoded], ["image", "decoded"], names), path)
+        where = f"see {path}"
+    except OSError as error:  # a cache may be checked where it is read-only
+        where = f"{path.name} cannot be written ({error.strerror or error})"
+    quality = f"PSNR {np.mean(scores):.1f} dB over {len(scores)} images (worst {min(scores):.1f})"
+    say(f"round trip      {quality}; {where}")
+    if np.mean(scores) < _LOW_PSNR_DB:
+        say(
+            "                that is low: generated images can be no better, so look at that picture; is it the "
+            "VAE for these images and this image_size, trained long enough?"
+        )
+
+
+def _read_or_none(settings: PreprocessSettings, entry: Entry) -> np.ndarray | None:
+    try:
+        return reading.read_image(settings.data_path, entry, image_size=settings.image_size)
+    except BadImage:  # its latent outlives it
+        return None
+
+
+@torch.inference_mode()
+def decode_means(dataset: LatentDataset, positions: list[int], vae_path: str, device: torch.device) -> list[np.ndarray]:
+    """Decodes the posterior means at `positions`; returns uint8 images [S S 3]."""
+    decoder = load.load_vae(vae_path, device, parts="decoder", memory_format=torch.channels_last)
+    moments = dataset.moments(torch.tensor(positions))
+    means = moments[:, : moments.shape[1] // 2]
+    return [image for mean in means for image in pictures.to_uint8(decoder.decode(mean[None]))]

@@ -1,0 +1,262 @@
+"""One shard of a cache: a safetensors file of rows, each with its key and its seal."""
+
+import errno
+import hashlib
+import itertools
+import os
+import re
+import stat
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gait_latents.common import json_text
+from gait_latents.latents.space import FORMAT, Space
+
+SHARD_BYTES = 64 << 20  # moments in a full shard
+_HEADER_BYTES = 1 << 20  # a larger header is refused unread: parsing takes twenty times its memory
+_LARGEST_SHARD_BYTES = 16 * SHARD_BYTES  # what is larger is no shard: its seals and keys alone could fill the memory
+_READ_BYTES = 8 << 20  # at most this much of neighbouring rows in one read
+_SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
+_SPACE_NAME = re.compile(r"[0-9a-f]{16}")
+KEY_BYTES, SEAL_BYTES = 32, 4
+
+
+class Invalid(Exception):
+    """The reason why a file is no shard of the space at hand."""
+
+
+class Row(NamedTuple):
+    """A row in memory, on its way to a shard."""
+
+    moments: np.ndarray  # float16 [2C h w]
+    name: str
+    record: dict
+    since: float = 0.0  # seconds on the monotonic clock
+
+
+@dataclass
+class Shard:
+    """Where the rows of a shard lie. `bad` marks those found damaged; no file is kept open."""
+
+    path: Path
+    size: int
+    moments_offset: int
+    keys: np.ndarray  # uint8 [n 32]
+    seals: np.ndarray  # uint32 [n]
+    bad: np.ndarray = field(init=False)  # bool [n]
+
+    def __post_init__(self) -> None:
+        self.bad = np.zeros(len(self.keys), dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def _layout(count: int, space: Space) -> dict[str, dict]:
+    """Returns the tensor table of a shard of `count` rows: the one order in which they are written."""
+    shapes = {"seals": ("U32", [count]), "moments": ("F16", [count, *space.moments_shape])}
+    shapes["keys"] = ("U8", [count, KEY_BYTES])
+    sizes = (SEAL_BYTES * count, space.row_bytes * count, KEY_BYTES * count)
+    ends = list(itertools.accumulate(sizes))
+    return {
+        name: {"dtype": dtype, "shape": shape, "data_offsets": [end - size, end]}
+        for (name, (dtype, shape)), size, end in zip(shapes.items(), sizes, ends, strict=True)
+    }
+
+
+def expected_bytes(space: Space, count: int) -> int:
+    """Returns about how much `count` latents take on disk, with their keys, seals and names."""
+    return count * (space.row_bytes + 64)
+
+
+def header_bytes(space: Space, count: int, names: list[str], records: list) -> bytes:
+    """Builds the start of a safetensors file: the header's length and the header.
+
+    Names are informative: where they do not fit they are left out.
+    """
+    for kept in (names, []):
+        metadata = {"format": str(FORMAT), "space": space.text}
+        metadata |= {"names": json_text.canonical(kept), "records": json_text.canonical(records)}
+        text = json_text.canonical({"__metadata__": metadata, **_layout(count, space)}).encode()
+        text += b" " * (-len(text) % 8)
+        if len(text) <= _HEADER_BYTES:
+            return len(text).to_bytes(8, "little") + text
+    raise ValueError("the record of how the rows were made is too long for a shard")
+
+
+def _check_header(text: bytes, data_bytes: int, space: Space) -> tuple[dict[str, str], int]:
+    """Returns (metadata, number of rows) of a header; raises _Invalid if `_header` did not build it."""
+    count, rest = divmod(data_bytes, SEAL_BYTES + space.row_bytes + KEY_BYTES)
+    try:
+        header = json_text.parse(text)
+        metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
+        table = json_text.canonical(header)
+    except (ValueError, RecursionError) as error:
+        raise Invalid(f"its header cannot be read ({str(error)[:60]})") from None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise Invalid("its header has no metadata")
+    if metadata.get("format") != str(FORMAT):
+        raise Invalid(f"its format is {str(metadata.get('format'))[:20]}, and this version reads {FORMAT}")
+    if metadata.get("space") != space.text:
+        raise Invalid("it belongs to another space")
+    # Compared as text, since in Python 1 equals True and 1.0.
+    if rest or table != json_text.canonical(_layout(count, space)):
+        raise Invalid("its length or its table of tensors is not that of a shard")
+    return metadata, count
+
+
+@contextmanager
+def opened_file(path: Path) -> Iterator[tuple[int, int]]:
+    """Opens a regular file for reading; gives (descriptor, size)."""
+    # Without O_NONBLOCK a named pipe would wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise Invalid("it is not a file")
+        yield descriptor, status.st_size
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # how NFS says that the file was removed
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _read_at(descriptor: int, count: int, offset: int) -> bytearray:
+    """Reads exactly `count` bytes, or raises _Invalid. (With a memory map a failing disk is a signal.)"""
+    data = bytearray(count)
+    view, done = memoryview(data), 0
+    while done < count:
+        got = os.preadv(descriptor, [view[done:]], offset + done)
+        if got == 0:
+            raise Invalid("it ends too early")
+        done += got
+    return data
+
+
+def read_header(descriptor: int, size: int) -> bytes:
+    if size < 8:
+        raise Invalid("it is empty" if size == 0 else "it ends too early")
+    length = int.from_bytes(_read_at(descriptor, 8, 0), "little")
+    if length > min(_HEADER_BYTES, size - 8):
+        raise Invalid("its header is longer than the file or than any shard's")
+    return bytes(_read_at(descriptor, length, 8))
+
+
+def open_shard(path: Path, space: Space) -> tuple[Shard, dict[str, str]]:
+    """Reads and checks all of a shard but its moments; raises _Invalid or OSError."""
+    with opened_file(path) as (descriptor, size):
+        if size > max(_LARGEST_SHARD_BYTES, 2 * space.row_bytes):
+            raise Invalid("it is larger than any shard")
+        text = read_header(descriptor, size)
+        start = 8 + len(text)
+        metadata, count = _check_header(text, size - start, space)
+        seals = np.frombuffer(_read_at(descriptor, SEAL_BYTES * count, start), dtype="<u4")
+        keys = _read_at(descriptor, KEY_BYTES * count, size - KEY_BYTES * count)
+    key_rows = np.frombuffer(keys, dtype=np.uint8).reshape(count, KEY_BYTES)
+    return Shard(path, size, start + SEAL_BYTES * count, key_rows, seals), metadata
+
+
+def seal_rows(space: Space, keys: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """Returns the seals [n] of contiguous rows: CRC-32 over space id, key and the row's bytes."""
+    start = zlib.crc32(space.id.encode())
+    size = space.row_bytes
+    key_bytes, row_bytes = keys.tobytes(), moments.reshape(-1).view(np.uint8).data
+    seals = [
+        zlib.crc32(
+            row_bytes[i * size : (i + 1) * size],
+            zlib.crc32(key_bytes[i * KEY_BYTES : (i + 1) * KEY_BYTES], start),
+        )
+        for i in range(len(keys))
+    ]
+    return np.array(seals, dtype="<u4")
+
+
+def sealed_rows(shard: Shard, rows: np.ndarray, space: Space) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Reads the given rows (ascending, no repeats) of a shard in runs of neighbours.
+
+    Yields (row numbers [m], moments float16 [m 2C h w], whether each seal holds [m]).
+
+    Raises:
+        FileNotFoundError: when the shard is gone.
+        _Invalid, OSError: when it cannot be read any further.
+    """
+    size = space.row_bytes
+    longest = max(1, _READ_BYTES // size)
+    with opened_file(shard.path) as (descriptor, _):
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+            for begin in range(0, len(run), longest):
+                some = run[begin : begin + longest]
+                data = _read_at(descriptor, len(some) * size, shard.moments_offset + int(some[0]) * size)
+                moments = np.frombuffer(data, dtype="<f2").reshape(len(some), *space.moments_shape)
+                yield some, moments, seal_rows(space, shard.keys[some], moments) == shard.seals[some]
+
+
+def keys_of_rows(keys: Sequence[str]) -> np.ndarray:
+    """Turns hex keys into uint8 [n 32]; raises ValueError for anything else."""
+    joined = "".join(keys)
+    if any(len(key) != 2 * KEY_BYTES for key in keys) or joined != joined.lower():
+        raise ValueError("a key is 64 lower-case hexadecimal digits")
+    rows = np.frombuffer(bytes.fromhex(joined), dtype=np.uint8)
+    if rows.size != KEY_BYTES * len(keys):  # fromhex skips spaces
+        raise ValueError("a key is 64 lower-case hexadecimal digits")
+    return rows.reshape(-1, KEY_BYTES)
+
+
+def keys_as_hex(rows: np.ndarray) -> list[str]:
+    joined = rows.tobytes().hex()
+    return [joined[i : i + 2 * KEY_BYTES] for i in range(0, len(joined), 2 * KEY_BYTES)]
+
+
+def list_shards(space_folder: Path) -> list[Path]:
+    """Returns the files named like shards, in the order of their names; none if the folder does not exist."""
+    if not _SPACE_NAME.fullmatch(space_folder.name) or not space_folder.is_dir():
+        return []
+    with os.scandir(space_folder) as entries:
+        return sorted(space_folder / entry.name for entry in entries if _SHARD_NAME.fullmatch(entry.name))
+
+
+def problem(path: Path, error: Exception) -> str:
+    reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return f"{path}: {reason}; its rows count as missing"
+
+
+def digest(parts: Sequence[bytes | memoryview]) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    return whole.hexdigest()
+
+
+def row_facts(metadata: Mapping[str, str], count: int) -> tuple[list[str], list[dict]]:
+    """Returns name and record of each row; blanks where that part of a header is damaged or was left out."""
+    names = _parse_or_none(metadata.get("names"))
+    if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
+        names = [""] * count
+    return names, [record for length, record in record_runs(metadata, count) for _ in range(length)]
+
+
+def record_runs(metadata: Mapping[str, str], count: int) -> list[tuple[int, dict]]:
+    """Returns (number of rows, how they were made) for each run of equal rows of a shard."""
+    runs = _parse_or_none(metadata.get("records"))
+    if isinstance(runs, list) and all(_is_run(run) for run in runs) and sum(run[0] for run in runs) == count:
+        return [(length, record) for length, record in runs]
+    return [(count, {})]
+
+
+def _is_run(run: object) -> bool:
+    return isinstance(run, list) and len(run) == 2 and type(run[0]) is int and run[0] > 0 and isinstance(run[1], dict)
+
+
+def _parse_or_none(text: str | None) -> object:
+    try:
+        return json_text.parse(text or "")
+    except ValueError:
+        return None

@@ -1,0 +1,478 @@
+"""Every setting once: type, default, limits and help, one frozen dataclass per script."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from gait_latents.common.cli import CATALOGUE, setting, specs, to_dict
+
+AUTO_PASSES = 150  # of training over the images; after 130 to 200, samples turned into copies (docs/log.md)
+# Solver steps where sampling_timesteps is auto (docs/log.md); a sampler that is not here takes every training timestep.
+AUTO_STEPS = {"dpm++": 12, "ddim": 250}
+DOWNLOAD = "download"  # a word that stands in place of a path, for what can be fetched
+DATA, CACHE, NETWORK, DIFFUSION, TRAINING, SAVING, SAMPLING, OUTPUT, EVALUATION, MACHINE = (
+    "images",
+    "cache and VAE",
+    "network",
+    "diffusion",
+    "training",
+    "saving and logging",
+    "sampling",
+    "generated images",
+    "evaluation",
+    "machine",
+)
+# The order in which --help and the READMEs show them: what a newcomer sets stands first.
+GROUPS = (OUTPUT, EVALUATION, DATA, CACHE, TRAINING, SAVING, SAMPLING, MACHINE, NETWORK, DIFFUSION)
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """Settings that every script has."""
+
+    seed: int = setting(
+        42, int, DATA, "seed of the split and of every random draw", low=0, high=2**63 - 1, about_cache=True
+    )
+    device: str = setting("auto", str, MACHINE, "auto, cpu, cuda or cuda:N", free=True)
+
+
+@dataclass(frozen=True)
+class ImageSettings(MachineSettings):
+    """Settings of the scripts that read images: what is encoded, and by which VAE."""
+
+    vae_path: str = setting(
+        "/kaggle/input/kl-vae-best-pt/kl_vae_best.pt",
+        str,
+        CACHE,
+        "KL-VAE: a .pt, .pth or .safetensors file, a diffusers folder, or a hub id",
+        path=True,
+        free=True,
+        about_cache=True,
+    )
+    data_path: str = setting(
+        "/kaggle/input/organized-gait-dataset/Normal_line",
+        str,
+        DATA,
+        "folder with one sub-folder of images per class",
+        path=True,
+        free=True,
+        about_cache=True,
+    )
+    image_size: int = setting(
+        256, int, DATA, "side of the square images, in pixels", low=8, high=4096, about_cache=True, unit="pixels"
+    )
+    num_users: int | str = setting(
+        "all", int, DATA, "number of classes, in natural order", low=1, words=("all",), about_cache=True, unit="classes"
+    )
+    images_per_user: int | str = setting(
+        50, int, DATA, "training images per class", low=1, words=("all",), about_cache=True, unit="images"
+    )
+    split: str = setting(
+        "random",
+        str,
+        DATA,
+        "how training images are chosen in a class; contiguous suits overlapping windows of one recording",
+        choices=("random", "contiguous"),
+        about_cache=True,
+    )
+    split_gap: int = setting(
+        4,
+        int,
+        DATA,
+        "images left out between training and test of a contiguous split",
+        low=0,
+        about_cache=True,
+        unit="images",
+    )
+    skip_bad_images: bool = setting(
+        False, bool, DATA, "go on without images that cannot be read, and record them", about_cache=True
+    )
+    encode_batch_size: int = setting(
+        16,
+        int,
+        CACHE,
+        "images per encoder call on a GPU; on a CPU, where it is faster, always one",
+        low=1,
+        high=1024,
+        free=True,
+        about_cache=True,
+        unit="images",
+    )
+    encode_precision: str = setting(
+        "float32",
+        str,
+        CACHE,
+        "number format of the encoder; what is stored is float16 moments in any case",
+        choices=("float32", "float16", "bfloat16"),
+        free=True,
+        about_cache=True,
+    )
+
+
+@dataclass(frozen=True)
+class PreprocessSettings(ImageSettings):
+    """Settings of preprocess_latents.py."""
+
+    output_folder: str = setting("./latents_cache", str, CACHE, "the cache folder", path=True)
+    splits: tuple[str, ...] = setting(
+        ("train",),
+        str,
+        DATA,
+        "which images to encode: train, or train test",
+        choices=("train", "test"),
+        many=True,
+    )
+    verify: bool = setting(
+        False, bool, CACHE, "check a cache instead of filling it: every seal, and a few images decoded"
+    )
+    prune: bool = setting(
+        False, bool, CACHE, "list what nobody needs in a cache instead of filling it; with --yes, remove it"
+    )
+    yes: bool = setting(False, bool, CACHE, "do what --prune lists")
+    keep_for: tuple[str, ...] = setting(
+        ("./results",),
+        str,
+        CACHE,
+        "run folders whose latents --prune keeps, besides those of the cache's own split",
+        many=True,
+        needed=False,
+        path=True,
+    )
+
+
+@dataclass(frozen=True)
+class SamplingSettings(MachineSettings):
+    """Settings of the scripts that sample images."""
+
+    cond_scale: float = setting(
+        1.5,
+        float,
+        SAMPLING,
+        "guidance scale s in uncond + s * (cond - uncond); 1 is off",
+        low=0.0,
+        high=100.0,
+        free=True,
+    )
+    guidance_interval: tuple[float, ...] = setting(
+        (0.0, 1.0),
+        float,
+        SAMPLING,
+        "part of the way from noise (0) to image (1) on which guidance acts; elsewhere a step takes one pass, not two",
+        low=0.0,
+        high=1.0,
+        many=True,
+        pair=True,
+        free=True,
+    )
+    sampler: str = setting(
+        "dpm++",
+        str,
+        SAMPLING,
+        "solver: dpm++ is DPM-Solver++(2M)",
+        choices=("dpm++", "ddim", "ddpm"),
+        free=True,
+    )
+    sampling_timesteps: int | str = setting(
+        "auto",
+        int,
+        SAMPLING,
+        f"solver steps; auto is {AUTO_STEPS['dpm++']} for dpm++ (20 in runs that began with that), "
+        f"{AUTO_STEPS['ddim']} for ddim, every step for ddpm",
+        low=1,
+        words=("auto",),
+        free=True,
+        unit="steps",
+    )
+    precision: str = setting(
+        "auto",
+        str,
+        MACHINE,
+        "number format of the network: auto is bfloat16 or float16 on a GPU, whichever is native, float32 on a CPU",
+        choices=("auto", "float32", "float16", "bfloat16"),
+    )
+
+
+@dataclass(frozen=True)
+class TrainSettings(SamplingSettings, ImageSettings):
+    """Settings of train_latent_cfg.py."""
+
+    latents_cache_folder: str = setting("./latents_cache", str, CACHE, "the cache folder", path=True, free=True)
+    results_folder: str = setting(
+        "./results", str, SAVING, "where checkpoints, grids and logs go", path=True, free=True
+    )
+    resume_from: str | None = setting(
+        None,
+        str,
+        SAVING,
+        "run folder or checkpoint file to go on from, when results_folder is empty; may be read-only",
+        words=("none",),
+        path=True,
+        free=True,
+    )
+    latent_norm: str = setting(
+        "moments",
+        str,
+        DIFFUSION,
+        "moments: per-channel shift and scale measured on training images; scale_factor: the VAE's own constant",
+        choices=("moments", "scale_factor"),
+    )
+    latent_norm_images: int = setting(
+        64, int, DIFFUSION, "training images that the measured normalisation looks at", low=1, unit="images"
+    )
+    dim: int = setting(48, int, NETWORK, "width of the U-Net's first level, in channels", low=4, unit="channels")
+    dim_mults: tuple[int, ...] = setting(
+        (1, 2, 4), int, NETWORK, "width of each level, as multiples of dim", low=1, many=True
+    )
+    attn_dim_head: int = setting(32, int, NETWORK, "channels per attention head", low=1, unit="channels")
+    attn_heads: int = setting(4, int, NETWORK, "attention heads", low=1, unit="heads")
+    cond_drop_prob: float = setting(
+        0.1,
+        float,
+        DIFFUSION,
+        "probability that a training latent loses its class, for guidance",
+        low=0.0,
+        high=1.0,
+    )
+    timesteps: int = setting(1000, int, DIFFUSION, "diffusion timesteps", low=2, high=1_000_000, unit="steps")
+    objective: str = setting(
+        "pred_v", str, DIFFUSION, "what the network predicts", choices=("pred_v", "pred_noise", "pred_x0")
+    )
+    beta_schedule: str = setting("cosine", str, DIFFUSION, "noise schedule", choices=("cosine", "linear"))
+    noise_shift: float = setting(
+        0.5,
+        float,
+        DIFFUSION,
+        "how much noisier each timestep is than in the schedule: added to log(sigma / alpha)",
+        low=-3.0,
+        high=3.0,
+    )
+    min_snr_loss_weight: bool = setting(True, bool, DIFFUSION, "weigh the loss by min-SNR")
+    min_snr_gamma: float = setting(5.0, float, DIFFUSION, "gamma of min-SNR", low=0.01)
+    train_batch_size: int = setting(8, int, TRAINING, "latents per forward pass", low=1, unit="latents")
+    gradient_accumulate_every: int = setting(
+        2, int, TRAINING, "forward passes per step; a step sees train_batch_size times this", low=1
+    )
+    train_lr: float = setting(4e-4, float, TRAINING, "learning rate of Adam", low=0.0)
+    train_num_steps: int | str = setting(
+        "auto",
+        int,
+        TRAINING,
+        f"steps in all; auto is as many as see each training image {AUTO_PASSES} times",
+        low=1,
+        words=("auto",),
+        free=True,
+        unit="steps",
+    )
+    join_passes: bool = setting(
+        True,
+        bool,
+        TRAINING,
+        "compute the forward passes of a step as one where they are small: the same training, and faster",
+        free=True,
+    )
+    time_shift: float = setting(
+        1 / 16,
+        float,
+        TRAINING,
+        "latents are moved along the width, time in a spectrogram, by up to this share of it, each time they are seen",
+        low=0.0,
+        high=0.5,
+    )
+    max_grad_norm: float = setting(1.0, float, TRAINING, "gradients are clipped to this norm", low=0.0)
+    ema_decay: float = setting(0.9995, float, TRAINING, "decay of the averaged weights", low=0.0, high=1.0)
+    ema_update_every: int = setting(3, int, TRAINING, "steps between updates of the average", low=1, unit="steps")
+    max_hours: float | None = setting(
+        None,
+        float,
+        SAVING,
+        "save and stop before this many hours after the start of the process",
+        low=0.0,
+        words=("none",),
+        free=True,
+        unit="hours",
+    )
+    save_and_sample_every: int = setting(
+        2000, int, SAVING, "steps between checkpoints and grids", low=1, free=True, unit="steps"
+    )
+    num_samples: int = setting(
+        4, int, SAVING, "columns of the sample grid; 0 makes no grid", low=0, free=True, unit="images"
+    )
+    log_every: int = setting(100, int, SAVING, "steps between lines of metrics.jsonl", low=1, free=True, unit="steps")
+    trackers: tuple[str, ...] = setting(
+        ("auto",),
+        str,
+        SAVING,
+        "where figures and grids go, too: auto is tensorboard where it is installed; wandb sends them to its server",
+        choices=("auto", "none", "tensorboard", "wandb"),
+        many=True,
+        free=True,
+    )
+    wandb_project: str = setting("gait-latents", str, SAVING, "project in Weights & Biases", free=True)
+    wandb_name: str | None = setting(
+        None,
+        str,
+        SAVING,
+        "name of the run in Weights & Biases; none is that of results_folder",
+        words=("none",),
+        free=True,
+    )
+    compile: str = setting(
+        "auto",
+        str,
+        MACHINE,
+        "compile the network: auto does so in runs long enough to repay it, where a compiler is at hand",
+        choices=("auto", "true", "false"),
+        free=True,
+    )
+    deterministic: bool = setting(False, bool, MACHINE, "bit-exact resume on a GPU, at some cost in speed", free=True)
+
+
+@dataclass(frozen=True)
+class GenerateSettings(SamplingSettings):
+    """Settings of generate.py."""
+
+    checkpoint: str = setting("./results", str, OUTPUT, "run folder, or one checkpoint file in it", path=True)
+    classes: tuple[str, ...] = setting(("all",), str, OUTPUT, "class names, or all", many=True)
+    images_per_class: int = setting(50, int, OUTPUT, "images per class", low=1, unit="images")
+    vae_path: str | None = setting(
+        None, str, CACHE, "the VAE that decodes; none takes the run's own", words=("none",), path=True
+    )
+    output_folder: str = setting("./synthetic", str, OUTPUT, "where the images go", path=True)
+    image_format: str = setting(
+        "auto", str, OUTPUT, "auto is the format of the training images", choices=("auto", "jpg", "png")
+    )
+    strip: tuple[float, ...] = setting(
+        (),
+        float,
+        OUTPUT,
+        "make only a picture of classes x these guidance scales",
+        low=0.0,
+        many=True,
+        needed=False,
+    )
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(MachineSettings):
+    """Settings of evaluate_images.py."""
+
+    checkpoint: str = setting("./results", str, EVALUATION, "run folder, or one checkpoint file in it", path=True)
+    synthetic_path: str = setting(
+        "./synthetic", str, EVALUATION, "folder with one sub-folder of generated images per class", path=True
+    )
+    output_folder: str = setting("./evaluation", str, EVALUATION, "where the report goes", path=True)
+    data_path: str | None = setting(
+        None, str, DATA, "the real images; none takes the run's own folder", words=("none",), path=True
+    )
+    vae_path: str | None = setting(
+        None, str, CACHE, "the VAE that encodes; none takes the run's own", words=("none",), path=True
+    )
+    neighbours: int = setting(5, int, EVALUATION, "k of precision, recall, density and coverage", low=1, high=1000)
+    inception_weights: str | None = setting(
+        None,
+        str,
+        EVALUATION,
+        f"weights for FID with Inception features: a file, or {DOWNLOAD}; none leaves FID out",
+        words=("none", DOWNLOAD),
+        path=True,
+    )
+    classifier: str = setting(
+        "auto",
+        str,
+        EVALUATION,
+        "train classifiers with and without the generated images, and test them: auto does so on a GPU",
+        choices=("auto", "true", "false"),
+    )
+    classifier_steps: int = setting(1000, int, EVALUATION, "training steps of each classifier", low=1)
+    classifier_seeds: int = setting(3, int, EVALUATION, "classifiers of each kind, to see the spread", low=1, high=100)
+    classifier_image_size: int = setting(
+        64, int, EVALUATION, "side of the images that the classifiers see, in pixels", low=8, high=512
+    )
+    sweep: tuple[float, ...] = setting(
+        (),
+        float,
+        EVALUATION,
+        "sample at these guidance scales instead of looking at images, and compare",
+        low=0.0,
+        high=100.0,
+        many=True,
+        needed=False,
+    )
+    sweep_checkpoints: tuple[str, ...] = setting(
+        ("newest",), str, EVALUATION, "checkpoints of the sweep: newest, all, or their steps", many=True
+    )
+    sweep_images: int = setting(40, int, EVALUATION, "samples per class at each point of the sweep", low=1)
+
+
+def _as_in(cls: type, name: str) -> Any:
+    """Makes the same setting as another script has."""
+    (known,) = (f for f in fields(cls) if f.name == name)
+    return field(default=known.default, metadata=known.metadata)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Settings of export_model.py."""
+
+    checkpoint: str = _as_in(GenerateSettings, "checkpoint")
+    cond_scale: float = _as_in(GenerateSettings, "cond_scale")
+    guidance_interval: tuple[float, ...] = _as_in(GenerateSettings, "guidance_interval")
+    ddim_steps: int = setting(
+        100, int, SAMPLING, "levels of noise listed for a DDIM loop; at most as many as the model has timesteps", low=1
+    )
+    output_folder: str = setting("./exported", str, SAVING, "where the exported model goes", path=True)
+
+
+SCRIPTS: dict[str, type] = {
+    "preprocess_latents.py": PreprocessSettings,
+    "train_latent_cfg.py": TrainSettings,
+    "generate.py": GenerateSettings,
+    "evaluate_images.py": EvaluateSettings,
+    "export_model.py": ExportSettings,
+}
+# The cache folder has two names: in preprocess_latents.py it is what comes out.
+_OTHER_NAMES = {
+    "output_folder": "latents_cache_folder",
+    "latents_cache_folder": "output_folder",
+    "learning_rate": "train_lr",
+    "epochs": "train_num_steps",
+    "guidance": "cond_scale",
+    "guidance_scale": "cond_scale",
+}
+# Settings of earlier versions: what a file of settings says where nobody used one, and what takes its place.
+_GONE = {
+    "dry_run": ("false", "the disk is told at the start, and the length of a training after its first 50 steps"),
+    "import_folder": ("null", "give --data_path, for the images of imported latents are encoded again"),
+    "import_scale_factor": ("0.18215", "it belonged to --import_folder"),
+    "import_split": ("null", "choose training images with --images_per_user, --split and --seed"),
+}
+
+
+vars(CATALOGUE).update(scripts=SCRIPTS, groups=GROUPS, other_names=_OTHER_NAMES, gone=_GONE)
+
+
+# --- storing the settings of a run -------------------------------------------------------------------------
+
+
+AUTO_STEPS_BEFORE = {"dpm++": 20, "ddim": 250}  # what AUTO_STEPS was for runs that do not say
+# What was done before these settings existed: old runs and old images stand for it, whatever the defaults are now.
+_BEFORE = {"guidance_interval": [0.0, 1.0], "time_shift": 0.0, "noise_shift": 0.0}
+
+
+def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds to the stored settings of a run, or of images, what it did in those that came later than it."""
+    return {**_BEFORE, **stored}
+
+
+def differences_on_resume(stored: Mapping[str, Any], settings: Any) -> list[tuple[str, Any, Any]]:
+    """Lists (name, stored value, value asked for) of settings that must not change when a run goes on.
+
+    The batch counts as one setting: 8 x 2 and 16 x 1 see the same latents in the same steps.
+    """
+    asked = to_dict(settings)
+    fixed = {name for name, spec in specs(type(settings)).items() if not spec.free and name in stored}
+    batch = ("train_batch_size", "gradient_accumulate_every")
+    if fixed.issuperset(batch) and math.prod(stored[n] for n in batch) == math.prod(asked[n] for n in batch):
+        fixed -= set(batch)
+    return [(name, stored[name], asked[name]) for name in asked if name in fixed and stored[name] != asked[name]]

@@ -1,0 +1,183 @@
+"""One checkpoint file: tensors and plain values, published whole, and trusted only after its checksum.
+
+It is a safetensors file. Its metadata hold a format number, `meta` as JSON, and the SHA-256 over meta and all tensors.
+Reading one never executes anything from it.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gait_latents.common import files, json_text
+from gait_latents.common.errors import UserError
+
+FORMAT = 1
+_HEADER_BYTES = 4 << 20  # a larger header is refused unread
+_NAMES = {  # of the number formats that a checkpoint may hold
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class DamagedCheckpoint(Exception):
+    """A file is no whole checkpoint; the text names it and says why."""
+
+
+def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Publishes tensors of any device, and `meta`, as one file.
+
+    Args:
+        path: where to; a file of that name is replaced once the new one is whole.
+        tensors: {name: tensor}; no two may share memory.
+        meta: plain values as JSON knows them; tuples come back as lists.
+
+    Raises:
+        OSError: when the file cannot be published; what was there is untouched.
+        ValueError: for shared tensors or other number formats, and for NaN or infinity in `meta`.
+        TypeError: for anything in `meta` that JSON does not know.
+    """
+    _check_storable(tensors)
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json_text.canonical(meta)
+    facts = {"format": str(FORMAT), "meta": text, "sha256": _checksum(stored, text)}
+    # Written from where the tensors lie. safetensors.torch.save would hold all of it twice more, and its save_file puts
+    # a file of its own in place, with mode 0600 and no errno when that fails; both shuffle the metadata.
+    order = sorted(stored, key=lambda name: (-stored[name].element_size(), name))  # keeps each tensor aligned
+    header = _header({name: stored[name] for name in order}, facts)
+    files.publish(path, [header, *(_bytes(stored[name]) for name in order)])
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a file that `save` made; returns its tensors, on the CPU, and meta.
+
+    Raises:
+        DamagedCheckpoint: when it is not what `save` wrote.
+        UserError: when it has another format number.
+        OSError: when it cannot be read.
+    """
+    path = Path(path)
+    try:
+        facts, data = _read(path)
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, _Unreadable) as error:
+        raise DamagedCheckpoint(f"{path}: {str(error)[:100]}") from None
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of safetensors.torch
+        what = f"{type(error).__name__}: {error}"[:60]
+        raise DamagedCheckpoint(f"{path}: it holds a tensor of an impossible type or shape ({what})") from None
+    except MemoryError:
+        raise OSError(errno.ENOMEM, "it is larger than the memory that is free", str(path)) from None
+    return tensors, _checked_meta(path, tensors, facts)
+
+
+def _header(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:
+    """Builds the start of a safetensors file that holds the tensors one after the other."""
+    table: dict[str, Any] = {"__metadata__": facts}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > _HEADER_BYTES:
+        raise ValueError(f"names and meta need {len(text)} bytes, and {_HEADER_BYTES} can be read back")
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Views a contiguous CPU tensor as its bytes."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+
+
+class _Unreadable(Exception):
+    """The reason why a file is none that `save` wrote."""
+
+
+def _read(path: Path) -> tuple[dict[str, str], bytes]:
+    """Returns the metadata and the content of a file that is as long as the tensors that it lists.
+
+    A few bytes may claim to be terabytes, and a hole of terabytes may follow a few bytes.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a named pipe would wait; a folder is an OSError
+        raise _Unreadable("it is not a file")
+    with files.naming(path), path.open("rb") as file:
+        if _header_length(_start(file)) > _HEADER_BYTES:
+            raise _Unreadable("it does not begin like a checkpoint")
+        with safe_open(path, "numpy") as listed:  # looks at the header alone, and at the length of the file
+            facts = listed.metadata() or {}
+        file.seek(0)
+        return facts, file.read()
+
+
+def _start(file: BinaryIO) -> bytes:
+    """Reads the length of the header and the header, as far as it is not too long."""
+    length = file.read(8)
+    return length + file.read(min(_header_length(length), _HEADER_BYTES))
+
+
+def _header_length(data: bytes) -> int:
+    return int.from_bytes(data[:8], "little")
+
+
+def stamp(path: Path) -> str:
+    """Returns a digest that no other save has, of a file that need not be whole; raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.sha256(_start(file)).hexdigest()  # the header holds the checksum of all the rest
+
+
+def _checked_meta(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the meta of a file whose checksum holds; raises DamagedCheckpoint or UserError."""
+    number, text = facts.get("format", ""), facts.get("meta", "")
+    is_intact = _checksum(tensors, text) == facts.get("sha256")
+    # Where our checksum holds and the number alone is another, the number is what was damaged.
+    if number.isdecimal() and number != str(FORMAT) and not is_intact:
+        raise UserError(
+            f"{path} has format {number[:20]}, and this version reads {FORMAT}; use the version that wrote it, "
+            "or another folder"
+        )
+    if not is_intact or number != str(FORMAT):
+        raise DamagedCheckpoint(f"{path}: its content does not match its checksum")
+    try:
+        meta = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path}: its meta cannot be read: {str(error)[:100]}") from None
+    if not isinstance(meta, dict):
+        raise DamagedCheckpoint(f"{path}: its meta are not an object")
+    return meta
+
+
+def _checksum(tensors: Mapping[str, Tensor], meta_text: str) -> str:
+    """Returns the SHA-256 over meta, then names, types and shapes, then the bytes of contiguous CPU tensors."""
+    names = sorted(tensors)
+    table = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    whole = hashlib.sha256(json_text.canonical([meta_text, table]).encode())
+    for name in names:
+        whole.update(_bytes(tensors[name]))
+    return whole.hexdigest()
+
+
+def _check_storable(tensors: Mapping[str, Tensor]) -> None:
+    owners: dict[tuple[torch.device, int], str] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"{name} is {tensor.dtype}, which a checkpoint does not hold")
+        if tensor.numel():
+            owner = owners.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), name)
+            if owner != name:
+                raise ValueError(f"{owner} and {name} share memory; keep one of them")

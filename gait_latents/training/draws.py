@@ -1,0 +1,59 @@
+"""Everything random in one training step, drawn on the CPU from (seed, step) alone.
+
+A step belongs to the effective batch: micro-batches and ranks take slices of one set of draws, so neither
+accumulation nor a restart changes what is trained. Nothing here touches torch's global generator.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from gait_latents.common.seeds import sample_generator, visited
+
+
+@dataclass(frozen=True, eq=False)
+class StepDraws:
+    """What one step of effective batch B needs."""
+
+    positions: Tensor  # B, int64, items of the data set
+    posterior_noise: Tensor  # B C h w, float32
+    times: Tensor  # B, int64, 0 <= time < timesteps
+    noise: Tensor  # B C h w, float32
+    cond_keep_mask: Tensor  # B, bool, True where the class is shown to the network
+    shifts: Tensor  # B, int64, columns that a latent is moved to the right by
+
+    def slice(self, start: int, stop: int) -> "StepDraws":
+        """Gives rows start to stop - 1, the share of a micro-batch or a rank."""
+        return StepDraws(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+
+    def to(self, device: torch.device | str) -> "StepDraws":
+        """Gives the same draws on another device, without waiting for the copy."""
+        return StepDraws(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+def draw_step(
+    seed: int,
+    step: int,
+    *,
+    batch: int,
+    size: int,
+    latent_shape: tuple[int, ...],
+    timesteps: int,
+    cond_drop_prob: float,
+    largest_shift: int = 0,
+) -> StepDraws:
+    """Draws step number `step`, from 0: items step * batch onwards of the order, and all noise for them.
+
+    Shifts are from -largest_shift to largest_shift. They are drawn last, so that the rest does not depend on them.
+    """
+    generator = sample_generator(seed, "step", step)
+    noise_shape = (batch, *latent_shape)
+    return StepDraws(
+        positions=visited(seed, step * batch, batch, size),
+        posterior_noise=torch.randn(noise_shape, generator=generator, dtype=torch.float32),
+        times=torch.randint(timesteps, (batch,), generator=generator),
+        noise=torch.randn(noise_shape, generator=generator, dtype=torch.float32),
+        cond_keep_mask=torch.rand(batch, generator=generator, dtype=torch.float64) >= cond_drop_prob,
+        shifts=torch.randint(-largest_shift, largest_shift + 1, (batch,), generator=generator),
+    )

@@ -1,0 +1,242 @@
+"""Makes the images of a folder, or a strip over guidance scales, with the averaged network of a run."""
+
+import csv
+import difflib
+import io
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from gait_latents.common import cli, console, files, hardware, pictures
+from gait_latents.common.console import Progress, say
+from gait_latents.common.distributed import ALONE, Ranks
+from gait_latents.common.errors import DONE, UserError
+from gait_latents.common.layout import LABELS_NAME, RECORD_NAME
+from gait_latents.common.process import StopSignals
+from gait_latents.diffusion.sampling import BATCH_SIZE
+from gait_latents.images.generated import Cell, not_there, read_made, read_record
+from gait_latents.images.write_behind import WriteBehind
+from gait_latents.settings import GenerateSettings
+from gait_latents.training.run_folder import SavedState
+from gait_latents.training.trained_model import TrainedModel
+
+_OVERVIEW_NAME, _STRIP_NAME = "overview.png", "strip.png"
+_MOST_UNWRITTEN = 2 * BATCH_SIZE  # images that wait to be written while the next are made
+_OVERVIEW_ROWS, _OVERVIEW_COLUMNS = 16, 6
+
+
+class Generator(TrainedModel):
+    """The averaged network of a checkpoint, ready to make images: a folder of them, or a strip."""
+
+    def __init__(
+        self, settings: GenerateSettings, state: SavedState, device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
+        self.classes = _chosen_classes(settings.classes, state.meta.classes)  # a misspelt name is told at once
+        super().__init__(settings, state, device)
+        self.ranks = ranks
+        self.folder = Path(settings.output_folder)
+        interval = settings.guidance_interval
+        where = "" if interval == (0, 1) else f" from {interval[0]:g} to {interval[1]:g} of the way"
+        passes = self.diffusion.num_passes(self.steps, cond_scale=settings.cond_scale, guidance_interval=interval)
+        self.description = (
+            f"{state.path} (step {state.step:,}), {len(self.classes)} of {len(self.all_classes)} classes, guidance "
+            f"{settings.cond_scale:g}{where}, {self.steps} steps of {settings.sampler} ({passes} network passes), "
+            f"{str(self.dtype).removeprefix('torch.')} ({self.precision_reason}) on {hardware.describe(device)}"
+        )
+
+    # --- one folder per class ---
+
+    def make_images(self) -> int:
+        """Makes the images that are missing in the output folder; writes labels.csv and settings.json.
+
+        Each process makes its share; rank 0 waits for the others' files, and makes those that do not appear, as on
+        the disk of another machine.
+        """
+        with self.ranks.together():
+            cells = not_there(self._cells())
+            self._go_on_as_begun()
+            files.check_writable(self.folder, "output_folder")
+            if cells:
+                self.decoder.open()  # before anything is written
+        self.ranks.check_same({"the decoder in": self.decoder.dtype}, "give --precision float32")
+        with self.ranks.together():
+            self._check_output_folder()
+        there = len(self.classes) * self.settings.images_per_class - len(cells)
+        if there:
+            say(f"{there:,} of the images are already there")
+        self._tell_disk(len(cells))
+        with (
+            StopSignals() as signals,
+            console.progress(total=len(cells), unit="images", label="generate") as bar,
+        ):
+            try:
+                self._make(self.ranks.share(cells), bar, signals)
+                if not self.ranks.is_main:
+                    return DONE
+                if self.ranks.count > 1:
+                    self._await_others(cells, bar, signals)
+                    self._make(not_there(cells), bar, signals)
+            finally:
+                self.ranks.tell("made")
+                if self.ranks.is_main:
+                    self._write_labels()
+        say(
+            f"{len(cells):,} images made in {self.folder} ({self.suffix[1:]}, {LABELS_NAME}); "
+            f"peak memory {hardware.peak_memory(self.device)}"
+        )
+        say(f"the first of each class: {self._draw_overview()}")
+        places = {"checkpoint": self.settings.checkpoint, "synthetic_path": self.settings.output_folder}
+        flags = "".join(f" --{name} {shlex.quote(place)}" for name, place in places.items())
+        say(f"next: {console.python_word()} evaluate_images.py{flags}")
+        return DONE
+
+    def _go_on_as_begun(self) -> None:
+        """Decodes as the images were that are in the folder already."""
+        path = self.folder / RECORD_NAME
+        if path.exists() and not self.settings.strip:
+            began = read_record(path)["decoder_precision"]
+            if isinstance(began, str) and began in hardware.NUMBER_FORMATS:  # else the folder is refused
+                self.decoder.go_on_in(hardware.NUMBER_FORMATS[began])
+
+    def _make(self, cells: Sequence[Cell], bar: Progress, signals: StopSignals) -> None:
+        with WriteBehind(self._write, at_most=_MOST_UNWRITTEN) as writer:
+            for start in range(0, len(cells), BATCH_SIZE):
+                bar.advance(self._make_batch(cells[start : start + BATCH_SIZE], writer))
+                self.ranks.raise_if_stopped(signals)
+            bar.advance(writer.finish())
+
+    def _await_others(self, cells: Sequence[Cell], bar: Progress, signals: StopSignals) -> None:
+        self.ranks.tell("made")
+        to_come = len(cells) - len(self.ranks.share(cells))
+
+        def look() -> tuple[int, int]:
+            nonlocal to_come
+            self.ranks.raise_if_stopped(signals)
+            before, to_come = to_come, len(not_there(cells))
+            bar.advance(before - to_come)
+            return before - to_come, to_come
+
+        self.ranks.await_others("made", look)
+
+    def _tell_disk(self, count: int) -> None:
+        num_bytes = count * self.meta.image_size**2 * pictures.BYTES_PER_PIXEL[self.suffix]
+        console.tell(num_bytes, f"{count:,} images", self.folder, remedy="give another --output_folder")
+
+    def _draw_overview(self) -> Path:
+        names = list(self.classes.values())[:_OVERVIEW_ROWS]
+        shown = [cell for cell in self._cells() if cell.index < _OVERVIEW_COLUMNS]
+        side = self.meta.image_size
+        rows = [[read_made(cell.path, side) for cell in shown if cell.class_name == name] for name in names]
+        path = self.folder / _OVERVIEW_NAME
+        pictures.save_picture(pictures.labelled_grid(rows, names), path)
+        return path
+
+    def _make_batch(self, cells: Sequence[Cell], writer: WriteBehind) -> int:
+        """Makes these images and hands them to the writer; returns how many images it has written meanwhile."""
+        samples = self.sample([c.label for c in cells], [c.index for c in cells], self.settings.cond_scale)
+        return sum(writer.put(cell.path, image) for cell, image in zip(cells, self.decoder(samples), strict=True))
+
+    def _write(self, path: Path, image: np.ndarray) -> None:
+        files.publish(path, pictures.encode_image(Image.fromarray(image), self.suffix))
+
+    def _cells(self) -> list[Cell]:
+        return [
+            Cell(label, name, index, self.folder / name / f"{name}_{index:06d}{self.suffix}")
+            for label, name in self.classes.items()
+            for index in range(self.settings.images_per_class)
+        ]
+
+    def _check_output_folder(self) -> None:
+        """Refuses a folder whose images were made in another way, and writes down how these are made."""
+        for place in (self.folder, *(self.folder / name for name in self.classes.values())):
+            files.remove_stale_temporaries(place)
+        self._refuse_other_images()
+        path = self.folder / RECORD_NAME
+        if not path.exists():  # else it stays as it is, with what an earlier version has written into it
+            files.publish(path, (json.dumps(self._record(), indent=2) + "\n").encode())
+
+    def _refuse_other_images(self) -> None:
+        record, path = self._record(), self.folder / RECORD_NAME
+        if path.exists():
+            before = read_record(path)
+            for name, value in record.items():
+                if before.get(name) != value:
+                    then = str(before.get(name))[:100]
+                    raise UserError(
+                        f"{self.folder} holds images made with {name} {then}, now it is {value}; give another "
+                        "--output_folder"
+                    )
+
+    def _record(self) -> dict[str, Any]:
+        """Returns all that the images of the folder have in common."""
+        return {
+            "weights": self.weights_digest,
+            "step": self.meta.step,
+            "cond_scale": self.settings.cond_scale,
+            "guidance_interval": list(self.settings.guidance_interval),
+            "sampler": self.settings.sampler,
+            "sampling_timesteps": self.steps,
+            "seed": self.settings.seed,
+            "precision": str(self.dtype).removeprefix("torch."),
+            "decoder_precision": str(self.decoder.dtype).removeprefix("torch."),
+            "image_format": self.suffix[1:],
+            "vae": self.vae_name,
+        }
+
+    def facts(self) -> dict[str, object]:
+        """Returns what all processes must have alike."""
+        asked = {name: getattr(self.settings, name) for name in ("classes", "images_per_class", "strip")}
+        return {**self._record(), **{f"--{name}": cli.show(value) for name, value in asked.items()}}
+
+    def _write_labels(self) -> None:
+        """Lists every image of the folder with its class and label."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(["file", "class", "label"])
+        for label, name in enumerate(self.all_classes):
+            for path in sorted((self.folder / name).glob(f"*{self.suffix}")):
+                writer.writerow([f"{name}/{path.name}", name, label])
+        files.publish(self.folder / LABELS_NAME, buffer.getvalue().encode("utf-8", "surrogateescape"))
+
+    # --- a picture to choose the guidance by ---
+
+    def make_strip(self) -> int:
+        """Draws one image per class and guidance scale, with the same noise along a row; rank 0 does so."""
+        if not self.ranks.is_main:
+            return DONE
+        files.check_writable(self.folder, "output_folder")
+        self.decoder.open()  # first, for it says how all is computed: float32 on a GPU as TF32 or not
+        scales, columns = self.settings.strip, []
+        labels = list(self.classes)
+        with console.progress(total=len(scales) * len(labels), unit="images", label="strip") as bar:
+            for scale in scales:
+                column = []
+                for start in range(0, len(labels), BATCH_SIZE):
+                    part = labels[start : start + BATCH_SIZE]
+                    column += self.decoder(self.sample(part, [0] * len(part), scale))
+                    bar.advance(len(part))
+                columns.append(column)
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        path = self.folder / _STRIP_NAME
+        picture = pictures.labelled_grid(rows, list(self.classes.values()), [f"{scale:g}" for scale in scales])
+        pictures.save_picture(picture, path)
+        say(f"classes from top to bottom, guidance scales from left to right: {path}")
+        return DONE
+
+
+def _chosen_classes(asked: Sequence[str], known: Sequence[str]) -> dict[int, str]:
+    """Returns label -> name of the classes asked for, in the order of their labels."""
+    if tuple(asked) == ("all",):
+        return dict(enumerate(known))
+    for name in asked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known[:40])}"
+            raise UserError(f"--classes: the model has no class {name}; {hint}")
+    return {label: name for label, name in enumerate(known) if name in asked}

@@ -1,0 +1,184 @@
+"""The pictures that training makes along the way: sample grids with class names, and the loss curve."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gait_latents.common import charts, files, pictures
+from gait_latents.common.console import say, warn
+from gait_latents.common.errors import UserError
+from gait_latents.common.seeds import sample_generator
+from gait_latents.diffusion.model import LatentDiffusion
+from gait_latents.diffusion.sampling import BATCH_SIZE, nearest_class, num_solver_steps, sample_padded
+from gait_latents.latents.dataset import LatentDataset
+from gait_latents.settings import TrainSettings
+from gait_latents.training.metrics_log import Metrics
+from gait_latents.vae.decoder import Decoder
+
+_MAX_ROWS = 16  # classes shown
+_IMAGES_PER_MEAN = 32  # training images that a class mean is measured on
+
+
+class GridMaker:
+    """Samples the first classes with the averaged network, scores them, and draws them when the VAE is at hand.
+
+    Args:
+        network: the averaged network, looked at anew for each grid.
+        dtype: the number format that it samples in.
+        dataset: the training data, with its normalisation.
+        classes: all class names, in label order.
+        auto_steps: see `num_solver_steps`.
+        show: told of each grid, with its step.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        network: LatentDiffusion,
+        dtype: torch.dtype,
+        dataset: LatentDataset,
+        classes: Sequence[str],
+        folder: Path,
+        metrics: Metrics,
+        *,
+        auto_steps: Mapping[str, int],
+        show: Callable[[int, Image.Image], None] = lambda step, picture: None,
+    ) -> None:
+        self.settings, self.network, self.dtype, self.dataset = settings, network, dtype, dataset
+        self.folder, self.metrics, self.auto_steps, self.show = folder, metrics, auto_steps, show
+        self.num_classes, self.names = len(classes), list(classes)[:_MAX_ROWS]
+        self.decoder = Decoder(settings.vae_path, dataset.norm, dataset.device)  # type: ignore[arg-type]
+        self.class_means: Tensor | None = None
+        self.can_draw = self.can_chart = True
+        try:
+            charts.check_installed()
+        except UserError as error:
+            self._go_on_without_charts(error)
+
+    def rehearse(self) -> None:
+        """Takes one sampler step of a grid and decodes one image, so that what cannot work shows at once."""
+        if not self.settings.num_samples:
+            return
+        self._decode(self._sample_batch([0], [0], steps=1))
+
+    def make(self, step: int, *, between: Callable[[], None] = lambda: None) -> None:
+        """Makes the grid of a step: one figure in metrics.jsonl, and the picture.
+
+        Args:
+            step: number of finished steps.
+            between: called between any two pieces of the work; what it raises ends the work.
+        """
+        if not self.settings.num_samples:
+            return
+        cells = self._cells()
+        samples = torch.cat(
+            [self._sample(cells[start : start + BATCH_SIZE], between) for start in range(0, len(cells), BATCH_SIZE)]
+        )
+        score = self._score(samples, [label for label, _ in cells], between)
+        self.metrics.add(step=step, nearest_class_mean=round(score, 4))
+        message = f"step {step:,}: {score:.0%} of {len(cells)} samples are nearest to the mean of their own class"
+        images = self._decode(samples, between)
+        if images:
+            path = self.folder / f"grid-{step:08d}.png"
+            columns = self.settings.num_samples
+            rows = [images[start : start + columns] for start in range(0, len(images), columns)]
+            picture = pictures.labelled_grid(rows, self.names)
+            pictures.save_picture(picture, path)
+            self.show(step, picture)
+            message += f"; see {path}"
+        say(message)
+
+    def expected_bytes(self) -> float:
+        """Returns about how much the picture of one grid takes on disk."""
+        side = self.settings.image_size
+        return len(self._cells()) * side * side * pictures.BYTES_PER_PIXEL[".png"]
+
+    def draw_loss(self) -> None:
+        """Draws the loss curve from the metrics; what matplotlib fails at ends no training."""
+        steps, losses = self.metrics.series("loss")
+        if not steps or not self.can_chart:
+            return
+        try:
+            picture = charts.loss_curve(steps, losses)
+        except Exception as error:
+            self._go_on_without_charts(error)
+        else:
+            files.publish(self.folder / "loss.png", picture)
+
+    def _go_on_without_charts(self, error: Exception) -> None:
+        self.can_chart = False
+        warn(f"there will be no loss.png: {str(error) or type(error).__name__}")
+
+    def _cells(self) -> list[tuple[int, int]]:
+        """Lists (label, column) of the cells, row by row."""
+        return [(label, column) for label in range(len(self.names)) for column in range(self.settings.num_samples)]
+
+    def _sample(self, cells: list[tuple[int, int]], between: Callable[[], None]) -> Tensor:
+        settings = self.settings
+        steps = num_solver_steps(
+            settings.sampler, settings.sampling_timesteps, settings.timesteps, auto_steps=self.auto_steps
+        )
+        labels, columns = [label for label, _ in cells], [column for _, column in cells]
+        return self._sample_batch(labels, columns, steps=steps, progress=between)
+
+    def _sample_batch(
+        self, labels: list[int], columns: list[int], *, steps: int, progress: Callable[[], None] | None = None
+    ) -> Tensor:
+        settings = self.settings
+        generators = [
+            sample_generator(settings.seed, "grid", self.names[label], column)
+            for label, column in zip(labels, columns, strict=True)
+        ]
+        try:
+            return sample_padded(
+                self.network,
+                labels,
+                generators,
+                dtype=self.dtype,
+                cond_scale=settings.cond_scale,
+                guidance_interval=settings.guidance_interval,
+                sampler=settings.sampler,
+                sampling_timesteps=steps,
+                progress=progress,
+            )
+        except torch.OutOfMemoryError as error:  # which a smaller batch of training would not mend
+            raise UserError(
+                f"the GPU has too little memory to make {BATCH_SIZE} samples at once; --num_samples 0 makes no grids"
+            ) from error
+
+    def _score(self, samples: Tensor, labels: list[int], between: Callable[[], None]) -> float:
+        if self.class_means is None:
+            self.class_means = measure_class_means(self.dataset, self.num_classes, between)
+        found = nearest_class(samples, self.class_means).cpu()
+        return (found == torch.tensor(labels)).double().mean().item()
+
+    def _decode(self, samples: Tensor, between: Callable[[], None] = lambda: None) -> list[np.ndarray]:
+        """Decodes samples to images; gives none, and says so once, when there is no VAE."""
+        if not self.can_draw:
+            return []
+        try:
+            return self.decoder(samples, between)
+        except UserError as error:
+            self.can_draw = False
+            warn(f"sample grids are scored, but not drawn: {error}")
+            return []
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "the GPU has too little memory for the VAE decoder; --num_samples 0 makes no grids"
+            ) from error
+        finally:
+            self.decoder.close()
+
+
+def measure_class_means(dataset: LatentDataset, num_classes: int, between: Callable[[], None] = lambda: None) -> Tensor:
+    """Returns the mean normalised latent of each class [K C h w], over its first training images."""
+    means = []
+    for label in range(num_classes):
+        between()
+        positions = (dataset.labels == label).nonzero()[:_IMAGES_PER_MEAN, 0]
+        means.append(dataset.mean_latents(positions).mean(0))
+    return torch.stack(means)

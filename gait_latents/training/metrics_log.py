@@ -1,0 +1,68 @@
+"""metrics.jsonl: a line of figures every log_every steps."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gait_latents.common import files
+from gait_latents.common.layout import METRICS_NAME
+
+
+class Metrics:
+    """The lines of metrics.jsonl, one JSON object each; those after the step that is resumed are dropped.
+
+    Attributes:
+        on_row: told of each new line that is written.
+
+    Args:
+        earlier: the run folder to take the lines from where `folder` has none.
+        writes: whether not only to read; several processes of one run have one file.
+    """
+
+    def __init__(self, folder: Path, *, step: int, earlier: Path | None = None, writes: bool = True) -> None:
+        self.on_row: Callable[[dict[str, Any]], None] = lambda row: None
+        self.path, self.writes = folder / METRICS_NAME, writes
+        source = self.path if self.path.exists() else (earlier or folder) / METRICS_NAME
+        self.rows = [row for row in _read_rows(source) if row["step"] <= step]
+        if writes:
+            files.publish(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+
+    def add(self, **row: Any) -> None:
+        """Appends one line."""
+        self.rows.append(row)
+        if not self.writes:
+            return
+        with files.naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.on_row(row)
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Returns the steps and values of one figure, over the lines that have it."""
+        rows = [row for row in self.rows if is_number(row.get(name))]
+        return [row["step"] for row in rows], [row[name] for row in rows]
+
+
+_LARGEST_METRICS_BYTES = 1 << 30
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads the lines that are whole; a kill may leave a torn last one."""
+    rows = []
+    try:
+        text = files.read_whole(path, at_most=_LARGEST_METRICS_BYTES).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return rows
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0:
+            rows.append(row)
+    return rows
+
+
+def is_number(value: object) -> bool:
+    """Says whether a value out of a file is a number that fits into a float, and is finite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

@@ -1,0 +1,196 @@
+"""What a training run is to do: its settings, and the run that goes on if there is one."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gait_latents.common import cli, files
+from gait_latents.common.console import say, warn
+from gait_latents.common.distributed import Ranks
+from gait_latents.common.errors import UserError
+from gait_latents.diffusion.sampling import num_solver_steps
+from gait_latents.images import selection
+from gait_latents.images.split import read_split
+from gait_latents.latents.manifest import Manifest, manifest_of_images
+from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings, differences_on_resume
+from gait_latents.training import checkpoint, run_folder, trackers
+from gait_latents.training.run_folder import SavedState
+
+if TYPE_CHECKING:
+    from gait_latents.training.run_data import Data
+
+
+_JOINED_VALUES = 64 * 48 * 32 * 32  # of one activation at full width: four batches of the default recipe
+_NOT_INHERITED = ("results_folder", "resume_from", "device")  # settings that say where a run is, not what it is
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings, and the run that goes on if there is one."""
+
+    settings: TrainSettings
+    sources: dict[str, str]
+    origin: Path | None  # run folder that `state` comes from
+    state: SavedState | None
+    manifest: Manifest | None
+    newest_save: tuple[str, str] | None  # in the results folder, as `run_folder.newest_stamp` tells it
+
+    @property
+    def results(self) -> Path:
+        """Where this run writes."""
+        return Path(self.settings.results_folder)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where the latents are."""
+        return Path(self.settings.latents_cache_folder)
+
+
+def make_plan(argv: Sequence[str] | None) -> Plan:
+    """Puts together flags, file, the run being resumed, the manifest and the defaults."""
+    layers = cli.read_command_line(TrainSettings, argv, description=__doc__)
+    typed = cli.resolve(TrainSettings, layers).settings
+    newest_save = run_folder.newest_stamp(typed.results_folder)
+    origin, state = find_run(Path(typed.results_folder), typed.resume_from)
+    _refuse_imported(origin, state)
+    stored = {} if state is None else {k: v for k, v in state.meta.settings.items() if k not in _NOT_INHERITED}
+    layers.append(cli.stored_layer(TrainSettings, f"run {origin}", stored))
+    folder = cli.resolve(TrainSettings, layers).settings.latents_cache_folder
+    manifest = manifest_of_images(folder)
+    about_cache = {} if manifest is None else manifest.settings
+    layers.append(cli.stored_layer(TrainSettings, f"manifest of {folder}", about_cache, only_about_cache=True))
+    resolved = cli.resolve(TrainSettings, layers)
+    for line in resolved.changes():
+        say(line)
+    _refuse_changes(stored, resolved.settings, origin)
+    trackers.choose(resolved.settings.trackers)  # before anything else is done
+    _refuse_impossible(resolved.settings)
+    return Plan(resolved.settings, resolved.sources, origin, state, manifest, newest_save)
+
+
+def is_finished(plan: Plan) -> bool:
+    """Says whether the run has taken all its steps, and tells the user so."""
+    own_split = None if plan.state is None or plan.origin is None else read_split(plan.origin)
+    if plan.state is None or own_split is None or plan.state.step < num_steps(plan.settings, len(own_split.train)):
+        return False
+    say(f"the run in {plan.origin} is finished ({plan.state.step:,} steps); a larger --train_num_steps goes further")
+    return True
+
+
+def find_run(results: Path, resume_from: str | None) -> tuple[Path | None, SavedState | None]:
+    """Finds the run to go on with: the one in the results folder, else the one that --resume_from names."""
+    place = None if resume_from is None else Path(resume_from)
+    if place is not None and not place.exists():
+        raise UserError(f"--resume_from {place} does not exist; give a run folder, or a state-*.safetensors in one")
+    if run_folder.has_state(results):
+        if place is not None and results.resolve() not in (place.resolve(), place.resolve().parent):
+            say(f"{results} holds a run already, which goes on; --resume_from {place} is not used")
+        return results, _say_warnings(run_folder.newest_state(results))
+    if place is None:
+        return None, None
+    if place.is_file():
+        state = run_folder.read_state(place)
+        if not state.is_full:
+            raise UserError(f"--resume_from {place} holds averaged weights only; give a state-*.safetensors")
+        return place.parent, state
+    if not place.is_dir() or not run_folder.has_state(place):
+        raise UserError(f"--resume_from {place} is neither a checkpoint nor a folder with state-*.safetensors")
+    return place, _say_warnings(run_folder.newest_state(place))
+
+
+def _say_warnings(state: SavedState | None) -> SavedState | None:
+    for line in state.warnings if state is not None else ():
+        warn(line)
+    return state
+
+
+def _refuse_imported(origin: Path | None, state: SavedState | None) -> None:
+    """Raises UserError for a run on latents that an earlier version took over from another program."""
+    if state is not None and state.meta.space.is_imported:
+        raise UserError(
+            f"the run in {origin} was trained on imported latents and cannot go on in this version (generate.py still "
+            "takes it); start another run on the images with another --results_folder"
+        )
+
+
+def _refuse_changes(stored: dict[str, Any], settings: TrainSettings, origin: Path | None) -> None:
+    changed = differences_on_resume(stored, settings)
+    if changed:
+        name, old, new = changed[0]
+        raise UserError(
+            f"--{name} is {cli.show(new)}, but the run in {origin} was started with {cli.show(old)}; "
+            f"leave it at {cli.show(old)}, or start another run with another --results_folder"
+        )
+
+
+def _refuse_impossible(settings: TrainSettings) -> None:
+    """Raises for what would only fail at the first grid, hours later."""
+    num_solver_steps(settings.sampler, settings.sampling_timesteps, settings.timesteps, auto_steps=AUTO_STEPS)
+
+
+def check_share(settings: TrainSettings, ranks: Ranks) -> None:
+    """Raises UserError unless each process gets as many latents of a step as any other."""
+    if batch_size(settings) % ranks.count:
+        raise UserError(
+            f"a step sees {batch_size(settings)} latents (--train_batch_size {settings.train_batch_size} times "
+            f"--gradient_accumulate_every {settings.gradient_accumulate_every}), which {ranks.count} processes cannot "
+            f"share evenly; make it a multiple of {ranks.count}"
+        )
+
+
+def facts_of_plan(plan: Plan) -> dict[str, object]:
+    """Returns what all processes of a run must have alike: the state that it goes on from, and the settings."""
+    settings = {
+        f"--{name}": cli.show(getattr(plan.settings, name))
+        for name, spec in cli.specs(TrainSettings).items()
+        if name != "device" and not spec.path  # a machine may have its own folders
+    }
+    state = plan.state
+    step, digest = ("none", "none") if state is None else (state.step, checkpoint.stamp(state.path)[:16])
+    return {"a run at step": step, "a saved state of the digest": digest, **settings}
+
+
+def facts_of_data(data: "Data", device: torch.device) -> dict[str, object]:
+    return {
+        "latents of the space": data.chosen.space.id,
+        "images and labels of the digest": data.dataset.digest()[:16],
+        "a device of the kind": device.type,
+        "torch": torch.__version__,
+    }
+
+
+def check_results_folder(plan: Plan) -> None:
+    files.check_writable(plan.results, "results_folder")
+    if plan.state is None:
+        selection.refuse_to_be_a_class(plan.results, plan.settings.data_path)
+    if plan.state is None and any(plan.results.glob("ema-*.safetensors")):
+        raise UserError(
+            f"--results_folder {plan.results} holds averaged weights of an earlier run, but no state-*.safetensors to "
+            "go on from; move them away, or give another folder"
+        )
+
+
+def batch_size(settings: TrainSettings) -> int:
+    """Returns how many latents a step sees, in all its passes and on all processes."""
+    return settings.train_batch_size * settings.gradient_accumulate_every
+
+
+def num_steps(settings: TrainSettings, num_images: int) -> int:
+    """Returns how many steps a run of so many training images takes in all."""
+    if isinstance(settings.train_num_steps, str):
+        return math.ceil(AUTO_PASSES * num_images / batch_size(settings))
+    return settings.train_num_steps
+
+
+def pass_size(settings: TrainSettings, latent_shape: tuple[int, int, int], *, num_ranks: int = 1) -> int:
+    """Returns how many latents [C h w] go through the network at once: a process's share of a step where it is small.
+
+    The share is the whole batch for a process that is alone.
+    """
+    share = batch_size(settings) // num_ranks
+    is_small = share * settings.dim * latent_shape[1] * latent_shape[2] <= _JOINED_VALUES
+    return share if settings.join_passes and is_small else min(settings.train_batch_size, share)

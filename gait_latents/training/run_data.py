@@ -1,0 +1,183 @@
+"""The data of a run: its split, its space of the cache, and the dataset over its training images."""
+
+from dataclasses import dataclass
+
+import torch
+
+from gait_latents.common import files
+from gait_latents.common.console import say, shown, warn
+from gait_latents.common.distributed import ALONE, Ranks
+from gait_latents.common.errors import Failed, UserError
+from gait_latents.common.layout import SPLIT_NAME
+from gait_latents.common.process import StopSignals
+from gait_latents.images import reading, selection
+from gait_latents.images.reading import BadImage
+from gait_latents.images.split import Split, read_split
+from gait_latents.latents import filling, opening, vae_fit
+from gait_latents.latents.cache import LatentCache
+from gait_latents.latents.dataset import LatentDataset
+from gait_latents.latents.vae_fit import ChosenSpace
+from gait_latents.training.plan import Plan
+from gait_latents.training.run_meta import RunMeta
+
+
+@dataclass(frozen=True)
+class Data:
+    """The training images of the run: split, space and dataset."""
+
+    split: Split
+    chosen: ChosenSpace
+    dataset: LatentDataset
+
+
+def open_data(plan: Plan, device: torch.device, ranks: Ranks = ALONE) -> Data:
+    """Opens the dataset of the run, and refuses what would only fail later.
+
+    Raises:
+        UserError: when something that is needed is not at hand, or differs from what the run was started with.
+        Failed: when images cannot be read, after each was named.
+    """
+    settings, folder = plan.settings, plan.cache_folder
+    goes_on = plan.state is not None  # the split is the run's own, so that nothing else can be meant
+    known = _known_space(plan)
+    at_hand = selection.images_at_hand(settings, plan.sources, may_lack=goes_on)
+    split = _run_split(plan, at_hand)
+    chosen = vae_fit.choose_space(settings, plan.sources, known, may_lack=goes_on)
+    selection.warn_of_shared_content(split)
+    _check_same_space(plan, chosen)
+    reason = files.why_not_writable(folder)
+    if reason is not None:
+        say(f"{folder} takes no files ({reason}): what is encoded in this run stays in memory")
+    cache = LatentCache(folder, chosen.space, writable=reason is None)
+    for problem in cache.problems:
+        warn(problem)
+
+    def open_over(split: Split) -> LatentDataset:
+        return opening.open_dataset(
+            settings,
+            split,
+            list(split.train),
+            cache=cache,
+            vae_at_hand=chosen.vae_at_hand,
+            images_at_hand=at_hand,
+            device=device,
+            on_store_error=_go_on_in_memory,
+        )
+
+    dataset = open_over(split)
+    if at_hand and chosen.vae_at_hand and plan.state is None:
+        mended = _without_bad_images(plan, split, dataset)
+        if mended is not split:
+            split, dataset = mended, open_over(mended)
+    _report_missing(plan, dataset, "before the first step" if ranks.count > 1 else "when first needed")
+    if plan.state is not None:
+        _check_same_data(plan, plan.state.meta, split, dataset)
+    return Data(split, chosen, dataset)
+
+
+def _run_split(plan: Plan, at_hand: bool) -> Split:
+    """Returns the run's own split when it goes on, else draws it; content keys are fresh where images are at hand."""
+    own = None if plan.origin is None else read_split(plan.origin)
+    if own is not None:
+        return selection.with_fresh_keys(own, plan.settings.data_path) if at_hand else own
+    stored = read_split(plan.cache_folder)
+    split = selection.choose_images(plan.settings, at_hand=at_hand, stored=stored, where=str(plan.cache_folder))
+    if plan.settings.skip_bad_images and stored is not None:
+        split = split.without(stored.skipped)
+    return split
+
+
+def _known_space(plan: Plan) -> ChosenSpace | None:
+    """Returns the space that the run or the cache already knows, for when the VAE is not at hand."""
+    if plan.state is not None:
+        meta = plan.state.meta
+        return ChosenSpace(meta.space, meta.scale_factor, meta.shift_factor, vae_at_hand=False)
+    return None if plan.manifest is None else vae_fit.space_of_manifest(plan.manifest)
+
+
+def _without_bad_images(plan: Plan, split: Split, dataset: LatentDataset) -> Split:
+    missing = {dataset.keys[position] for position in dataset.missing()}
+    entries = [entry for entry in split.train if entry.key in missing]
+    bad = reading.find_bad_images(entries, data_path=plan.settings.data_path, image_size=plan.settings.image_size)
+    if not bad:
+        return split
+    for skipped in bad:
+        say(f"    {shown(f'{skipped.class_name}/{skipped.name}')}: {skipped.reason}")
+    if not plan.settings.skip_bad_images:
+        raise Failed(
+            f"{len(bad)} of {len(split.train):,} training images cannot be read; mend or remove them, or give "
+            "--skip_bad_images to train without them"
+        )
+    return split.without(bad)
+
+
+def _report_missing(plan: Plan, dataset: LatentDataset, when: str) -> None:
+    missing = dataset.missing()
+    say(
+        f"{len(dataset):,} images asked, {dataset.num_different - len(missing):,} cached, {len(missing):,} to encode"
+        f"{f' {when}' if missing else ''} ({dataset.place} holds the latents)"
+    )
+    opening.say_equal(dataset)
+    opening.check_can_encode(dataset, plan.settings)
+
+
+def _check_same_space(plan: Plan, chosen: ChosenSpace) -> None:
+    known = _known_space(plan)
+    if plan.state is not None and known is not None and chosen.space.id != known.space.id:
+        raise UserError(
+            f"--vae_path {plan.settings.vae_path} makes other latents than the run in {plan.origin} was started with "
+            f"({'; '.join(chosen.space.differing_fields(known.space))}); give the VAE of that run, or start another "
+            "run with another --results_folder"
+        )
+
+
+def _check_same_data(plan: Plan, meta: RunMeta, split: Split, dataset: LatentDataset) -> None:
+    if dataset.digest() != meta.data_digest:
+        raise UserError(
+            f"the images are not those that the run in {plan.origin} was started with: "
+            f"{_what_changed(plan, meta, split)}; put them back, or start another run with another --results_folder"
+        )
+    now = dataset.moments_digest()
+    if now is not None and meta.moments_digest not in (None, now):
+        say("the same images were encoded again since the last save; the run goes on with the new latents")
+
+
+def _what_changed(plan: Plan, meta: RunMeta, split: Split) -> str:
+    """Names the training images whose content or class is not what the split of the run says."""
+    before = read_split(plan.origin) if plan.origin is not None else None
+    if before is None:
+        return f"the run had {', '.join(meta.classes)}"
+    then = before.keys()
+    names = [f"{e.class_name}/{e.name}" for e in split.train if then.get((e.class_name, e.name)) != e.key]
+    if not names:
+        return f"{SPLIT_NAME} there is of another run"
+    return f"{len(names):,} of {len(split.train):,} have another content, the first is {shown(names[0])}"
+
+
+def fill(dataset: LatentDataset, ranks: Ranks) -> None:
+    """Encodes what is missing before the first step: a step must not wait for the encoder of another process."""
+    with StopSignals() as signals:
+        try:
+            bad = filling.fill_together(dataset, ranks, signals)
+        finally:
+            dataset.cache_flush()
+    if bad:
+        position, reason = bad[0]
+        raise BadImage(f"{dataset.names[position]}: {reason}")
+
+
+def write_cache_defaults(plan: Plan, data: Data) -> None:
+    """Gives a cache that training alone fills the same manifest and split as preprocessing would."""
+    cache = data.dataset.cache
+    if plan.manifest is not None or not cache.writable:
+        return
+    try:
+        files.publish(plan.cache_folder / SPLIT_NAME, data.split.to_bytes())
+        opening.record_manifest(plan.cache_folder, plan.settings, data.chosen, len(data.dataset))
+    except OSError as error:
+        _go_on_in_memory(error)
+        cache.writable = False
+
+
+def _go_on_in_memory(error: OSError) -> None:
+    warn(f"the cache cannot be written to ({error.strerror or error}); what is encoded from now on stays in memory")

@@ -1,0 +1,207 @@
+"""What a run keeps on disk: settings, split, checkpoints, metrics. One home for their names and meaning.
+
+results/settings.yaml               the settings of the run, itself a valid --config
+results/split.json                  which images it trains on
+results/state-00002000.safetensors  everything needed to go on; the last two are kept
+results/ema-00002000.safetensors    the averaged weights alone; one at every save
+results/metrics.jsonl               a line of figures every log_every steps
+results/grid-00002000.png, loss.png
+results/tensorboard/                the same figures and grids as events, where TensorBoard is installed
+"""
+
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from gait_latents.common import files
+from gait_latents.common.errors import UserError
+from gait_latents.common.layout import SETTINGS_NAME, SPLIT_NAME
+from gait_latents.images.split import Split
+from gait_latents.training import checkpoint
+from gait_latents.training.checkpoint import DamagedCheckpoint
+from gait_latents.training.optimizer_state import expected_bytes
+from gait_latents.training.run_meta import RunMeta
+
+_NUM_KEPT = 2  # full states that stay: the newest may be damaged by the disk later
+_FULL_NAME = re.compile(r"state-([0-9]{8,18})\.safetensors")
+_EMA_NAME = re.compile(r"ema-([0-9]{8,18})\.safetensors")
+_ANY_NAME = re.compile(r"(?:state|ema)-([0-9]{8,18})\.safetensors")
+
+
+def full_name(step: int) -> str:
+    """Names the file of the full training state after `step` steps."""
+    return f"state-{step:08d}.safetensors"
+
+
+def ema_name(step: int) -> str:
+    """Names the file of the EMA weights alone after `step` steps."""
+    return f"ema-{step:08d}.safetensors"
+
+
+def write_plan(folder: Path, settings_yaml: str, split: Split) -> None:
+    """Publishes the settings and the split of a new run, or the changed settings of one that goes on."""
+    files.publish(folder / SETTINGS_NAME, settings_yaml.encode())
+    files.publish(folder / SPLIT_NAME, split.to_bytes())
+
+
+# --- which files are whole ---------------------------------------------------------------------------------
+
+
+class WholeFile(NamedTuple):
+    """A checkpoint file whose checksum holds, whatever training wrote it."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+    warnings: list[str]  # one for each newer file that is not whole
+
+
+def find_newest(folder: str | os.PathLike[str]) -> WholeFile | None:
+    """Finds the newest full state that is whole; None when there is no full state.
+
+    Raises:
+        UserError: when there are full states and none is whole, or the newest whole one has another format number.
+    """
+    return _newest_whole(Path(folder), _FULL_NAME)
+
+
+def find_newest_averages(folder: str | os.PathLike[str]) -> WholeFile | None:
+    """Finds the newest whole file that holds averaged weights (ema.*), be it a full state; as `find_newest` does."""
+    return _newest_whole(Path(folder), _ANY_NAME)
+
+
+def _newest_whole(folder: Path, pattern: re.Pattern[str]) -> WholeFile | None:
+    warnings: list[str] = []
+    for _, path in _saved(folder, pattern):
+        try:
+            return WholeFile(path, *checkpoint.load(path), warnings)
+        except DamagedCheckpoint as error:
+            warnings.append(f"{error}; taking the one before")
+        except OSError as error:
+            warnings.append(f"{path}: {error.strerror or error}; taking the one before")
+    if warnings:
+        raise UserError(
+            f"no checkpoint in {folder} can be read ({warnings[0].rpartition(';')[0]}); remove them to start from the "
+            "beginning, or use another results_folder"
+        )
+    return None
+
+
+def newest_stamp(folder: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """Returns the name of the newest full state, whole or not, and a digest that another save would not have.
+
+    None when there is none or it cannot be read just now.
+    """
+    with suppress(OSError):
+        for _, path in _saved(Path(folder), _FULL_NAME)[:1]:
+            return path.name, checkpoint.stamp(path)
+    return None
+
+
+def prune(folder: str | os.PathLike[str], *, step: int) -> None:
+    """Removes what is no longer needed once the state of `step` is published: older states, abandoned temporaries.
+
+    That state and the one before it stay; so do states of later steps, which `find_newest` has found damaged.
+    """
+    files.remove_stale_temporaries(folder)
+    until_now = [path for saved_step, path in _saved(Path(folder), _FULL_NAME) if saved_step <= step]
+    for path in until_now[_NUM_KEPT:]:
+        with suppress(OSError):  # costs space only
+            path.unlink()
+
+
+def saved_averages(folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """Returns the files of averaged weights alone in a run folder, by their step."""
+    return dict(_saved(Path(folder), _EMA_NAME))
+
+
+def _saved(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
+    """Returns (step, path) of the files in `folder` whose name fits, newest first; of one step, the averages first."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    steps = {name: int(match[1]) for name in names if (match := pattern.fullmatch(name))}
+    newest_first = sorted(steps, key=lambda name: (-steps[name], name))
+    return [(steps[name], folder / name) for name in newest_first]
+
+
+def bytes_for_saves(folder: str | os.PathLike[str], count: int, model: nn.Module, ema_model: nn.Module) -> int:
+    """Returns about how much more a run folder takes after `count` saves, and the state that a save writes first."""
+    average, full = expected_bytes(model, ema_model)
+    num_there = min(len(_saved(Path(folder), _FULL_NAME)), _NUM_KEPT)
+    return count * average + max(1, min(count, _NUM_KEPT) + 1 - num_there) * full
+
+
+# --- the states of a run -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A checkpoint that was read: tensors by name, and what it says of itself."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    meta: RunMeta
+    warnings: list[str]
+
+    @property
+    def is_full(self) -> bool:
+        """Says whether training can go on from it; otherwise it holds averaged weights alone."""
+        return self.meta.training is not None
+
+    @property
+    def step(self) -> int:
+        """Number of finished steps."""
+        return self.meta.step
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """The averaged weights, by their names in a `LatentDiffusion`."""
+        return {name.removeprefix("ema."): t for name, t in self.tensors.items() if name.startswith("ema.")}
+
+
+def _saved_state(file: WholeFile) -> SavedState:
+    """Reads what a file says of its run; raises UserError when it is of none."""
+    return SavedState(file.path, file.tensors, RunMeta.from_json(file.meta, file.path), file.warnings)
+
+
+def has_state(folder: Path) -> bool:
+    """Says whether a run was saved here, be its files valid or not."""
+    return any(folder.glob("state-*.safetensors"))
+
+
+def newest_state(folder: Path) -> SavedState | None:
+    """Reads the newest valid full state in a run folder; None when there is none.
+
+    Raises:
+        UserError: when there are full states but none is valid.
+    """
+    found = find_newest(folder)
+    return None if found is None else _saved_state(found)
+
+
+def newest_averages(folder: Path) -> SavedState | None:
+    """Reads the newest valid averaged weights in a run folder, from either kind of file; None when there are none."""
+    found = find_newest_averages(folder)
+    return None if found is None else _saved_state(found)
+
+
+def read_state(path: Path) -> SavedState:
+    """Reads one checkpoint file."""
+    try:
+        return _saved_state(WholeFile(path, *checkpoint.load(path), []))
+    except DamagedCheckpoint as error:
+        raise UserError(f"not a whole checkpoint: {error}; give another, or the folder of the run") from error
+
+
+def read_averages(place: Path) -> SavedState:
+    """Reads the newest averaged weights of the run folder that --checkpoint names, or those of one checkpoint file."""
+    if place.is_file():
+        return read_state(place)
+    state = newest_averages(place) if place.is_dir() else None
+    if state is None:
+        raise UserError(f"--checkpoint {place} is neither a checkpoint nor a folder of a run that has saved one")
+    return state

@@ -1,0 +1,340 @@
+"""Network, average, optimizer and step: what a training run holds, and how it saves and restores it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gait_latents.common import cli, hardware
+from gait_latents.common.console import say
+from gait_latents.common.distributed import ALONE, Ranks
+from gait_latents.common.errors import Failed, UserError
+from gait_latents.common.seeds import visited
+from gait_latents.diffusion import build
+from gait_latents.diffusion.ema import EMA
+from gait_latents.diffusion.model import LatentDiffusion, moved
+from gait_latents.images import selection
+from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings
+from gait_latents.training import checkpoint, optimizer_state, run_folder
+from gait_latents.training.draws import StepDraws, draw_step
+from gait_latents.training.plan import Plan, batch_size, num_steps, pass_size
+from gait_latents.training.run_data import Data
+from gait_latents.training.run_folder import SavedState
+from gait_latents.training.run_meta import RunMeta
+from gait_latents.vae.norm import LatentNorm
+
+
+class Trainer:
+    """The state that a step changes: network, average, optimiser, loss scaler; and how a step changes it."""
+
+    def __init__(self, settings: TrainSettings, data: Data, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.settings, self.data, self.device, self.ranks = settings, data, device, ranks
+        self.dataset = data.dataset
+        self.batch = batch_size(settings)
+        self.num_steps = num_steps(settings, len(self.dataset))
+        self.largest_shift = round(settings.time_shift * self.dataset.latent_shape[2])  # in columns of a latent
+        self.share = self.batch // ranks.count
+        self.own = slice(ranks.rank * self.share, (ranks.rank + 1) * self.share)  # of the batch
+        self.pass_size = pass_size(settings, self.dataset.latent_shape, num_ranks=ranks.count)
+        hardware.allow_tf32()
+        self.dtype, self.precision_reason = hardware.pick_precision(settings.precision, device)
+        torch.manual_seed(settings.seed)  # the first weights; a step never looks at this generator
+        self.diffusion: LatentDiffusion = build.build_diffusion(
+            cli.to_dict(settings),
+            num_classes=len(data.split.classes),
+            latent_shape=self.dataset.latent_shape,
+        ).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.ema = EMA(self.diffusion, decay=settings.ema_decay, update_every=settings.ema_update_every)
+        self.losses_of: Any = self.diffusion
+        self.is_compiled = self.has_compiled = False
+        self.optimizer = torch.optim.Adam(
+            self.diffusion.parameters(), lr=settings.train_lr, betas=(0.9, 0.99), fused=True
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.auto_steps = AUTO_STEPS
+        self.finished_steps = 0
+        self.saved_step = -1
+        self.known_saves: set[tuple[str, str] | None] = {None}  # newest states that are no other process's
+        self.losses: list[Tensor] = []  # of the steps since the last log line, left on the device
+        self.sample_losses: list[tuple[Tensor, Tensor]] = []  # the same by sample: timesteps [b] and losses [b]
+        self.grad_norm = torch.zeros((), device=device)
+        self.first_bad_step = torch.full((), -1, device=device)
+
+    def start(self, plan: Plan) -> None:
+        """Takes up a saved state, or measures the normalisation of a new run; writes down the run's plan."""
+        self.known_saves.add(plan.newest_save)
+        if plan.state is None:
+            self._fit_norm()
+        else:
+            self._restore(plan.state)
+        compiled = self.choose_network(None if plan.state is None else plan.state.meta.compiled)
+        if self.ranks.is_main:
+            run_folder.write_plan(plan.results, cli.to_yaml(self.settings), self.data.split)
+        parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
+        shared = "" if self.ranks.count == 1 else f", {self.share} on each of {self.ranks.count} processes"
+        passes = "" if self.pass_size == self.share else f" in passes of {self.pass_size}"
+        is_auto = isinstance(self.settings.train_num_steps, str)
+        auto = f" ({AUTO_PASSES} passes over the images)" if is_auto else ""
+        say(
+            f"U-Net of {parameters:.2f} M parameters, {len(self.data.split.classes)} classes, "
+            f"batch {self.batch}{shared}{passes}, {self.num_steps:,} steps{auto}"
+        )
+        precision = str(self.dtype).removeprefix("torch.")
+        say(f"{precision} ({self.precision_reason}) on {hardware.describe(self.device)}, {compiled}")
+        if plan.state is not None:
+            say(f"going on from step {self.finished_steps:,} of {plan.state.path}")
+
+    @property
+    def norm(self) -> LatentNorm:
+        """How the latents are normalised, once `start` has measured it or taken it from the state."""
+        assert self.dataset.norm is not None
+        return self.dataset.norm
+
+    def begin_alike(self) -> None:
+        """Makes sure that all processes begin with the same numbers."""
+        ranks, networks = self.ranks, (self.diffusion, self.ema.model)
+        ranks.check_same({"the number format": self.dtype}, "give --precision")
+        ranks.check_same({"a compiled network": self.is_compiled}, "give --compile false")
+        ranks.copy_of_main(tensor for network in networks for tensor in network.state_dict().values())
+        self.dataset.set_norm(LatentNorm.from_json(ranks.of_main(self.norm.to_json())))
+
+    def choose_network(self, began_compiled: bool | None) -> str:
+        """Compiles the network that gives the losses, or leaves it as it is; returns what it did, and why.
+
+        Args:
+            began_compiled: whether the run that goes on was compiled, so that it goes on with the same bits.
+        """
+        self.is_compiled, told = hardware.pick_compile(
+            self.settings.compile, self.device, num_steps=self.num_steps, as_before=began_compiled
+        )
+        if self.is_compiled:
+            self.losses_of = torch.compile(self.diffusion, dynamic=False)
+        return told
+
+    def _fit_norm(self) -> None:
+        settings, chosen = self.settings, self.data.chosen
+        if settings.latent_norm == "scale_factor":
+            channels = self.dataset.latent_shape[0]
+            self.dataset.set_norm(LatentNorm.from_scale_factor(channels, chosen.scale_factor, chosen.shift_factor))
+        else:
+            self.dataset.fit_norm(seed=settings.seed, num_images=settings.latent_norm_images)
+
+    def train_step(self) -> None:
+        """Takes one optimiser step on one effective batch; leaves its loss on the device."""
+        parts = self.parts_of(self.finished_steps)
+        loss, by_sample = self._compiled_gradients(parts) if self.is_compiled else self._gradients(parts)
+        if self.ranks.count > 1:
+            loss, by_sample = self._add_others(loss, by_sample)
+        self.sample_losses += by_sample
+        self._update(loss, self.finished_steps)
+
+    def _compiled_gradients(self, parts: Sequence[StepDraws]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Does what `_gradients` does; without the compiler, on all processes, where it fails on one."""
+        result, obstacle = None, None
+        try:
+            result = self._gradients(parts)
+        except RuntimeError as error:
+            obstacle = hardware.compiler_obstacle(error)
+        if not self.has_compiled:
+            obstacle, self.has_compiled = self.ranks.first_of(obstacle), True
+        elif obstacle is not None and self.ranks.count > 1:  # the others are waiting for the gradients of this one
+            raise Failed(
+                f"the compiled network has failed ({obstacle}); give --compile false, and the same command goes on "
+                "from the last save"
+            )
+        if obstacle is not None:
+            with self.ranks.together():
+                self._do_without_compiler(obstacle)
+            result = self._gradients(parts)
+        return result  # type: ignore[return-value]
+
+    def _gradients(self, parts: Sequence[StepDraws]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Leaves the gradients of this process's parts of a step in the network.
+
+        Returns:
+            Their share of the loss, and for each part its timesteps [b] and losses [b].
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, by_sample = torch.zeros((), device=self.device), []
+        for part in parts:
+            latents, labels = self.latents_of(part)
+            with hardware.autocast(self.device, self.dtype):
+                losses = self.losses_of(
+                    latents, labels, times=part.times, noise=part.noise, cond_keep_mask=part.cond_keep_mask
+                )
+            share = losses.sum() / self.batch
+            self.scaler.scale(share).backward()
+            loss = loss + share.detach()
+            by_sample.append((part.times, losses.detach()))
+        return loss, by_sample
+
+    def _add_others(
+        self, loss: Tensor, by_sample: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Adds the gradients of all processes up, in place; returns what `_gradients` does, of the whole step."""
+        table = torch.zeros(2, self.batch, device=self.device)  # timesteps and losses, each process filling its columns
+        for row, values in zip(table, zip(*by_sample, strict=True), strict=True):
+            row[self.own] = torch.cat(values).float()
+        loss, table = self.ranks.add_up(self.diffusion, loss, table)
+        return loss, [(table[0].long(), table[1])]
+
+    def _do_without_compiler(self, obstacle: str) -> None:
+        hardware.warn_uncompiled(self.settings.compile, obstacle)
+        self.losses_of, self.is_compiled = self.diffusion, False
+
+    def parts_of(self, step: int) -> list[StepDraws]:
+        """Makes this process's draws of a step, on the device, a part for each pass; encodes what the step misses."""
+        settings = self.settings
+        draws = draw_step(
+            settings.seed,
+            step,
+            batch=self.batch,
+            size=len(self.dataset),
+            latent_shape=self.dataset.latent_shape,
+            timesteps=settings.timesteps,
+            cond_drop_prob=settings.cond_drop_prob,
+            largest_shift=self.largest_shift,
+        )
+        self.dataset.ensure(draws.positions, self._upcoming(step + 1))
+        own = draws.slice(self.own.start, self.own.stop)
+        starts = range(0, self.share, self.pass_size)
+        return [own.slice(start, start + self.pass_size).to(self.device) for start in starts]
+
+    def latents_of(self, part: StepDraws) -> tuple[Tensor, Tensor]:
+        """Draws the latents [b C h w] of a part of a step; returns them and their labels [b]."""
+        latents, labels = self.dataset.batch(part.positions, part.posterior_noise)
+        return (moved(latents, part.shifts) if self.largest_shift else latents), labels
+
+    def _update(self, loss: Tensor, step: int) -> None:
+        self.scaler.unscale_(self.optimizer)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.diffusion.parameters(), self.settings.max_grad_norm)
+        sick = ~torch.isfinite(loss)
+        if not self.scaler.is_enabled():  # the scaler brings its own; fused Adam skips the step on the device
+            sick = sick | ~torch.isfinite(self.grad_norm)
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, sick.float()  # type: ignore[attr-defined]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.first_bad_step = torch.where(sick & (self.first_bad_step < 0), step, self.first_bad_step)
+        self.losses.append(loss)
+        self.finished_steps = step + 1
+        self.ema.update(self.diffusion, self.finished_steps)
+
+    def _upcoming(self, step: int) -> Iterator[int]:
+        """Yields the positions that the steps from `step` on will visit, for an epoch."""
+        size, chunk = len(self.dataset), 256
+        for offset in range(0, size, chunk):
+            yield from visited(self.settings.seed, step * self.batch + offset, min(chunk, size - offset), size).tolist()
+
+    def names_of_step(self, step: int) -> list[str]:
+        """Returns the names of the images that a step sees."""
+        positions = visited(self.settings.seed, step * self.batch, self.batch, len(self.dataset))
+        return [self.dataset.names[position] for position in positions.tolist()]
+
+    def check_finite(self) -> None:
+        """Raises Failed, naming the step and its images, if one was skipped since loss or gradient were not finite."""
+        bad = int(self.first_bad_step)
+        if bad >= 0:
+            loss = self.losses[bad - self.finished_steps]  # one for each step since the last log line
+            what = "the gradient of step" if loss.isfinite() else "the loss of step"
+            raise Failed(
+                f"{what} {bad + 1:,} is not finite; the step was not taken, the last save is in "
+                f"{self.settings.results_folder}; its images are {', '.join(self.names_of_step(bad))}"
+            )
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise Failed(
+                f"the gradients overflow float16 even with a loss scale of {self.scaler.get_scale():g}, at step "
+                f"{self.finished_steps:,}; no such step was taken, and the last save is in "
+                f"{self.settings.results_folder}; give another --results_folder and --precision bfloat16 or float32"
+            )
+
+    # --- saving ---
+
+    def save(self, folder: Path, *, with_average: bool = True) -> None:
+        """Publishes the averaged weights alone, and the full state; then drops older full states. Rank 0 does so."""
+        self.check_finite()  # else the next process would not know of it
+        if self.ranks.is_main:
+            self._publish(folder, with_average=with_average)
+        self.saved_step = self.finished_steps
+
+    def _publish(self, folder: Path, *, with_average: bool) -> None:
+        self._refuse_company(folder)
+        tensors, training = optimizer_state.pack_training_state(
+            self.diffusion, self.ema.model, self.optimizer, self.scaler
+        )
+        tensors["log.losses"] = torch.stack(self.losses) if self.losses else torch.zeros(0)
+        tensors["log.times"], tensors["log.sample_losses"] = self.losses_by_sample()
+        meta = self._meta()
+        try:
+            if with_average:  # first: a run that goes on from the full state does not make it again
+                average = {name: value for name, value in tensors.items() if name.startswith("ema.")}
+                checkpoint.save(folder / run_folder.ema_name(self.finished_steps), average, meta.to_json())
+            checkpoint.save(
+                folder / run_folder.full_name(self.finished_steps),
+                tensors,
+                replace(meta, training=training).to_json(),
+            )
+        except OSError as error:
+            raise Failed(
+                f"the checkpoint of step {self.finished_steps:,} could not be saved in {folder}: "
+                f"{error.strerror or error}; earlier ones are whole"
+            ) from error
+        self.known_saves.add(run_folder.newest_stamp(folder))
+        run_folder.prune(folder, step=self.finished_steps)
+
+    def losses_by_sample(self) -> tuple[Tensor, Tensor]:
+        """Returns the timesteps [n] and losses [n] of all samples since the last log line, on the device."""
+        empty = (torch.zeros(0, dtype=torch.long), torch.zeros(0))
+        times, losses = zip(*(self.sample_losses or [empty]), strict=True)
+        return torch.cat(times), torch.cat(losses).float()
+
+    def _refuse_company(self, folder: Path) -> None:
+        """Raises Failed when another process has saved there meanwhile; without locks, one of two goes on."""
+        newest = run_folder.newest_stamp(folder)
+        if newest is not None and newest not in self.known_saves:
+            raise Failed(
+                f"another training saves in {folder} too: {newest[0]} there is not of this process, which ends unsaved "
+                f"at step {self.finished_steps:,}; let the other go on alone, or give each its own --results_folder"
+            )
+
+    def _meta(self) -> RunMeta:
+        chosen, dataset = self.data.chosen, self.dataset
+        return RunMeta(
+            step=self.finished_steps,
+            settings=cli.to_dict(self.settings),
+            classes=self.data.split.classes,
+            latent_norm=self.norm,
+            space=chosen.space,
+            scale_factor=chosen.scale_factor,
+            shift_factor=chosen.shift_factor,
+            data_digest=dataset.digest(),
+            moments_digest=dataset.moments_digest(),
+            image_suffix=selection.common_suffix(self.data.split),
+            auto_steps=self.auto_steps,
+            compiled=self.is_compiled,
+            torch=torch.__version__,
+        )
+
+    def _restore(self, state: SavedState) -> None:
+        self.dataset.set_norm(state.meta.latent_norm)
+        losses = state.tensors.pop("log.losses", torch.zeros(0))
+        times = state.tensors.pop("log.times", torch.zeros(0, dtype=torch.long))
+        by_sample = state.tensors.pop("log.sample_losses", torch.zeros(0))
+        for found in (losses, by_sample):
+            if found.ndim != 1 or not found.is_floating_point():
+                raise UserError(
+                    f"{state.path} holds {list(found.shape)} losses of {found.dtype}, which is no list of them"
+                )
+        if times.dtype != torch.long or times.shape != by_sample.shape:
+            raise UserError(f"{state.path} holds {list(times.shape)} timesteps for {list(by_sample.shape)} losses")
+        if ((times < 0) | (times >= self.settings.timesteps)).any():
+            raise UserError(f"{state.path} holds losses of timesteps that there are not")
+        optimizer_state.unpack_training_state(
+            state.tensors, state.meta.training or {}, self.diffusion, self.ema.model, self.optimizer, self.scaler
+        )
+        self.losses = list(losses.to(self.device))
+        self.sample_losses = [(times.to(self.device), by_sample.to(self.device))] if len(times) else []
+        self.auto_steps = state.meta.auto_steps
+        self.finished_steps = state.step

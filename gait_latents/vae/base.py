@@ -1,0 +1,167 @@
+"""What every VAE here has in common: identity, pixel range, scale and shift factor, encoding to moments, decoding."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gait_latents.common.errors import UserError
+from gait_latents.vae.weight_files import printable
+
+Parts = Literal["both", "encoder", "decoder"]
+LDM_SCALE_FACTOR = 0.18215
+LOGVAR_RANGE = (-30.0, 20.0)
+PIXEL_RANGES: dict[str, tuple[float, float]] = {"kl": (0.0, 1.0), "ldm": (-1.0, 1.0)}
+HALVES = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
+
+
+@dataclass(frozen=True)
+class VAEIdentity:
+    """What makes the latents of a VAE what they are, and the constants that its makers gave them."""
+
+    fingerprint: dict[str, Any]
+    latent_channels: int
+    downsampling: int
+    scale_factor: float
+    shift_factor: float
+
+
+class VAE(nn.Module):
+    """Encodes images `[B 3 S S]` in [0, 1] to moments `[B 2C h w]`, decodes unscaled latents `[B C h w]`."""
+
+    latent_channels: int
+    downsampling: int
+    scale_factor: float
+    shift_factor: float
+    pixel_range: tuple[float, float]
+    known_identity: VAEIdentity | None = None
+
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Returns mean and log-variance `[B 2C h w]` of pixels in `pixel_range`, both in `dtype`."""
+        raise NotImplementedError
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Returns pixels `[B 3 S S]` about `pixel_range` from latents `[B C h w]`, both in `dtype`."""
+        raise NotImplementedError
+
+    def identify(self) -> VAEIdentity:
+        """Returns the identity of the weights as they are now."""
+        raise NotImplementedError
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Returns float32 moments `[B 2C h w]`, mean then log-variance, of images `[B 3 S S]` in [0, 1]."""
+        low, high = self.pixel_range
+        mean, logvar = self.moments((images * (high - low) + low).to(self.dtype)).float().chunk(2, dim=1)
+        return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], dim=1)  # B 2C h w
+
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """Returns float32 images `[B 3 S S]` from unscaled latents `[B C h w]`, not clamped to [0, 1]."""
+        low, high = self.pixel_range
+        return (self.pixels(latents.to(self.dtype)).float() - low) / (high - low)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns float32 images `[B 3 S S]` in [0, 1] from unscaled latents `[B C h w]`."""
+        return self.decode_raw(latents).clamp(0.0, 1.0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, in which the network computes."""
+        return next(self.parameters()).dtype
+
+    @property
+    def identity(self) -> VAEIdentity:
+        """The identity read from the file, or that of the present weights where they came from no file."""
+        return self.known_identity or self.identify()
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """The JSON-able part of the identity that names the latent space."""
+        return self.identity.fingerprint
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of weights in memory: of one half only, if only one was loaded."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def describe(self) -> str:
+        """Returns one line for a log."""
+        low, high = self.pixel_range
+        return (
+            f"{self.name_for_log()}, {self.num_parameters / 1e6:.2f} M parameters, "
+            f"{self.latent_channels} channels, {self.downsampling}x down, pixels in [{low:g}, {high:g}]"
+        )
+
+    def name_for_log(self) -> str:
+        """Returns what kind of VAE this is, in a few words."""
+        raise NotImplementedError
+
+
+class LeftOut(nn.Module):
+    """Stands where a half was not loaded, and says so when called."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, *_: Any) -> Tensor:
+        raise RuntimeError(f"this VAE was loaded without its {self.name}; load it with parts='both'")
+
+
+def split_halves(parts: Parts) -> list[str]:
+    return [half for half in HALVES if parts in ("both", half)]
+
+
+def leave_out(model: nn.Module, halves: Sequence[str]) -> None:
+    """Replaces the modules of the halves that are not named."""
+    for half in HALVES.keys() - set(halves):
+        for name in (prefix.rstrip(".") for prefix in HALVES[half]):
+            if getattr(model, name, None) is not None:
+                setattr(model, name, LeftOut(half))
+
+
+def fingerprint_of(
+    tensors: Mapping[str, Tensor], architecture: dict[str, Any], pixel_range: tuple[float, float]
+) -> dict[str, Any]:
+    encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(HALVES["encoder"])}
+    return {
+        "weights": weights_digest(encoder),
+        "architecture": architecture,
+        "pixel_range": list(pixel_range),
+    }
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the SHA-256 (hex) over name, shape and little-endian float32 bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        array = tensors[name].detach().to("cpu", torch.float32).contiguous().numpy()
+        digest.update(json.dumps([name, list(array.shape)]).encode() + b"\n")
+        digest.update(array.astype("<f4", copy=False).data)
+    return digest.hexdigest()
+
+
+def positive(path: Path, name: str, value: Any) -> float:
+    number = plain_number(value)
+    if not (math.isfinite(number) and number > 0):
+        shown = printable(repr(value)) if isinstance(value, (float, str)) else f"a {type(value).__name__}"
+        shown = str(value) if isinstance(value, int) and math.isfinite(number) else shown
+        raise UserError(f"{path}: {name} is {shown}; it must be a number above 0")
+    return number
+
+
+def plain_number(value: Any) -> float:
+    """Returns a value out of a file as a float, NaN where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return math.nan
+
+
+def first_line(error: Exception) -> str:
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0])

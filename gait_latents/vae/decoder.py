@@ -1,0 +1,90 @@
+"""Decodes latents to images, in a faster number format where a trial shows the same images."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gait_latents.common import hardware, pictures
+from gait_latents.common.console import warn
+from gait_latents.vae import base, load
+from gait_latents.vae.norm import LatentNorm
+
+_AS_GOOD_DB = 45.0  # images that differ less look the same; rounding to 8 bits alone is 59 dB
+_TRIAL_SIZE = 16  # of the latent with which a number format is tried
+
+
+class Decoder:
+    """The VAE's decoder, built when first needed and freed by `close`.
+
+    Each sample is decoded by itself, so that an image does not depend on the images beside it. `dtype` is the number
+    format that it computes in: when it is built, a shorter one is tried, and given up where its images would differ.
+    """
+
+    def __init__(
+        self, vae_path: str, norm: LatentNorm, device: torch.device, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.vae_path, self.norm, self.device, self.dtype = vae_path, norm.to(device), device, dtype
+        self.vae: base.VAE | None = None
+        self._is_tried = dtype == torch.float32
+
+    @torch.inference_mode()
+    def __call__(self, samples: Tensor, between: Callable[[], None] = lambda: None) -> list[np.ndarray]:
+        """Decodes samples [B C h w] to uint8 images [S S 3]; raises UserError when there is no VAE.
+
+        `between` is called before each; what it raises ends the work.
+        """
+        decoder = self.open()
+        images = []
+        for latent in self.norm.to_unscaled(samples.to(self.device)):
+            between()
+            images.append(pictures.to_uint8(self._finite_pixels(decoder, latent[None]))[0])
+        return images
+
+    def _finite_pixels(self, decoder: base.VAE, latent: Tensor) -> Tensor:
+        """Decodes in float32 what the number format cannot hold: noise, with which it was tried, has no extremes."""
+        pixels = self._pixels(decoder, latent, self.dtype)
+        if self.dtype == torch.float32 or pixels.isfinite().all():
+            return pixels
+        return self._pixels(decoder, latent, torch.float32)
+
+    def _pixels(self, decoder: base.VAE, latent: Tensor, dtype: torch.dtype) -> Tensor:
+        with hardware.autocast(self.device, dtype):
+            return decoder.decode(latent).float()
+
+    def open(self) -> base.VAE:
+        """Builds the decoder if there is none yet; raises UserError when there is no VAE."""
+        if self.vae is None:
+            hardware.allow_tf32()
+            self.vae = load.load_vae(self.vae_path, self.device, parts="decoder", memory_format=torch.channels_last)
+        if not self._is_tried:
+            quality = self._quality(self.vae)
+            if quality < _AS_GOOD_DB:
+                name = str(self.dtype).removeprefix("torch.")
+                warn(f"images are decoded in float32, as {name} would change them (PSNR {quality:.1f} dB)")
+                self.dtype = torch.float32
+            self._is_tried = True
+        return self.vae
+
+    def go_on_in(self, dtype: torch.dtype) -> None:
+        """Takes the number format of images that there are already."""
+        self.dtype, self._is_tried = dtype, True
+
+    @torch.inference_mode()
+    def _quality(self, decoder: base.VAE) -> float:
+        """Returns the PSNR in dB of an image decoded in `dtype` against float32; of noise, which is no easier."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(1, len(self.norm.shift), _TRIAL_SIZE, _TRIAL_SIZE, generator=generator)
+        latent = self.norm.to_unscaled(noise.to(self.device))
+        exact, found = (self._pixels(decoder, latent, dtype) for dtype in (torch.float32, self.dtype))
+        if not found.isfinite().all():
+            return -math.inf
+        return pictures.psnr(pictures.to_uint8(exact), pictures.to_uint8(found))
+
+    def close(self) -> None:
+        """Frees the VAE; a later call builds it again."""
+        self.vae = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,103 @@
+"""Finds the VAE that --vae_path names (a file, a folder, a hub id), reads its identity, and loads it."""
+
+import re
+import socket
+import urllib.request
+from pathlib import Path
+
+import torch
+
+from gait_latents.common.errors import UserError
+from gait_latents.vae.base import VAE, Parts, VAEIdentity, first_line
+from gait_latents.vae.diffusers_vae import WEIGHT_FILES, identify_diffusers, load_diffusers
+from gait_latents.vae.ldm_checkpoint import load_checkpoint, open_checkpoint
+from gait_latents.vae.weight_files import SUFFIXES
+
+# --- files, folders and hub ids -----------------------------------------------------------------------------
+
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w-]+)?")
+
+
+def _locate(path_or_id: str | Path) -> Path:
+    """Returns the file or folder, downloaded first where a hub id is given."""
+    path = Path(path_or_id).expanduser()
+    if path.exists():
+        return path
+    text = str(path_or_id)
+    looks_like_file = path.suffix.lower() in SUFFIXES
+    if looks_like_file or not HUB_ID.fullmatch(text):
+        place = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise UserError(f"the VAE {text} does not exist{place}; give --vae_path a checkpoint, a folder or a hub id")
+    return _download(text)
+
+
+def _download(hub_id: str) -> Path:
+    """Returns the local folder of "owner/name" or "owner/name/subfolder" on the Hugging Face hub."""
+    try:
+        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError as error:
+        raise UserError(
+            f"the VAE {hub_id} is no file or folder here; for the Hugging Face hub, pip install diffusers"
+        ) from error
+    owner, name, *subfolder = hub_id.split("/")
+    is_online = _can_reach(constants.ENDPOINT)  # else the hub's library tries again and again for half a minute
+
+    def fetch(file: str) -> Path:
+        place = "/".join(subfolder) or None
+        return Path(hf_hub_download(f"{owner}/{name}", file, subfolder=place, local_files_only=not is_online))
+
+    try:
+        folder = fetch("config.json").parent
+        try:
+            fetch(WEIGHT_FILES[0])
+        except EntryNotFoundError:
+            fetch(WEIGHT_FILES[1])
+    except (EntryNotFoundError, OSError, ValueError) as error:
+        reason = first_line(error) if is_online else f"{constants.ENDPOINT} cannot be reached"
+        raise UserError(
+            f"the VAE {hub_id} is no file or folder in {Path.cwd()}, and the Hugging Face hub did not give it: "
+            f"{reason}; check --vae_path, or the network"
+        ) from error
+    return folder
+
+
+def _can_reach(url: str) -> bool:
+    """Says whether the host of a URL takes connections; where a proxy is set, that is left to the proxy."""
+    place = urllib.parse.urlsplit(url)
+    if urllib.request.getproxies().get(place.scheme):
+        return True
+    try:
+        with socket.create_connection((place.hostname, place.port or 443), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+# --- the two ways in ----------------------------------------------------------------------------------------
+
+
+def read_identity(path_or_id: str | Path) -> VAEIdentity:
+    """Returns the identity of the VAE in a file, folder or hub id without building it; raises UserError."""
+    path = _locate(path_or_id)
+    if path.is_dir():
+        return identify_diffusers(path, ["encoder"])
+    found, network = open_checkpoint(path, ["encoder"])
+    return network.identity_of(found.tensors)
+
+
+def load_vae(
+    path_or_id: str | Path,
+    device: torch.device | str,
+    *,
+    parts: Parts = "both",
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> VAE:
+    """Returns the VAE of a file, folder or hub id, or half of it, float32, in eval mode; raises UserError.
+
+    With `memory_format` torch.channels_last it is faster, on CPUs and GPUs, and its values differ by rounding.
+    """
+    path = _locate(path_or_id)
+    vae = load_diffusers(path, device, parts) if path.is_dir() else load_checkpoint(path, device, parts)
+    return vae.to(memory_format=memory_format).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,333 @@
+"""What the scripts share: exit codes, signals, progress, the words for times and sizes; and the device."""
+
+import contextlib
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import termios
+import threading
+import time
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+from gait_latents.common import cli, console, hardware
+from gait_latents.common.errors import Failed, Stopped, UserError
+from gait_latents.common.process import StopSignals
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ("preprocess_latents.py", "train_latent_cfg.py", "generate.py", "export_model.py")
+
+
+# --- the next command ---------------------------------------------------------------------------------------
+
+
+def test_the_next_command_starts_the_python_of_this_one(tmp_path):
+    folder = tmp_path / "my tools" / ".venv"
+    venv.create(folder, symlinks=True)
+    telling = "import script, sys; print(script.python_word()); print(sys.prefix)"
+    clean = {"PATH": "/usr/bin:/bin", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    active = {**clean, "PATH": f"{folder / 'bin'}:/usr/bin:/bin"}
+    for place, env, expected in (
+        (folder.parent, clean, ".venv/bin/python"),
+        (tmp_path, clean, "'my tools/.venv/bin/python'"),
+        (ROOT, clean, f"'{folder}/bin/python'"),
+        (ROOT, active, "python"),
+    ):
+        run = {"cwd": place, "env": env, "capture_output": True, "text": True, "check": True}
+        word, _ = subprocess.run([folder / "bin" / "python", "-c", telling], **run).stdout.splitlines()
+        assert word == expected
+        again = subprocess.run(f"{word} -c '{telling}'", shell=True, **run).stdout.splitlines()
+        assert again == [word, str(folder)]
+
+
+# --- how a script ends -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("dim is 3;\n  use 4"), 2, "error: dim is 3; use 4\n"),
+        (Failed("no room"), 1, "error: no room\n"),
+        (OSError(28, "No space left on device", "/a/b"), 1, "error: /a/b: No space left on device\n"),
+        (OSError("odd"), 1, "error: odd\n"),
+        (Stopped(signal.SIGTERM), 143, ""),
+        (Stopped(signal.SIGINT), 130, ""),
+        (KeyboardInterrupt(), 130, "\nstopped by Ctrl-C\n"),
+    ],
+)
+def test_every_way_to_end_has_its_exit_code_and_at_most_one_line(capsys, error, code, line):
+    @cli.command
+    def main(argv):
+        raise error
+
+    assert main([]) == code
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", line)
+
+
+def test_a_script_that_ends_well_keeps_its_exit_code_and_its_name():
+    @cli.command
+    def main(argv):
+        """Does nothing."""
+        return len(argv)
+
+    assert main(["a", "b"]) == 2 and main.__doc__ == "Does nothing."
+
+
+def test_a_mistake_of_ours_is_not_hidden():
+    @cli.command
+    def main(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        main([])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_comes_before_torch_is_imported(name):
+    code = f"import runpy, sys; sys.argv = ['{name}', '--help']; sys.modules['torch'] = None; "
+    code += f"runpy.run_path('{name}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("usage: ") and "--config FILE" in done.stdout and " INT " in done.stdout
+
+
+def test_python_looks_for_no_garbage_at_the_end_of_a_script():
+    """It would go through all that torch has made, several times."""
+    program = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"  # runs last
+    program += "import config, script; script.check_command_line(config.TrainSettings, 'Trains.')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+# --- signals -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("module", ["config", "durable", "torch"])
+def test_ctrl_c_during_the_imports_ends_without_a_word(name, module):
+    program = f"""
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it from the start
+class Finder:
+    def find_spec(self, wanted, path=None, target=None):
+        if wanted == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["{name}", "--config", "configs/demo.yaml"]
+runpy.run_path("{name}", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_only_sets_a_flag_and_the_second_one_ends_the_program(number):
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        signals.raise_if_received()
+        os.kill(os.getpid(), number)
+        assert signals.received == number
+        with pytest.raises(Stopped) as stopped:
+            signals.raise_if_received()
+        assert stopped.value.exit_code == 128 + number
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(number) == before
+
+
+def test_signals_are_left_alone_outside_the_main_thread():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with StopSignals():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+# --- what is shown -----------------------------------------------------------------------------------------
+
+
+def test_a_log_gets_a_line_when_a_minute_and_a_tenth_have_passed_and_one_at_the_end(capsys, monkeypatch):
+    with console.progress(total=3000, unit="images", label="encode", initial=1000) as bar:
+        bar.advance(500)
+        bar.advance(500, loss="0.25")
+        assert capsys.readouterr().err == ""  # no minute has passed
+        monkeypatch.setattr(bar, "last_time", time.monotonic() - 61)
+        bar.advance(200)
+        line = r"encode: 2,200 of 3,000 images \(73%\) after 0\.\d s, about 0\.\d s to go, loss=0\.25\n"
+        assert re.fullmatch(line, capsys.readouterr().err)
+        monkeypatch.setattr(bar, "last_time", time.monotonic() - 61)
+        bar.advance(299)
+        assert capsys.readouterr().err == ""  # no tenth
+        bar.advance(501)
+    captured = capsys.readouterr()
+    assert re.fullmatch(r"encode: 3,000 of 3,000 images \(100%\) after 0\.\d s, loss=0\.25\n", captured.err)
+    assert captured.out == ""
+
+
+def test_a_log_of_work_that_was_stopped_ends_without_a_forecast(capsys):
+    with console.progress(total=3000, unit="images", label="encode") as bar:
+        bar.advance(1)
+    assert re.fullmatch(r"encode: 1 of 3,000 images \(0%\) after 0\.\d s\n", capsys.readouterr().err)
+
+
+def test_no_line_of_a_log_comes_twice(capsys, monkeypatch):
+    with console.progress(total=2, unit="images", label="encode") as bar:
+        monkeypatch.setattr(bar, "last_time", time.monotonic() - 61)
+        bar.advance(2)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_nothing_is_shown_of_work_that_never_began(capsys):
+    with pytest.raises(UserError), console.progress(total=3, unit="images", label="encode"):
+        raise UserError("no")
+    assert capsys.readouterr().err == ""
+
+
+WORK = """
+import time, script
+with script.progress(total=300, unit="steps", label="train") as bar:
+    for _ in range(300):
+        bar.advance()
+        time.sleep(0.003)
+"""
+
+
+def test_a_pipe_gets_one_line_of_short_work():
+    done = subprocess.run([sys.executable, "-c", WORK], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert re.fullmatch(r"train: 300 of 300 steps \(100%\) after \d\.\d s\n", done.stderr) and done.stdout == ""
+
+
+@pytest.mark.parametrize("in_cell", [False, True])
+def test_a_terminal_gets_a_bar_but_not_that_of_a_notebook_cell(in_cell):
+    environment = {name: value for name, value in os.environ.items() if name != "JPY_PARENT_PID"}
+    environment |= {"JPY_PARENT_PID": "1"} if in_cell else {}
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    with subprocess.Popen([sys.executable, "-c", WORK], cwd=ROOT, env=environment, stderr=theirs):
+        os.close(theirs)
+        text = read_terminal(ours)
+    assert "300" in text
+    assert text.count("\r") - text.count("\r\n") > 3 if not in_cell else text.count("\r") == 1
+
+
+def read_terminal(descriptor: int) -> str:
+    """Reads what comes through a pseudo-terminal until its other end is closed."""
+    parts = []
+    with contextlib.suppress(OSError), open(descriptor, "rb", buffering=0) as file:  # Linux ends it by an error
+        while part := file.read(4096):
+            parts.append(part)
+    return b"".join(parts).decode()
+
+
+def test_lines_and_warnings_go_to_their_own_streams(capsys):
+    console.say("done")
+    console.say()
+    console.warn("look")
+    captured = capsys.readouterr()
+    assert captured.out == "done\n\n" and captured.err == "warning: look\n"
+
+
+def test_what_the_output_cannot_show_is_escaped(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    console.say("步态 \udcff")
+    assert raw.getvalue() == b"\\u6b65\\u6001 \\udcff\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (3599.6, "1 h 00 min"),
+        (4 * 3600 + 300, "4 h 05 min"),
+        (100 * 3600, "100 h 00 min"),
+    ],
+)
+def test_times_in_words(seconds, words):
+    assert console.duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (999_960, "1.0 MB"),
+        (25_400_000, "25.4 MB"),
+        (1_240_000_000, "1.2 GB"),
+        (5_000_000_000_000, "5000.0 GB"),
+    ],
+)
+def test_sizes_in_words(count, words):
+    assert console.size(count) == words
+
+
+# --- the device --------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def test_the_number_format_and_its_reason(monkeypatch):
+    assert hardware.pick_precision("auto", CPU) == (torch.float32, "a CPU")
+    assert hardware.pick_precision("bfloat16", CPU) == (torch.bfloat16, "as asked")
+    gpu = torch.device("cuda")
+    for capability, dtype in (((6, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        picked, reason = hardware.pick_precision("auto", gpu)
+        assert picked == dtype and f"capability {capability[0]}.{capability[1]}" in reason
+    assert hardware.pick_precision("float32", gpu)[0] == torch.float32
+
+
+def test_a_gpu_without_kernels_is_told_in_one_sentence(monkeypatch):
+    def no_kernels(*args, **kwargs):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P100-PCIE-16GB")
+    monkeypatch.setattr(torch, "ones", no_kernels)
+    for name in ("auto", "cuda", "cuda:0"):
+        with pytest.raises(UserError, match=r"cannot compute on this GPU \(Tesla P100-PCIE-16GB\); on Kaggle switch"):
+            hardware.pick_device(name)
+    with pytest.raises(UserError, match="--device cuda:1 does not exist; this machine has 1 GPU"):
+        hardware.pick_device("cuda:1")
+    assert hardware.pick_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: out of memory"), torch.OutOfMemoryError("CUDA out of memory. Tried to")]
+)
+def test_a_gpu_that_is_full_is_not_taken_for_one_without_kernels(monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch, "ones", full)
+    with pytest.raises(UserError, match=r"the GPU \(Tesla T4\) has no memory left: end what else uses it"):
+        hardware.pick_device("cuda")
+
+
+def test_memory_is_told_in_bytes():
+    assert 2**26 < hardware.free_memory_bytes(CPU) < 2**45
+    assert re.fullmatch(r"\d+\.\d\d GB host", hardware.peak_memory(CPU))
+    assert hardware.describe(CPU) == "CPU (1 threads)"

@@ -1,0 +1,292 @@
+"""Settings: one home for each fact, the same parser for flags and files, and the order of precedence."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from gait_latents.common import cli
+from gait_latents.common.cli import Layer
+from gait_latents.common.errors import UserError
+from gait_latents.settings import (
+    GROUPS,
+    SCRIPTS,
+    ExportSettings,
+    GenerateSettings,
+    PreprocessSettings,
+    TrainSettings,
+    differences_on_resume,
+)
+
+ALL = list(SCRIPTS.values())
+
+
+def read(cls: type, *argv: str) -> cli.Resolved:
+    return cli.resolve(cls, cli.read_command_line(cls, argv, description="A script."))
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_every_default_is_a_value_that_could_be_typed(cls):
+    num_checked = 0
+    for name, default in cli.defaults(cls).items():
+        assert cli.parse(name, cli.to_words(default), cli.specs(cls)[name], "a test") == default
+        num_checked += 1
+    assert num_checked == len(fields(cls)) >= 4
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_settings_survive_the_way_through_yaml(cls, tmp_path):
+    changed = {name: value for name, value in {"seed": 7, "cond_scale": 3.0}.items() if name in cli.specs(cls)}
+    assert changed
+    settings = cli.resolve(cls, [Layer("a test", changed)]).settings
+    path = tmp_path / "settings.yaml"
+    path.write_text(cli.to_yaml(settings))
+    assert cli.to_dict(read(cls, "--config", str(path)).settings) == cli.to_dict(settings)
+
+
+def test_a_setting_shared_by_scripts_has_one_default():
+    num_shared = 0
+    for name in cli.defaults(PreprocessSettings).keys() & cli.defaults(TrainSettings).keys():
+        assert cli.defaults(PreprocessSettings)[name] == cli.defaults(TrainSettings)[name]
+        num_shared += 1
+    assert num_shared >= 12
+
+
+def test_scientific_notation_is_a_number_in_a_file_as_in_a_flag(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train_lr: 1e-3\ndim_mults: [1, 2]\nmax_hours: null\n")
+    settings = read(TrainSettings, "--config", str(path)).settings
+    assert settings.train_lr == 1e-3 == read(TrainSettings, "--train_lr", "1e-3").settings.train_lr
+    assert settings.dim_mults == (1, 2)
+    assert settings.max_hours is None
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("on", "true"), ("off", "false"), ("Yes", "true"), ("0", "false"), ("auto", "auto")]
+)
+def test_a_switch_with_a_third_position_takes_the_words_of_a_switch(word, value):
+    assert read(TrainSettings, "--compile", word).settings.compile == value
+
+
+def test_settings_of_earlier_versions_break_neither_files_nor_runs(tmp_path):
+    path = tmp_path / "settings.yaml"  # as an earlier version left it in a run folder
+    path.write_text("dry_run: false\nimport_folder: null\nimport_scale_factor: 0.18215\ndim: 16\n")
+    for cls in (TrainSettings, PreprocessSettings):
+        assert (
+            read(cls, "--config", str(path)).settings == read(cls, *["--dim", "16"] * (cls is TrainSettings)).settings
+        )
+    stored = {"dry_run": False, "import_folder": "/old", "import_split": ["no", {"value": 1}], "dim": 16}
+    layer = cli.stored_layer(TrainSettings, "run x", stored)
+    assert layer.values == {"dim": 16}
+    assert not differences_on_resume(stored, cli.resolve(TrainSettings, [layer]).settings)
+    path.write_text("dry_run: true\n")
+    with pytest.raises(UserError, match="there is no setting dry_run any more; the disk is told at the start, and"):
+        read(TrainSettings, "--config", str(path))
+
+
+def test_flag_wins_over_file_over_run_over_manifest_over_default(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("dim: 16\ntimesteps: 20\n")
+    layers = cli.read_command_line(TrainSettings, ["--config", str(path), "--dim", "8"], description="")
+    layers.append(cli.stored_layer(TrainSettings, "run x", {"dim": 32, "timesteps": 30, "seed": 3}))
+    layers.append(cli.stored_layer(TrainSettings, "manifest", {"seed": 4, "num_users": 5}, only_about_cache=True))
+    resolved = cli.resolve(TrainSettings, layers)
+    got = resolved.settings
+    assert (got.dim, got.timesteps, got.seed, got.num_users, got.image_size) == (8, 20, 3, 5, 256)
+    assert resolved.sources["dim"] == "flag"
+    assert resolved.sources["timesteps"] == f"--config {path}"
+    assert resolved.sources["seed"] == "run x"
+    assert resolved.sources["num_users"] == "manifest"
+    assert resolved.sources["image_size"] == "default"
+    lines = ["run x: seed 3", "manifest: num_users 5", "flag: dim 8", f"--config {path}: timesteps 20"]
+    assert resolved.changes() == lines
+
+
+def test_the_manifest_speaks_only_of_the_cache():
+    layer = cli.stored_layer(TrainSettings, "manifest", {"dim": 3, "num_users": 5}, only_about_cache=True)
+    assert layer.values == {"num_users": 5}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train_lrr", "1"], "there is no setting --train_lrr; did you mean --train_lr?"),
+        (["--train-lr", "1"], "there is no setting --train-lr; did you mean --train_lr?"),
+        (["--dim", "many"], "dim is 'many' in --dim; it takes a whole number"),
+        (["--dim", "1.5"], "dim is '1.5' in --dim; it takes a whole number"),
+        (["--dim", "2"], "dim is 2 in --dim; the smallest allowed is 4"),
+        (["--cond_drop_prob", "1.5"], "cond_drop_prob is 1.5 in --cond_drop_prob; the largest allowed is 1"),
+        (["--train_lr", "nan"], "train_lr is 'nan' in --train_lr; it takes a number"),
+        (["--objective", "pred_y"], "objective is 'pred_y' in --objective; it is one of pred_v, pred_noise, pred_x0"),
+        (
+            ["--dim_mults", "1,2"],
+            "dim_mults is '1,2' in --dim_mults; it takes a whole number, or several as separate words",
+        ),
+        (["--seed", str(2**63)], f"seed is {2**63} in --seed; the largest allowed is 9.22337e+18"),
+        (["--num_users", "none"], "num_users is 'none' in --num_users; it takes a whole number or all"),
+        (["--deterministic", "maybe"], "deterministic is 'maybe' in --deterministic; it takes true or false"),
+        (["--dim_mults"], "dim_mults in --dim_mults needs at least one value"),
+        (["--vae_path", ""], "vae_path is '' in --vae_path; it takes a text"),
+        (["--dim"], "argument --dim: expected one argument; --help lists the settings"),
+        (["--output_folder", "x"], "there is no setting --output_folder; did you mean --latents_cache_folder?"),
+        (
+            ["--checkpoint", "x"],
+            "there is no setting --checkpoint; it is one of generate.py and evaluate_images.py and export_model.py",
+        ),
+        (["--lr", "1"], "there is no setting --lr; did you mean --train_lr?"),
+        (["--num_steps", "1"], "there is no setting --num_steps; did you mean --train_num_steps?"),
+        (["--guidance_scale", "1"], "there is no setting --guidance_scale; did you mean --cond_scale?"),
+        (["--r", "1"], "there is no setting --r; --help lists the settings"),
+        (["stray"], "there is no setting stray; --help lists the settings"),
+    ],
+)
+def test_a_wrong_flag_is_told_in_one_line(argv, message):
+    with pytest.raises(UserError) as error:
+        read(TrainSettings, *argv)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train_lrr: 1\n", "there is no setting train_lrr; did you mean train_lr?, in {path}"),
+        ("dim: x\n", "dim is 'x' in {path}; it takes a whole number"),
+        ("dim: [1, 2]\n", "dim takes one value, not 2 (1 2), in {path}"),
+        ("dim: {a: 1}\n", "dim in {path} (line 1) must be a value or a list of values"),
+        ("dim: 8\ndim: 9\n", "dim stands 2 times in {path}"),
+        ("- dim\n", "--config {path} must hold lines of the form 'name: value'"),
+        ("? [dim]\n: 8\n", "--config {path} must hold lines of the form 'name: value'"),
+        ("[" * 2000, "--config {path} is not valid YAML"),
+        ("dim: [8\n", "--config {path} is not valid YAML"),
+        ("images_per_class: zero\n", "images_per_class is 'zero' in {path}; it takes a whole number"),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_line(text, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        read(TrainSettings, "--config", str(path))
+    assert str(error.value).startswith(message.format(path=path))
+    assert "\n" not in str(error.value)
+
+
+def test_one_file_serves_all_scripts():
+    path = "configs/demo.yaml"
+    assert read(PreprocessSettings, "--config", path).settings.image_size == 128
+    assert read(TrainSettings, "--config", path).settings.dim == 32
+    assert read(GenerateSettings, "--config", path).settings.images_per_class > 0
+
+
+def test_only_settings_that_define_the_run_are_fixed_on_resume():
+    stored = cli.to_dict(read(TrainSettings).settings)
+    free = read(TrainSettings, "--train_num_steps", "7", "--max_hours", "1", "--num_samples", "9", "--cond_scale", "3")
+    assert differences_on_resume(stored, free.settings) == []
+    fixed = read(TrainSettings, "--dim", "64", "--train_lr", "1")
+    assert differences_on_resume(stored, fixed.settings) == [("dim", 48, 64), ("train_lr", 4e-4, 1.0)]
+
+
+def test_the_batch_is_fixed_as_a_whole():
+    stored = cli.to_dict(read(TrainSettings).settings)
+    same = read(TrainSettings, "--train_batch_size", "16", "--gradient_accumulate_every", "1").settings
+    assert differences_on_resume(stored, same) == []
+    other = read(TrainSettings, "--train_batch_size", "16").settings
+    assert differences_on_resume(stored, other) == [("train_batch_size", 8, 16)]
+
+
+def test_stored_paths_are_absolute_and_hub_ids_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.absolute_path("./latents_cache") == str(tmp_path / "latents_cache")
+    assert cli.absolute_path("stabilityai/sd-vae-ft-mse") == "stabilityai/sd-vae-ft-mse"
+    (tmp_path / "vae.pt").touch()
+    assert cli.absolute_path("vae.pt") == str(tmp_path / "vae.pt")
+
+
+def test_a_home_folder_is_understood_in_a_file_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    path = tmp_path / "run.yaml"
+    path.write_text("data_path: ~/images\n")
+    assert read(TrainSettings, "--config", str(path)).settings.data_path == "/somewhere/images"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_does_not_import_torch(script):
+    source = (
+        f"import sys; sys.argv = ['{script}', '--help']\n"
+        "import runpy\n"
+        f"try: runpy.run_path('{script}', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code in (None, 0), end.code\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    name, default = next(iter(cli.defaults(SCRIPTS[script]).items()))
+    assert f"--{name} " in done.stdout and f"(default: {default})" in done.stdout
+
+
+def test_a_mistake_in_a_flag_ends_with_one_line_and_exit_code_2():
+    done = subprocess.run(
+        [sys.executable, "train_latent_cfg.py", "--dimm", "3"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no setting --dimm; did you mean --dim?\n"
+
+
+def test_configs_hold_only_known_settings():
+    files = sorted(Path("configs").glob("*.yaml"))
+    for file in files:
+        cli.read_file(TrainSettings, str(file))
+    assert files
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_help_shows_each_setting_once_under_its_topic_with_unit_and_default(cls):
+    text = cli._parser(cls, "A script.\n\n    python script.py --flag\n").format_help()
+    lines = text.splitlines()
+    assert "    python script.py --flag" in lines
+    pieces = re.split(r"^(\S.*):\n", text, flags=re.MULTILINE)
+    words = {topic: " ".join(part.split()) for topic, part in zip(pieces[1::2], pieces[2::2], strict=True)}
+    expected = {spec.group for spec in cli.specs(cls).values()}
+    assert list(words) == ["options", *(group for group in GROUPS if group in expected)]
+    for name, spec in cli.specs(cls).items():
+        _, *entries = re.split(rf"^  --{name} ", text, flags=re.MULTILINE)
+        assert len(entries) == 1
+        own = " ".join(re.split(r"^  (?:--|\*)|\n\n", entries[0], flags=re.MULTILINE)[0].split())
+        assert own in words[spec.group]
+        assert cli.metavar(spec) in own and spec.unit.upper() in own
+        mark = " *" if spec.free and cli.can_resume(cls) else ""
+        assert f"(default: {cli.show(cli.defaults(cls)[name])}){mark}" in own
+        assert mark or ") *" not in own
+
+
+@pytest.mark.parametrize("cls", [TrainSettings, GenerateSettings, ExportSettings])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["0.8", "0.2"], "is 0.8 0.2 in --guidance_interval; it takes two numbers, the smaller one first"),
+        (["0.5"], "it takes two numbers"),
+        (["0", "0.5", "1"], "it takes two numbers"),
+        ([], "needs at least one value"),
+        (["-0.1", "1"], "the smallest allowed is 0"),
+        (["0", "1.01"], "the largest allowed is 1"),
+        (["0", "nan"], "it takes a number"),
+        (["all"], "it takes a number"),
+    ],
+)
+def test_what_is_no_interval_is_told_in_one_line(cls, words, told):
+    with pytest.raises(UserError) as caught:
+        read(cls, "--guidance_interval", *words)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_interval_is_read_from_flags_and_files_alike(tmp_path):
+    (tmp_path / "run.yaml").write_text("guidance_interval: [0.25, 0.75]\n")
+    from_file = read(TrainSettings, "--config", str(tmp_path / "run.yaml")).settings
+    assert from_file == read(TrainSettings, "--guidance_interval", "0.25", "0.75").settings
+    assert read(TrainSettings, "--guidance_interval", "1", "1").settings.guidance_interval == (1, 1)
+
+
+def test_every_group_has_its_place():
+    assert {spec.group for cls in ALL for spec in cli.specs(cls).values()} == set(GROUPS)
