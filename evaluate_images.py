@@ -7,49 +7,46 @@ The first compares the images of a folder, the second samples at several guidanc
 print a short table and keep evaluation/report.html and report.json. Running it again does only what is missing.
 """
 
-import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-import torch
+sys.path.append(str(Path(__file__).resolve().parent))  # which python -I and PYTHONSAFEPATH=1 leave out
 
-from gait_latents.common import cli, files, hardware
-from gait_latents.common.console import say
-from gait_latents.common.distributed import joined
-from gait_latents.common.errors import DONE, Failed
-from gait_latents.common.layout import PAGE_NAME, REPORT_NAME
-from gait_latents.evaluation import sweep
-from gait_latents.evaluation.evaluator import evaluate
-from gait_latents.evaluation.plan import make_plan
-from gait_latents.images import selection
+from gait_latents.common.script import imports, run_script
 from gait_latents.settings import EvaluateSettings
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
 
-
-if __name__ == "__main__":
-    cli.check_command_line(EvaluateSettings, __doc__)
-
-
-@cli.command
-def main(argv: Sequence[str] | None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
+    return run_script(EvaluateSettings, argv, __doc__, evaluate)
+
+
+def evaluate(argv: Sequence[str] | None) -> int:
+    """Settings, images, figures, report: the whole way of an evaluation."""
+    with imports():
+        from gait_latents.common.console import say
+        from gait_latents.common.distributed import joined
+        from gait_latents.common.errors import DONE
+        from gait_latents.common.hardware import plain_memory_error
+        from gait_latents.common.layout import PAGE_NAME, REPORT_NAME
+        from gait_latents.evaluation import evaluator, sweep
+        from gait_latents.evaluation.plan import make_plan
+
     with joined() as ranks, ranks.together():
         ranks.must_be_alone("evaluate_images.py")
-    try:
-        plan = make_plan(argv)
-        selection.refuse_to_be_a_class(plan.folder, plan.settings.data_path)
-        files.check_writable(plan.folder, "output_folder")
+    with plain_memory_error():
+        # Settings: flags, --config, the run, defaults. Images: those of the run's split, by their latents.
+        plan = make_plan(argv, __doc__)
+
+        # Figures: distances, copies, classifiers; each part is kept in the report as soon as it is there.
         if plan.settings.sweep:
             sweep.sweep(plan, sweep.find_states(plan))
         else:
-            evaluate(plan)
-    except torch.OutOfMemoryError as error:
-        raise Failed(hardware.TOO_LITTLE_MEMORY) from error
+            evaluator.evaluate(plan)
     say(f"see {plan.folder / PAGE_NAME}; all figures are in {plan.folder / REPORT_NAME}")
     return DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main(None))
+    sys.exit(main())

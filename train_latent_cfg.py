@@ -7,73 +7,55 @@ It reads the cache that preprocess_latents.py made, and encodes and caches what 
 needed. The same command goes on with a run that was stopped.
 """
 
-import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from gait_latents.common import cli, files, hardware
-from gait_latents.common.distributed import Ranks, joined
-from gait_latents.common.errors import DONE
+sys.path.append(str(Path(__file__).resolve().parent))  # which python -I and PYTHONSAFEPATH=1 leave out
+
+from gait_latents.common.script import imports, run_script
 from gait_latents.settings import TrainSettings
-from gait_latents.training.loop import plain_errors, run
-from gait_latents.training.plan import (
-    check_results_folder,
-    check_share,
-    facts_of_data,
-    facts_of_plan,
-    is_finished,
-    make_plan,
-)
-from gait_latents.training.run_data import fill, open_data, write_cache_defaults
-from gait_latents.training.trainer import Trainer
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
 
 
-if __name__ == "__main__":
-    cli.check_command_line(TrainSettings, __doc__)
-
-
-@cli.command
-def main(argv: Sequence[str] | None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    with joined() as ranks:
-        return train(argv, ranks)
+    return run_script(TrainSettings, argv, __doc__, train)
 
 
-def train(argv: Sequence[str] | None, ranks: Ranks) -> int:
-    """Plans, opens the data, trains; what can be wrong before the first step is told once, whoever finds it."""
-    with ranks.together():
-        plan = make_plan(argv)
-        check_share(plan.settings, ranks)
-        files.remove_stale_temporaries(plan.results)
-        facts = facts_of_plan(plan)
-    ranks.check_same(facts, "start all with the same command, and let all see the same --results_folder")
-    with ranks.together():
-        if is_finished(plan):  # which needs neither cache nor images
+def train(argv: Sequence[str] | None) -> int:
+    """Settings, data, model, loop, end: the whole way of a training run."""
+    with imports():
+        from gait_latents.common.distributed import joined
+        from gait_latents.common.errors import DONE
+        from gait_latents.training.loop import TrainingLoop
+        from gait_latents.training.plan import is_finished, make_plan, pick_device, plain_errors
+        from gait_latents.training.run_data import open_data
+        from gait_latents.training.trainer import start_trainer
+
+    with joined() as ranks:  # this process among those that torchrun has started; mostly it is alone
+        # Settings: flags, --config, the run that goes on, the manifest of the cache, defaults, in this order.
+        plan = make_plan(argv, __doc__, ranks)
+        if is_finished(plan, ranks):  # which needs neither cache nor images
             return DONE
-        if plan.settings.deterministic:
-            hardware.make_deterministic()
-        device = hardware.pick_device(ranks.device_name(plan.settings.device))
-        if ranks.is_main:
-            check_results_folder(plan)
-    ranks.use(device)
-    ranks.say_unused(plan.settings.device, "train_latent_cfg.py")
-    with ranks.together(), plain_errors(plan):
+        device = pick_device(plan, ranks)
+
+        # Data: the split, the space of the cache, and a dataset that encodes what is missing when it is first needed.
         data = open_data(plan, device, ranks)
-    ranks.check_same(facts_of_data(data, device), "give all the same images, VAE and packages, and one kind of device")
-    with ranks.together(), plain_errors(plan):
-        if ranks.count > 1:
-            fill(data.dataset, ranks)
-        trainer = Trainer(plan.settings, data, device, ranks)
-        if ranks.is_main:
-            write_cache_defaults(plan, data)
-        trainer.start(plan)
-    trainer.begin_alike()
-    with plain_errors(plan):
-        return run(trainer, plan)
+
+        # Model: the U-Net, its average and its optimizer, new or as they were saved.
+        trainer = start_trainer(plan, data, device, ranks)
+
+        # Loop: a step at a time, with log lines, saves and sample grids between them.
+        with plain_errors(plan):
+            with TrainingLoop(trainer, plan) as loop:
+                while trainer.finished_steps < trainer.num_steps:
+                    trainer.train_step()
+                    loop.after_step()
+                    reason = loop.reason_to_stop()
+                    if reason is not None:
+                        return loop.stop(reason)
+            return loop.finish()
 
 
 if __name__ == "__main__":
-    sys.exit(main(None))
+    sys.exit(main())

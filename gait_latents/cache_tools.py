@@ -1,6 +1,5 @@
 """What preprocess_latents.py does besides encoding: it checks a cache, or prunes it."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +16,10 @@ from gait_latents.latents.manifest import HOLDS_IMPORTED, Manifest, read_manifes
 from gait_latents.latents.preview import draw_preview
 from gait_latents.latents.prune import other_spaces, plan_prune
 from gait_latents.latents.verify import Report
-from gait_latents.settings import PreprocessSettings, TrainSettings
+from gait_latents.settings import PreprocessSettings
 from gait_latents.training import run_folder
 
 _NUM_LISTED = 20  # names shown of a longer list
-
-
-def say_next(settings: PreprocessSettings) -> None:
-    """Says how to train on the cache."""
-    standard = cli.defaults(TrainSettings)["latents_cache_folder"]
-    folder = settings.output_folder
-    same = Path(folder).absolute() == Path(standard).absolute()
-    flag = "" if same else f" --latents_cache_folder {shlex.quote(folder)}"
-    say()
-    say(f"next: {console.python_word()} train_latent_cfg.py{flag}")
 
 
 # --- a check -----------------------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
 """Exports the averaged U-Net of a run, for programs that do not have these modules.
 
-    python export_model.py --checkpoint results --output_folder exported
+    python -m gait_latents.export --checkpoint results --output_folder exported
 
 Two files are written: model.safetensors, the weights under the names of denoising-diffusion-pytorch, and config.json,
 all that is needed to build that U-Net and to sample from it. docs/python.md has the program that does so.
 """
 
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from gait_latents.common import cli, process
-from gait_latents.common import files as disk_files
-from gait_latents.common.console import say, warn
+from gait_latents.common import cli, files, process
+from gait_latents.common.console import say
 from gait_latents.common.errors import DONE, UserError
+from gait_latents.common.script import run_script
 from gait_latents.diffusion.library import LIBRARY, library_version
 from gait_latents.diffusion.model import LatentDiffusion, unet_arguments
 from gait_latents.images import selection
@@ -28,32 +27,19 @@ from gait_latents.training import run_folder
 from gait_latents.training.run_folder import SavedState
 from gait_latents.training.trained_model import averaged_diffusion
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
-
-
-if __name__ == "__main__":
-    cli.check_command_line(ExportSettings, __doc__)
-
-
 _WEIGHTS_NAME, _CONFIG_NAME = "model.safetensors", "config.json"
 
 
-@cli.command
-def main(argv: Sequence[str] | None) -> int:
-    """Runs the script; returns its exit code. Of several processes, as torchrun starts them, the first does it all."""
-    if process.rank():
-        return DONE
-    layers = cli.read_command_line(ExportSettings, argv, description=__doc__)
-    state = run_folder.read_averages(Path(cli.resolve(ExportSettings, layers).settings.checkpoint))
-    for line in state.warnings:
-        warn(line)
-    of_run = state.meta.chosen_settings("cond_scale", "guidance_interval")
-    layers.append(cli.stored_layer(ExportSettings, f"run {state.path.parent}", of_run))
-    resolved = cli.resolve(ExportSettings, layers)
-    for line in resolved.changes():
-        say(line)
-    _export(resolved.settings, state)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exports a model; returns the exit code. Of several processes, as torchrun starts them, the first does it all."""
+    return DONE if process.rank() else run_script(ExportSettings, argv, __doc__, _read_and_export)
+
+
+def _read_and_export(argv: Sequence[str] | None) -> int:
+    layers = cli.Layers(ExportSettings, argv, description=__doc__)
+    state = run_folder.read_averages(Path(layers.settings.checkpoint))
+    layers.add(f"run {state.path.parent}", state.meta.chosen_settings("cond_scale", "guidance_interval"))
+    _export(layers.resolved().settings, state)
     return DONE
 
 
@@ -72,12 +58,12 @@ def _export(settings: ExportSettings, state: SavedState) -> None:
     )
     folder = Path(settings.output_folder)
     selection.refuse_to_be_a_class(folder, state.meta.settings.get("data_path"))
-    disk_files.check_writable(folder, "output_folder")
-    files = {folder / _WEIGHTS_NAME: weights, folder / _CONFIG_NAME: facts}
-    for path, data in files.items():
+    files.check_writable(folder, "output_folder")
+    contents = {folder / _WEIGHTS_NAME: weights, folder / _CONFIG_NAME: facts}
+    for path, data in contents.items():
         _refuse_to_replace(path, data)
-    for path, data in files.items():
-        disk_files.publish(path, data)
+    for path, data in contents.items():
+        files.publish(path, data)
     millions = sum(parameter.numel() for parameter in diffusion.model.parameters()) / 1e6
     say(f"{state.path} (step {state.step:,}): a U-Net of {millions:.2f} M parameters, in {folder}")
 
@@ -133,4 +119,4 @@ def _refuse_to_replace(path: Path, data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(None))
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Command lines: text to settings and back, the layers of settings, --help, and how a script begins and ends.
+"""Command lines: text to settings and back, the layers of settings, and --help.
 
 A script's settings are one frozen dataclass whose fields `setting` makes. A value is looked up in this order, and
 `Resolved.sources` remembers where it was found: flag > --config file > what was stored earlier (the run that goes on,
@@ -7,28 +7,25 @@ Nothing here imports torch: --help is instant.
 """
 
 import argparse
-import atexit
 import difflib
-import functools
-import gc
 import math
 import os
 import re
-import signal
-import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import yaml
+from gait_latents.common.console import say
+from gait_latents.common.errors import UserError
 
-from gait_latents.common.console import harmless, print_error
-from gait_latents.common.errors import DONE, SIGNALLED, USER_ERROR, Failed, Stopped, Told, UserError, explain
-from gait_latents.common.process import num_ranks, rank
+if TYPE_CHECKING:
+    import yaml
+
+
+# --- what a setting is --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -83,6 +80,8 @@ class Catalogue:
 
 
 CATALOGUE = Catalogue()
+# --- text to value and back ---------------------------------------------------------------------------------
+
 _SWITCH = {
     "true": True,
     "yes": True,
@@ -173,6 +172,9 @@ def show(value: Any) -> str:
     return " ".join(to_words(value)) or "(nothing)"
 
 
+# --- layers -------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Layer:
     """Values of some settings and the place that they come from."""
@@ -247,6 +249,35 @@ def read_command_line(cls: type, argv: Sequence[str] | None, *, description: str
     return layers if config_file is None else [*layers, read_file(cls, config_file)]
 
 
+class Layers:
+    """The places that the settings of a script come from, in order, as far as they are known.
+
+    Args:
+        argv: the flags; None takes those of this process.
+        description: what --help says first.
+    """
+
+    def __init__(self, cls: type, argv: Sequence[str] | None, *, description: str | None) -> None:
+        self._class = cls
+        self._layers = read_command_line(cls, argv, description=description)
+
+    @property
+    def settings(self) -> Any:
+        """The settings as they are by now; what is stored is often found by one of them."""
+        return resolve(self._class, self._layers).settings
+
+    def add(self, source: str, values: Mapping[str, Any], *, only_about_cache: bool = False) -> None:
+        """Adds values that were stored earlier, below all that were added before; see `stored_layer`."""
+        self._layers.append(stored_layer(self._class, source, values, only_about_cache=only_about_cache))
+
+    def resolved(self) -> Resolved:
+        """Puts the layers together, and says which settings differ from their defaults, and why."""
+        found = resolve(self._class, self._layers)
+        for line in found.changes():
+            say(line)
+        return found
+
+
 def read_file(cls: type, path: str) -> Layer:
     """Reads the settings of one script from a YAML file.
 
@@ -266,6 +297,7 @@ def read_file(cls: type, path: str) -> Layer:
 
 
 def _read_pairs(path: str) -> list[tuple[str, list[str]]]:
+    yaml = _yaml()
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -283,7 +315,17 @@ def _read_pairs(path: str) -> list[tuple[str, list[str]]]:
     return pairs
 
 
-def _node_words(name: str, node: yaml.Node, path: str) -> list[str]:
+def _yaml() -> Any:
+    """Imports PyYAML when it is needed; raises UserError, with the command that installs it, when it is missing."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise UserError(f"{error}; pip install -r requirements.txt") from error
+    return yaml
+
+
+def _node_words(name: str, node: "yaml.Node", path: str) -> list[str]:
+    yaml = _yaml()
     items = node.value if isinstance(node, yaml.SequenceNode) else [node]
     if not all(isinstance(item, yaml.ScalarNode) for item in items):
         raise UserError(f"{name} in {path} (line {node.start_mark.line + 1}) must be a value or a list of values")
@@ -386,74 +428,7 @@ def absolute_path(text: str) -> str:
 
 def to_yaml(settings: Any) -> str:
     """Returns the settings as a YAML text that is itself a valid --config file."""
-    return yaml.safe_dump(to_dict(settings), sort_keys=False, default_flow_style=None, allow_unicode=True)
-
-
-def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
-    """Makes `main(argv)` return its exit code for every way in which a script ends, without a traceback."""
-
-    @functools.wraps(main)
-    def wrapped(argv: Sequence[str] | None) -> int:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it is until here, see `check_command_line`
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            return main(argv)
-        except (UserError, Failed, OSError) as error:
-            return _fail(*explain(error))
-        except (Stopped, Told) as end:
-            return end.exit_code
-        except KeyboardInterrupt:
-            return _interrupted()
-
-    return wrapped
-
-
-def check_command_line(cls: type, description: str | None) -> None:
-    """Answers --help and mistakes in the flags at once; a script calls this before it imports torch.
-
-    From then on the imports, too, end in one line when they fail. Ctrl-C ends them without a word.
-    """
-
-    @command
-    def check(argv: Sequence[str] | None) -> int:
-        read_command_line(cls, argv, description=description)
-        return DONE
-
-    asks_for_help = not {"-h", "--help"}.isdisjoint(sys.argv[1:])
-    if asks_for_help and rank():
-        sys.exit(DONE)
-    code = check(None) if asks_for_help or num_ranks() == 1 else DONE  # else they agree on it, and one tells
-    if code != DONE:
-        sys.exit(code)
-    atexit.register(gc.freeze)  # else Python looks for garbage at its end among all that torch has made, for a second
-    sys.excepthook = _explain_import
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an import may turn KeyboardInterrupt into an error of its own
-
-
-def _explain_import(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if isinstance(error, UserError):  # from a module that looks at what it is about to import
-        sys.exit(_fail(error, USER_ERROR))
-    if isinstance(error, ImportError):
-        sys.exit(_fail(f"{error}; pip install -r requirements.txt", USER_ERROR))
-    if "torchvision::nms" in str(error):
-        remedy = "install both from the same package index, as a matching pair"
-        sys.exit(_fail(f"torch and torchvision do not fit each other ({error}); {remedy}", USER_ERROR))
-    if isinstance(error, KeyboardInterrupt):
-        sys.exit(_interrupted())
-    sys.__excepthook__(kind, error, trace)
-
-
-def _interrupted() -> int:
-    if rank() == 0:
-        print_error("\nstopped by Ctrl-C")
-    return SIGNALLED + signal.SIGINT
-
-
-def _fail(message: object, code: int) -> int:
-    where = f"process {rank()}: " if rank() else ""  # which speaks only of what rank 0 cannot know
-    print_error(f"error: {where}{harmless(' '.join(str(message).split()))}")
-    return code
+    return _yaml().safe_dump(to_dict(settings), sort_keys=False, default_flow_style=None, allow_unicode=True)
 
 
 def is_explicit(sources: Mapping[str, str], name: str) -> bool:

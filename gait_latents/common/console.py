@@ -9,9 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
-
-from tqdm.auto import tqdm
+from typing import Any, TextIO
 
 from gait_latents.common.process import rank
 
@@ -32,13 +30,20 @@ def harmless(text: str) -> str:
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def _tqdm() -> Any:
+    """Returns tqdm's class, imported when the first line is printed: --help does without it."""
+    from tqdm.auto import tqdm
+
+    return tqdm
+
+
 def say(text: str = "") -> None:
     """Prints one line for the user, above any progress bar; what the output cannot show is escaped."""
     if rank():
         return
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     with suppress(OSError):  # a closed terminal, or a full disk below the log, does not end the work
-        tqdm.write(harmless(text).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+        _tqdm().write(harmless(text).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -47,7 +52,7 @@ def warn(text: str) -> None:
     if rank():
         return
     with suppress(OSError):
-        tqdm.write(f"warning: {harmless(text)}", file=sys.stderr)
+        _tqdm().write(f"warning: {harmless(text)}", file=sys.stderr)
 
 
 class Progress:
@@ -58,7 +63,7 @@ class Progress:
         self.is_quiet = rank() != 0
         self.is_log = self.is_quiet or not _is_live(sys.stderr)
         # A bar that is not drawn still counts, so that both forms show the same numbers.
-        self.bar = tqdm(
+        self.bar = _tqdm()(
             total=total,
             unit=f" {unit}",
             desc=label,

@@ -3,6 +3,9 @@
 Every file-system call is `os.<name>`, looked up when it is made, so that a test can make any of them fail.
 """
 
+# Descriptors all the way: pathlib can neither sync nor create exclusively with a mode.
+# ruff: noqa: PTH102, PTH104, PTH106, PTH108, PTH116
+
 import errno
 import functools
 import hashlib

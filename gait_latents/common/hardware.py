@@ -4,7 +4,8 @@ import importlib.util
 import os
 import resource
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -78,6 +79,15 @@ def _try(device: torch.device) -> None:
                 "--device cpu"
             ) from error
         raise UserError(no_kernels_message(gpu)) from error
+
+
+@contextmanager
+def plain_memory_error() -> Iterator[None]:
+    """Turns too little memory on the GPU into one sentence with a remedy."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Failed(TOO_LITTLE_MEMORY) from error
 
 
 def no_kernels_message(gpu: str) -> str:

@@ -1,5 +1,6 @@
 """The package denoising-diffusion-pytorch, of which the U-Net and the schedule come: is it there, and new enough?"""
 
+import importlib.metadata
 import importlib.util
 import re
 from pathlib import Path
@@ -54,3 +55,8 @@ def _version_in(folder: Path) -> str | None:
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+check_library()  # first: an old copy may pass the import below and fail much later, with a puzzling message
+
+from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet  # noqa: E402, F401

@@ -11,14 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
 from torch import Tensor
 
 from gait_latents.common.errors import UserError
-from gait_latents.diffusion.library import check_library
+from gait_latents.diffusion.library import GaussianDiffusion, Unet
 from gait_latents.diffusion.samplers import CLEAN, SAMPLERS, START_LAMBDA, Level, spread, steps_of_levels
-
-check_library()  # first: an old copy may pass the import below and fail much later, with a puzzling message
 
 
 class LatentUnet(Unet):

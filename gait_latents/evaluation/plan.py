@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from gait_latents.common import charts, cli, hardware
-from gait_latents.common.console import say, warn
+from gait_latents.common import charts, cli, files, hardware
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import SPLIT_NAME
+from gait_latents.images import selection
 from gait_latents.images.split import Split, read_split
 from gait_latents.latents.space import Space
 from gait_latents.settings import EvaluateSettings, PreprocessSettings
@@ -24,7 +24,7 @@ class Plan:
     settings: EvaluateSettings
     state: SavedState
     split: Split
-    reading: PreprocessSettings  # how the run read and encoded images, and where they are
+    images: PreprocessSettings  # how the run read and encoded images, and where they are
     device: torch.device
 
     @property
@@ -43,18 +43,13 @@ class Plan:
         return self.state.meta.space
 
 
-def make_plan(argv: Sequence[str] | None) -> Plan:
-    """Puts together flags, file, the run and the defaults."""
-    layers = cli.read_command_line(EvaluateSettings, argv, description=__doc__)
-    state = run_folder.read_averages(Path(cli.resolve(EvaluateSettings, layers).settings.checkpoint))
-    for line in state.warnings:
-        warn(line)
-    run, of_run = state.path.parent, state.meta.chosen_settings("seed", "vae_path", "data_path")
-    layers.append(cli.stored_layer(EvaluateSettings, f"run {run}", of_run))
-    resolved = cli.resolve(EvaluateSettings, layers)
-    for line in resolved.changes():
-        say(line)
-    settings: EvaluateSettings = resolved.settings
+def make_plan(argv: Sequence[str] | None, description: str | None) -> Plan:
+    """Puts together flags, file, the run and the defaults; refuses what would only fail later."""
+    layers = cli.Layers(EvaluateSettings, argv, description=description)
+    state = run_folder.read_averages(Path(layers.settings.checkpoint))
+    run = state.path.parent
+    layers.add(f"run {run}", state.meta.chosen_settings("seed", "vae_path", "data_path"))
+    settings: EvaluateSettings = layers.resolved().settings
     charts.check_installed()  # before anything is computed
     split = read_split(run)
     if split is None:
@@ -67,4 +62,7 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
     read_like = replace(
         read_like.settings, data_path=settings.data_path or "", vae_path=settings.vae_path or "", device=settings.device
     )
-    return Plan(settings, state, split, read_like, hardware.pick_device(settings.device))
+    plan = Plan(settings, state, split, read_like, hardware.pick_device(settings.device))
+    selection.refuse_to_be_a_class(plan.folder, settings.data_path)
+    files.check_writable(plan.folder, "output_folder")
+    return plan

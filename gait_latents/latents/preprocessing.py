@@ -1,14 +1,15 @@
 """Encodes the images of the settings into a cache: opens the work, fills the cache, and gives the account."""
 
-from collections.abc import Iterator
+import shlex
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from gait_latents import cache_tools
-from gait_latents.common import console, errors, files, hardware
+from gait_latents.common import cli, console, errors, files, hardware
 from gait_latents.common.console import say, shown, warn
 from gait_latents.common.distributed import Ranks
 from gait_latents.common.errors import DONE, FAILED, Failed, UserError
@@ -20,22 +21,103 @@ from gait_latents.latents import filling, opening, vae_fit
 from gait_latents.latents import shard as shard_file
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
-from gait_latents.latents.manifest import manifest_of_images
-from gait_latents.settings import PreprocessSettings
+from gait_latents.latents.manifest import manifest_of_images, read_manifest
+from gait_latents.latents.preview import draw_preview
+from gait_latents.settings import PreprocessSettings, TrainSettings
 
 
 @dataclass(frozen=True)
 class Work:
-    """The images of a preprocess and what is to be done with them."""
+    """The images of a preprocess and what is to be done with them.
 
+    Attributes:
+        missing: positions of the images whose latents are to be encoded.
+        bad: (position, reason) of each image that could not be encoded; filled by `encode`.
+        started: when the work was opened, as `time.monotonic` tells it.
+    """
+
+    settings: PreprocessSettings
     split: Split
     entries: list[Entry]
     chosen: vae_fit.ChosenSpace
     dataset: LatentDataset
+    missing: list[int]
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
 
 
-def open_work(settings: PreprocessSettings, sources: dict[str, str], device: torch.device) -> Work:
+def read_settings(
+    argv: Sequence[str] | None, description: str | None, ranks: Ranks
+) -> tuple[PreprocessSettings, dict[str, str]]:
+    """Puts together flags, file and defaults, and the manifest of a cache that is to be checked or pruned.
+
+    Returns:
+        The settings, and for each the place that its value comes from.
+
+    Raises:
+        UserError: for two commands at once, and for several processes, which only encode together.
+    """
+    with ranks.together():
+        layers = cli.Layers(PreprocessSettings, argv, description=description)
+        settings: PreprocessSettings = layers.settings
+        asked = [name for name in ("verify", "prune") if getattr(settings, name)]
+        if asked:
+            manifest = read_manifest(settings.output_folder)
+            layers.add("manifest", {} if manifest is None else manifest.settings, only_about_cache=True)
+        resolved = layers.resolved()
+        if len(asked) > 1:
+            raise UserError(f"--{asked[0]} and --{asked[1]} are two commands; give one of them")
+        if settings.yes and not settings.prune:
+            raise UserError("--yes belongs to --prune")
+        for name in asked:
+            ranks.must_be_alone(f"--{name}")
+    return resolved.settings, resolved.sources
+
+
+def open_work(settings: PreprocessSettings, sources: dict[str, str], ranks: Ranks) -> Work:
     """Chooses the images and the space, and says what there is to encode."""
+    with ranks.together():
+        device = hardware.pick_device(ranks.device_name(settings.device))
+        ranks.say_unused(settings.device, "preprocess_latents.py")
+        work = _open(settings, sources, device)
+    digest = work.dataset.digest()[:16]
+    ranks.check_same({"images and latents of the digest": digest}, "give all the same images and VAE")
+    return work
+
+
+def encode(work: Work, ranks: Ranks) -> None:
+    """Encodes what is missing, each process its share, and writes split and manifest.
+
+    Raises:
+        Stopped: after a signal; what was encoded until then is kept.
+    """
+    with ranks.together():
+        work.bad.extend(_fill(work.dataset, len(work.missing), ranks))
+        if ranks.is_main:
+            opening.merge_shards(work.dataset.cache)
+            _record(work)
+
+
+def account(work: Work, ranks: Ranks) -> int:
+    """Says what was encoded and what failed, draws the preview, and returns the exit code."""
+    settings, dataset = work.settings, work.dataset
+    with ranks.together():  # so that no process ends, for bad images, before rank 0 has told of them
+        if ranks.is_main:
+            _say_account(work)
+            path = Path(settings.output_folder) / "preview.png"
+            draw_preview(settings, dataset, work.entries, dataset.device, path, fresh=bool(work.missing))
+    if work.bad and not settings.skip_bad_images:
+        say()
+        warn(
+            f"{len(work.bad)} image(s) failed and the rest are cached; mend or remove them, or give "
+            "--skip_bad_images to go on without them"
+        )
+        return FAILED
+    say_next(settings)
+    return DONE
+
+
+def _open(settings: PreprocessSettings, sources: dict[str, str], device: torch.device) -> Work:
     folder = Path(settings.output_folder)
     files.check_writable(folder, "output_folder")
     manifest = manifest_of_images(folder)
@@ -72,10 +154,10 @@ def open_work(settings: PreprocessSettings, sources: dict[str, str], device: tor
         folder,
         remedy="give another --output_folder",
     )
-    return Work(split, entries, chosen, dataset)
+    return Work(settings, split, entries, chosen, dataset, missing)
 
 
-def fill(dataset: LatentDataset, num_missing: int, ranks: Ranks) -> list[tuple[int, str]]:
+def _fill(dataset: LatentDataset, num_missing: int, ranks: Ranks) -> list[tuple[int, str]]:
     """Encodes what is missing under a progress bar; on a signal, what is encoded so far is kept."""
     with StopSignals() as signals, _plain_memory_error(dataset):
         try:
@@ -107,48 +189,35 @@ def _plain_memory_error(dataset: LatentDataset) -> Iterator[None]:
         ) from error
 
 
-def record(
-    settings: PreprocessSettings,
-    split: Split,
-    entries: list[Entry],
-    bad: list[tuple[int, str]],
-    chosen: vae_fit.ChosenSpace,
-    folder: Path,
-) -> None:
-    if bad and settings.skip_bad_images:
-        split = split.without(reading.skipped(entries, bad))
+def _record(work: Work) -> None:
+    split, folder = work.split, Path(work.settings.output_folder)
+    if work.bad and work.settings.skip_bad_images:
+        split = split.without(reading.skipped(work.entries, work.bad))
     files.publish(folder / SPLIT_NAME, split.to_bytes())
-    opening.record_manifest(folder, settings, chosen, len(entries))
+    opening.record_manifest(folder, work.settings, work.chosen, len(work.entries))
 
 
-def account(
-    settings: PreprocessSettings,
-    dataset: LatentDataset,
-    bad: list[tuple[int, str]],
-    *,
-    newly: int,
-    seconds: float,
-) -> None:
+def _say_account(work: Work) -> None:
+    dataset, seconds = work.dataset, time.monotonic() - work.started
+    newly = len(work.missing) - len(dataset.missing())
     pace = f", {newly / seconds:.1f} images/s" if newly else ""
     say()
     say(f"newly encoded   {newly:,}")
-    num_failed = len({dataset.keys[position] for position, _ in bad})  # as the others, without equal ones
+    num_failed = len({dataset.keys[position] for position, _ in work.bad})  # as the others, without equal ones
     say(f"already cached  {dataset.num_different - newly - num_failed:,}")
-    say(f"failed          {len(bad):,}")
-    for position, reason in bad:
+    say(f"failed          {len(work.bad):,}")
+    for position, reason in work.bad:
         say(f"    {shown(dataset.names[position])}: {reason}")
     say(f"time            {console.duration(seconds)}{pace}; peak memory {hardware.peak_memory(dataset.device)}")
     on_disk = sum(path.stat().st_size for path in dataset.cache.shard_paths())
-    say(f"cache           {settings.output_folder} ({console.size(on_disk)})")
+    say(f"cache           {work.settings.output_folder} ({console.size(on_disk)})")
 
 
-def end(settings: PreprocessSettings, bad: list[tuple[int, str]]) -> int:
-    if bad and not settings.skip_bad_images:
-        say()
-        warn(
-            f"{len(bad)} image(s) failed and the rest are cached; mend or remove them, or give "
-            "--skip_bad_images to go on without them"
-        )
-        return FAILED
-    cache_tools.say_next(settings)
-    return DONE
+def say_next(settings: PreprocessSettings) -> None:
+    """Says how to train on the cache."""
+    standard = cli.defaults(TrainSettings)["latents_cache_folder"]
+    folder = settings.output_folder
+    same = Path(folder).absolute() == Path(standard).absolute()
+    flag = "" if same else f" --latents_cache_folder {shlex.quote(folder)}"
+    say()
+    say(f"next: {console.python_word()} train_latent_cfg.py{flag}")

@@ -20,15 +20,33 @@ from gait_latents.common.errors import DONE, UserError
 from gait_latents.common.layout import LABELS_NAME, RECORD_NAME
 from gait_latents.common.process import StopSignals
 from gait_latents.diffusion.sampling import BATCH_SIZE
+from gait_latents.images import selection
 from gait_latents.images.generated import Cell, not_there, read_made, read_record
 from gait_latents.images.write_behind import WriteBehind
 from gait_latents.settings import GenerateSettings
+from gait_latents.training import run_folder
 from gait_latents.training.run_folder import SavedState
-from gait_latents.training.trained_model import TrainedModel
+from gait_latents.training.trained_model import FROM_RUN, TrainedModel
 
 _OVERVIEW_NAME, _STRIP_NAME = "overview.png", "strip.png"
 _MOST_UNWRITTEN = 2 * BATCH_SIZE  # images that wait to be written while the next are made
 _OVERVIEW_ROWS, _OVERVIEW_COLUMNS = 16, 6
+
+
+def open_generator(argv: Sequence[str] | None, description: str | None, ranks: Ranks) -> "Generator":
+    """Puts together flags, file, the settings of the run and the defaults, and reads the newest averaged weights."""
+    with ranks.together():
+        layers = cli.Layers(GenerateSettings, argv, description=description)
+        state = run_folder.read_averages(Path(layers.settings.checkpoint))
+        layers.add(f"run {state.path.parent}", state.meta.chosen_settings(*FROM_RUN))
+        settings: GenerateSettings = layers.resolved().settings
+        selection.refuse_to_be_a_class(Path(settings.output_folder), state.meta.settings.get("data_path"))
+        device = hardware.pick_device(ranks.device_name(settings.device))
+        ranks.say_unused(settings.device, "generate.py")
+        generator = Generator(settings, state, device, ranks)
+        say(generator.description)
+    ranks.check_same(generator.facts(), "start all with the same command, and let all see the same run")
+    return generator
 
 
 class Generator(TrainedModel):

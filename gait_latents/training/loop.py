@@ -1,22 +1,20 @@
-"""What a training run does around its steps: figures, grids, saves, the clock, and how it ends."""
+"""What a training run does around its steps: the log, saves, sample grids, trackers, the clock, and how it ends."""
 
 import math
 import shlex
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gait_latents.common import cli, console, hardware, process
-from gait_latents.common.console import Progress, say
+from gait_latents.common.console import say
 from gait_latents.common.distributed import TIME_IS_UP
-from gait_latents.common.errors import DONE, Failed, Stopped
+from gait_latents.common.errors import DONE, Stopped
 from gait_latents.common.process import StopSignals
 from gait_latents.diffusion.model import mean_by_timestep
-from gait_latents.images.reading import BadImage
 from gait_latents.latents import shard as shard_file
 from gait_latents.settings import TrainSettings
 from gait_latents.training import run_folder, trackers
@@ -29,61 +27,137 @@ _SETTLING_STEPS = 10  # first steps of a process, among which are compiling and 
 _FORECAST_STEPS = 50  # steps after which the length of the run is told
 
 
-@contextmanager
-def plain_errors(plan: "Plan") -> Iterator[None]:
-    """Turns what may go wrong with images and the GPU into one sentence with a remedy."""
-    try:
-        yield
-    except BadImage as error:
-        raise Failed(
-            f"{error}; this run needs that image as it was: put it back, or start another run with another "
-            "--results_folder"
-        ) from error
-    except torch.OutOfMemoryError as error:
-        raise Failed(
-            f"the GPU has too little memory for --train_batch_size {plan.settings.train_batch_size}: give "
-            "--join_passes false, and if that is not enough, halve it and double --gradient_accumulate_every, which "
-            "is the same training; or lower --encode_batch_size"
-        ) from error
+class TrainingLoop:
+    """What goes on around the steps of a run, from the first step of this process to its end.
 
+    Within the block, Ctrl-C and SIGTERM are noted, not obeyed at once: `reason_to_stop` tells of them between steps.
+    """
 
-def run(trainer: Trainer, plan: Plan) -> int:
-    """Trains to the end, the time budget or a signal; saves in every case, and says how it ended."""
-    settings, ranks = plan.settings, trainer.ranks
-    with ranks.together():
-        metrics = Metrics(plan.results, step=trainer.finished_steps, earlier=plan.origin, writes=ranks.is_main)
-        shown_in = open_trackers(settings, trainer.finished_steps, metrics, plan.origin)
-    grids = make_grid_maker(trainer, plan.results, metrics)
-    metrics.on_row, grids.show = shown_in.add_row, shown_in.add_picture
-    tell_disk(trainer, grids, plan, num_missing=len(trainer.dataset.missing()))
-    clock = Clock(settings.max_hours, trainer)
-    fresh = plan.state is None
-    try:
-        with StopSignals() as signals, _bar(trainer, settings) as bar:
-            while trainer.finished_steps < trainer.num_steps:
-                trainer.train_step()
-                clock.forecast(trainer.num_steps)
-                done = trainer.finished_steps
-                with ranks.together():
-                    if done % settings.log_every == 0:  # before a save, which holds the losses not told yet
-                        log(trainer, metrics, bar, clock)
-                    if fresh:  # a full disk or too little memory shows now, not hours later
-                        fresh = _rehearse(trainer, grids, plan.results)
-                    bar.advance()
-                    if done % settings.save_and_sample_every == 0 or done == trainer.num_steps:
-                        started = time.monotonic()
-                        save_and_sample(trainer, grids, plan.results, signals)
-                        clock.note_save(time.monotonic() - started)
-                reason = ranks.agree_to_stop(signals.received, clock.is_up())
-                if done < trainer.num_steps and reason is not None:
-                    return _stop(trainer, plan, reason)
-    finally:
-        shown_in.close()
-        trainer.dataset.cache_flush()
-        trainer.dataset.close_encoder()
-    say(f"done: {trainer.finished_steps:,} steps; peak memory {hardware.peak_memory(trainer.device)}")
-    say(f"next: {console.python_word()} generate.py --checkpoint {shlex.quote(settings.results_folder)}")
-    return DONE
+    def __init__(self, trainer: Trainer, plan: Plan) -> None:
+        self.trainer, self.plan, self.settings, self.ranks = trainer, plan, plan.settings, trainer.ranks
+        with self.ranks.together():
+            self.metrics = Metrics(
+                plan.results, step=trainer.finished_steps, earlier=plan.origin, writes=self.ranks.is_main
+            )
+            self.trackers = open_trackers(self.settings, trainer.finished_steps, self.metrics, plan.origin)
+        self.grids = GridMaker(
+            trainer.settings,
+            trainer.ema.model,
+            trainer.dtype,
+            trainer.dataset,
+            trainer.data.split.classes,
+            plan.results,
+            self.metrics,
+            auto_steps=trainer.auto_steps,
+        )
+        self.metrics.on_row, self.grids.show = self.trackers.add_row, self.trackers.add_picture
+        tell_disk(trainer, self.grids, plan, num_missing=len(trainer.dataset.missing()))
+        self.clock = Clock(self.settings.max_hours, trainer)
+        self._is_first_step = plan.state is None
+        self._open = ExitStack()
+
+    def __enter__(self) -> "TrainingLoop":
+        self._open.callback(self.trainer.dataset.close_encoder)
+        self._open.callback(self.trainer.dataset.cache_flush)
+        self._open.callback(self.trackers.close)
+        self.signals = self._open.enter_context(StopSignals())
+        total, done = self.trainer.num_steps, self.trainer.finished_steps
+        self.bar = self._open.enter_context(console.progress(total=total, unit="steps", label="train", initial=done))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    def after_step(self) -> None:
+        """Does what is due after a step: a line of the log, the first save, a save with its sample grid."""
+        trainer, settings = self.trainer, self.settings
+        self.clock.forecast(trainer.num_steps)
+        done = trainer.finished_steps
+        with self.ranks.together():
+            if done % settings.log_every == 0:  # before a save, which holds the losses not told yet
+                self._log()
+            if self._is_first_step:  # a full disk or too little memory shows now, not hours later
+                self._rehearse()
+            self.bar.advance()
+            if done % settings.save_and_sample_every == 0 or done == trainer.num_steps:
+                started = time.monotonic()
+                self._save_and_sample()
+                self.clock.note_save(time.monotonic() - started)
+
+    def reason_to_stop(self) -> int | None:
+        """Returns why the run stops before its last step: the number of a signal, TIME_IS_UP, or None."""
+        reason = self.ranks.agree_to_stop(self.signals.received, self.clock.is_up())
+        return None if self.trainer.finished_steps >= self.trainer.num_steps else reason
+
+    def stop(self, reason: int) -> int:
+        """Saves, and says that the same command goes on; returns the exit code.
+
+        Raises:
+            Stopped: when the reason is a signal.
+        """
+        trainer = self.trainer
+        with self.ranks.together():  # so that no process leaves before rank 0 has saved
+            if trainer.saved_step != trainer.finished_steps:
+                trainer.save(self.plan.results, with_average=False)
+        why = f"after --max_hours {self.settings.max_hours:g}" if reason == TIME_IS_UP else "by signal"
+        say(f"stopped {why} at step {trainer.finished_steps:,}; saved, and the same command goes on from there")
+        if reason != TIME_IS_UP:
+            raise Stopped(reason)
+        return DONE
+
+    def finish(self) -> int:
+        """Says that all steps are done, and how to go on; returns the exit code."""
+        say(f"done: {self.trainer.finished_steps:,} steps; peak memory {hardware.peak_memory(self.trainer.device)}")
+        say(f"next: {console.python_word()} generate.py --checkpoint {shlex.quote(self.settings.results_folder)}")
+        return DONE
+
+    def _log(self) -> None:
+        """Writes a line of figures; this is where the device is waited for."""
+        trainer, clock = self.trainer, self.clock
+        trainer.check_finite()
+        losses = torch.stack(trainer.losses).tolist()
+        times, sample_losses = (values.tolist() for values in trainer.losses_by_sample())
+        trainer.losses, trainer.sample_losses = [], []
+        loss, pace = math.fsum(losses) / len(losses), clock.steps_per_second()
+        self.metrics.add(
+            step=trainer.finished_steps,
+            loss=loss,
+            lr=trainer.settings.train_lr,
+            grad_norm=float(trainer.grad_norm),
+            **({"loss_scale": trainer.scaler.get_scale()} if trainer.scaler.is_enabled() else {}),
+            seconds_per_step=round(1 / pace, 6),
+            steps_per_second=round(pace, 3),
+            images_per_second=round(pace * trainer.batch, 2),
+            hours=round(clock.seconds() / 3600, 4),
+            loss_by_timestep=mean_by_timestep(times, sample_losses, trainer.settings.timesteps),
+        )
+        self.bar.advance(0, loss=f"{loss:.4f}")
+
+    def _rehearse(self) -> None:
+        self.trainer.save(self.plan.results, with_average=False)
+        if self.ranks.is_main:
+            self.grids.rehearse()
+        self._is_first_step = False
+
+    def _save_and_sample(self) -> None:
+        """Saves the state, then makes the grid, which a signal cuts short, and the loss curve. Rank 0 does so."""
+        ranks, step = self.ranks, self.trainer.finished_steps
+        topic = f"drawn {step}"
+
+        def between() -> None:
+            if ranks.is_main:
+                ranks.sign_of_life(topic)
+            ranks.raise_if_stopped(self.signals)
+
+        try:
+            with ranks.while_main_works(topic, between):
+                self.trainer.save(self.plan.results)
+                if ranks.is_main:
+                    self.grids.make(step, between=between)
+        except Stopped:
+            say(f"step {step:,}: no sample grid, since a signal came")
+        if ranks.is_main:
+            self.grids.draw_loss()
 
 
 def open_trackers(settings: TrainSettings, step: int, metrics: Metrics, origin: Path | None) -> trackers.Trackers:
@@ -98,20 +172,6 @@ def open_trackers(settings: TrainSettings, step: int, metrics: Metrics, origin: 
         project=settings.wandb_project,
         run_name=settings.wandb_name or folder.absolute().name,
         settings=cli.to_dict(settings),
-    )
-
-
-def make_grid_maker(trainer: Trainer, folder: Path, metrics: Metrics) -> GridMaker:
-    """Makes what samples and draws the grids."""
-    return GridMaker(
-        trainer.settings,
-        trainer.ema.model,
-        trainer.dtype,
-        trainer.dataset,
-        trainer.data.split.classes,
-        folder,
-        metrics,
-        auto_steps=trainer.auto_steps,
     )
 
 
@@ -130,71 +190,6 @@ def tell_disk(trainer: Trainer, grids: GridMaker, plan: Plan, *, num_missing: in
     if cache.writable:  # else they stay in memory
         num_bytes = shard_file.expected_bytes(cache.space, num_missing)
         console.tell(num_bytes, f"{num_missing:,} latents", cache.folder, remedy="give another --latents_cache_folder")
-
-
-def _bar(trainer: Trainer, settings: TrainSettings) -> Any:
-    return console.progress(total=trainer.num_steps, unit="steps", label="train", initial=trainer.finished_steps)
-
-
-def _rehearse(trainer: Trainer, grids: GridMaker, folder: Path) -> bool:
-    trainer.save(folder, with_average=False)
-    if trainer.ranks.is_main:
-        grids.rehearse()
-    return False
-
-
-def log(trainer: Trainer, metrics: Metrics, bar: Progress, clock: "Clock") -> None:
-    """Writes a line of figures; this is where the device is waited for."""
-    trainer.check_finite()
-    losses = torch.stack(trainer.losses).tolist()
-    times, sample_losses = (values.tolist() for values in trainer.losses_by_sample())
-    trainer.losses, trainer.sample_losses = [], []
-    loss, pace = math.fsum(losses) / len(losses), clock.steps_per_second()
-    metrics.add(
-        step=trainer.finished_steps,
-        loss=loss,
-        lr=trainer.settings.train_lr,
-        grad_norm=float(trainer.grad_norm),
-        **({"loss_scale": trainer.scaler.get_scale()} if trainer.scaler.is_enabled() else {}),
-        seconds_per_step=round(1 / pace, 6),
-        steps_per_second=round(pace, 3),
-        images_per_second=round(pace * trainer.batch, 2),
-        hours=round(clock.seconds() / 3600, 4),
-        loss_by_timestep=mean_by_timestep(times, sample_losses, trainer.settings.timesteps),
-    )
-    bar.advance(0, loss=f"{loss:.4f}")
-
-
-def save_and_sample(trainer: Trainer, grids: GridMaker, folder: Path, signals: StopSignals) -> None:
-    """Saves the state, then makes the grid, which a signal cuts short, and the loss curve. Rank 0 does so."""
-    ranks, step = trainer.ranks, trainer.finished_steps
-    topic = f"drawn {step}"
-
-    def between() -> None:
-        if ranks.is_main:
-            ranks.sign_of_life(topic)
-        ranks.raise_if_stopped(signals)
-
-    try:
-        with ranks.while_main_works(topic, between):
-            trainer.save(folder)
-            if ranks.is_main:
-                grids.make(step, between=between)
-    except Stopped:
-        say(f"step {step:,}: no sample grid, since a signal came")
-    if ranks.is_main:
-        grids.draw_loss()
-
-
-def _stop(trainer: Trainer, plan: Plan, reason: int) -> int:
-    with trainer.ranks.together():  # so that no process leaves before rank 0 has saved
-        if trainer.saved_step != trainer.finished_steps:
-            trainer.save(plan.results, with_average=False)
-    why = f"after --max_hours {plan.settings.max_hours:g}" if reason == TIME_IS_UP else "by signal"
-    say(f"stopped {why} at step {trainer.finished_steps:,}; saved, and the same command goes on from there")
-    if reason != TIME_IS_UP:
-        raise Stopped(reason)
-    return DONE
 
 
 class Clock:

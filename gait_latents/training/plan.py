@@ -1,28 +1,26 @@
 """What a training run is to do: its settings, and the run that goes on if there is one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from gait_latents.common import cli, files
+from gait_latents.common import cli, files, hardware
 from gait_latents.common.console import say, warn
 from gait_latents.common.distributed import Ranks
-from gait_latents.common.errors import UserError
+from gait_latents.common.errors import Failed, UserError
 from gait_latents.diffusion.sampling import num_solver_steps
 from gait_latents.images import selection
+from gait_latents.images.reading import BadImage
 from gait_latents.images.split import read_split
 from gait_latents.latents.manifest import Manifest, manifest_of_images
 from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings, differences_on_resume
 from gait_latents.training import checkpoint, run_folder, trackers
 from gait_latents.training.run_folder import SavedState
-
-if TYPE_CHECKING:
-    from gait_latents.training.run_data import Data
-
 
 _JOINED_VALUES = 64 * 48 * 32 * 32  # of one activation at full width: four batches of the default recipe
 _NOT_INHERITED = ("results_folder", "resume_from", "device")  # settings that say where a run is, not what it is
@@ -50,30 +48,46 @@ class Plan:
         return Path(self.settings.latents_cache_folder)
 
 
-def make_plan(argv: Sequence[str] | None) -> Plan:
-    """Puts together flags, file, the run being resumed, the manifest and the defaults."""
-    layers = cli.read_command_line(TrainSettings, argv, description=__doc__)
-    typed = cli.resolve(TrainSettings, layers).settings
+def make_plan(argv: Sequence[str] | None, description: str | None, ranks: Ranks) -> Plan:
+    """Puts together flags, file, the run that goes on, the manifest of the cache and the defaults.
+
+    Raises:
+        UserError: for what cannot work, or must not change when a run goes on.
+    """
+    with ranks.together():
+        plan = _read_plan(argv, description)
+        _check_share(plan.settings, ranks)
+        files.remove_stale_temporaries(plan.results)
+        facts = _facts(plan)
+    ranks.check_same(facts, "start all with the same command, and let all see the same --results_folder")
+    return plan
+
+
+def _read_plan(argv: Sequence[str] | None, description: str | None) -> Plan:
+    layers = cli.Layers(TrainSettings, argv, description=description)
+    typed: TrainSettings = layers.settings
     newest_save = run_folder.newest_stamp(typed.results_folder)
     origin, state = find_run(Path(typed.results_folder), typed.resume_from)
     _refuse_imported(origin, state)
     stored = {} if state is None else {k: v for k, v in state.meta.settings.items() if k not in _NOT_INHERITED}
-    layers.append(cli.stored_layer(TrainSettings, f"run {origin}", stored))
-    folder = cli.resolve(TrainSettings, layers).settings.latents_cache_folder
+    layers.add(f"run {origin}", stored)
+    folder = layers.settings.latents_cache_folder
     manifest = manifest_of_images(folder)
-    about_cache = {} if manifest is None else manifest.settings
-    layers.append(cli.stored_layer(TrainSettings, f"manifest of {folder}", about_cache, only_about_cache=True))
-    resolved = cli.resolve(TrainSettings, layers)
-    for line in resolved.changes():
-        say(line)
+    layers.add(f"manifest of {folder}", {} if manifest is None else manifest.settings, only_about_cache=True)
+    resolved = layers.resolved()
     _refuse_changes(stored, resolved.settings, origin)
     trackers.choose(resolved.settings.trackers)  # before anything else is done
     _refuse_impossible(resolved.settings)
     return Plan(resolved.settings, resolved.sources, origin, state, manifest, newest_save)
 
 
-def is_finished(plan: Plan) -> bool:
+def is_finished(plan: Plan, ranks: Ranks) -> bool:
     """Says whether the run has taken all its steps, and tells the user so."""
+    with ranks.together():
+        return _has_all_steps(plan)
+
+
+def _has_all_steps(plan: Plan) -> bool:
     own_split = None if plan.state is None or plan.origin is None else read_split(plan.origin)
     if plan.state is None or own_split is None or plan.state.step < num_steps(plan.settings, len(own_split.train)):
         return False
@@ -132,7 +146,7 @@ def _refuse_impossible(settings: TrainSettings) -> None:
     num_solver_steps(settings.sampler, settings.sampling_timesteps, settings.timesteps, auto_steps=AUTO_STEPS)
 
 
-def check_share(settings: TrainSettings, ranks: Ranks) -> None:
+def _check_share(settings: TrainSettings, ranks: Ranks) -> None:
     """Raises UserError unless each process gets as many latents of a step as any other."""
     if batch_size(settings) % ranks.count:
         raise UserError(
@@ -142,7 +156,7 @@ def check_share(settings: TrainSettings, ranks: Ranks) -> None:
         )
 
 
-def facts_of_plan(plan: Plan) -> dict[str, object]:
+def _facts(plan: Plan) -> dict[str, object]:
     """Returns what all processes of a run must have alike: the state that it goes on from, and the settings."""
     settings = {
         f"--{name}": cli.show(getattr(plan.settings, name))
@@ -154,16 +168,24 @@ def facts_of_plan(plan: Plan) -> dict[str, object]:
     return {"a run at step": step, "a saved state of the digest": digest, **settings}
 
 
-def facts_of_data(data: "Data", device: torch.device) -> dict[str, object]:
-    return {
-        "latents of the space": data.chosen.space.id,
-        "images and labels of the digest": data.dataset.digest()[:16],
-        "a device of the kind": device.type,
-        "torch": torch.__version__,
-    }
+def pick_device(plan: Plan, ranks: Ranks) -> torch.device:
+    """Chooses the device of this process, and makes sure that the results folder can be written to.
+
+    Raises:
+        UserError: where either cannot be had.
+    """
+    with ranks.together():
+        if plan.settings.deterministic:  # before anything is computed: torch refuses it later
+            hardware.make_deterministic()
+        device = hardware.pick_device(ranks.device_name(plan.settings.device))
+        if ranks.is_main:
+            _check_results_folder(plan)
+    ranks.use(device)
+    ranks.say_unused(plan.settings.device, "train_latent_cfg.py")
+    return device
 
 
-def check_results_folder(plan: Plan) -> None:
+def _check_results_folder(plan: Plan) -> None:
     files.check_writable(plan.results, "results_folder")
     if plan.state is None:
         selection.refuse_to_be_a_class(plan.results, plan.settings.data_path)
@@ -172,6 +194,24 @@ def check_results_folder(plan: Plan) -> None:
             f"--results_folder {plan.results} holds averaged weights of an earlier run, but no state-*.safetensors to "
             "go on from; move them away, or give another folder"
         )
+
+
+@contextmanager
+def plain_errors(plan: Plan) -> Iterator[None]:
+    """Turns what may go wrong with images and the GPU into one sentence with a remedy."""
+    try:
+        yield
+    except BadImage as error:
+        raise Failed(
+            f"{error}; this run needs that image as it was: put it back, or start another run with another "
+            "--results_folder"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise Failed(
+            f"the GPU has too little memory for --train_batch_size {plan.settings.train_batch_size}: give "
+            "--join_passes false, and if that is not enough, halve it and double --gradient_accumulate_every, which "
+            "is the same training; or lower --encode_batch_size"
+        ) from error
 
 
 def batch_size(settings: TrainSettings) -> int:

@@ -17,7 +17,7 @@ from gait_latents.latents import filling, opening, vae_fit
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.latents.vae_fit import ChosenSpace
-from gait_latents.training.plan import Plan
+from gait_latents.training.plan import Plan, plain_errors
 from gait_latents.training.run_meta import RunMeta
 
 
@@ -31,12 +31,34 @@ class Data:
 
 
 def open_data(plan: Plan, device: torch.device, ranks: Ranks = ALONE) -> Data:
-    """Opens the dataset of the run, and refuses what would only fail later.
+    """Opens the dataset of the run, which encodes what is missing when it is first needed.
+
+    Of several processes, each encodes its share of what is missing now: no step waits for the encoder of another.
 
     Raises:
         UserError: when something that is needed is not at hand, or differs from what the run was started with.
         Failed: when images cannot be read, after each was named.
     """
+    with ranks.together(), plain_errors(plan):
+        data = _open(plan, device, ranks)
+    ranks.check_same(_facts(data, device), "give all the same images, VAE and packages, and one kind of device")
+    with ranks.together(), plain_errors(plan):
+        if ranks.count > 1:
+            _fill(data.dataset, ranks)
+    return data
+
+
+def _facts(data: Data, device: torch.device) -> dict[str, object]:
+    """Returns what all processes of a run must have alike."""
+    return {
+        "latents of the space": data.chosen.space.id,
+        "images and labels of the digest": data.dataset.digest()[:16],
+        "a device of the kind": device.type,
+        "torch": torch.__version__,
+    }
+
+
+def _open(plan: Plan, device: torch.device, ranks: Ranks) -> Data:
     settings, folder = plan.settings, plan.cache_folder
     goes_on = plan.state is not None  # the split is the run's own, so that nothing else can be meant
     known = _known_space(plan)
@@ -154,7 +176,7 @@ def _what_changed(plan: Plan, meta: RunMeta, split: Split) -> str:
     return f"{len(names):,} of {len(split.train):,} have another content, the first is {shown(names[0])}"
 
 
-def fill(dataset: LatentDataset, ranks: Ranks) -> None:
+def _fill(dataset: LatentDataset, ranks: Ranks) -> None:
     """Encodes what is missing before the first step: a step must not wait for the encoder of another process."""
     with StopSignals() as signals:
         try:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from gait_latents.common import files
+from gait_latents.common.console import warn
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import SETTINGS_NAME, SPLIT_NAME
 from gait_latents.images.split import Split
@@ -198,10 +199,15 @@ def read_state(path: Path) -> SavedState:
 
 
 def read_averages(place: Path) -> SavedState:
-    """Reads the newest averaged weights of the run folder that --checkpoint names, or those of one checkpoint file."""
+    """Reads the newest averaged weights of the run folder that --checkpoint names, or those of one checkpoint file.
+
+    Warns of each newer file that is not whole.
+    """
     if place.is_file():
         return read_state(place)
     state = newest_averages(place) if place.is_dir() else None
     if state is None:
         raise UserError(f"--checkpoint {place} is neither a checkpoint nor a folder of a run that has saved one")
+    for line in state.warnings:
+        warn(line)
     return state

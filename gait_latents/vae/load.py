@@ -2,6 +2,7 @@
 
 import re
 import socket
+import urllib.parse
 import urllib.request
 from pathlib import Path
 

@@ -1,0 +1,91 @@
+"""How a script begins and ends: flags are checked before torch is imported, and every end is an exit code and one line.
+
+A script is a module with `main(argv)`, which calls `run_script`, and a function that does the work. That function
+begins with its imports, held by `imports()`.
+"""
+
+import atexit
+import gc
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from gait_latents.common import cli
+from gait_latents.common.console import harmless, print_error
+from gait_latents.common.errors import DONE, SIGNALLED, Failed, Stopped, Told, UserError, explain
+from gait_latents.common.process import num_ranks, rank
+
+
+def run_script(
+    settings_class: type,
+    argv: Sequence[str] | None,
+    description: str | None,
+    work: Callable[[Sequence[str] | None], int],
+) -> int:
+    """Runs a script, and returns its exit code for every way in which it ends: a user's mistake gives no traceback.
+
+    `--help` and mistakes in the flags are answered at once: `work` imports torch, which takes seconds.
+
+    Args:
+        settings_class: the dataclass of the script's settings.
+        argv: the flags; None takes those of this process.
+        description: what --help says first.
+        work: does what the script is for, given `argv`; returns the exit code.
+    """
+    if argv is None:
+        atexit.register(gc.freeze)  # else Python looks for garbage among all that torch has made, for a second
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        asks_for_help = not {"-h", "--help"}.isdisjoint(words)
+        if asks_for_help and rank():
+            return DONE
+        if asks_for_help or num_ranks() == 1:  # several processes agree on a mistake later, and one tells it
+            cli.read_command_line(settings_class, argv, description=description)
+        return work(argv)
+    except (UserError, Failed, OSError) as error:
+        return _fail(*explain(error))
+    except (Stopped, Told) as end:
+        return end.exit_code
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print_error("\nstopped by Ctrl-C")
+        return SIGNALLED + signal.SIGINT
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """Holds the imports of a script, which take seconds: Ctrl-C ends them without a word.
+
+    Raises:
+        UserError: with the command that installs it, when a package is missing or does not fit another.
+    """
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if is_ours:  # a package may turn KeyboardInterrupt into an error of its own
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "gait_latents":
+            raise  # a defect of this project, and no missing package
+        raise UserError(f"{error}; pip install -r requirements.txt") from error
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        raise UserError(
+            f"torch and torchvision do not fit each other ({error}); install both from the same package index, as a "
+            "matching pair"
+        ) from error
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _fail(message: object, code: int) -> int:
+    where = f"process {rank()}: " if rank() else ""  # which speaks only of what rank 0 cannot know
+    print_error(f"error: {where}{harmless(' '.join(str(message).split()))}")
+    return code
