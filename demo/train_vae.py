@@ -8,7 +8,6 @@ float16), usable as --vae_path from the first save on; `my_vae/preview.png` show
 
 Shapes: N images, B batch, S image size, C latent channels, h = w = S / downsampling.
 """
-# ruff: noqa: E402 -- the modules lie one folder up, and --help is answered before torch is imported
 
 from __future__ import annotations
 
@@ -23,10 +22,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gait_latents.common import cli, console, errors, files, hardware, pictures, process, seeds
 from gait_latents.common.errors import UserError
+from gait_latents.common.script import run_script
 from gait_latents.diffusion.ema import EMA
 from gait_latents.images import folders, reading, selection
 from gait_latents.settings import ImageSettings, MachineSettings, SamplingSettings, differences_on_resume
@@ -91,14 +96,6 @@ class VAESettings(MachineSettings):
         choices=("auto", "true", "false"),
     )
 
-
-if __name__ == "__main__":
-    cli.check_command_line(VAESettings, __doc__)
-
-import numpy as np
-import torch
-from safetensors.torch import save as to_safetensors
-from torch import Tensor
 
 WARMUP_STEPS = 100
 COMPILE_FROM_STEPS = 300  # compiling takes as long as about a hundred steps
@@ -409,8 +406,12 @@ class Pace:
             console.say(f"{seconds:.2f} s per step of {settings.train_batch_size} images; about {left} to go")
 
 
-@cli.command
-def main(argv: Sequence[str] | None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    return run_script(VAESettings, argv, __doc__, train_as_asked)
+
+
+def train_as_asked(argv: Sequence[str] | None) -> int:
     """Trains a VAE as the command line asks; returns the exit code."""
     settings = cli.resolve(VAESettings, cli.read_command_line(VAESettings, argv, description=__doc__)).settings
     check_settings(settings)
@@ -446,4 +447,4 @@ def main(argv: Sequence[str] | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(None))
+    sys.exit(main())

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from gait_latents.common.cli import CATALOGUE, setting, specs, to_dict
 
@@ -114,6 +114,24 @@ class ImageSettings(MachineSettings):
 class PreprocessSettings(ImageSettings):
     """Settings of preprocess_latents.py."""
 
+    EVERYDAY: ClassVar[tuple[str, ...]] = (
+        "data_path",
+        "vae_path",
+        "output_folder",
+        "num_users",
+        "images_per_user",
+        "image_size",
+        "split",
+        "splits",
+        "seed",
+        "skip_bad_images",
+        "encode_batch_size",
+        "verify",
+        "prune",
+        "yes",
+        "device",
+    )  # what --help shows
+
     output_folder: str = setting("./latents_cache", str, CACHE, "the cache folder", path=True)
     splits: tuple[str, ...] = setting(
         ("train",),
@@ -196,6 +214,24 @@ class SamplingSettings(MachineSettings):
 @dataclass(frozen=True)
 class TrainSettings(SamplingSettings, ImageSettings):
     """Settings of train_latent_cfg.py."""
+
+    EVERYDAY: ClassVar[tuple[str, ...]] = (
+        "data_path",
+        "vae_path",
+        "latents_cache_folder",
+        "results_folder",
+        "resume_from",
+        "num_users",
+        "images_per_user",
+        "image_size",
+        "split",
+        "train_num_steps",
+        "train_batch_size",
+        "train_lr",
+        "save_and_sample_every",
+        "max_hours",
+        "device",
+    )  # what --help shows
 
     latents_cache_folder: str = setting("./latents_cache", str, CACHE, "the cache folder", path=True, free=True)
     results_folder: str = setting(
@@ -356,6 +392,24 @@ class GenerateSettings(SamplingSettings):
 @dataclass(frozen=True)
 class EvaluateSettings(MachineSettings):
     """Settings of evaluate_images.py."""
+
+    EVERYDAY: ClassVar[tuple[str, ...]] = (
+        "checkpoint",
+        "synthetic_path",
+        "output_folder",
+        "data_path",
+        "vae_path",
+        "inception_weights",
+        "classifier",
+        "classifier_steps",
+        "classifier_seeds",
+        "classifier_image_size",
+        "sweep",
+        "sweep_checkpoints",
+        "sweep_images",
+        "seed",
+        "device",
+    )  # what --help shows
 
     checkpoint: str = setting("./results", str, EVALUATION, "run folder, or one checkpoint file in it", path=True)
     synthetic_path: str = setting(

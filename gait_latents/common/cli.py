@@ -11,6 +11,7 @@ import difflib
 import math
 import os
 import re
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,6 +100,7 @@ _KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
 def parse(name: str, texts: Sequence[str], spec: Spec, where: str) -> Any:
     """Turns the words given for one setting into its value; raises UserError naming the setting and `where`."""
     if spec.many:
+        texts = [item for text in texts for item in _split_list(text, spec)]
         if not texts and spec.needed:
             raise UserError(f"{name} in {where} needs at least one value")
         values = tuple(_parse_word(name, text, spec, where) for text in texts)
@@ -108,6 +110,12 @@ def parse(name: str, texts: Sequence[str], spec: Spec, where: str) -> Any:
     if len(texts) != 1:
         raise UserError(f"{name} takes one value, not {len(texts)} ({' '.join(texts)}), in {where}")
     return _parse_word(name, texts[0], spec, where)
+
+
+def _split_list(text: str, spec: Spec) -> list[str]:
+    """Splits a word such as 1,2,4 of a list of numbers or choices; a text may hold commas of its own."""
+    is_number = spec.kind is not str and not _THOUSANDS.fullmatch(text.strip())
+    return text.split(",") if is_number or spec.choices else [text]
 
 
 def _parse_word(name: str, text: str, spec: Spec, where: str) -> Any:
@@ -236,17 +244,32 @@ def _items(value: Any) -> Iterable[Any]:
 def read_command_line(cls: type, argv: Sequence[str] | None, *, description: str | None) -> list[Layer]:
     """Parses the flags of one script and the file that --config names: the two highest layers.
 
+    `--data-path` is taken for `--data_path`. `--help` prints the settings that people change, `--help all` every one,
+    and ends the program.
+
     Raises:
         UserError: for an unknown flag or key (the nearest known one is named) or a value of the wrong type.
     """
-    typed, unknown = _parser(cls, description).parse_known_args(argv)
+    words = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    if not {"-h", "--help"}.isdisjoint(words):
+        _parser(cls, description, all_settings="all" in words).print_help()
+        sys.exit(0)
+    typed, unknown = _parser(cls, description).parse_known_args(words)
     if unknown:
         raise UserError(_unknown_message(unknown[0].split("=")[0], specs(cls), prefix="--"))
-    words = {name: value if isinstance(value, list) else [value] for name, value in vars(typed).items()}
-    config_file = words.pop("config", [None])[0]
-    values = {name: parse(name, texts, specs(cls)[name], f"--{name}") for name, texts in words.items()}
+    texts = {name: value if isinstance(value, list) else [value] for name, value in vars(typed).items()}
+    config_file = texts.pop("config", [None])[0]
+    values = {name: parse(name, own, specs(cls)[name], f"--{name}") for name, own in texts.items()}
     layers = [Layer("flag", values)]
     return layers if config_file is None else [*layers, read_file(cls, config_file)]
+
+
+def _with_underscores(word: str) -> str:
+    """Writes the name of a flag as its setting is called; other words stay as they are."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 class Layers:
@@ -360,20 +383,25 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32, width=110)
 
 
-def _parser(cls: type, description: str | None) -> argparse.ArgumentParser:
+def _parser(cls: type, description: str | None, *, all_settings: bool = True) -> argparse.ArgumentParser:
+    known = specs(cls)
+    if not all_settings:
+        known = {name: known[name] for name in getattr(cls, "EVERYDAY", known)}
+    notes = ["* may change when a run goes on."] if can_resume(cls) else []
+    notes += ["--help all lists the other settings."] if len(known) < len(specs(cls)) else []
     parser = _Parser(
         description=description,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        add_help=False,
         formatter_class=_HelpFormatter,
         usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
-        epilog=_FREE_NOTE if can_resume(cls) else None,
+        epilog=" ".join([*notes, "docs/settings.md says more of each."]),
     )
+    parser.add_argument("-h", "--help", nargs="?", metavar="all", help="show the settings that people change, or all")
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
-    known = specs(cls)
-    groups = {
-        group: parser.add_argument_group(group) for group in dict.fromkeys(known[name].group for name in by_group(cls))
-    }
+    order = dict.fromkeys(known[name].group for name in by_group(cls) if name in known)
+    groups = {group: parser.add_argument_group(group) for group in order}
     for name, spec in known.items():
         group = groups[spec.group]
         words = {"nargs": "*"} if spec.many else {"nargs": "?", "const": "true"} if spec.kind is bool else {}
@@ -400,7 +428,6 @@ def metavar(spec: Spec) -> str:
 
 
 _METAVARS = {int: "INT", float: "NUMBER", bool: "true|false", str: "TEXT"}
-_FREE_NOTE = "* may change when a run goes on. The README says more of each setting."
 
 
 def _help(cls: type, name: str, spec: Spec) -> str:

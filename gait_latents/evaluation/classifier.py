@@ -239,18 +239,9 @@ def compare(
     real_set, synthetic_set = (real, real_labels), (synthetic, synthetic_labels)
     sets = {REAL: [real_set], SYNTHETIC: [synthetic_set], BOTH: [real_set, synthetic_set]}
     scores = {name: dict(done.get(name, {})) for name in sets}
-
+    size = {"num_classes": num_classes, "num_steps": num_steps, "batch_size": batch_size}
     for name, seed in trainings_left(seeds, scores):
-        score = train_and_test(
-            sets[name],
-            (test, test_labels),
-            num_classes=num_classes,
-            num_steps=num_steps,
-            seed=seed,
-            device=device,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        score = train_and_test(sets[name], (test, test_labels), **size, seed=seed, device=device, progress=progress)
         scores[name][str(seed)] = _plain(score)
         save(scores)
     return {

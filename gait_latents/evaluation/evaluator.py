@@ -1,4 +1,4 @@
-"""TODO."""
+"""Makes the report about the images of a folder, part by part: latents, Inception features, copies, classifiers."""
 
 import json
 from collections.abc import Sequence

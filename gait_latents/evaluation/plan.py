@@ -43,7 +43,7 @@ class Plan:
         return self.state.meta.space
 
 
-def make_plan(argv: Sequence[str] | None, description: str | None) -> Plan:
+def make_plan(argv: Sequence[str] | None, description: str | None = None) -> Plan:
     """Puts together flags, file, the run and the defaults; refuses what would only fail later."""
     layers = cli.Layers(EvaluateSettings, argv, description=description)
     state = run_folder.read_averages(Path(layers.settings.checkpoint))

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,20 +49,33 @@ def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | Non
     Raises:
         UserError: when neither is there, a class has too few images, or the cache would count as a class.
     """
-    if not at_hand and stored is None:
+    if at_hand:
+        return _choose_from_folder(settings, where)
+    if stored is None:
         also = f", and {where} holds no split of earlier images"
         raise UserError(no_images_message(settings.data_path, also=also))
-    if at_hand:
-        refuse_to_be_a_class(Path(where), settings.data_path)
-    else:
-        _check_classes_known(settings, stored, where)  # type: ignore[arg-type]
-    index = list_images(settings.data_path) if at_hand else stored.index()  # type: ignore[union-attr]
-    if at_hand:
-        _refuse_own_outputs(settings, list(index))
+    return _choose_from_stored(settings, stored, where)
+
+
+def _choose_from_folder(settings: ImageSettings, where: str) -> Split:
+    refuse_to_be_a_class(Path(where), settings.data_path)
+    index = list_images(settings.data_path)
+    _refuse_own_outputs(settings, list(index))
+    return with_fresh_keys(_draw(settings, index), settings.data_path)
+
+
+def _choose_from_stored(settings: ImageSettings, stored: Split, where: str) -> Split:
+    _check_classes_known(settings, stored, where)
+    split, known = _draw(settings, stored.index()), stored.keys()
+    return split.with_keys({place: known.get(place, _key_of_no_content(*place)) for place in _places(split)})
+
+
+def _draw(settings: ImageSettings, index: Mapping[str, Sequence[str]]) -> Split:
+    """Draws the split of the images in an index {class: names}, and warns of classes that there are not."""
     notice = missing_classes_warning(index, settings.num_users)
     if notice:
         warn(notice)
-    split = make_split(
+    return make_split(
         index,
         num_users=settings.num_users,
         images_per_user=settings.images_per_user,
@@ -70,10 +83,6 @@ def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | Non
         split=settings.split,
         split_gap=settings.split_gap,
     )
-    if at_hand:
-        return with_fresh_keys(split, settings.data_path)
-    known = stored.keys()  # type: ignore[union-attr]
-    return split.with_keys({place: known.get(place, _key_of_no_content(*place)) for place in _places(split)})
 
 
 def refuse_to_be_a_class(folder: Path, data_path: str | None) -> None:

@@ -33,7 +33,7 @@ _MOST_UNWRITTEN = 2 * BATCH_SIZE  # images that wait to be written while the nex
 _OVERVIEW_ROWS, _OVERVIEW_COLUMNS = 16, 6
 
 
-def open_generator(argv: Sequence[str] | None, description: str | None, ranks: Ranks) -> "Generator":
+def open_generator(argv: Sequence[str] | None, description: str | None = None, ranks: Ranks = ALONE) -> "Generator":
     """Puts together flags, file, the settings of the run and the defaults, and reads the newest averaged weights."""
     with ranks.together():
         layers = cli.Layers(GenerateSettings, argv, description=description)

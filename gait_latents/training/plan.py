@@ -11,7 +11,7 @@ import torch
 
 from gait_latents.common import cli, files, hardware
 from gait_latents.common.console import say, warn
-from gait_latents.common.distributed import Ranks
+from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import Failed, UserError
 from gait_latents.diffusion.sampling import num_solver_steps
 from gait_latents.images import selection
@@ -48,7 +48,7 @@ class Plan:
         return Path(self.settings.latents_cache_folder)
 
 
-def make_plan(argv: Sequence[str] | None, description: str | None, ranks: Ranks) -> Plan:
+def make_plan(argv: Sequence[str] | None, description: str | None = None, ranks: Ranks = ALONE) -> Plan:
     """Puts together flags, file, the run that goes on, the manifest of the cache and the defaults.
 
     Raises:

@@ -17,10 +17,8 @@ import torch
 from PIL import Image
 from pipeline import CLASSES, STEPS, generate, train
 
-import generate as generate_script
 from gait_latents import export, settings
-from gait_latents.common import cli, distributed, files, pictures
-from gait_latents.common.distributed import ALONE
+from gait_latents.common import cli, files, pictures
 from gait_latents.common.errors import UserError
 from gait_latents.common.seeds import sample_generator
 from gait_latents.diffusion import build, model, sampling
@@ -430,7 +428,7 @@ def test_on_a_cpu_the_decoder_computes_in_bfloat16_with_the_network_and_hardly_d
     assert make("images", **flags) == 0
     assert json.loads((tmp_path / "images" / "settings.json").read_text())["decoder_precision"] == "bfloat16"
     words = tiny.flags({"checkpoint": trained / "results", "device": "cpu", **flags})
-    generator = generate_script.open_generator(words, distributed.ALONE)
+    generator = generation.open_generator(words)
     samples = generator.sample([0, 1, 2], [0, 0, 0], 1.5)
     generator.decoder.dtype = torch.float32
     for name, exact in zip(CLASSES, generator.decoder(samples), strict=True):
@@ -542,7 +540,7 @@ def test_auto_means_what_it_did_when_the_run_began(trained, tmp_path):
     flags = {"checkpoint": state.path, "sampling_timesteps": "auto", "device": "cpu"}
 
     def told(**changes: object) -> str:
-        return generate_script.open_generator(tiny.flags({**flags, **changes}), ALONE).description
+        return generation.open_generator(tiny.flags({**flags, **changes})).description
 
     assert ", 12 steps of dpm++ " in told()
     tensors, meta = checkpoint.load(state.path)
