@@ -24,9 +24,10 @@ import generate as generate_script
 import preprocess_latents
 import train_latent_cfg
 from gait_latents import export
-from gait_latents.common import cli, layout
+from gait_latents.common import layout, script
 from gait_latents.diffusion.model import LatentDiffusion
 from gait_latents.images.split import read_split
+from gait_latents.settings import TrainSettings
 from gait_latents.training import checkpoint, run_folder
 from gait_latents.vae.network import KLVAE
 
@@ -82,14 +83,14 @@ def call(name: str, *words: object) -> int:
     ("name", "words", "told"),
     [
         ("preprocess", ["--data_pth", "x"], ["--data_pth", "did you mean --data_path?"]),
-        ("train", ["--train-lr", "1"], ["--train-lr", "did you mean --train_lr?"]),
+        ("train", ["--train-lrr", "1"], ["--train_lrr", "did you mean --train_lr?"]),
         ("generate", ["--class", "ID_1"], ["--class;", "did you mean --classes?"]),
         ("train", ["--output_folder", "x"], ["--output_folder", "did you mean --latents_cache_folder?"]),
         ("preprocess", ["--latents_cache_folder", "x"], ["did you mean --output_folder?"]),
         ("preprocess", ["--dim", "8"], ["--dim", "it is one of train_latent_cfg.py"]),
         ("preprocess", ["spectrograms"], ["spectrograms", "--help"]),
         ("train", ["--dim", "wide"], ["dim is 'wide' in --dim", "a whole number"]),
-        ("train", ["--dim_mults", "1,2,4"], ["'1,2,4'", "--dim_mults", "several as separate words"]),
+        ("train", ["--dim_mults", "1;2;4"], ["'1;2;4'", "--dim_mults", "several as separate words"]),
         ("train", ["--seed", 2**70], [2**70, "--seed", "largest allowed"]),
         ("generate", ["--images_per_class", "0"], ["images_per_class is 0", "smallest allowed is 1"]),
         ("generate", ["--image_format", "gif"], ["'gif'", "auto, jpg, png"]),
@@ -713,8 +714,15 @@ def test_an_older_diffusion_library_on_the_path_is_named_by_version_and_place(tm
     ],
 )
 def test_imports_that_fail_or_are_interrupted_end_in_one_line(capsys, error, code, told):
-    with pytest.raises(SystemExit) as ending:
-        cli._explain_import(type(error), error, None)
-    assert ending.value.code == code
+    def work(argv):
+        with script.imports():
+            raise error
+
+    assert script.run_script(TrainSettings, [], "Trains.", work) == code
     said = capsys.readouterr().err
     assert said.startswith(told) and len(said.strip().splitlines()) == 1
+
+
+def test_another_error_of_an_import_is_not_hidden():
+    with pytest.raises(RuntimeError, match="a mistake of ours"), script.imports():
+        raise RuntimeError("a mistake of ours")

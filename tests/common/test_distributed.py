@@ -27,11 +27,13 @@ import torch
 from pipeline import HALF, STEPS, at_step, generate, losses, preprocess, signal_self, stored_moments, train, train_flags
 
 import evaluate_images
+import train_latent_cfg
 from gait_latents import export
-from gait_latents.common import cli, distributed, errors, hardware
+from gait_latents.common import distributed, errors, hardware
 from gait_latents.common import process as this_process
 from gait_latents.common.distributed import Ranks
 from gait_latents.common.errors import UserError
+from gait_latents.common.script import run_script
 from gait_latents.diffusion.model import LatentDiffusion
 from gait_latents.images.split import read_split
 from gait_latents.latents import filling
@@ -39,7 +41,6 @@ from gait_latents.latents.dataset import LatentDataset
 from gait_latents.settings import TrainSettings
 from gait_latents.training import checkpoint, generation, loop, run_folder
 from gait_latents.training.grids import GridMaker
-from gait_latents.training.trainer import Trainer
 from gait_latents.vae.batch_encoder import BatchEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,22 +165,27 @@ def skipped(world: Path) -> int:
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_all_processes_end_with_the_same_numbers(cached, on_two, precision):
+def test_all_processes_end_with_the_same_numbers(cached, on_two, monkeypatch, precision):
     """Weights, averages, loss scale and losses; an overflow in one process's half of a batch skips the step for all."""
-    run = loop.run
+    begin, finish = loop.TrainingLoop.__enter__, loop.TrainingLoop.finish
 
-    def run_and_note(trainer: Trainer, plan: Any) -> int:
+    def begin_with_a_large_scale(run: loop.TrainingLoop) -> loop.TrainingLoop:
         if precision == "float16":
-            trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)  # the first gradients overflow with it
-        code = run(trainer, plan)
+            run.trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)  # the first gradients overflow with it
+        return begin(run)
+
+    def finish_and_note(run: loop.TrainingLoop) -> int:
+        trainer = run.trainer
         tensors = [*trainer.diffusion.state_dict().values(), *trainer.ema.model.state_dict().values()]
         digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors))
         digest.update(str([trainer.scaler.state_dict(), trainer.losses, trainer.grad_norm]).encode())
         (cached / f"end-{os.environ['RANK']}").write_text(f"{digest.hexdigest()} {trainer.scaler.get_scale()}")
-        return code
+        return finish(run)
+
+    monkeypatch.setattr(loop.TrainingLoop, "__enter__", begin_with_a_large_scale)
+    monkeypatch.setattr(loop.TrainingLoop, "finish", finish_and_note)
 
     def work(rank: int) -> int:
-        loop.run = run_and_note
         return train(cached, precision=precision, num_samples=0, log_every=100)
 
     codes, told = Company(cached, work).end()
@@ -371,15 +377,14 @@ def test_what_fails_in_one_process_between_the_exchanges_is_told_by_the_first(tr
 def test_a_process_speaks_for_itself_where_the_first_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "_LAST_WORDS_SECONDS", 0.1)
 
-    @cli.command
-    def main(_argv: object) -> int:
+    def fail_or_wait(_argv: object) -> int:
         with distributed.joined() as company:
             if company.rank:
                 raise errors.Failed("the disk is full")
             time.sleep(2)
         return 0
 
-    codes, told = Company(tmp_path, lambda rank: main(None)).end()
+    codes, told = Company(tmp_path, lambda rank: run_script(TrainSettings, [], "Fails.", fail_or_wait)).end()
     assert codes[1] == 1 and told[1] == "error: process 1: the disk is full\n"
 
 
@@ -472,13 +477,12 @@ def test_what_cannot_be_compiled_in_one_process_is_not_compiled_in_any(cached, t
 
         return fail if os.environ["RANK"] == str(failing) else lambda *args, **kwargs: network(*args, **kwargs)
 
-    def run_and_note(trainer: Trainer, plan: Any) -> int:
-        code = run(trainer, plan)
-        (cached / f"compiled-{os.environ['RANK']}").write_text(str(trainer.is_compiled))
-        return code
+    def finish_and_note(run: loop.TrainingLoop) -> int:
+        (cached / f"compiled-{os.environ['RANK']}").write_text(str(run.trainer.is_compiled))
+        return finish(run)
 
-    run = loop.run
-    monkeypatch.setattr(loop, "run", run_and_note)
+    finish = loop.TrainingLoop.finish
+    monkeypatch.setattr(loop.TrainingLoop, "finish", finish_and_note)
     monkeypatch.setattr(hardware, "_COMPILED_STEPS", 1)
     monkeypatch.setattr(hardware, "why_not_compile", lambda device: None)
     monkeypatch.setattr(torch, "compile", compile_or_fail)
@@ -589,9 +593,10 @@ def test_processes_that_go_on_from_other_states_of_one_step_end_with_one_sentenc
 def test_the_first_of_several_processes_prints_the_help_and_exports(trained, tmp_path, monkeypatch):
     def ask_for_help(rank: int) -> int:
         monkeypatch.setattr(sys, "argv", ["train_latent_cfg.py", "--help"])
-        with pytest.raises(SystemExit) as end:
-            cli.check_command_line(TrainSettings, "Trains.")
-        return end.value.code  # type: ignore[return-value]
+        try:
+            return train_latent_cfg.main()
+        except SystemExit as end:
+            return 0 if end.code is None else int(end.code)
 
     codes, told = Company(tmp_path, ask_for_help).end()
     assert codes == [0, 0] and told[0].count("usage: ") == 1 and told[1] == ""
@@ -698,19 +703,20 @@ def test_the_first_process_has_the_last_word_although_torchrun_ends_all_when_one
     program.write_text(
         """
 import sys, time
-import ranks, script
+from gait_latents.common import distributed, errors
+from gait_latents.common.script import run_script
+from gait_latents.settings import TrainSettings
 
-@script.command
-def main(argv):
-    with ranks.joined() as company:
+def fail(argv):
+    with distributed.joined() as company:
         try:
             with company.together():
                 if company.is_main:
-                    raise script.Failed("the disk is full")
+                    raise errors.Failed("the disk is full")
         finally:
             time.sleep(3 if company.is_main else 0)  # as a tracker that ends
 
-sys.exit(main(None))
+sys.exit(run_script(TrainSettings, [], "Fails.", fail))
 """
     )
     ended = torchrun(str(program))
@@ -731,7 +737,7 @@ def test_torchrun_starts_them_and_again_after_a_kill_and_the_run_ends_in_the_sam
     program.write_text(
         f"""
 import os, runpy, signal
-from ranks import Ranks
+from gait_latents.common.distributed import Ranks
 
 agree, steps = Ranks.agree_to_stop, []
 
