@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from gait_latents.common.process import rank
 
 _KERNEL_MARK = "JPY_PARENT_PID"  # Jupyter sets it for its kernels, and so for the commands in their cells
-_LOG_SECONDS, _LOG_SHARE = 60.0, 0.1  # least time and least share of the work between progress lines in a log
+LOG_SECONDS, _LOG_SHARE = 60.0, 0.1  # least time and least share of the work between progress lines in a log
 
 
 def print_error(text: str) -> None:
@@ -79,7 +79,7 @@ class Progress:
         if figures:
             self.bar.set_postfix(figures, refresh=False)
         self.bar.update(count)
-        is_time = time.monotonic() - self.last_time >= _LOG_SECONDS
+        is_time = time.monotonic() - self.last_time >= LOG_SECONDS
         if self.is_log and is_time and self.bar.n - self.last_count >= max(1, _LOG_SHARE * self.total):
             self._print_line()
 

@@ -201,7 +201,7 @@ def read_whole(path: str | os.PathLike[str], *, at_most: int) -> bytes:
 
 
 @functools.cache
-def _host() -> str:
+def host_digest() -> str:
     """Names the set of processes whose ids can be asked here: machine, boot and process namespace."""
     facts = [socket.gethostname()]
     with suppress(OSError):
@@ -212,7 +212,7 @@ def _host() -> str:
 
 
 def _temporary_name() -> str:
-    return f"{TEMPORARY_PREFIX}{_host()}-{os.getpid()}-{uuid.uuid4().hex}"
+    return f"{TEMPORARY_PREFIX}{host_digest()}-{os.getpid()}-{uuid.uuid4().hex}"
 
 
 def can_write(folder: str | os.PathLike[str]) -> bool:
@@ -319,7 +319,7 @@ def _is_writer_dead(name: str) -> bool:
     """Says whether the process that made a temporary of this name is known to have ended."""
     host, _, rest = name.removeprefix(TEMPORARY_PREFIX).partition("-")
     process = rest.partition("-")[0]
-    if host != _host() or not process.isdecimal() or len(process) > 9:
+    if host != host_digest() or not process.isdecimal() or len(process) > 9:
         return False
     try:
         os.kill(int(process), 0)

@@ -33,7 +33,7 @@ def warn_uncompiled(choice: str, obstacle: str) -> None:
 # Native bfloat16 arithmetic starts at this CUDA compute capability; older GPUs have fast float16 only.
 _BFLOAT16_CAPABILITY = (8, 0)
 _TRITON_CAPABILITY = (7, 0)  # the oldest GPUs that torch.compile generates code for
-_COMPILED_STEPS = 5000  # fewer do not repay the minute or two that compiling takes
+COMPILED_STEPS = 5000  # fewer do not repay the minute or two that compiling takes
 TOO_LITTLE_MEMORY = "the GPU has too little memory; end what else uses it, or give --device cpu"
 NUMBER_FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -140,7 +140,7 @@ def pick_compile(choice: str, device: torch.device, *, num_steps: float, as_befo
         return False, f"not compiled ({obstacle or 'as asked'})"
     if choice == "auto" and as_before is False:
         return False, "not compiled, as it began"
-    if choice == "auto" and as_before is None and num_steps < _COMPILED_STEPS:
+    if choice == "auto" and as_before is None and num_steps < COMPILED_STEPS:
         return False, "not compiled, which so few steps do not repay"
     return True, "compiled, which takes a minute or two at the first step"
 

@@ -479,7 +479,7 @@ def test_what_cannot_be_compiled_in_one_process_is_not_compiled_in_any(cached, t
 
     run = loop.run
     monkeypatch.setattr(loop, "run", run_and_note)
-    monkeypatch.setattr(hardware, "_COMPILED_STEPS", 1)
+    monkeypatch.setattr(hardware, "COMPILED_STEPS", 1)
     monkeypatch.setattr(hardware, "why_not_compile", lambda device: None)
     monkeypatch.setattr(torch, "compile", compile_or_fail)
     codes, told = train_on_two(cached, num_samples=0, compile=asked)

@@ -162,7 +162,11 @@ def test_an_absent_library_is_told(tmp_path, monkeypatch):
 
 def test_a_fork_in_the_working_directory_stops_the_import_of_our_module(tmp_path, monkeypatch):
     package = place_library(tmp_path, monkeypatch, "__version__ = '2.0.1'\n")
-    program = "import config\ntry:\n  import diffusion\nexcept config.UserError as error:\n  print(error)"
+    program = (
+        "from gait_latents.common.errors import UserError\n"
+        "try:\n  from gait_latents.diffusion import model\n"
+        "except UserError as error:\n  print(error)"
+    )
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
@@ -173,8 +177,9 @@ def test_a_fork_in_the_working_directory_stops_the_import_of_our_module(tmp_path
 
 def test_only_the_diffusion_module_pays_for_importing_the_library():
     importing = re.compile(r"^\s*(from|import)\s+denoising_diffusion_pytorch", re.MULTILINE)
-    modules = {path.name for path in ROOT.glob("*.py") if importing.search(path.read_text())}
-    assert modules == {"diffusion.py"}
+    paths = [*ROOT.glob("*.py"), *(ROOT / "gait_latents").rglob("*.py")]
+    modules = {str(path.relative_to(ROOT)) for path in paths if importing.search(path.read_text())}
+    assert len(paths) > 60 and modules == {"gait_latents/diffusion/library.py"}
 
 
 # ---- network and schedule

@@ -18,7 +18,7 @@ from pipeline import CLASSES, HALF, SIZE, STEPS, one_error
 
 import evaluate_images
 from gait_latents.common import errors
-from gait_latents.evaluation import classifier, figures, image_sets, inception
+from gait_latents.evaluation import classifier, evaluator, figures, image_sets, inception
 from gait_latents.evaluation import plan as evaluation_plan
 from gait_latents.evaluation import sweep as sweep_module
 from gait_latents.images import reading
@@ -81,7 +81,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     for name in names:
-        monkeypatch.setattr(figures, name, lambda *_, name=name, **__: pytest.fail(f"{name} was computed again"))
+        monkeypatch.setattr(evaluator, name, lambda *_, name=name, **__: pytest.fail(f"{name} was computed again"))
 
 
 # --- the figures -------------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ def test_what_was_found_about_other_images_goes_before_anything_is_computed(trai
         os.kill(os.getpid(), signal.SIGINT)
         raise errors.Failed("stopped")
 
-    monkeypatch.setattr(figures, "memorisation", stop)
+    monkeypatch.setattr(evaluator, "memorisation", stop)
     assert evaluate(trained, synthetic, evaluated) != 0
     report = read_report(evaluated)
     assert "classifier" not in report and "memorisation" not in report

@@ -22,6 +22,8 @@ from gait_latents.latents.manifest import read_manifest, write_manifest
 from gait_latents.latents.space import FORMAT, Space
 from gait_latents.latents.verify import verify
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
@@ -440,7 +442,7 @@ def test_opening_for_writing_clears_up_after_dead_writers(tmp_path):
     process = fork(lambda: None)
     wait_for(process)
     for folder in (tmp_path, tmp_path / SPACE.id):
-        (folder / f"{disk_files.TEMPORARY_PREFIX}{disk_files._host()}-{process}-x").write_bytes(b"half")
+        (folder / f"{disk_files.TEMPORARY_PREFIX}{disk_files.host_digest()}-{process}-x").write_bytes(b"half")
     LatentCache(tmp_path, SPACE, writable=True)
     assert not list(tmp_path.rglob(".tmp*"))
 
@@ -520,5 +522,5 @@ def test_verify_notices_a_name_changed_by_the_disk(tmp_path):
 
 
 def test_the_cache_does_not_import_torch():
-    code = "import sys, latent_cache; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = "import sys; from gait_latents.latents import cache, manifest; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

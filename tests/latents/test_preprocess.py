@@ -280,7 +280,8 @@ def test_a_class_without_one_good_image_is_an_error(world, capsys):
 def test_ctrl_c_keeps_what_is_encoded_and_the_same_command_goes_on(world, encoder, capsys):
     tiny.make_images(world / "data", {"ID_3": 60}, seed=1)
     settings = {"num_users": 4, "images_per_user": "all", "encode_batch_size": 1}
-    code = "import sys, script; script._LOG_SECONDS = 0; import preprocess_latents as p; sys.exit(p.main(None))"
+    code = "import sys; from gait_latents.common import console; console.LOG_SECONDS = 0; "
+    code += "import preprocess_latents as p; sys.exit(p.main(None))"
     words = [*tiny.preprocess_flags(world, image_size=16, **settings)]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words],
