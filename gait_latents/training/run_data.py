@@ -33,8 +33,6 @@ class Data:
 def open_data(plan: Plan, device: torch.device, ranks: Ranks = ALONE) -> Data:
     """Opens the dataset of the run, which encodes what is missing when it is first needed.
 
-    Of several processes, each encodes its share of what is missing now: no step waits for the encoder of another.
-
     Raises:
         UserError: when something that is needed is not at hand, or differs from what the run was started with.
         Failed: when images cannot be read, after each was named.
@@ -42,9 +40,6 @@ def open_data(plan: Plan, device: torch.device, ranks: Ranks = ALONE) -> Data:
     with ranks.together(), plain_errors(plan):
         data = _open(plan, device, ranks)
     ranks.check_same(_facts(data, device), "give all the same images, VAE and packages, and one kind of device")
-    with ranks.together(), plain_errors(plan):
-        if ranks.count > 1:
-            _fill(data.dataset, ranks)
     return data
 
 
@@ -176,7 +171,7 @@ def _what_changed(plan: Plan, meta: RunMeta, split: Split) -> str:
     return f"{len(names):,} of {len(split.train):,} have another content, the first is {shown(names[0])}"
 
 
-def _fill(dataset: LatentDataset, ranks: Ranks) -> None:
+def fill(dataset: LatentDataset, ranks: Ranks) -> None:
     """Encodes what is missing before the first step: a step must not wait for the encoder of another process."""
     with StopSignals() as signals:
         try:

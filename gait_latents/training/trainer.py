@@ -21,7 +21,7 @@ from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings
 from gait_latents.training import checkpoint, optimizer_state, run_folder
 from gait_latents.training.draws import StepDraws, draw_step
 from gait_latents.training.plan import Plan, batch_size, num_steps, pass_size, plain_errors
-from gait_latents.training.run_data import Data, write_cache_defaults
+from gait_latents.training.run_data import Data, fill, write_cache_defaults
 from gait_latents.training.run_folder import SavedState
 from gait_latents.training.run_meta import RunMeta
 from gait_latents.vae.norm import LatentNorm
@@ -30,6 +30,8 @@ from gait_latents.vae.norm import LatentNorm
 def start_trainer(plan: Plan, data: Data, device: torch.device, ranks: Ranks = ALONE) -> "Trainer":
     """Builds the network, its average and its optimizer, and takes up the saved state of a run that goes on."""
     with ranks.together(), plain_errors(plan):
+        if ranks.count > 1:
+            fill(data.dataset, ranks)  # now, for no step must wait for the encoder of another process
         trainer = Trainer(plan.settings, data, device, ranks)
         if ranks.is_main:
             write_cache_defaults(plan, data)

@@ -146,7 +146,7 @@ def contrast(one: str, two: str) -> float:
 
 def test_the_colours_stand_out_from_a_light_and_a_dark_page():
     assert contrast("#ffffff", "#000000") == pytest.approx(21)
-    style = Path(charts.__file__).with_name("page.css").read_text()
+    style = (Path(charts.__file__).parents[1] / "evaluation" / "page.css").read_text()
     backs = re.findall(r"--back: (#\w+)", style)
     assert len(backs) == 2
     for back in ("#ffffff", backs[1]):
@@ -188,7 +188,8 @@ def test_a_confusion_matrix_is_deeper_where_the_share_of_its_row_is_larger(num_c
 
 def test_the_same_figures_give_the_same_chart_whatever_is_set_elsewhere():
     code = (
-        "import sys; sys.path[:0] = ['.', 'tests']; import matplotlib, test_charts; now = matplotlib.rcParams\n"
+        "import sys; sys.path[:0] = ['.', 'tests/common', 'tests/helpers']; import matplotlib, test_charts\n"
+        "now = matplotlib.rcParams\n"
         "now.update({'font.size': 30, 'axes.facecolor': 'red', 'svg.hashsalt': None})\n"
         "print(ascii(test_charts.all_charts()), now['font.size'], now['axes.facecolor'], now['svg.hashsalt'])"
     )
@@ -210,7 +211,11 @@ def test_a_chart_of_the_same_figures_is_drawn_once(monkeypatch):
 
 def test_no_script_imports_matplotlib_before_something_is_drawn_and_none_needs_pyplot():
     code = (
-        "import sys, train_latent_cfg, evaluate_images, preprocess_latents, charts\n"
+        "import sys\n"
+        "from gait_latents.common import charts\n"
+        "from gait_latents.evaluation import evaluator, sweep\n"
+        "from gait_latents.latents import preprocessing\n"
+        "from gait_latents.training import loop, generation\n"
         "assert 'matplotlib' not in sys.modules\n"
         "charts.loss_curve([1, 2], [1.0, 0.5])\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
@@ -233,10 +238,11 @@ def test_a_missing_matplotlib_is_one_line_with_the_remedy(monkeypatch):
 
 def test_a_broken_matplotlib_is_one_line_with_the_remedy(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('built for another\\nnumpy')\n")
-    code = f"import sys; sys.path[:0] = ['.', {str(tmp_path)!r}]; import charts; charts.loss_curve([1], [1.0])"
+    code = f"import sys; sys.path[:0] = ['.', {str(tmp_path)!r}]; from gait_latents.common import charts\n"
+    code += "charts.loss_curve([1], [1.0])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     words = "matplotlib cannot be imported (built for another numpy); pip install --upgrade matplotlib"
-    assert found.returncode == 1 and found.stderr.splitlines()[-1] == f"config.UserError: {words}"
+    assert found.returncode == 1 and found.stderr.splitlines()[-1] == f"gait_latents.common.errors.UserError: {words}"
 
 
 def test_training_goes_on_without_matplotlib_and_says_so_once(world, monkeypatch, capsys):

@@ -19,9 +19,11 @@ import torch
 from gait_latents.common import cli, console, hardware
 from gait_latents.common.errors import Failed, Stopped, UserError
 from gait_latents.common.process import StopSignals
+from gait_latents.common.script import imports, run_script
+from gait_latents.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("preprocess_latents.py", "train_latent_cfg.py", "generate.py", "export_model.py")
+SCRIPTS = ("preprocess_latents.py", "train_latent_cfg.py", "generate.py", "evaluate_images.py")
 
 
 # --- the next command ---------------------------------------------------------------------------------------
@@ -30,7 +32,7 @@ SCRIPTS = ("preprocess_latents.py", "train_latent_cfg.py", "generate.py", "expor
 def test_the_next_command_starts_the_python_of_this_one(tmp_path):
     folder = tmp_path / "my tools" / ".venv"
     venv.create(folder, symlinks=True)
-    telling = "import script, sys; print(script.python_word()); print(sys.prefix)"
+    telling = "from gait_latents.common import console; import sys; print(console.python_word()); print(sys.prefix)"
     clean = {"PATH": "/usr/bin:/bin", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     active = {**clean, "PATH": f"{folder / 'bin'}:/usr/bin:/bin"}
     for place, env, expected in (
@@ -62,31 +64,29 @@ def test_the_next_command_starts_the_python_of_this_one(tmp_path):
     ],
 )
 def test_every_way_to_end_has_its_exit_code_and_at_most_one_line(capsys, error, code, line):
-    @cli.command
-    def main(argv):
+    def work(argv):
         raise error
 
-    assert main([]) == code
+    assert run_script(TrainSettings, [], "Trains.", work) == code
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", line)
 
 
-def test_a_script_that_ends_well_keeps_its_exit_code_and_its_name():
-    @cli.command
-    def main(argv):
-        """Does nothing."""
-        return len(argv)
+def test_a_script_that_ends_well_keeps_its_exit_code_and_gets_its_flags():
+    assert run_script(TrainSettings, ["--dim", "8"], "Trains.", len) == 2
 
-    assert main(["a", "b"]) == 2 and main.__doc__ == "Does nothing."
+
+def test_a_mistake_in_the_flags_is_told_before_any_work(capsys):
+    assert run_script(TrainSettings, ["--dum", "8"], "Trains.", lambda argv: pytest.fail("worked")) == 2
+    assert capsys.readouterr().err == "error: there is no setting --dum; did you mean --dim?\n"
 
 
 def test_a_mistake_of_ours_is_not_hidden():
-    @cli.command
-    def main(argv):
+    def work(argv):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        main([])
+        run_script(TrainSettings, [], "Trains.", work)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -95,22 +95,105 @@ def test_help_comes_before_torch_is_imported(name):
     code += f"runpy.run_path('{name}', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.startswith("usage: ") and "--config FILE" in done.stdout and " INT " in done.stdout
+    assert done.stdout.startswith("usage: ") and "--config FILE" in done.stdout and " PATH " in done.stdout
 
 
 def test_python_looks_for_no_garbage_at_the_end_of_a_script():
     """It would go through all that torch has made, several times."""
     program = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"  # runs last
-    program += "import config, script; script.check_command_line(config.TrainSettings, 'Trains.')"
+    program += "from gait_latents.common.script import run_script; from gait_latents.settings import TrainSettings\n"
+    program += "run_script(TrainSettings, None, 'Trains.', lambda argv: 0)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("package", ["torch", "yaml", "tqdm", "safetensors"])
+def test_a_package_that_is_missing_is_one_line_with_the_command_that_installs_it(package, script):
+    code = f"import runpy, sys; sys.argv = ['{script}']; sys.modules['{package}'] = None; "
+    code += f"runpy.run_path('{script}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and package in done.stderr
+    assert done.stderr.endswith("; pip install -r requirements.txt\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ImportError("No module named 'x'", name="x"), "No module named 'x'; pip install -r requirements.txt"),
+        (RuntimeError("operator torchvision::nms does not exist"), "torch and torchvision do not fit each other"),
+    ],
+)
+def test_what_fails_in_the_imports_is_told_with_its_remedy(error, told):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(UserError) as raised, imports():
+        raise error
+    assert str(raised.value).startswith(told)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("error", [ImportError("no x in ours", name="gait_latents.vae.x"), RuntimeError("odd")])
+def test_a_defect_of_ours_in_the_imports_is_not_taken_for_a_missing_package(error):
+    with pytest.raises(type(error)), imports():
+        raise error
+
+
+def test_flags_may_be_written_with_hyphens_and_lists_with_commas():
+    def read(*words):
+        return cli.resolve(TrainSettings, cli.read_command_line(TrainSettings, words, description="")).settings
+
+    assert read("--data-path", "x", "--dim-mults=1,2,4") == read("--data_path", "x", "--dim_mults", "1", "2", "4")
+    assert read("--dim_mults", "1,2,4").dim_mults == (1, 2, 4)
+    assert read("--train_num_steps", "1,000").train_num_steps == 1000  # of one number, they mark thousands
+    assert read("--data-path", "a-b").data_path == "a-b"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_what_people_change_and_help_all_the_rest(name, capsys):
+    cls = cli.CATALOGUE.scripts[name]
+    shown = []
+    for words in (["--help"], ["--help", "all"]):
+        with pytest.raises(SystemExit) as end:
+            cli.read_command_line(cls, words, description="Does it.")
+        assert end.value.code == 0
+        shown.append(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M))
+    assert len(shown[0]) <= 15 + 1 and set(shown[0]) <= set(shown[1])  # --config is no setting
+    assert sorted(shown[1]) == sorted([*cli.specs(cls), "config"])
+
+
+@pytest.mark.parametrize("how", [["-I"], [], ["-P"]])
+def test_modules_of_a_user_and_a_python_that_is_told_to_be_safe_break_nothing(how, tmp_path):
+    for name in ("config", "images", "vae", "script", "report"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported the user's own')")
+    command = [sys.executable, *how, str(ROOT / "generate.py"), "--checkpoint", "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert (
+        done.stderr == "error: --checkpoint nowhere is neither a checkpoint nor a folder of a run that has saved one\n"
+    )
+
+
+def test_the_public_names_are_imported_when_they_are_used():
+    code = """
+import sys, gait_latents
+assert "torch" not in sys.modules
+from gait_latents import LatentDataset, load_vae, open_cache
+assert {"LatentDataset", "load_vae", "open_cache"} == set(gait_latents.__all__) <= set(dir(gait_latents))
+try:
+    gait_latents.nothing
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "module 'gait_latents' has no attribute 'nothing'\n"), done.stderr
 
 
 # --- signals -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("module", ["config", "durable", "torch"])
+@pytest.mark.parametrize("module", ["gait_latents.common.distributed", "numpy", "torch"])
 def test_ctrl_c_during_the_imports_ends_without_a_word(name, module):
     program = f"""
 import os, runpy, signal, sys
@@ -197,8 +280,9 @@ def test_nothing_is_shown_of_work_that_never_began(capsys):
 
 
 WORK = """
-import time, script
-with script.progress(total=300, unit="steps", label="train") as bar:
+import time
+from gait_latents.common import console
+with console.progress(total=300, unit="steps", label="train") as bar:
     for _ in range(300):
         bar.advance()
         time.sleep(0.003)

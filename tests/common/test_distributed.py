@@ -27,19 +27,21 @@ import torch
 from pipeline import HALF, STEPS, at_step, generate, losses, preprocess, signal_self, stored_moments, train, train_flags
 
 import evaluate_images
+import train_latent_cfg
 from gait_latents import export
-from gait_latents.common import cli, distributed, errors, hardware
+from gait_latents.common import distributed, errors, hardware
 from gait_latents.common import process as this_process
 from gait_latents.common.distributed import Ranks
 from gait_latents.common.errors import UserError
+from gait_latents.common.script import run_script
 from gait_latents.diffusion.model import LatentDiffusion
 from gait_latents.images.split import read_split
 from gait_latents.latents import filling
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.settings import TrainSettings
-from gait_latents.training import checkpoint, generation, loop, run_folder
+from gait_latents.training import checkpoint, generation, run_folder
 from gait_latents.training.grids import GridMaker
-from gait_latents.training.trainer import Trainer
+from gait_latents.training.loop import TrainingLoop
 from gait_latents.vae.batch_encoder import BatchEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,20 +168,25 @@ def skipped(world: Path) -> int:
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_all_processes_end_with_the_same_numbers(cached, on_two, precision):
     """Weights, averages, loss scale and losses; an overflow in one process's half of a batch skips the step for all."""
-    run = loop.run
+    enter, finish = TrainingLoop.__enter__, TrainingLoop.finish
 
-    def run_and_note(trainer: Trainer, plan: Any) -> int:
+    def enter_with_a_large_scale(self: TrainingLoop) -> TrainingLoop:
         if precision == "float16":
-            trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)  # the first gradients overflow with it
-        code = run(trainer, plan)
+            self.trainer.scaler = torch.amp.GradScaler(
+                "cpu", init_scale=2.0**26
+            )  # the first gradients overflow with it
+        return enter(self)
+
+    def finish_and_note(self: TrainingLoop) -> int:
+        trainer = self.trainer
         tensors = [*trainer.diffusion.state_dict().values(), *trainer.ema.model.state_dict().values()]
         digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors))
         digest.update(str([trainer.scaler.state_dict(), trainer.losses, trainer.grad_norm]).encode())
         (cached / f"end-{os.environ['RANK']}").write_text(f"{digest.hexdigest()} {trainer.scaler.get_scale()}")
-        return code
+        return finish(self)
 
     def work(rank: int) -> int:
-        loop.run = run_and_note
+        TrainingLoop.__enter__, TrainingLoop.finish = enter_with_a_large_scale, finish_and_note
         return train(cached, precision=precision, num_samples=0, log_every=100)
 
     codes, told = Company(cached, work).end()
@@ -371,15 +378,14 @@ def test_what_fails_in_one_process_between_the_exchanges_is_told_by_the_first(tr
 def test_a_process_speaks_for_itself_where_the_first_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "_LAST_WORDS_SECONDS", 0.1)
 
-    @cli.command
-    def main(_argv: object) -> int:
+    def work(_argv: object) -> int:
         with distributed.joined() as company:
             if company.rank:
                 raise errors.Failed("the disk is full")
             time.sleep(2)
         return 0
 
-    codes, told = Company(tmp_path, lambda rank: main(None)).end()
+    codes, told = Company(tmp_path, lambda rank: run_script(TrainSettings, [], "Trains.", work)).end()
     assert codes[1] == 1 and told[1] == "error: process 1: the disk is full\n"
 
 
@@ -472,13 +478,12 @@ def test_what_cannot_be_compiled_in_one_process_is_not_compiled_in_any(cached, t
 
         return fail if os.environ["RANK"] == str(failing) else lambda *args, **kwargs: network(*args, **kwargs)
 
-    def run_and_note(trainer: Trainer, plan: Any) -> int:
-        code = run(trainer, plan)
-        (cached / f"compiled-{os.environ['RANK']}").write_text(str(trainer.is_compiled))
-        return code
+    def finish_and_note(self: TrainingLoop) -> int:
+        (cached / f"compiled-{os.environ['RANK']}").write_text(str(self.trainer.is_compiled))
+        return finish(self)
 
-    run = loop.run
-    monkeypatch.setattr(loop, "run", run_and_note)
+    finish = TrainingLoop.finish
+    monkeypatch.setattr(TrainingLoop, "finish", finish_and_note)
     monkeypatch.setattr(hardware, "COMPILED_STEPS", 1)
     monkeypatch.setattr(hardware, "why_not_compile", lambda device: None)
     monkeypatch.setattr(torch, "compile", compile_or_fail)
@@ -590,7 +595,7 @@ def test_the_first_of_several_processes_prints_the_help_and_exports(trained, tmp
     def ask_for_help(rank: int) -> int:
         monkeypatch.setattr(sys, "argv", ["train_latent_cfg.py", "--help"])
         with pytest.raises(SystemExit) as end:
-            cli.check_command_line(TrainSettings, "Trains.")
+            sys.exit(train_latent_cfg.main())
         return end.value.code  # type: ignore[return-value]
 
     codes, told = Company(tmp_path, ask_for_help).end()
@@ -698,19 +703,19 @@ def test_the_first_process_has_the_last_word_although_torchrun_ends_all_when_one
     program.write_text(
         """
 import sys, time
-import ranks, script
+from gait_latents.common import distributed, errors, script
+from gait_latents.settings import TrainSettings
 
-@script.command
-def main(argv):
-    with ranks.joined() as company:
+def work(argv):
+    with distributed.joined() as company:
         try:
             with company.together():
                 if company.is_main:
-                    raise script.Failed("the disk is full")
+                    raise errors.Failed("the disk is full")
         finally:
             time.sleep(3 if company.is_main else 0)  # as a tracker that ends
 
-sys.exit(main(None))
+sys.exit(script.run_script(TrainSettings, [], "Trains.", work))
 """
     )
     ended = torchrun(str(program))
@@ -731,7 +736,7 @@ def test_torchrun_starts_them_and_again_after_a_kill_and_the_run_ends_in_the_sam
     program.write_text(
         f"""
 import os, runpy, signal
-from ranks import Ranks
+from gait_latents.common.distributed import Ranks
 
 agree, steps = Ranks.agree_to_stop, []
 
