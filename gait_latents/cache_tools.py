@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gait_latents.common import cli, console, files, hardware
-from gait_latents.common.console import say, shown, warn
+from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.errors import DONE, FAILED, Failed, UserError
 from gait_latents.common.layout import SPLIT_NAME
 from gait_latents.images import reading, selection
@@ -15,7 +15,7 @@ from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.manifest import HOLDS_IMPORTED, Manifest, read_manifest
 from gait_latents.latents.preview import draw_preview
 from gait_latents.latents.prune import other_spaces, plan_prune
-from gait_latents.latents.verify import Report
+from gait_latents.latents.verify import CacheReport
 from gait_latents.settings import PreprocessSettings
 from gait_latents.training import run_folder
 
@@ -74,7 +74,7 @@ def verify(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     return FAILED if report.missing or report.damaged or report.problems else DONE
 
 
-def _say_status(settings: PreprocessSettings, found: Finished, report: Report, entries: list[Entry]) -> None:
+def _say_status(settings: PreprocessSettings, found: Finished, report: CacheReport, entries: list[Entry]) -> None:
     """Says which images are cached: in all, by class, and the names of those that are not."""
     lost = {*report.missing, *report.damaged}
     old_keys = set(found.stored.keys().values())
@@ -85,7 +85,7 @@ def _say_status(settings: PreprocessSettings, found: Finished, report: Report, e
     for label, some in (("stale", stale), ("missing", absent)):
         say(f"{label:<11} {len(some):,}")
         for entry in some[:_NUM_LISTED]:
-            say(f"    {shown(f'{entry.class_name}/{entry.name}')}")
+            say(f"    {show_name(f'{entry.class_name}/{entry.name}')}")
     stale_keys = {entry.key for entry in stale}
     status = cache_verify.class_status(found.split.classes, found.parts, missing=lost, stale=stale_keys)
     say()
@@ -102,7 +102,7 @@ def _what_was_compared(settings: PreprocessSettings, found: Finished, entries: l
     return "content checked" if at_hand == len(entries) else f"content checked of {at_hand:,}, the rest not at hand"
 
 
-def _say_contents(found: Finished, report: Report, cache: LatentCache) -> None:
+def _say_contents(found: Finished, report: CacheReport, cache: LatentCache) -> None:
     """Says what else is in the folder, and how the latents were made."""
     in_split = set(found.split.keys().values())
     orphans = sum(key not in in_split for key in report.orphaned)

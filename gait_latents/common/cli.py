@@ -293,7 +293,7 @@ class Layers:
         """Adds values that were stored earlier, below all that were added before; see `stored_layer`."""
         self._layers.append(stored_layer(self._class, source, values, only_about_cache=only_about_cache))
 
-    def resolved(self) -> Resolved:
+    def resolve(self) -> Resolved:
         """Puts the layers together, and says which settings differ from their defaults, and why."""
         found = resolve(self._class, self._layers)
         for line in found.changes():

@@ -377,7 +377,7 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def join_ranks() -> Iterator[Ranks]:
     """Joins the processes that torchrun has started beside this one; a process that is alone joins nobody."""
     if process.num_ranks() == 1:
         yield Ranks()

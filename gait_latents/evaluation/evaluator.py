@@ -21,13 +21,13 @@ from gait_latents.evaluation.image_sets import (
     READ_AT_ONCE,
     ImageSet,
     RealImages,
-    listing,
+    list_names,
     made_of_real,
     open_real,
     open_synthetic,
     warnings_of_run,
 )
-from gait_latents.evaluation.plan import Plan
+from gait_latents.evaluation.plan import EvaluationPlan
 from gait_latents.evaluation.report import PAIRS_NAME, Report, file_digest
 from gait_latents.evaluation.terminal import print_figures
 from gait_latents.evaluation.trials import Trials
@@ -39,7 +39,7 @@ from gait_latents.vae import base
 class Evaluation:
     """The report about the images of a folder, part by part; a part that the report has already is left as it is."""
 
-    def __init__(self, plan: Plan, synthetic: ImageSet, real: RealImages, report: Report) -> None:
+    def __init__(self, plan: EvaluationPlan, synthetic: ImageSet, real: RealImages, report: Report) -> None:
         self.plan, self.synthetic, self.real, self.report = plan, synthetic, real, report
         self.settings = plan.settings
         self.made_of = {**made_of_real(plan, real), "synthetic": synthetic.digest()}
@@ -176,7 +176,7 @@ def features(network: torch.nn.Module, sets: Sequence[ImageSet], signals: StopSi
     return [Points(rows, part.labels) for rows, part in zip(found, sets, strict=True)]
 
 
-def evaluate(plan: Plan) -> None:
+def evaluate(plan: EvaluationPlan) -> None:
     """Makes the report about the images of a folder, and prints the main figures."""
     synthetic, real = open_synthetic(plan), open_real(plan)
     report = Report(plan.folder, made_of_real(plan, real))
@@ -189,7 +189,7 @@ def evaluate(plan: Plan) -> None:
     print_figures(report.data)
 
 
-def describe(plan: Plan, synthetic: ImageSet, real: RealImages) -> dict[str, Any]:
+def describe(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -> dict[str, Any]:
     """Says what is evaluated: which model, which images, and how many of each class."""
     sets = (synthetic, real.training, real.test)
     return {
@@ -218,14 +218,14 @@ def made_with(folder: Path) -> dict[str, Any]:
     return {name: found[name] for name in known if isinstance(found.get(name), str | int | float | list)}
 
 
-def find_warnings(plan: Plan, synthetic: ImageSet, real: RealImages) -> list[str]:
+def find_warnings(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -> list[str]:
     """Returns a sentence for each thing that the figures about these images must be read with."""
     found = warnings_of_run(plan)
     if not len(real.test):
         found.append(f"{NO_TEST_IMAGES}, so that only the distances to training images can be computed")
     missing = [name for label, name in enumerate(plan.classes) if not synthetic.latents.count(label)]
     if missing:
-        found.append(f"there are no synthetic images of {listing(missing)}; the figures are about the other classes")
+        found.append(f"there are no synthetic images of {list_names(missing)}; the figures are about the other classes")
     for part, remedy in ((synthetic, "generate"), (real.test, "have")):
         counts = [part.latents.count(label) for label in part.labels.unique().tolist()]
         if counts and min(counts) < page.FEW_PER_CLASS:

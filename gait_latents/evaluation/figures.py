@@ -49,12 +49,12 @@ class Points:
         return int((self.labels == label).sum())
 
 
-def written(value: float | None) -> str:
+def format_figure(value: float | None) -> str:
     """Writes a figure for a table."""
     return "-" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def matched(first: Points, second: Points, *, seed: int) -> tuple[Points, Points]:
+def match_counts(first: Points, second: Points, *, seed: int) -> tuple[Points, Points]:
     """Returns equally many points of each class from two sets, drawn by the seed: most figures depend on the number."""
     labels = sorted({*first.labels.tolist(), *second.labels.tolist()})
     counts = {label: min(first.count(label), second.count(label)) for label in labels}
@@ -92,7 +92,7 @@ def closeness(
     """
     test = test.take(torch.isin(test.labels, synthetic.labels))
     synthetic = synthetic.take(torch.isin(synthetic.labels, test.labels))
-    synthetic, training = matched(synthetic, training, seed=seed)
+    synthetic, training = match_counts(synthetic, training, seed=seed)
     alone = [label for label in test.labels.unique().tolist() if _fewest(label, synthetic, test) >= _FEWEST]
     smallest, smallest_alone = (
         min(len(synthetic), len(test)),
@@ -237,7 +237,7 @@ def _median(values: Tensor) -> float:
 
 def _nearer_to_training(synthetic: Points, training: Points, test: Points, *, seed: int) -> dict[str, Any]:
     """Asks of each synthetic image whether a training or a test image is nearer; of equally many in each class."""
-    training, test = matched(training, test, seed=seed)
+    training, test = match_counts(training, test, seed=seed)
     chosen = torch.isin(synthetic.labels, test.labels)
     if not chosen.any():
         return {"nearer_to_training": None, "nearer_to_training_limit": None}

@@ -18,7 +18,7 @@ from gait_latents.training.run_folder import SavedState
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """The settings, and the run that made the images."""
 
     settings: EvaluateSettings
@@ -43,13 +43,13 @@ class Plan:
         return self.state.meta.space
 
 
-def make_plan(argv: Sequence[str] | None, description: str | None = None) -> Plan:
+def make_plan(argv: Sequence[str] | None, description: str | None = None) -> EvaluationPlan:
     """Puts together flags, file, the run and the defaults; refuses what would only fail later."""
     layers = cli.Layers(EvaluateSettings, argv, description=description)
     state = run_folder.read_averages(Path(layers.settings.checkpoint))
     run = state.path.parent
     layers.add(f"run {run}", state.meta.chosen_settings("seed", "vae_path", "data_path"))
-    settings: EvaluateSettings = layers.resolved().settings
+    settings: EvaluateSettings = layers.resolve().settings
     charts.check_installed()  # before anything is computed
     split = read_split(run)
     if split is None:
@@ -62,7 +62,7 @@ def make_plan(argv: Sequence[str] | None, description: str | None = None) -> Pla
     read_like = replace(
         read_like.settings, data_path=settings.data_path or "", vae_path=settings.vae_path or "", device=settings.device
     )
-    plan = Plan(settings, state, split, read_like, hardware.pick_device(settings.device))
+    plan = EvaluationPlan(settings, state, split, read_like, hardware.pick_device(settings.device))
     selection.refuse_to_be_a_class(plan.folder, settings.data_path)
     files.check_writable(plan.folder, "output_folder")
     return plan

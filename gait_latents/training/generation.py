@@ -39,7 +39,7 @@ def open_generator(argv: Sequence[str] | None, description: str | None = None, r
         layers = cli.Layers(GenerateSettings, argv, description=description)
         state = run_folder.read_averages(Path(layers.settings.checkpoint))
         layers.add(f"run {state.path.parent}", state.meta.chosen_settings(*FROM_RUN))
-        settings: GenerateSettings = layers.resolved().settings
+        settings: GenerateSettings = layers.resolve().settings
         selection.refuse_to_be_a_class(Path(settings.output_folder), state.meta.settings.get("data_path"))
         device = hardware.pick_device(ranks.device_name(settings.device))
         ranks.say_unused(settings.device, "generate.py")

@@ -20,7 +20,7 @@ from gait_latents.settings import TrainSettings
 from gait_latents.training import run_folder, trackers
 from gait_latents.training.grids import GridMaker
 from gait_latents.training.metrics_log import Metrics
-from gait_latents.training.plan import Plan
+from gait_latents.training.plan import TrainingPlan
 from gait_latents.training.trainer import Trainer
 
 _SETTLING_STEPS = 10  # first steps of a process, among which are compiling and the first save: they tell no pace
@@ -33,7 +33,7 @@ class TrainingLoop:
     Within the block, Ctrl-C and SIGTERM are noted, not obeyed at once: `reason_to_stop` tells of them between steps.
     """
 
-    def __init__(self, trainer: Trainer, plan: Plan) -> None:
+    def __init__(self, trainer: Trainer, plan: TrainingPlan) -> None:
         self.trainer, self.plan, self.settings, self.ranks = trainer, plan, plan.settings, trainer.ranks
         with self.ranks.together():
             self.metrics = Metrics(
@@ -175,7 +175,7 @@ def open_trackers(settings: TrainSettings, step: int, metrics: Metrics, origin: 
     )
 
 
-def tell_disk(trainer: Trainer, grids: GridMaker, plan: Plan, *, num_missing: int) -> None:
+def tell_disk(trainer: Trainer, grids: GridMaker, plan: TrainingPlan, *, num_missing: int) -> None:
     """Says what the saves to come, with their grids, and the latents that are missing will take on the disk."""
     every = trainer.settings.save_and_sample_every
     num_saves = math.ceil(trainer.num_steps / every) - trainer.finished_steps // every

@@ -27,7 +27,7 @@ _NOT_INHERITED = ("results_folder", "resume_from", "device")  # settings that sa
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """The settings, and the run that goes on if there is one."""
 
     settings: TrainSettings
@@ -48,7 +48,7 @@ class Plan:
         return Path(self.settings.latents_cache_folder)
 
 
-def make_plan(argv: Sequence[str] | None, description: str | None = None, ranks: Ranks = ALONE) -> Plan:
+def make_plan(argv: Sequence[str] | None, description: str | None = None, ranks: Ranks = ALONE) -> TrainingPlan:
     """Puts together flags, file, the run that goes on, the manifest of the cache and the defaults.
 
     Raises:
@@ -63,7 +63,7 @@ def make_plan(argv: Sequence[str] | None, description: str | None = None, ranks:
     return plan
 
 
-def _read_plan(argv: Sequence[str] | None, description: str | None) -> Plan:
+def _read_plan(argv: Sequence[str] | None, description: str | None) -> TrainingPlan:
     layers = cli.Layers(TrainSettings, argv, description=description)
     typed: TrainSettings = layers.settings
     newest_save = run_folder.newest_stamp(typed.results_folder)
@@ -74,20 +74,20 @@ def _read_plan(argv: Sequence[str] | None, description: str | None) -> Plan:
     folder = layers.settings.latents_cache_folder
     manifest = manifest_of_images(folder)
     layers.add(f"manifest of {folder}", {} if manifest is None else manifest.settings, only_about_cache=True)
-    resolved = layers.resolved()
+    resolved = layers.resolve()
     _refuse_changes(stored, resolved.settings, origin)
     trackers.choose(resolved.settings.trackers)  # before anything else is done
     _refuse_impossible(resolved.settings)
-    return Plan(resolved.settings, resolved.sources, origin, state, manifest, newest_save)
+    return TrainingPlan(resolved.settings, resolved.sources, origin, state, manifest, newest_save)
 
 
-def is_finished(plan: Plan, ranks: Ranks) -> bool:
+def is_finished(plan: TrainingPlan, ranks: Ranks) -> bool:
     """Says whether the run has taken all its steps, and tells the user so."""
     with ranks.together():
         return _has_all_steps(plan)
 
 
-def _has_all_steps(plan: Plan) -> bool:
+def _has_all_steps(plan: TrainingPlan) -> bool:
     own_split = None if plan.state is None or plan.origin is None else read_split(plan.origin)
     if plan.state is None or own_split is None or plan.state.step < num_steps(plan.settings, len(own_split.train)):
         return False
@@ -156,7 +156,7 @@ def _check_share(settings: TrainSettings, ranks: Ranks) -> None:
         )
 
 
-def _facts(plan: Plan) -> dict[str, object]:
+def _facts(plan: TrainingPlan) -> dict[str, object]:
     """Returns what all processes of a run must have alike: the state that it goes on from, and the settings."""
     settings = {
         f"--{name}": cli.show(getattr(plan.settings, name))
@@ -168,7 +168,7 @@ def _facts(plan: Plan) -> dict[str, object]:
     return {"a run at step": step, "a saved state of the digest": digest, **settings}
 
 
-def pick_device(plan: Plan, ranks: Ranks) -> torch.device:
+def pick_device(plan: TrainingPlan, ranks: Ranks) -> torch.device:
     """Chooses the device of this process, and makes sure that the results folder can be written to.
 
     Raises:
@@ -185,7 +185,7 @@ def pick_device(plan: Plan, ranks: Ranks) -> torch.device:
     return device
 
 
-def _check_results_folder(plan: Plan) -> None:
+def _check_results_folder(plan: TrainingPlan) -> None:
     files.check_writable(plan.results, "results_folder")
     if plan.state is None:
         selection.refuse_to_be_a_class(plan.results, plan.settings.data_path)
@@ -197,7 +197,7 @@ def _check_results_folder(plan: Plan) -> None:
 
 
 @contextmanager
-def plain_errors(plan: Plan) -> Iterator[None]:
+def plain_errors(plan: TrainingPlan) -> Iterator[None]:
     """Turns what may go wrong with images and the GPU into one sentence with a remedy."""
     try:
         yield

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from gait_latents.common import files
-from gait_latents.common.console import say, shown, warn
+from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import Failed, UserError
 from gait_latents.common.layout import SPLIT_NAME
@@ -17,7 +17,7 @@ from gait_latents.latents import filling, opening, vae_fit
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.latents.vae_fit import ChosenSpace
-from gait_latents.training.plan import Plan, plain_errors
+from gait_latents.training.plan import TrainingPlan, plain_errors
 from gait_latents.training.run_meta import RunMeta
 
 
@@ -30,7 +30,7 @@ class Data:
     dataset: LatentDataset
 
 
-def open_data(plan: Plan, device: torch.device, ranks: Ranks = ALONE) -> Data:
+def open_data(plan: TrainingPlan, device: torch.device, ranks: Ranks = ALONE) -> Data:
     """Opens the dataset of the run, which encodes what is missing when it is first needed.
 
     Of several processes, each encodes its share of what is missing now: no step waits for the encoder of another.
@@ -58,7 +58,7 @@ def _facts(data: Data, device: torch.device) -> dict[str, object]:
     }
 
 
-def _open(plan: Plan, device: torch.device, ranks: Ranks) -> Data:
+def _open(plan: TrainingPlan, device: torch.device, ranks: Ranks) -> Data:
     settings, folder = plan.settings, plan.cache_folder
     goes_on = plan.state is not None  # the split is the run's own, so that nothing else can be meant
     known = _known_space(plan)
@@ -97,7 +97,7 @@ def _open(plan: Plan, device: torch.device, ranks: Ranks) -> Data:
     return Data(split, chosen, dataset)
 
 
-def _run_split(plan: Plan, at_hand: bool) -> Split:
+def _run_split(plan: TrainingPlan, at_hand: bool) -> Split:
     """Returns the run's own split when it goes on, else draws it; content keys are fresh where images are at hand."""
     own = None if plan.origin is None else read_split(plan.origin)
     if own is not None:
@@ -109,7 +109,7 @@ def _run_split(plan: Plan, at_hand: bool) -> Split:
     return split
 
 
-def _known_space(plan: Plan) -> ChosenSpace | None:
+def _known_space(plan: TrainingPlan) -> ChosenSpace | None:
     """Returns the space that the run or the cache already knows, for when the VAE is not at hand."""
     if plan.state is not None:
         meta = plan.state.meta
@@ -117,14 +117,14 @@ def _known_space(plan: Plan) -> ChosenSpace | None:
     return None if plan.manifest is None else vae_fit.space_of_manifest(plan.manifest)
 
 
-def _without_bad_images(plan: Plan, split: Split, dataset: LatentDataset) -> Split:
+def _without_bad_images(plan: TrainingPlan, split: Split, dataset: LatentDataset) -> Split:
     missing = {dataset.keys[position] for position in dataset.missing()}
     entries = [entry for entry in split.train if entry.key in missing]
     bad = reading.find_bad_images(entries, data_path=plan.settings.data_path, image_size=plan.settings.image_size)
     if not bad:
         return split
     for skipped in bad:
-        say(f"    {shown(f'{skipped.class_name}/{skipped.name}')}: {skipped.reason}")
+        say(f"    {show_name(f'{skipped.class_name}/{skipped.name}')}: {skipped.reason}")
     if not plan.settings.skip_bad_images:
         raise Failed(
             f"{len(bad)} of {len(split.train):,} training images cannot be read; mend or remove them, or give "
@@ -133,7 +133,7 @@ def _without_bad_images(plan: Plan, split: Split, dataset: LatentDataset) -> Spl
     return split.without(bad)
 
 
-def _report_missing(plan: Plan, dataset: LatentDataset, when: str) -> None:
+def _report_missing(plan: TrainingPlan, dataset: LatentDataset, when: str) -> None:
     missing = dataset.missing()
     say(
         f"{len(dataset):,} images asked, {dataset.num_different - len(missing):,} cached, {len(missing):,} to encode"
@@ -143,7 +143,7 @@ def _report_missing(plan: Plan, dataset: LatentDataset, when: str) -> None:
     opening.check_can_encode(dataset, plan.settings)
 
 
-def _check_same_space(plan: Plan, chosen: ChosenSpace) -> None:
+def _check_same_space(plan: TrainingPlan, chosen: ChosenSpace) -> None:
     known = _known_space(plan)
     if plan.state is not None and known is not None and chosen.space.id != known.space.id:
         raise UserError(
@@ -153,7 +153,7 @@ def _check_same_space(plan: Plan, chosen: ChosenSpace) -> None:
         )
 
 
-def _check_same_data(plan: Plan, meta: RunMeta, split: Split, dataset: LatentDataset) -> None:
+def _check_same_data(plan: TrainingPlan, meta: RunMeta, split: Split, dataset: LatentDataset) -> None:
     if dataset.digest() != meta.data_digest:
         raise UserError(
             f"the images are not those that the run in {plan.origin} was started with: "
@@ -164,7 +164,7 @@ def _check_same_data(plan: Plan, meta: RunMeta, split: Split, dataset: LatentDat
         say("the same images were encoded again since the last save; the run goes on with the new latents")
 
 
-def _what_changed(plan: Plan, meta: RunMeta, split: Split) -> str:
+def _what_changed(plan: TrainingPlan, meta: RunMeta, split: Split) -> str:
     """Names the training images whose content or class is not what the split of the run says."""
     before = read_split(plan.origin) if plan.origin is not None else None
     if before is None:
@@ -173,7 +173,7 @@ def _what_changed(plan: Plan, meta: RunMeta, split: Split) -> str:
     names = [f"{e.class_name}/{e.name}" for e in split.train if then.get((e.class_name, e.name)) != e.key]
     if not names:
         return f"{SPLIT_NAME} there is of another run"
-    return f"{len(names):,} of {len(split.train):,} have another content, the first is {shown(names[0])}"
+    return f"{len(names):,} of {len(split.train):,} have another content, the first is {show_name(names[0])}"
 
 
 def _fill(dataset: LatentDataset, ranks: Ranks) -> None:
@@ -188,7 +188,7 @@ def _fill(dataset: LatentDataset, ranks: Ranks) -> None:
         raise BadImage(f"{dataset.names[position]}: {reason}")
 
 
-def write_cache_defaults(plan: Plan, data: Data) -> None:
+def write_cache_defaults(plan: TrainingPlan, data: Data) -> None:
     """Gives a cache that training alone fills the same manifest and split as preprocessing would."""
     cache = data.dataset.cache
     if plan.manifest is not None or not cache.writable:

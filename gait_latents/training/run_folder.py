@@ -78,7 +78,7 @@ def find_newest_averages(folder: str | os.PathLike[str]) -> WholeFile | None:
 
 def _newest_whole(folder: Path, pattern: re.Pattern[str]) -> WholeFile | None:
     warnings: list[str] = []
-    for _, path in _saved(folder, pattern):
+    for _, path in _list_saved(folder, pattern):
         try:
             return WholeFile(path, *checkpoint.load(path), warnings)
         except DamagedCheckpoint as error:
@@ -99,7 +99,7 @@ def newest_stamp(folder: str | os.PathLike[str]) -> tuple[str, str] | None:
     None when there is none or it cannot be read just now.
     """
     with suppress(OSError):
-        for _, path in _saved(Path(folder), _FULL_NAME)[:1]:
+        for _, path in _list_saved(Path(folder), _FULL_NAME)[:1]:
             return path.name, checkpoint.stamp(path)
     return None
 
@@ -110,7 +110,7 @@ def prune(folder: str | os.PathLike[str], *, step: int) -> None:
     That state and the one before it stay; so do states of later steps, which `find_newest` has found damaged.
     """
     files.remove_stale_temporaries(folder)
-    until_now = [path for saved_step, path in _saved(Path(folder), _FULL_NAME) if saved_step <= step]
+    until_now = [path for saved_step, path in _list_saved(Path(folder), _FULL_NAME) if saved_step <= step]
     for path in until_now[_NUM_KEPT:]:
         with suppress(OSError):  # costs space only
             path.unlink()
@@ -118,10 +118,10 @@ def prune(folder: str | os.PathLike[str], *, step: int) -> None:
 
 def saved_averages(folder: str | os.PathLike[str]) -> dict[int, Path]:
     """Returns the files of averaged weights alone in a run folder, by their step."""
-    return dict(_saved(Path(folder), _EMA_NAME))
+    return dict(_list_saved(Path(folder), _EMA_NAME))
 
 
-def _saved(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
+def _list_saved(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
     """Returns (step, path) of the files in `folder` whose name fits, newest first; of one step, the averages first."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     steps = {name: int(match[1]) for name in names if (match := pattern.fullmatch(name))}
@@ -132,7 +132,7 @@ def _saved(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
 def bytes_for_saves(folder: str | os.PathLike[str], count: int, model: nn.Module, ema_model: nn.Module) -> int:
     """Returns about how much more a run folder takes after `count` saves, and the state that a save writes first."""
     average, full = expected_bytes(model, ema_model)
-    num_there = min(len(_saved(Path(folder), _FULL_NAME)), _NUM_KEPT)
+    num_there = min(len(_list_saved(Path(folder), _FULL_NAME)), _NUM_KEPT)
     return count * average + max(1, min(count, _NUM_KEPT) + 1 - num_there) * full
 
 

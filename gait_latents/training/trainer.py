@@ -12,7 +12,7 @@ from gait_latents.common import cli, hardware
 from gait_latents.common.console import say
 from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import Failed, UserError
-from gait_latents.common.seeds import visited
+from gait_latents.common.seeds import draw_positions
 from gait_latents.diffusion import build
 from gait_latents.diffusion.ema import EMA
 from gait_latents.diffusion.model import LatentDiffusion, moved
@@ -20,14 +20,14 @@ from gait_latents.images import selection
 from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings
 from gait_latents.training import checkpoint, optimizer_state, run_folder
 from gait_latents.training.draws import StepDraws, draw_step
-from gait_latents.training.plan import Plan, batch_size, num_steps, pass_size, plain_errors
+from gait_latents.training.plan import TrainingPlan, batch_size, num_steps, pass_size, plain_errors
 from gait_latents.training.run_data import Data, write_cache_defaults
 from gait_latents.training.run_folder import SavedState
 from gait_latents.training.run_meta import RunMeta
 from gait_latents.vae.norm import LatentNorm
 
 
-def start_trainer(plan: Plan, data: Data, device: torch.device, ranks: Ranks = ALONE) -> "Trainer":
+def start_trainer(plan: TrainingPlan, data: Data, device: torch.device, ranks: Ranks = ALONE) -> "Trainer":
     """Builds the network, its average and its optimizer, and takes up the saved state of a run that goes on."""
     with ranks.together(), plain_errors(plan):
         trainer = Trainer(plan.settings, data, device, ranks)
@@ -74,7 +74,7 @@ class Trainer:
         self.grad_norm = torch.zeros((), device=device)
         self.first_bad_step = torch.full((), -1, device=device)
 
-    def start(self, plan: Plan) -> None:
+    def start(self, plan: TrainingPlan) -> None:
         """Takes up a saved state, or measures the normalisation of a new run; writes down the run's plan."""
         self.known_saves.add(plan.newest_save)
         if plan.state is None:
@@ -237,11 +237,13 @@ class Trainer:
         """Yields the positions that the steps from `step` on will visit, for an epoch."""
         size, chunk = len(self.dataset), 256
         for offset in range(0, size, chunk):
-            yield from visited(self.settings.seed, step * self.batch + offset, min(chunk, size - offset), size).tolist()
+            yield from draw_positions(
+                self.settings.seed, step * self.batch + offset, min(chunk, size - offset), size
+            ).tolist()
 
     def names_of_step(self, step: int) -> list[str]:
         """Returns the names of the images that a step sees."""
-        positions = visited(self.settings.seed, step * self.batch, self.batch, len(self.dataset))
+        positions = draw_positions(self.settings.seed, step * self.batch, self.batch, len(self.dataset))
         return [self.dataset.names[position] for position in positions.tolist()]
 
     def check_finite(self) -> None:

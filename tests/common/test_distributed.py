@@ -373,7 +373,7 @@ def test_a_process_speaks_for_itself_where_the_first_does_not(tmp_path, monkeypa
 
     @cli.command
     def main(_argv: object) -> int:
-        with distributed.joined() as company:
+        with distributed.join_ranks() as company:
             if company.rank:
                 raise errors.Failed("the disk is full")
             time.sleep(2)
@@ -702,7 +702,7 @@ import ranks, script
 
 @script.command
 def main(argv):
-    with ranks.joined() as company:
+    with ranks.join_ranks() as company:
         try:
             with company.together():
                 if company.is_main:
