@@ -27,12 +27,12 @@ _NUM_LISTED = 20  # names shown of a longer list
 
 @dataclass(frozen=True)
 class Finished:
-    """A cache that has a manifest and a split, and what is at hand of its images."""
+    """A cache that preprocessing has finished: it has a manifest and a split; and whether its images are there."""
 
     folder: Path
     manifest: Manifest
-    stored: Split  # as written
-    split: Split  # with the content keys of the images as they are now, where they are at hand
+    stored: Split  # as it is in the cache
+    split: Split  # the same with the content keys that the images have now, where they are at hand
     images_at_hand: bool
 
     @property
@@ -57,7 +57,11 @@ def _open_finished(settings: PreprocessSettings, sources: dict[str, str]) -> Fin
 
 
 def verify(settings: PreprocessSettings, sources: dict[str, str]) -> int:
-    """Checks every seal of a cache, compares it with split and images, and looks at the latents themselves."""
+    """Checks the seal of every latent in a cache, compares the cache with split and images, and measures the latents.
+
+    Returns:
+        The exit code.
+    """
     found = _open_finished(settings, sources)
     if cli.is_explicit(sources, "vae_path"):
         vae_fit.check_vae_of(found.manifest.space, settings.vae_path)
@@ -95,7 +99,7 @@ def _say_status(settings: PreprocessSettings, found: Finished, report: CacheRepo
 
 
 def _what_was_compared(settings: PreprocessSettings, found: Finished, entries: list[Entry]) -> str:
-    """Says of how many images the content was compared with that of their latents."""
+    """Says for how many images it was checked that they have the content that their latents were made of."""
     at_hand = found.images_at_hand and sum(reading.image_path(settings.data_path, e).is_file() for e in entries)
     if not at_hand:
         return "images not at hand, content not checked"
@@ -159,9 +163,9 @@ def _decode_some(settings: PreprocessSettings, found: Finished, cache: LatentCac
 
 
 def prune(settings: PreprocessSettings, sources: dict[str, str]) -> int:
-    """Lists what nobody needs in a cache and, with --yes, removes it."""
+    """Lists what nobody needs in a cache and, with --yes, removes it; returns the exit code."""
     found = _open_finished(settings, sources)
-    if settings.yes:  # told from permissions: a full disk, on which no file can be made, is why one prunes
+    if settings.yes:  # not by making a file: pruning must work on a full disk
         files.check_writable(found.folder, "output_folder", by_trying=False)
     used = found.manifest.space
     needed = _needed_keys(settings, sources, found)

@@ -635,7 +635,7 @@ def test_a_checkpoint_of_another_format_is_refused(ready, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"classes": ["ID_1", "ID_20"]}, ["no class ID_20", "did you mean ID_2?"]),
+        ({"classes": ["ID_1", "ID_20"]}, ["no class ID_20", "did you mean ID_2? it knows ID_1, ID_2, ID_10"]),
         ({"classes": ["zebra"]}, ["no class zebra", "it knows ID_1, ID_2, ID_10"]),
         ({"sampling_timesteps": 2000}, ["--sampling_timesteps is 2000", "1000 timesteps", "or auto"]),
         ({"sampling_timesteps": 2000, "strip": [1, 2]}, ["--sampling_timesteps is 2000"]),

@@ -73,8 +73,9 @@ def train_and_test(
 
     The recipe is the same for every training set: `num_steps` batches, AdamW with weight decay under a one-cycle
     learning rate, cross-entropy. Images are normalised by the mean and standard deviation of each channel of
-    the training set. The one augmentation is a shift along the time axis (the width) by up to a sixteenth, its edge
-    column repeated: a mirrored spectrogram would run backwards in time. Nothing is chosen by the test images.
+    the training set. The one augmentation is a shift along the time axis (the width) by up to a sixteenth of it; the
+    edge column is repeated in the gap. There is no mirroring: a mirrored spectrogram would run backwards in time. No
+    choice is made by the test images.
 
     Everything random comes from the seed, and no global state is changed: the bits repeat on one device with one
     number of threads.
@@ -106,8 +107,8 @@ def train_and_test(
 def _build(num_classes: int, image_size: int, seed: int) -> nn.Module:
     """Builds the network with weights that depend on the seed alone.
 
-    The stem of ResNet-18 reduces an image fourfold before the first block. That is kept from _SMALL_PX on, where 2 x 2
-    or more places are left at the end and a step costs little on a CPU; for smaller images the pooling is left out.
+    The stem of ResNet-18 reduces an image fourfold before the first block. Images of _SMALL_PX or more keep that: 2 x 2
+    or more places are left at the end, and a step costs little on a CPU. For smaller images the pooling is left out.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(sample_generator(seed, "classifier", "weights").initial_seed())

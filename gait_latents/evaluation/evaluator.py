@@ -37,7 +37,11 @@ from gait_latents.vae import base
 
 
 class Evaluation:
-    """The report about the images of a folder, part by part; a part that the report has already is left as it is."""
+    """Makes the report about the images of a folder, part by part; parts that the report has already are kept.
+
+    Attributes:
+        made_of: what every part depends on; a part counts as done only as long as this is the same.
+    """
 
     def __init__(self, plan: EvaluationPlan, synthetic: ImageSet, real: RealImages, report: Report) -> None:
         self.plan, self.synthetic, self.real, self.report = plan, synthetic, real, report
@@ -67,7 +71,7 @@ class Evaluation:
         self.report.put("latents", made_of, figures)
 
     def _is_done(self, name: str, made_of: dict[str, Any]) -> bool:
-        """Says whether nothing is left to do for a part that needs test images."""
+        """Says whether a part that needs test images is in the report already, or cannot be made without any."""
         if not len(self.real.test):
             self.report.drop(name, why=NO_TEST_IMAGES)
             return True
@@ -130,7 +134,7 @@ class Evaluation:
         plan, settings = self.plan, self.settings
         why = classifier_trials.why_not(plan, self.real, self.synthetic.labels, [self.synthetic])
         if why is not None:
-            if "classifier" not in self.report.data:  # those of an earlier run are about the same images
+            if "classifier" not in self.report.data:  # else an earlier call has trained some on the same images
                 self.report.drop("classifier", why=why)
             return
         made_of = {**self.made_of, **classifier_trials.made_of(plan)}
@@ -208,7 +212,7 @@ def describe(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -> dic
 
 
 def made_with(folder: Path) -> dict[str, Any]:
-    """Returns what generate.py wrote down beside its images; nothing in a folder that it did not make."""
+    """Returns what generate.py wrote down beside its images; for a folder of other images, an empty dict."""
     try:
         record = json.loads(files.read_whole(folder / RECORD_NAME, at_most=generated.LARGEST_RECORD_BYTES))
     except (OSError, ValueError, RecursionError):
@@ -219,7 +223,7 @@ def made_with(folder: Path) -> dict[str, Any]:
 
 
 def find_warnings(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -> list[str]:
-    """Returns a sentence for each thing that the figures about these images must be read with."""
+    """Returns a sentence for each reason to read the figures about these images with care."""
     found = warnings_of_run(plan)
     if not len(real.test):
         found.append(f"{NO_TEST_IMAGES}, so that only the distances to training images can be computed")
@@ -251,7 +255,7 @@ def draw_pairs(
         return None, f"the training images are not at hand in {training.folder}"
     try:
         above, below = synthetic.read(i for i, _, _ in pairs), training.read(j for _, j, _ in pairs)
-    except Failed as error:  # changed or removed since it was encoded, which the figures do not need
+    except Failed as error:  # an image was changed or removed since it was encoded; the figures do not need it
         return None, str(error)
     names = [
         " / ".join(dict.fromkeys((synthetic.entries[i].class_name, training.entries[j].class_name)))

@@ -35,13 +35,13 @@ READ_AT_ONCE = 64  # images whose pixels are in memory at once
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Some images with their latents; the files may be gone as long as nothing asks for pixels."""
+    """Some images with their latents; the files are needed only where pixels are asked for."""
 
     name: str  # training, test or synthetic
     folder: Path
     entries: tuple[Entry, ...]
     image_size: int
-    latents: Points  # the means of the posterior, normalised [N C h w]
+    latents: Points  # normalised means of the posterior [N C h w]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -53,7 +53,7 @@ class ImageSet:
 
     @property
     def are_at_hand(self) -> bool:
-        """Says whether the files should be there."""
+        """Says whether the folder of the files is there."""
         return self.folder.is_dir()
 
     def digest(self) -> str:
@@ -70,7 +70,7 @@ class ImageSet:
             entry = self.entries[position]
             try:
                 return reading.read_image(
-                    str(self.folder), entry, image_size=self.image_size, if_edited=_if_edited(self.name)
+                    str(self.folder), entry, image_size=self.image_size, if_edited=_edited_remedy(self.name)
                 )
             except BadImage as error:
                 raise Failed(f"{self.folder / entry.class_name / entry.name}: {error}") from error
@@ -91,8 +91,11 @@ class ImageSet:
         return f"{self.entries[position].class_name}/{self.entries[position].name}"
 
 
-def _if_edited(what: str) -> str:
-    """Returns what to do about an edited image: the content of real ones was noted in training, of others just now."""
+def _edited_remedy(what: str) -> str:
+    """Returns what to say of an image whose content is not the one that was noted.
+
+    That of real images was noted when the run was trained, that of synthetic ones a moment ago.
+    """
     return reading.EDITED_MEANWHILE if what == _SYNTHETIC else "was edited since the run was trained; put it back"
 
 
@@ -153,8 +156,8 @@ def _list_synthetic(plan: EvaluationPlan) -> Split:
 
 
 def list_names(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - _NUM_LISTED} more" if len(names) > _NUM_LISTED else ""
-    return ", ".join(show_name(name) for name in names[:_NUM_LISTED]) + rest
+    """Returns the first names for a message, and how many more there are."""
+    return folders.name_list(names, limit=_NUM_LISTED)
 
 
 def encode(plan: EvaluationPlan, split: Split, entries: list[Entry], folder: Path, what: str) -> Points:
@@ -168,7 +171,7 @@ def encode(plan: EvaluationPlan, split: Split, entries: list[Entry], folder: Pat
     """
     cache = LatentCache(plan.folder / _CACHE_NAME, plan.space, writable=True)
     of_run = Path(plan.state.meta.settings.get("latents_cache_folder", ""))
-    _borrow(cache, of_run, [entry.key for entry in entries])
+    _copy_rows(cache, of_run, [entry.key for entry in entries])
     dataset = opening.open_dataset(
         replace(plan.images, data_path=str(folder)),
         split,
@@ -177,7 +180,7 @@ def encode(plan: EvaluationPlan, split: Split, entries: list[Entry], folder: Pat
         vae_at_hand=True,
         images_at_hand=True,
         device=plan.device,
-        if_edited=_if_edited(what),
+        if_edited=_edited_remedy(what),
     )
     missing = dataset.missing()
     if missing:
@@ -192,8 +195,8 @@ def encode(plan: EvaluationPlan, split: Split, entries: list[Entry], folder: Pat
     return Points(torch.cat(parts) if parts else torch.zeros(0, *dataset.latent_shape), dataset.labels)
 
 
-def _borrow(cache: LatentCache, folder: Path, keys: Sequence[str]) -> None:
-    """Copies the rows of these keys that are in the cache of a folder, and not here yet."""
+def _copy_rows(cache: LatentCache, folder: Path, keys: Sequence[str]) -> None:
+    """Copies rows that `cache` lacks from the cache in another folder, as far as they are there."""
     wanted = [key for key, is_here in zip(keys, cache.holds(keys), strict=True) if key and not is_here]
     wanted = list(dict.fromkeys(wanted))
     moments, found = LatentCache(folder, cache.space, writable=False).read(wanted)
@@ -221,11 +224,11 @@ def _refuse_bad(bad: list[tuple[int, str]], dataset: LatentDataset, what: str) -
         raise Failed(f"{len(bad)} {what} image(s) cannot be read; mend or remove them (the rest is encoded and kept)")
 
 
-# --- what goes for all figures -----------------------------------------------------------------------------
+# --- what concerns all figures -----------------------------------------------------------------------------
 
 
 def made_of_real(plan: EvaluationPlan, real: RealImages) -> dict[str, Any]:
-    """Returns what figures about real images depend on."""
+    """Returns all that figures about real images depend on; with another value they are computed anew."""
     return {
         "space": plan.space.id,
         "latent_norm": plan.state.meta.latent_norm.to_json(),
@@ -236,7 +239,7 @@ def made_of_real(plan: EvaluationPlan, real: RealImages) -> dict[str, Any]:
 
 
 def warnings_of_run(plan: EvaluationPlan) -> list[str]:
-    """Returns a sentence for each thing about the split that all figures must be read with."""
+    """Returns a sentence for each property of the split that makes figures look too good or leaves classes out."""
     found = [_RANDOM_SPLIT] if plan.split.rule["split"] == "random" else []
     tested = {entry.class_name for entry in plan.split.test}
     untested = [name for name in plan.classes if name not in tested]

@@ -1,4 +1,4 @@
-"""What an evaluation is about: its settings, the run, the split, and the device."""
+"""What an evaluation is to do: its settings, and the run with its split whose images it evaluates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from gait_latents.training.run_folder import SavedState
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """The settings, and the run that made the images."""
+    """The settings of an evaluation, and the run that made the images."""
 
     settings: EvaluateSettings
     state: SavedState
@@ -39,12 +39,16 @@ class EvaluationPlan:
 
     @property
     def space(self) -> Space:
-        """What makes a latent of the run what it is."""
+        """The space of the run's latents: which VAE, image size and way of reading made them."""
         return self.state.meta.space
 
 
 def make_plan(argv: Sequence[str] | None, description: str | None = None) -> EvaluationPlan:
-    """Puts together flags, file, the run and the defaults; refuses what would only fail later."""
+    """Puts together flags, file, the run and the defaults.
+
+    Raises:
+        UserError: for what could only fail later, such as a missing split or an output folder that is not writable.
+    """
     layers = cli.Layers(EvaluateSettings, argv, description=description)
     state = run_folder.read_averages(Path(layers.settings.checkpoint))
     run = state.path.parent

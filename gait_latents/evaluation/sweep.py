@@ -88,7 +88,7 @@ def sweep(plan: EvaluationPlan, states: Sequence[Path]) -> None:
 
 
 class Sweep:
-    """The points of a sweep, as many as are known by now; a point is one checkpoint with one guidance scale."""
+    """Computes the points of a sweep and keeps each in the report; a point is one checkpoint at one guidance scale."""
 
     def __init__(self, plan: EvaluationPlan, real: RealImages, report: Report, signals: StopSignals) -> None:
         self.plan, self.real, self.report, self.signals = plan, real, report, signals
@@ -117,13 +117,13 @@ class Sweep:
             say(f"no classifier: {self.why_no_classifier}")
 
     def _recall_point(self, path: Path, weights: str, scale: float) -> dict[str, Any]:
-        """Returns what is known of a point."""
+        """Returns what the report knows of a point already."""
         name = {"weights": weights, "guidance": scale}
         same = [point for point in self.part["points"] if name.items() <= point.items()]
         return {**(same[0] if same else name), "checkpoint": path.name}
 
     def _drop_other_classifiers(self) -> None:
-        """Takes away what classifiers with other settings than those asked for made of the points."""
+        """Removes from the points what classifiers with other settings than today's have found."""
         asked = trials.made_of(self.plan).items()
         for point in self.part["points"]:
             if "classifier" in point and not asked <= point["classifier"].items():
@@ -138,14 +138,14 @@ class Sweep:
         return self.trials is None or point.get("classifier", {}).get("seeds") == trials.seeds(self.plan)
 
     def _look_at(self, point: dict[str, Any]) -> dict[str, Any]:
-        """Returns a point with its figures, and with the yardstick of all points."""
+        """Samples at a point and measures; returns the point with its figures, and with those of training images."""
         model = self._model_of(point["checkpoint"])
         say(f"guidance {point['guidance']:g} at step {model.meta.step:,}")
         samples = self._sample(model, point["guidance"])
         figures, yardstick = measure(self.plan, self.real, Points(samples, self.labels))
         found = {**point, "step": model.meta.step, **figures, "yardstick": yardstick}
         if self.trials is not None:
-            for name in _CLASSIFIER_COLUMNS:  # of other seeds
+            for name in _CLASSIFIER_COLUMNS:  # they are means over fewer seeds
                 found.pop(name, None)
             self._keep(found)
             found["classifier"] = self._train_classifiers(found, samples, model)
@@ -161,7 +161,7 @@ class Sweep:
         return self._model[1]
 
     def _sample(self, model: TrainedModel, scale: float) -> Tensor:
-        """Samples latents [N C h w] of every class; those that generate.py would decode."""
+        """Samples latents [N C h w] of every class, the same that generate.py would decode."""
         labels, count = self.labels.tolist(), self.plan.settings.sweep_images
         parts = []
         with console.progress(total=len(labels), unit="samples", label="sample") as bar:
@@ -228,10 +228,10 @@ def decode(
 
 
 def made_of_sweep(plan: EvaluationPlan, real: RealImages, sampling: GenerateSettings) -> dict[str, Any]:
-    """Returns what all points of a sweep depend on."""
+    """Returns all that the points of a sweep depend on; with another value they are computed anew."""
     return {
         **made_of_real(plan, real),
-        "figures": 2,  # counts up when the points get other figures
+        "figures": 2,  # to be raised when the points get other figures
         "neighbours": plan.settings.neighbours,
         "images_per_class": plan.settings.sweep_images,
         "guidance_interval": sampling.guidance_interval,
@@ -268,7 +268,7 @@ def measure(plan: EvaluationPlan, real: RealImages, samples: Points) -> tuple[di
 
 
 def best_point(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Returns the point with the lowest Fréchet distance per class, of several classes their mean.
+    """Returns the point with the lowest Fréchet distance per class (the mean over the classes).
 
     A model that draws its training images again comes near to the test images, too, so points with many near copies
     count only where there are no others.

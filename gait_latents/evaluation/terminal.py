@@ -20,7 +20,7 @@ _NAME_WIDTH, _FIGURE_WIDTH = 50, 11
 
 
 def print_figures(data: dict[str, Any]) -> None:
-    """Prints the main figures of synthetic images, and beside them those of real ones: the best to be expected."""
+    """Prints the main figures of the synthetic images, beside those of real ones, which are the best to be expected."""
     say()
     say(_row("", "synthetic", "real"))
     for name, title in (("latents", ""), ("inception", "Inception: ")):

@@ -1,4 +1,4 @@
-"""The classifiers of an evaluation: which are to be trained, on what, and what an earlier one trained already."""
+"""The classifiers of an evaluation: whether any are trained, on which images, and with which settings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ def why_not(
     """Returns why no classifier is trained, in a sentence; None where it is.
 
     Args:
-        others: more sets whose files are looked at.
+        others: further image sets whose files are needed.
     """
     asked = plan.settings.classifier
     if asked == "false":
@@ -96,5 +96,5 @@ def seeds(plan: EvaluationPlan) -> list[int]:
 
 
 def made_of(plan: EvaluationPlan) -> dict[str, Any]:
-    """Returns what a classifier depends on, besides its images and its seed."""
+    """Returns all that a classifier depends on besides its images and its seed."""
     return {"image_size": plan.settings.classifier_image_size, "num_steps": plan.settings.classifier_steps}

@@ -94,8 +94,8 @@ def refuse_to_be_a_class(folder: Path, data_path: str | None) -> None:
     place = folder.resolve()
     if data_path and Path(data_path).resolve() in (place, place.parent):
         raise UserError(
-            f"{show_name(folder)} is among the class folders of --data_path {show_name(data_path)} and would count as one; "
-            "give a folder outside"
+            f"{show_name(folder)} is among the class folders of --data_path {show_name(data_path)} and would count as "
+            "one; give a folder outside"
         )
 
 
@@ -113,8 +113,8 @@ def _refuse_own_outputs(settings: ImageSettings, folders: list[str]) -> None:
         for files, what in _OUTPUTS.items():
             if all((Path(settings.data_path) / name / file).is_file() for file in files):
                 raise UserError(
-                    f"the folder {show_name(name)} in --data_path {show_name(settings.data_path)} {what}, and its pictures "
-                    "would count as a class; move it elsewhere"
+                    f"the folder {show_name(name)} in --data_path {show_name(settings.data_path)} {what}, and its "
+                    "pictures would count as a class; move it elsewhere"
                 )
 
 

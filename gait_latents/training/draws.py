@@ -1,7 +1,8 @@
 """Everything random in one training step, drawn on the CPU from (seed, step) alone.
 
-A step belongs to the effective batch: micro-batches and ranks take slices of one set of draws, so neither
-accumulation nor a restart changes what is trained. Nothing here touches torch's global generator.
+The draws are made for the whole batch of a step at once, and each forward pass and each process takes a slice of
+them. So neither gradient accumulation, nor several processes, nor a restart change what is trained. Nothing here
+touches torch's global generator.
 """
 
 from dataclasses import dataclass, fields

@@ -1,4 +1,4 @@
-"""What a resume needs, as named tensors and plain values: network, average, Adam's moments, the loss scaler."""
+"""Turns network, average, Adam's moments and the loss scaler into named tensors and plain values, and back."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -23,7 +23,7 @@ from gait_latents.training.run_meta import RunMeta
 
 @dataclass(frozen=True)
 class Data:
-    """The training images of the run: split, space and dataset."""
+    """What a run trains on: its split, the space of its latents, and the dataset over its training images."""
 
     split: Split
     chosen: ChosenSpace
@@ -49,7 +49,7 @@ def open_data(plan: TrainingPlan, device: torch.device, ranks: Ranks = ALONE) ->
 
 
 def _facts(data: Data, device: torch.device) -> dict[str, object]:
-    """Returns what all processes of a run must have alike."""
+    """Returns what must be the same on all processes of a run."""
     return {
         "latents of the space": data.chosen.space.id,
         "images and labels of the digest": data.dataset.digest()[:16],
@@ -60,7 +60,7 @@ def _facts(data: Data, device: torch.device) -> dict[str, object]:
 
 def _open(plan: TrainingPlan, device: torch.device, ranks: Ranks) -> Data:
     settings, folder = plan.settings, plan.cache_folder
-    goes_on = plan.state is not None  # the split is the run's own, so that nothing else can be meant
+    goes_on = plan.state is not None  # its split and space are known, so that images and VAE may be missing
     known = _known_space(plan)
     at_hand = selection.images_at_hand(settings, plan.sources, may_lack=goes_on)
     split = _run_split(plan, at_hand)
@@ -69,7 +69,7 @@ def _open(plan: TrainingPlan, device: torch.device, ranks: Ranks) -> Data:
     _check_same_space(plan, chosen)
     reason = files.why_not_writable(folder)
     if reason is not None:
-        say(f"{folder} takes no files ({reason}): what is encoded in this run stays in memory")
+        say(f"cannot write to {folder} ({reason}); new latents stay in memory")
     cache = LatentCache(folder, chosen.space, writable=reason is None)
     for problem in cache.problems:
         warn(problem)
@@ -88,7 +88,7 @@ def _open(plan: TrainingPlan, device: torch.device, ranks: Ranks) -> Data:
 
     dataset = open_over(split)
     if at_hand and chosen.vae_at_hand and plan.state is None:
-        mended = _without_bad_images(plan, split, dataset)
+        mended = _leave_out_bad_images(plan, split, dataset)
         if mended is not split:
             split, dataset = mended, open_over(mended)
     _report_missing(plan, dataset, "before the first step" if ranks.count > 1 else "when first needed")
@@ -98,7 +98,10 @@ def _open(plan: TrainingPlan, device: torch.device, ranks: Ranks) -> Data:
 
 
 def _run_split(plan: TrainingPlan, at_hand: bool) -> Split:
-    """Returns the run's own split when it goes on, else draws it; content keys are fresh where images are at hand."""
+    """Returns the split of the run that goes on, or draws one for a new run.
+
+    Where the images are at hand, the content keys of the entries are computed from them, so that changes show.
+    """
     own = None if plan.origin is None else read_split(plan.origin)
     if own is not None:
         return selection.with_fresh_keys(own, plan.settings.data_path) if at_hand else own
@@ -110,14 +113,14 @@ def _run_split(plan: TrainingPlan, at_hand: bool) -> Split:
 
 
 def _known_space(plan: TrainingPlan) -> ChosenSpace | None:
-    """Returns the space that the run or the cache already knows, for when the VAE is not at hand."""
+    """Returns the space that the run or the cache was made with; it is used where the VAE is not at hand."""
     if plan.state is not None:
         meta = plan.state.meta
         return ChosenSpace(meta.space, meta.scale_factor, meta.shift_factor, vae_at_hand=False)
     return None if plan.manifest is None else vae_fit.space_of_manifest(plan.manifest)
 
 
-def _without_bad_images(plan: TrainingPlan, split: Split, dataset: LatentDataset) -> Split:
+def _leave_out_bad_images(plan: TrainingPlan, split: Split, dataset: LatentDataset) -> Split:
     missing = {dataset.keys[position] for position in dataset.missing()}
     entries = [entry for entry in split.train if entry.key in missing]
     bad = reading.find_bad_images(entries, data_path=plan.settings.data_path, image_size=plan.settings.image_size)
@@ -133,11 +136,15 @@ def _without_bad_images(plan: TrainingPlan, split: Split, dataset: LatentDataset
     return split.without(bad)
 
 
+def _describe_place(dataset: LatentDataset) -> str:
+    return "the cache's files" if dataset.place == "shards" else f"memory ({dataset.place})"
+
+
 def _report_missing(plan: TrainingPlan, dataset: LatentDataset, when: str) -> None:
     missing = dataset.missing()
     say(
         f"{len(dataset):,} images asked, {dataset.num_different - len(missing):,} cached, {len(missing):,} to encode"
-        f"{f' {when}' if missing else ''} ({dataset.place} holds the latents)"
+        f"{f' {when}' if missing else ''}; latents are read from {_describe_place(dataset)}"
     )
     opening.say_equal(dataset)
     opening.check_can_encode(dataset, plan.settings)
@@ -177,7 +184,7 @@ def _what_changed(plan: TrainingPlan, meta: RunMeta, split: Split) -> str:
 
 
 def _fill(dataset: LatentDataset, ranks: Ranks) -> None:
-    """Encodes what is missing before the first step: a step must not wait for the encoder of another process."""
+    """Encodes what is missing before the first step, in which no process may wait for the encoder of another."""
     with StopSignals() as signals:
         try:
             bad = filling.fill_together(dataset, ranks, signals)
@@ -202,4 +209,4 @@ def write_cache_defaults(plan: TrainingPlan, data: Data) -> None:
 
 
 def _go_on_in_memory(error: OSError) -> None:
-    warn(f"the cache cannot be written to ({error.strerror or error}); what is encoded from now on stays in memory")
+    warn(f"the cache cannot be written to ({error.strerror or error}); new latents stay in memory")

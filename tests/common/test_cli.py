@@ -287,7 +287,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_number_format_and_its_reason(monkeypatch):
-    assert hardware.pick_precision("auto", CPU) == (torch.float32, "a CPU")
+    assert hardware.pick_precision("auto", CPU) == (torch.float32, "the default without a GPU")
     assert hardware.pick_precision("bfloat16", CPU) == (torch.bfloat16, "as asked")
     gpu = torch.device("cuda")
     for capability, dtype in (((6, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)):

@@ -397,7 +397,7 @@ def test_a_signal_to_one_process_saves_once_and_ends_all(cached, trained, monkey
     at_step(monkeypatch, 5, lambda: signal_self(signal.SIGTERM)() if os.environ.get("RANK") == "1" else None)
     codes, told = train_on_two(cached, num_samples=0)
     assert codes == [143, 143], told
-    assert told[1] == "" and "stopped by signal at step 5; saved" in told[0]
+    assert told[1] == "" and "stopped by SIGTERM at step 5; saved" in told[0]
     state = run_folder.newest_state(cached / "results")
     assert state is not None and state.step == 5
     monkeypatch.undo()
@@ -457,7 +457,7 @@ def test_a_signal_to_one_process_cuts_the_grid_of_rank_0_short(cached, monkeypat
     codes, told = train_on_two(cached, num_samples=1)
     assert codes == [143, 143]
     assert f"step {HALF}: no sample grid, since a signal came" in told[0]
-    assert f"stopped by signal at step {HALF}; saved" in told[0] and told[1] == ""
+    assert f"stopped by SIGTERM at step {HALF}; saved" in told[0] and told[1] == ""
 
 
 @pytest.mark.parametrize("asked", ["true", "auto"])
