@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gait_latents.common import cli, console, files, hardware
-from gait_latents.common.console import say, shown, warn
+from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.errors import DONE, FAILED, Failed, UserError
 from gait_latents.common.layout import SPLIT_NAME
 from gait_latents.images import reading, selection
@@ -15,7 +15,7 @@ from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.manifest import HOLDS_IMPORTED, Manifest, read_manifest
 from gait_latents.latents.preview import draw_preview
 from gait_latents.latents.prune import other_spaces, plan_prune
-from gait_latents.latents.verify import Report
+from gait_latents.latents.verify import CacheReport
 from gait_latents.settings import PreprocessSettings
 from gait_latents.training import run_folder
 
@@ -27,12 +27,12 @@ _NUM_LISTED = 20  # names shown of a longer list
 
 @dataclass(frozen=True)
 class Finished:
-    """A cache that has a manifest and a split, and what is at hand of its images."""
+    """A cache that preprocessing has finished: it has a manifest and a split; and whether its images are there."""
 
     folder: Path
     manifest: Manifest
-    stored: Split  # as written
-    split: Split  # with the content keys of the images as they are now, where they are at hand
+    stored: Split  # as it is in the cache
+    split: Split  # the same with the content keys that the images have now, where they are at hand
     images_at_hand: bool
 
     @property
@@ -57,7 +57,11 @@ def _open_finished(settings: PreprocessSettings, sources: dict[str, str]) -> Fin
 
 
 def verify(settings: PreprocessSettings, sources: dict[str, str]) -> int:
-    """Checks every seal of a cache, compares it with split and images, and looks at the latents themselves."""
+    """Checks the seal of every latent in a cache, compares the cache with split and images, and measures the latents.
+
+    Returns:
+        The exit code.
+    """
     found = _open_finished(settings, sources)
     if cli.is_explicit(sources, "vae_path"):
         vae_fit.check_vae_of(found.manifest.space, settings.vae_path)
@@ -74,7 +78,7 @@ def verify(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     return FAILED if report.missing or report.damaged or report.problems else DONE
 
 
-def _say_status(settings: PreprocessSettings, found: Finished, report: Report, entries: list[Entry]) -> None:
+def _say_status(settings: PreprocessSettings, found: Finished, report: CacheReport, entries: list[Entry]) -> None:
     """Says which images are cached: in all, by class, and the names of those that are not."""
     lost = {*report.missing, *report.damaged}
     old_keys = set(found.stored.keys().values())
@@ -85,7 +89,7 @@ def _say_status(settings: PreprocessSettings, found: Finished, report: Report, e
     for label, some in (("stale", stale), ("missing", absent)):
         say(f"{label:<11} {len(some):,}")
         for entry in some[:_NUM_LISTED]:
-            say(f"    {shown(f'{entry.class_name}/{entry.name}')}")
+            say(f"    {show_name(f'{entry.class_name}/{entry.name}')}")
     stale_keys = {entry.key for entry in stale}
     status = cache_verify.class_status(found.split.classes, found.parts, missing=lost, stale=stale_keys)
     say()
@@ -95,14 +99,14 @@ def _say_status(settings: PreprocessSettings, found: Finished, report: Report, e
 
 
 def _what_was_compared(settings: PreprocessSettings, found: Finished, entries: list[Entry]) -> str:
-    """Says of how many images the content was compared with that of their latents."""
+    """Says for how many images it was checked that they have the content that their latents were made of."""
     at_hand = found.images_at_hand and sum(reading.image_path(settings.data_path, e).is_file() for e in entries)
     if not at_hand:
         return "images not at hand, content not checked"
     return "content checked" if at_hand == len(entries) else f"content checked of {at_hand:,}, the rest not at hand"
 
 
-def _say_contents(found: Finished, report: Report, cache: LatentCache) -> None:
+def _say_contents(found: Finished, report: CacheReport, cache: LatentCache) -> None:
     """Says what else is in the folder, and how the latents were made."""
     in_split = set(found.split.keys().values())
     orphans = sum(key not in in_split for key in report.orphaned)
@@ -159,9 +163,9 @@ def _decode_some(settings: PreprocessSettings, found: Finished, cache: LatentCac
 
 
 def prune(settings: PreprocessSettings, sources: dict[str, str]) -> int:
-    """Lists what nobody needs in a cache and, with --yes, removes it."""
+    """Lists what nobody needs in a cache and, with --yes, removes it; returns the exit code."""
     found = _open_finished(settings, sources)
-    if settings.yes:  # told from permissions: a full disk, on which no file can be made, is why one prunes
+    if settings.yes:  # not by making a file: pruning must work on a full disk
         files.check_writable(found.folder, "output_folder", by_trying=False)
     used = found.manifest.space
     needed = _needed_keys(settings, sources, found)

@@ -1,7 +1,8 @@
-"""JSON that is the same text for the same value, so that it can be hashed, and a reader that refuses the rest."""
+"""A writer of JSON whose text is the same for equal values, so that it can be hashed, and a strict reader of JSON."""
 
 import json
 import math
+from typing import NoReturn
 
 
 def canonical(value: object) -> str:
@@ -18,11 +19,11 @@ def parse(text: bytes | str) -> object:
             raise ValueError("a name occurs twice")
         return names
 
-    def refuse(constant: str) -> None:
+    def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not a number")
 
     def finite(number: str) -> float:
-        return float(number) if math.isfinite(float(number)) else refuse(number)  # type: ignore[return-value]
+        return float(number) if math.isfinite(float(number)) else refuse(number)
 
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)

@@ -1,12 +1,11 @@
 """Names of the files in the folders that the scripts write: a cache, a run, generated images, an evaluation.
 
-A folder of ours is known by these files, and so is never taken for a class of images.
+They are in one place because scripts look for each other's files: a folder that holds one of them was written by a
+script, and is never taken for a class of images.
 """
 
-# Files by which a folder that a script wrote is known: a training run, generated images, an evaluation.
-SETTINGS_NAME = "settings.yaml"
-RECORD_NAME, LABELS_NAME = "settings.json", "labels.csv"
-REPORT_NAME, PAGE_NAME = "report.json", "report.html"
-MANIFEST_NAME = "manifest.json"
-METRICS_NAME = "metrics.jsonl"
-SPLIT_NAME = "split.json"
+SETTINGS_NAME, METRICS_NAME = "settings.yaml", "metrics.jsonl"  # of a training run
+RECORD_NAME, LABELS_NAME = "settings.json", "labels.csv"  # of a folder of generated images
+REPORT_NAME, PAGE_NAME = "report.json", "report.html"  # of an evaluation
+MANIFEST_NAME = "manifest.json"  # of a cache
+SPLIT_NAME = "split.json"  # of a cache and of a training run: which images are for training, which for testing

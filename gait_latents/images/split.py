@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gait_latents.common import files
-from gait_latents.common.console import shown
+from gait_latents.common.console import show_name
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import SPLIT_NAME
 from gait_latents.images.folders import name_list, natural_key
@@ -194,7 +194,7 @@ def _check_enough(counts: Mapping[str, int], images_per_user: int | str) -> None
     few = [name for name, count in counts.items() if count < wanted]
     if not few:
         return
-    listing = ", ".join(f"{shown(name)} has {counts[name] or 'none'}" for name in few)
+    listing = ", ".join(f"{show_name(name)} has {counts[name] or 'none'}" for name in few)
     would_do = min((count for count in counts.values() if count), default=0)
     remedy = "add images"
     if wanted > would_do > 0:
@@ -271,7 +271,7 @@ def _key(value: object) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    return shown(" ".join(str(error).split())[:200])
+    return show_name(" ".join(str(error).split())[:200])
 
 
 _LARGEST_SPLIT_BYTES = 1 << 30

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gait_latents.common import cli, console, errors, files, hardware
-from gait_latents.common.console import say, shown, warn
+from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.distributed import Ranks
 from gait_latents.common.errors import DONE, FAILED, Failed, UserError
 from gait_latents.common.layout import SPLIT_NAME
@@ -64,7 +64,7 @@ def read_settings(
         if asked:
             manifest = read_manifest(settings.output_folder)
             layers.add("manifest", {} if manifest is None else manifest.settings, only_about_cache=True)
-        resolved = layers.resolved()
+        resolved = layers.resolve()
         if len(asked) > 1:
             raise UserError(f"--{asked[0]} and --{asked[1]} are two commands; give one of them")
         if settings.yes and not settings.prune:
@@ -207,7 +207,7 @@ def _say_account(work: Work) -> None:
     say(f"already cached  {dataset.num_different - newly - num_failed:,}")
     say(f"failed          {len(work.bad):,}")
     for position, reason in work.bad:
-        say(f"    {shown(dataset.names[position])}: {reason}")
+        say(f"    {show_name(dataset.names[position])}: {reason}")
     say(f"time            {console.duration(seconds)}{pace}; peak memory {hardware.peak_memory(dataset.device)}")
     on_disk = sum(path.stat().st_size for path in dataset.cache.shard_paths())
     say(f"cache           {work.settings.output_folder} ({console.size(on_disk)})")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gait_latents.common import charts
-from gait_latents.common.console import shown
+from gait_latents.common.console import show_name
 from gait_latents.images.split import Entry
 from gait_latents.latents import shard as shard_file
 from gait_latents.latents.cache import LatentCache
@@ -35,7 +35,7 @@ class ShardReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class CacheReport:
     """The state of a space, after every seal was checked. Keys are those that `verify` was asked about.
 
     Attributes:
@@ -55,14 +55,14 @@ class Report:
     problems: list[str]
 
 
-def verify(cache: LatentCache, keys: Sequence[str]) -> Report:
+def verify(cache: LatentCache, keys: Sequence[str]) -> CacheReport:
     """Checks the seal of every row on disk, and compares with `keys`; rows in memory do not count."""
     stored = LatentCache(cache.folder, cache.space, writable=False)
     checks = [_check_shard(path, cache.space) for path in stored.shard_paths()]
     valid = {key: name for check in reversed(checks) for key, name in check.valid.items()}
     broken = {key for check in checks for key in check.broken}
     wanted = dict.fromkeys(keys)
-    return Report(
+    return CacheReport(
         good=[key for key in wanted if key in valid],
         damaged=[key for key in wanted if key in broken and key not in valid],
         missing=[key for key in wanted if key not in broken and key not in valid],
@@ -172,7 +172,7 @@ def class_table(status: Sequence[ClassStatus]) -> list[str]:
         shown_rows, rest = in_need_first[:MAX_CLASS_ROWS], in_need_first[MAX_CLASS_ROWS:]
     head = ("class", "train", "test", "missing", "stale")
     cells = [head, *(row.cells() for row in shown_rows), *([_sum(rest).cells()] if rest else [])]
-    return _aligned([[shown(first)[:40], *others] for first, *others in cells])
+    return _aligned([[show_name(first)[:40], *others] for first, *others in cells])
 
 
 def _sum(rows: Sequence[ClassStatus]) -> ClassStatus:
@@ -270,7 +270,7 @@ def outside_text(share: float) -> str:
     return f"{shown} beyond ±{_BINS[-1]:g}"
 
 
-def ways_of_encoding(report: Report) -> dict[str, int]:
+def ways_of_encoding(report: CacheReport) -> dict[str, int]:
     """Counts the rows by how they were made: precision, device, versions."""
     ways: Counter[str] = Counter()
     for shard in report.shards:

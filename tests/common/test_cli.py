@@ -73,7 +73,7 @@ def test_every_way_to_end_has_its_exit_code_and_at_most_one_line(capsys, error, 
 
 
 def test_a_script_that_ends_well_keeps_its_exit_code_and_gets_its_flags():
-    assert run_script(TrainSettings, ["--dim", "8"], "Trains.", len) == 2
+    assert run_script(TrainSettings, ["--dim", "8"], "Trains.", lambda argv: len(argv or ())) == 2
 
 
 def test_a_mistake_in_the_flags_is_told_before_any_work(capsys):
@@ -371,7 +371,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_number_format_and_its_reason(monkeypatch):
-    assert hardware.pick_precision("auto", CPU) == (torch.float32, "a CPU")
+    assert hardware.pick_precision("auto", CPU) == (torch.float32, "the default without a GPU")
     assert hardware.pick_precision("bfloat16", CPU) == (torch.bfloat16, "as asked")
     gpu = torch.device("cuda")
     for capability, dtype in (((6, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)):

@@ -379,7 +379,7 @@ def test_a_process_speaks_for_itself_where_the_first_does_not(tmp_path, monkeypa
     monkeypatch.setattr(distributed, "_LAST_WORDS_SECONDS", 0.1)
 
     def work(_argv: object) -> int:
-        with distributed.joined() as company:
+        with distributed.join_ranks() as company:
             if company.rank:
                 raise errors.Failed("the disk is full")
             time.sleep(2)
@@ -403,7 +403,7 @@ def test_a_signal_to_one_process_saves_once_and_ends_all(cached, trained, monkey
     at_step(monkeypatch, 5, lambda: signal_self(signal.SIGTERM)() if os.environ.get("RANK") == "1" else None)
     codes, told = train_on_two(cached, num_samples=0)
     assert codes == [143, 143], told
-    assert told[1] == "" and "stopped by signal at step 5; saved" in told[0]
+    assert told[1] == "" and "stopped by SIGTERM at step 5; saved" in told[0]
     state = run_folder.newest_state(cached / "results")
     assert state is not None and state.step == 5
     monkeypatch.undo()
@@ -463,7 +463,7 @@ def test_a_signal_to_one_process_cuts_the_grid_of_rank_0_short(cached, monkeypat
     codes, told = train_on_two(cached, num_samples=1)
     assert codes == [143, 143]
     assert f"step {HALF}: no sample grid, since a signal came" in told[0]
-    assert f"stopped by signal at step {HALF}; saved" in told[0] and told[1] == ""
+    assert f"stopped by SIGTERM at step {HALF}; saved" in told[0] and told[1] == ""
 
 
 @pytest.mark.parametrize("asked", ["true", "auto"])
@@ -707,7 +707,7 @@ from gait_latents.common import distributed, errors, script
 from gait_latents.settings import TrainSettings
 
 def work(argv):
-    with distributed.joined() as company:
+    with distributed.join_ranks() as company:
         try:
             with company.together():
                 if company.is_main:
