@@ -279,7 +279,8 @@ def _style(more: Mapping[str, Any] | None = None) -> Iterator[None]:
         ) from error
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()  # not what a file of this user says
-        matplotlib.rcParams.update(_STYLE | dict(more or {}))
+        for name, value in {**_STYLE, **(more or {})}.items():
+            matplotlib.rcParams[name] = value
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a browser has fonts that matplotlib lacks
         yield
 
