@@ -512,7 +512,7 @@ vars(CATALOGUE).update(scripts=SCRIPTS, groups=GROUPS, other_names=_OTHER_NAMES,
 
 
 AUTO_STEPS_BEFORE = {"dpm++": 20, "ddim": 250}  # of runs that do not store theirs
-# Values that older runs and images count as having, whatever today's defaults: what was done before these came.
+# Values that older runs and images count as having, whatever today's defaults: what was done before these settings.
 _BEFORE = {"guidance_interval": [0.0, 1.0], "time_shift": 0.0, "noise_shift": 0.0}
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _P = ParamSpec("_P")
 _BLUE, _VERMILION = "#0072B2", "#D55E00"
 _OF_THE_PAGE = "#010203"  # stands for the colour of the page's text until the SVG is done
-_STYLE: dict[Any, Any] = {
+_STYLE = {
     "font.size": 10.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -279,8 +279,8 @@ def _style(more: Mapping[str, Any] | None = None) -> Iterator[None]:
         ) from error
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()  # not what a file of this user says
-        for name, value in {**_STYLE, **(more or {})}.items():
-            matplotlib.rcParams[name] = value
+        settings: Any = _STYLE | dict(more or {})  # matplotlib types the names as literals
+        matplotlib.rcParams.update(settings)
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a browser has fonts that matplotlib lacks
         yield
 
