@@ -190,7 +190,7 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def shown(name: str | os.PathLike[str]) -> str:
+def show_name(name: str | os.PathLike[str]) -> str:
     """Returns a name for a message of one line: quoted and escaped where a character cannot be printed."""
     text = str(name)
     return text if text.isprintable() else ascii(text)

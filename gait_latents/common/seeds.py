@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def visited(seed: int, start: int, count: int, size: int) -> Tensor:
+def draw_positions(seed: int, start: int, count: int, size: int) -> Tensor:
     """Gives items start to start + count - 1 (int64) of the endless chain of permutations of `size` items."""
     if size < 1:
         raise ValueError(f"an order over {size} items is empty")

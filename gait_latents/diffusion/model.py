@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gait_latents.common.errors import UserError
 from gait_latents.diffusion.library import GaussianDiffusion, Unet
-from gait_latents.diffusion.samplers import CLEAN, SAMPLERS, START_LAMBDA, Level, spread, steps_of_levels
+from gait_latents.diffusion.samplers import CLEAN, SAMPLERS, START_LAMBDA, NoiseLevel, spread, steps_of_levels
 
 
 class LatentUnet(Unet):
@@ -32,7 +32,7 @@ class LatentUnet(Unet):
         """Runs the network; under autocast its output still comes back in float32."""
         return super().forward(x, time, classes, cond_drop_prob, cond_keep_mask).float()
 
-    def guided(self, x: Tensor, time: Tensor, classes: Tensor, cond_scale: float) -> Tensor:
+    def predict_guided(self, x: Tensor, time: Tensor, classes: Tensor, cond_scale: float) -> Tensor:
         """Gives uncond + cond_scale * (cond - uncond), so that 1 is no guidance and 0 unconditional."""
         if passes_per_step(cond_scale) == 1:
             return self(x, time, classes, cond_drop_prob=1.0 - cond_scale)
@@ -44,10 +44,10 @@ class LatentUnet(Unet):
 
     def forward_with_cond_scale(self, *args, **kwargs):
         """Refuses, and with it the library's samplers: its guidance projects, rescales and returns a pair or not."""
-        raise NotImplementedError("use LatentUnet.guided and LatentDiffusion.sample")
+        raise NotImplementedError("use LatentUnet.predict_guided and LatentDiffusion.sample")
 
 
-def moved(latents: Tensor, columns: Tensor) -> Tensor:
+def shift_along_width(latents: Tensor, columns: Tensor) -> Tensor:
     """Moves each latent [B C S S] to the right by its number of columns [B]; the edge column fills the gap."""
     width = latents.shape[3]
     sources = (torch.arange(width, device=latents.device) - columns[:, None]).clamp(0, width - 1)  # B S
@@ -161,9 +161,9 @@ class LatentDiffusion(GaussianDiffusion):
             rows = [torch.randn(self.latent_shape, generator=own, dtype=torch.float32) for own in generators]
             return torch.stack(rows).to(device)  # B C S S
 
-        def denoise(x: Tensor, level: Level) -> Tensor:
+        def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
             time = torch.full((len(x),), level.time, device=device)
-            clean = self._clean(x, level, self.model.guided(x, time, classes, scales[level]))
+            clean = self._clean(x, level, self.model.predict_guided(x, time, classes, scales[level]))
             if progress is not None:
                 progress()
             return clean
@@ -175,7 +175,7 @@ class LatentDiffusion(GaussianDiffusion):
         finally:
             self.train(was_training)
 
-    def levels(self, sampling_timesteps: int) -> list[Level]:
+    def levels(self, sampling_timesteps: int) -> list[NoiseLevel]:
         """Gives the levels that sampling visits, from START_LAMBDA on (see TIME_SHARE) to clean, without repeats.
 
         There are `sampling_timesteps` of them before the clean one, or as many as the schedule has after the start.
@@ -188,7 +188,7 @@ class LatentDiffusion(GaussianDiffusion):
         usable = self._usable_levels()
         return [*spread(usable, min(sampling_timesteps, len(usable))), CLEAN]
 
-    def guidance(self, levels: Sequence[Level], cond_scale: float, interval: Sequence[float]) -> list[float]:
+    def guidance(self, levels: Sequence[NoiseLevel], cond_scale: float, interval: Sequence[float]) -> list[float]:
         """Gives the guidance scale of each step: `cond_scale` in the interval, 1 outside (Kynkäänniemi et al. 2024).
 
         `levels` are those of `levels`. The interval is a part of the way on which steps are spread, 0 at the first
@@ -208,14 +208,14 @@ class LatentDiffusion(GaussianDiffusion):
         """Returns the network passes that one sample takes."""
         return sum(map(passes_per_step, self.guidance(self.levels(sampling_timesteps), cond_scale, guidance_interval)))
 
-    def _usable_levels(self) -> list[Level]:
+    def _usable_levels(self) -> list[NoiseLevel]:
         """Gives every level that sampling may visit, noisiest first."""
         alphas = self.get_buffer("sqrt_alphas_cumprod").tolist()
         sigmas = self.get_buffer("sqrt_one_minus_alphas_cumprod").tolist()
-        every = [Level(*level) for level in zip(range(self.num_timesteps), alphas, sigmas, strict=True)]
+        every = [NoiseLevel(*level) for level in zip(range(self.num_timesteps), alphas, sigmas, strict=True)]
         return [level for level in reversed(every) if level.log_snr >= START_LAMBDA]
 
-    def _clean(self, x: Tensor, level: Level, output: Tensor) -> Tensor:
+    def _clean(self, x: Tensor, level: NoiseLevel, output: Tensor) -> Tensor:
         """Turns the network's output into the expected latent."""
         output = output.float()
         if self.objective == "pred_noise":
@@ -230,14 +230,14 @@ def _noisier_schedule(beta_schedule: str, noise_shift: float) -> Iterator[None]:
     """Lets the library compute its tables, weights of the loss too, from a shifted schedule: it takes no betas."""
     library, name = sys.modules[GaussianDiffusion.__module__], f"{beta_schedule}_beta_schedule"
     schedule = getattr(library, name)
-    setattr(library, name, lambda timesteps: noisier(schedule(timesteps), noise_shift))
+    setattr(library, name, lambda timesteps: shift_schedule(schedule(timesteps), noise_shift))
     try:
         yield
     finally:
         setattr(library, name, schedule)
 
 
-def noisier(betas: Tensor, noise_shift: float) -> Tensor:
+def shift_schedule(betas: Tensor, noise_shift: float) -> Tensor:
     """Lowers the lambda of each timestep by `noise_shift` (Hoogeboom et al. 2023, "simple diffusion", section 3.1).
 
     Args:

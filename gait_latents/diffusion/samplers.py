@@ -17,7 +17,7 @@ START_LAMBDA = -5.1
 TIME_SHARE = 0.25
 
 
-class Level(NamedTuple):
+class NoiseLevel(NamedTuple):
     """A place on the way from noise to a latent: timestep (-1 at the end), signal and noise amplitudes."""
 
     time: int
@@ -30,14 +30,14 @@ class Level(NamedTuple):
         return math.log(self.alpha) - math.log(self.sigma)
 
 
-CLEAN = Level(time=-1, alpha=1.0, sigma=0.0)
+CLEAN = NoiseLevel(time=-1, alpha=1.0, sigma=0.0)
 # A solver goes from x [B C S S] at the first level to the clean last one; `denoise` gives the expected latent,
 # `draw` fresh unit noise. The coefficients are Python floats, so nothing waits for the device.
-Denoise = Callable[[Tensor, Level], Tensor]
+Denoise = Callable[[Tensor, NoiseLevel], Tensor]
 Draw = Callable[[], Tensor]
 
 
-def solve_dpmpp(denoise: Denoise, draw: Draw, levels: Sequence[Level], x: Tensor) -> Tensor:
+def solve_dpmpp(denoise: Denoise, draw: Draw, levels: Sequence[NoiseLevel], x: Tensor) -> Tensor:
     """Follows DPM-Solver++(2M), the multistep solver of second order (Lu et al. 2022, algorithm 2)."""
     clean, h_before, clean_before = x, math.nan, None
     for here, there in pairwise(levels):
@@ -51,7 +51,7 @@ def solve_dpmpp(denoise: Denoise, draw: Draw, levels: Sequence[Level], x: Tensor
     return clean
 
 
-def solve_ddim(denoise: Denoise, draw: Draw, levels: Sequence[Level], x: Tensor) -> Tensor:
+def solve_ddim(denoise: Denoise, draw: Draw, levels: Sequence[NoiseLevel], x: Tensor) -> Tensor:
     """Follows deterministic DDIM (Song et al. 2020, equation 12 with sigma 0)."""
     for here, there in pairwise(levels):
         clean = denoise(x, here)
@@ -60,7 +60,7 @@ def solve_ddim(denoise: Denoise, draw: Draw, levels: Sequence[Level], x: Tensor)
     return x
 
 
-def solve_ddpm(denoise: Denoise, draw: Draw, levels: Sequence[Level], x: Tensor) -> Tensor:
+def solve_ddpm(denoise: Denoise, draw: Draw, levels: Sequence[NoiseLevel], x: Tensor) -> Tensor:
     """Samples each step's posterior, whose variance is beta-tilde (Ho et al. 2020, equations 6 and 7)."""
     for here, there in pairwise(levels):
         kept = (here.alpha / there.alpha) ** 2  # the product of 1 - beta over the timesteps between
@@ -76,7 +76,7 @@ def solve_ddpm(denoise: Denoise, draw: Draw, levels: Sequence[Level], x: Tensor)
 SAMPLERS = {"dpm++": solve_dpmpp, "ddim": solve_ddim, "ddpm": solve_ddpm}
 
 
-def steps_of_levels(usable: Sequence[Level]) -> list[float]:
+def steps_of_levels(usable: Sequence[NoiseLevel]) -> list[float]:
     """Says for each level how far it lies on the way from the first (0) to the last (1)."""
     first, last = usable[0], usable[-1]
     times, lambdas = last.time - first.time, last.log_snr - first.log_snr
@@ -86,7 +86,7 @@ def steps_of_levels(usable: Sequence[Level]) -> list[float]:
     ]
 
 
-def spread(usable: Sequence[Level], steps: int) -> list[Level]:
+def spread(usable: Sequence[NoiseLevel], steps: int) -> list[NoiseLevel]:
     """Chooses `steps` of the usable levels (noisiest first), from the first to the last and even on the way."""
     ways, chosen, place = steps_of_levels(usable), [], -1
     for step in range(steps):

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from gait_latents.common.errors import UserError
-from gait_latents.common.seeds import sample_generator, visited
+from gait_latents.common.seeds import draw_positions, sample_generator
 
 REAL, SYNTHETIC, BOTH = "real", "synthetic", "real + synthetic"
 _BATCH_SIZE = 32
@@ -151,7 +151,7 @@ def _batches(sets: Sequence[_Images], num_steps: int, batch_size: int, seed: int
     seeds = [sample_generator(seed, "classifier", "order", i).initial_seed() for i in range(len(sets))]
     for step in range(num_steps):
         parts = [
-            _take(images_and_labels, visited(own, step * share, share, len(images_and_labels[1])))
+            _take(images_and_labels, draw_positions(own, step * share, share, len(images_and_labels[1])))
             for images_and_labels, own in zip(sets, seeds, strict=True)
         ]
         images, labels = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gait_latents.common.console import say, shown, warn
+from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.distributed import ALONE
 from gait_latents.common.errors import Failed, Stopped, UserError
 from gait_latents.common.process import StopSignals
@@ -25,7 +25,7 @@ from gait_latents.images.split import Entry, Split
 from gait_latents.latents import filling, opening
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
-from gait_latents.latents.vae_fit import checked_vae
+from gait_latents.latents.vae_fit import check_vae_of_model
 
 _CACHE_NAME = "latents_cache"
 _SYNTHETIC = "synthetic"
@@ -142,7 +142,7 @@ def _list_synthetic(plan: Plan) -> Split:
     found = [name for name in plan.classes if index.get(name)]
     if not found:
         raise UserError(
-            f"synthetic_path {shown(folder)} has images of {listing(list(index))}, and the run knows "
+            f"synthetic_path {show_name(folder)} has images of {listing(list(index))}, and the run knows "
             f"{listing(plan.classes)}: give a folder with one sub-folder per class of the run"
         )
     if unknown:
@@ -154,7 +154,7 @@ def _list_synthetic(plan: Plan) -> Split:
 
 def listing(names: Sequence[str]) -> str:
     rest = f" and {len(names) - _NUM_LISTED} more" if len(names) > _NUM_LISTED else ""
-    return ", ".join(shown(name) for name in names[:_NUM_LISTED]) + rest
+    return ", ".join(show_name(name) for name in names[:_NUM_LISTED]) + rest
 
 
 def encode(plan: Plan, split: Split, entries: list[Entry], folder: Path, what: str) -> Points:
@@ -184,7 +184,7 @@ def encode(plan: Plan, split: Split, entries: list[Entry], folder: Path, what: s
         if not folder.is_dir():
             also = f", and {len(missing):,} of its images are not in the run's cache"
             raise UserError(selection.no_images_message(str(folder), also=also))
-        checked_vae(plan.settings.vae_path, plan.space)
+        check_vae_of_model(plan.space, plan.settings.vae_path)
         say(f"{what} images: {len(dataset):,}, of which {len(missing):,} are to be encoded")
     _refuse_bad(fill(dataset), dataset, what)
     dataset.set_norm(plan.state.meta.latent_norm)
@@ -216,7 +216,7 @@ def fill(dataset: LatentDataset) -> list[tuple[int, str]]:
 
 def _refuse_bad(bad: list[tuple[int, str]], dataset: LatentDataset, what: str) -> None:
     for position, reason in bad:
-        say(f"    {shown(dataset.names[position])}: {reason}")
+        say(f"    {show_name(dataset.names[position])}: {reason}")
     if bad:
         raise Failed(f"{len(bad)} {what} image(s) cannot be read; mend or remove them (the rest is encoded and kept)")
 

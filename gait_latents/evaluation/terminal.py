@@ -38,7 +38,7 @@ def print_figures(data: dict[str, Any]) -> None:
             say(_row(f"classifier trained on {name}: recognised", _share(found["mean"])))
         say(data["classifier"]["difference"]["sentence"])
     if "latents" in data:
-        mark, sentence = page.closeness(data["latents"], show=console.shown)
+        mark, sentence = page.closeness(data["latents"], show=console.show_name)
         say(f"Are they close to real images? {mark.capitalize()}. {sentence}")
     for name, why in data.get("why", {}).items():
         say(f"no {name}: {why}")

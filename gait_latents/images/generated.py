@@ -34,7 +34,7 @@ class Cell:
     path: Path
 
 
-def not_there(cells: Sequence[Cell]) -> list[Cell]:
+def list_missing(cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in cells if not cell.path.is_file()]
 
 

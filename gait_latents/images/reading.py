@@ -256,7 +256,7 @@ def find_bad_images(entries: Iterable[Entry], *, data_path: str, image_size: int
     return tuple(Skipped(e.class_name, e.name, r) for e, r in zip(entries, reasons, strict=True) if r is not None)
 
 
-def skipped(entries: list[Entry], bad: Iterable[tuple[int, str]]) -> tuple[Skipped, ...]:
+def record_skipped(entries: list[Entry], bad: Iterable[tuple[int, str]]) -> tuple[Skipped, ...]:
     """Turns (position, reason) pairs into what the split records of images that are left out."""
     return tuple(Skipped(entries[i].class_name, entries[i].name, reason) for i, reason in bad)
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gait_latents.common.cli import is_explicit
-from gait_latents.common.console import shown, warn
+from gait_latents.common.console import show_name, warn
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import (
     LABELS_NAME,
@@ -38,7 +38,7 @@ def no_images_message(data_path: str, *, also: str = "") -> str:
     """Says what is wrong with a data folder that cannot be used, and what to give instead."""
     folder = Path(data_path)
     state = "has no sub-folders" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
-    return f"--data_path {shown(data_path)} {state}{also}; {LAYOUT_REMEDY}"
+    return f"--data_path {show_name(data_path)} {state}{also}; {LAYOUT_REMEDY}"
 
 
 def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | None, where: str) -> Split:
@@ -94,8 +94,8 @@ def refuse_to_be_a_class(folder: Path, data_path: str | None) -> None:
     place = folder.resolve()
     if data_path and Path(data_path).resolve() in (place, place.parent):
         raise UserError(
-            f"{shown(folder)} is among the class folders of --data_path {shown(data_path)} and would count as one; "
-            "give a folder outside"
+            f"{show_name(folder)} is among the class folders of --data_path {show_name(data_path)} and would count as "
+            "one; give a folder outside"
         )
 
 
@@ -113,8 +113,8 @@ def _refuse_own_outputs(settings: ImageSettings, folders: list[str]) -> None:
         for files, what in _OUTPUTS.items():
             if all((Path(settings.data_path) / name / file).is_file() for file in files):
                 raise UserError(
-                    f"the folder {shown(name)} in --data_path {shown(settings.data_path)} {what}, and its pictures "
-                    "would count as a class; move it elsewhere"
+                    f"the folder {show_name(name)} in --data_path {show_name(settings.data_path)} {what}, and its "
+                    "pictures would count as a class; move it elsewhere"
                 )
 
 

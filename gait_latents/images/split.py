@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gait_latents.common import files
-from gait_latents.common.console import shown
+from gait_latents.common.console import show_name
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import SPLIT_NAME
 from gait_latents.images.folders import name_list, natural_key
@@ -70,10 +70,10 @@ class Split:
     def with_keys(self, keys: Mapping[tuple[str, str], str]) -> "Split":
         """Returns the split with these content keys; entries that are not named keep theirs."""
 
-        def keyed(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+        def add_keys(entries: Iterable[Entry]) -> tuple[Entry, ...]:
             return tuple(replace(e, key=keys.get((e.class_name, e.name), e.key)) for e in entries)
 
-        return replace(self, train=keyed(self.train), test=keyed(self.test), gap=keyed(self.gap))
+        return replace(self, train=add_keys(self.train), test=add_keys(self.test), gap=add_keys(self.gap))
 
     def without(self, skipped: Iterable[Skipped]) -> "Split":
         """Returns the split with these images, as far as they are in it, recorded as skipped and in neither part.
@@ -85,16 +85,16 @@ class Split:
         new = {(item.class_name, item.name): item for item in skipped if (item.class_name, item.name) in own}
         old = {(item.class_name, item.name): item for item in self.skipped}
 
-        def kept(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+        def keep(entries: Iterable[Entry]) -> tuple[Entry, ...]:
             return tuple(e for e in entries if (e.class_name, e.name) not in new)
 
-        train = kept(self.train)
+        train = keep(self.train)
         empty = sorted({e.class_name for e in self.train} - {e.class_name for e in train}, key=natural_key)
         if empty:
             raise UserError(
                 f"no training image can be read of {name_list(empty)}; mend the images or remove the folder"
             )
-        return replace(self, train=train, test=kept(self.test), skipped=tuple((old | new).values()))
+        return replace(self, train=train, test=keep(self.test), skipped=tuple((old | new).values()))
 
     def index(self) -> dict[str, list[str]]:
         """Returns class -> names of all images that the split was made from, as `list_images` would."""
@@ -194,7 +194,7 @@ def _check_enough(counts: Mapping[str, int], images_per_user: int | str) -> None
     few = [name for name, count in counts.items() if count < wanted]
     if not few:
         return
-    listing = ", ".join(f"{shown(name)} has {counts[name] or 'none'}" for name in few)
+    listing = ", ".join(f"{show_name(name)} has {counts[name] or 'none'}" for name in few)
     would_do = min((count for count in counts.values() if count), default=0)
     remedy = "add images"
     if wanted > would_do > 0:
@@ -251,10 +251,10 @@ def _name(value: object) -> str:
     # A file name and no path: nothing in a split may lead out of the data folder.
     if not is_file_name(value):
         raise ValueError(f"{value!r:.100} is not the name of a file or folder")
-    return value  # type: ignore[return-value]
+    return value
 
 
-def is_file_name(value: object) -> bool:
+def is_file_name(value: object) -> TypeGuard[str]:
     """Says whether a value out of a file can be the name of one file or folder, and leads nowhere else."""
     if not isinstance(value, str) or value in ("", ".", "..") or "/" in value or "\0" in value:
         return False
@@ -271,7 +271,7 @@ def _key(value: object) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    return shown(" ".join(str(error).split())[:200])
+    return show_name(" ".join(str(error).split())[:200])
 
 
 _LARGEST_SPLIT_BYTES = 1 << 30

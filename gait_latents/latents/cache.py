@@ -33,8 +33,8 @@ from gait_latents.latents.shard import (
     header_bytes,
     keys_as_hex,
     keys_of_rows,
+    open_regular_file,
     open_shard,
-    opened_file,
     problem,
     read_header,
     row_facts,
@@ -458,9 +458,12 @@ def spaces(folder: str | os.PathLike[str]) -> dict[str, dict]:
 
 
 def _stored_spec(path: Path) -> dict | None:
+    """Reads which space the header of a shard names; None where it cannot be read or names none."""
     try:
-        with opened_file(path) as (descriptor, size):
+        with open_regular_file(path) as (descriptor, size):
             header = json_text.parse(read_header(descriptor, size))
-        return Space.stored(json_text.parse(header["__metadata__"]["space"])).spec  # type: ignore[index]
-    except (Invalid, OSError, ValueError, KeyError, TypeError):
+        metadata = header.get("__metadata__") if isinstance(header, dict) else None
+        text = metadata.get("space") if isinstance(metadata, dict) else None
+        return Space.from_stored(json_text.parse(text)).spec if isinstance(text, str) else None
+    except (Invalid, OSError, ValueError):
         return None

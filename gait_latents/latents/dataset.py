@@ -19,12 +19,13 @@ from torch.utils.data import Dataset, get_worker_info
 from gait_latents import settings
 from gait_latents.common import cli, hardware
 from gait_latents.common.errors import UserError
+from gait_latents.common.layout import MANIFEST_NAME, SPLIT_NAME
 from gait_latents.common.seeds import sample_generator
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import read_split
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.manifest import read_manifest
-from gait_latents.vae.batch_encoder import Encode, storable
+from gait_latents.vae.batch_encoder import Encode, is_storable
 from gait_latents.vae.norm import LatentNorm
 
 ReadImage = Callable[[int], np.ndarray]  # position -> uint8 image [S S 3]; raises BadImage
@@ -177,8 +178,9 @@ class LatentDataset(Dataset):
     def fit_norm(self, *, seed: int, num_images: int) -> LatentNorm:
         """Measures the normalisation on `num_images` images that depend on data and seed alone, and takes it."""
         order = torch.randperm(len(self), generator=sample_generator(seed, "latent norm"))
-        self.set_norm(LatentNorm.from_moments(self.moments(order[:num_images].sort().values).cpu()))
-        return self.norm  # type: ignore[return-value]
+        norm = LatentNorm.from_moments(self.moments(order[:num_images].sort().values).cpu())
+        self.set_norm(norm)
+        return norm
 
     # --- filling ---
 
@@ -276,38 +278,50 @@ class LatentDataset(Dataset):
     def _encode_rows(
         self, rows: list[int], advance: Callable[[int], None] = lambda count: None
     ) -> list[tuple[int, str]]:
-        if rows and not self.can_encode:
-            what = "the VAE is" if self.encode is None else "the images are"
+        """Encodes `rows`, and tells `advance` how many each batch has settled.
+
+        Returns:
+            (position, reason) of each row that could not be encoded, at the first position of that row.
+
+        Raises:
+            UserError: when the VAE or the images are not at hand.
+        """
+        if not rows:
+            return []
+        encode, read_image = self.encode, self.read_image
+        if encode is None or read_image is None:
+            what = "the VAE is" if encode is None else "the images are"
             first = self.names[self._first_position[rows[0]]]
             raise UserError(f"{len(rows)} image(s) are not in the cache (the first is {first}) and {what} not at hand")
         bad, good = [], []
-        for row, image in self._read_ahead(rows):
+        for row, image in self._read_ahead(rows, read_image):
             if isinstance(image, BadImage):
                 bad.append((self._first_position[row], str(image)))
                 advance(1)
             else:
                 good.append((row, image))
             if len(good) == self.encode_batch_size:
-                bad += self._encode_batch(good)
+                bad += self._encode_batch(good, encode)
                 advance(len(good))
                 good = []
         if good:
-            bad += self._encode_batch(good)
+            bad += self._encode_batch(good, encode)
             advance(len(good))
         return bad
 
-    def _encode_batch(self, batch: list[tuple[int, np.ndarray]]) -> list[tuple[int, str]]:
+    def _encode_batch(self, batch: list[tuple[int, np.ndarray]], encode: Encode) -> list[tuple[int, str]]:
+        """Encodes (row, image) pairs and keeps what can be stored; returns (position, reason) of the others."""
         rows = [row for row, _ in batch]
-        moments = self.encode(torch.from_numpy(np.stack([image for _, image in batch])))  # type: ignore[misc]
+        moments = encode(torch.from_numpy(np.stack([image for _, image in batch])))
         self._check_shape(moments)
         stored = moments.to(torch.float16)  # what the network sees must be what a later run reads
-        finite = storable(moments).tolist()
+        finite = is_storable(moments).tolist()
         kept = [i for i, good in enumerate(finite) if good]
         good_rows = [rows[i] for i in kept]
         if kept:
             keys = [self._row_keys[row] for row in good_rows]
             names = [self.names[self._first_position[row]] for row in good_rows]
-            record = getattr(self.encode, "record", {})
+            record = getattr(encode, "record", {})
             self._store(lambda: self.cache.put(keys, stored[kept].numpy(), names, record))
             if self._table is not None:
                 self._table[torch.tensor(good_rows, device=self._table.device)] = stored[kept].to(self._table.device)
@@ -321,7 +335,7 @@ class LatentDataset(Dataset):
                 f"the VAE gives moments of shape {tuple(moments.shape[1:])}, but the cache holds {self.moments_shape}"
             )
 
-    def _read_ahead(self, rows: Sequence[int]) -> Iterator[tuple[int, np.ndarray | BadImage]]:
+    def _read_ahead(self, rows: Sequence[int], read_image: ReadImage) -> Iterator[tuple[int, np.ndarray | BadImage]]:
         """Yields (row, image) in order, with threads reading and decoding a few batches ahead."""
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
             waiting: list[tuple[int, Future]] = []
@@ -329,19 +343,13 @@ class LatentDataset(Dataset):
             try:
                 while True:
                     for row in islice(queue, 3 * self.encode_batch_size - len(waiting)):
-                        waiting.append((row, pool.submit(self._read_or_reason, self._first_position[row])))
+                        waiting.append((row, pool.submit(_read_or_reason, read_image, self._first_position[row])))
                     if not waiting:
                         return
                     row, future = waiting.pop(0)
                     yield row, future.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-
-    def _read_or_reason(self, position: int) -> np.ndarray | BadImage:
-        try:
-            return self.read_image(position)  # type: ignore[misc]
-        except BadImage as error:
-            return error
 
     # --- identity ---
 
@@ -376,10 +384,10 @@ class LatentDataset(Dataset):
         folder = Path(folder)
         manifest = read_manifest(folder)
         if manifest is None:
-            raise UserError(f"{folder} holds no latents: there is no manifest.json; run preprocess_latents.py")
+            raise UserError(f"{folder} holds no latents: there is no {MANIFEST_NAME}; run preprocess_latents.py")
         stored = read_split(folder)
         if stored is None:
-            raise UserError(f"{folder} holds no split.json; run preprocess_latents.py")
+            raise UserError(f"{folder} holds no {SPLIT_NAME}; run preprocess_latents.py")
         entries = stored.part(split)
         if not entries:
             raise UserError(f"the split in {folder} has no {split} images; lower --images_per_user to leave some")
@@ -401,3 +409,11 @@ class LatentDataset(Dataset):
             )
         dataset.fit_norm(seed=seed, num_images=cli.defaults(settings.TrainSettings)["latent_norm_images"])
         return dataset
+
+
+def _read_or_reason(read_image: ReadImage, position: int) -> np.ndarray | BadImage:
+    """Reads an image; gives the reason, instead of raising it, where it cannot be used."""
+    try:
+        return read_image(position)
+    except BadImage as error:
+        return error

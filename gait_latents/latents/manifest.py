@@ -72,7 +72,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
     if not isinstance(settings, dict) or not isinstance(record, dict):
         raise UserError(_damage(path, "it has no settings"))
     try:
-        return Manifest(Space.stored(document.get("spec")), settings, record)
+        return Manifest(Space.from_stored(document.get("spec")), settings, record)
     except ValueError as error:
         raise UserError(_damage(path, str(error))) from None
 

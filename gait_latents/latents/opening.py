@@ -19,7 +19,7 @@ from gait_latents.images.split import Entry, Split, read_split
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.latents.manifest import read_manifest, write_manifest
-from gait_latents.latents.vae_fit import ChosenSpace, check_vae_of
+from gait_latents.latents.vae_fit import ChosenSpace, check_vae_of_cache
 from gait_latents.settings import ImageSettings, PreprocessSettings
 from gait_latents.vae import load
 from gait_latents.vae.batch_encoder import BatchEncoder
@@ -130,7 +130,7 @@ def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.
     settings = cli.resolve(PreprocessSettings, [layer]).settings
     cache = LatentCache(folder, manifest.space, writable=files.can_write(folder))
 
-    def opened(*, able: bool) -> LatentDataset:
+    def open_it(*, able: bool) -> LatentDataset:
         return open_dataset(
             settings,
             stored,
@@ -142,8 +142,8 @@ def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.
             if_edited=EDITED_BEFORE,
         )
 
-    dataset = opened(able=False)
+    dataset = open_it(able=False)
     if not dataset.missing():
         return dataset
-    check_vae_of(manifest.space, settings.vae_path)
-    return opened(able=True)
+    check_vae_of_cache(manifest.space, settings.vae_path)
+    return open_it(able=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from gait_latents.common import cli, console, errors, files, hardware
-from gait_latents.common.console import say, shown, warn
+from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.distributed import Ranks
 from gait_latents.common.errors import DONE, FAILED, Failed, UserError
-from gait_latents.common.layout import SPLIT_NAME
+from gait_latents.common.layout import PREVIEW_NAME, SPLIT_NAME
 from gait_latents.common.process import StopSignals
 from gait_latents.images import reading, selection
 from gait_latents.images.split import Entry, Split
@@ -104,7 +104,7 @@ def account(work: Work, ranks: Ranks) -> int:
     with ranks.together():  # so that no process ends, for bad images, before rank 0 has told of them
         if ranks.is_main:
             _say_account(work)
-            path = Path(settings.output_folder) / "preview.png"
+            path = Path(settings.output_folder) / PREVIEW_NAME
             draw_preview(settings, dataset, work.entries, dataset.device, path, fresh=bool(work.missing))
     if work.bad and not settings.skip_bad_images:
         say()
@@ -192,7 +192,7 @@ def _plain_memory_error(dataset: LatentDataset) -> Iterator[None]:
 def _record(work: Work) -> None:
     split, folder = work.split, Path(work.settings.output_folder)
     if work.bad and work.settings.skip_bad_images:
-        split = split.without(reading.skipped(work.entries, work.bad))
+        split = split.without(reading.record_skipped(work.entries, work.bad))
     files.publish(folder / SPLIT_NAME, split.to_bytes())
     opening.record_manifest(folder, work.settings, work.chosen, len(work.entries))
 
@@ -207,7 +207,7 @@ def _say_account(work: Work) -> None:
     say(f"already cached  {dataset.num_different - newly - num_failed:,}")
     say(f"failed          {len(work.bad):,}")
     for position, reason in work.bad:
-        say(f"    {shown(dataset.names[position])}: {reason}")
+        say(f"    {show_name(dataset.names[position])}: {reason}")
     say(f"time            {console.duration(seconds)}{pace}; peak memory {hardware.peak_memory(dataset.device)}")
     on_disk = sum(path.stat().st_size for path in dataset.cache.shard_paths())
     say(f"cache           {work.settings.output_folder} ({console.size(on_disk)})")

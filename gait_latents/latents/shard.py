@@ -83,10 +83,9 @@ def header_bytes(space: Space, count: int, names: list[str], records: list) -> b
     for kept in (names, []):
         metadata = {"format": str(FORMAT), "space": space.text}
         metadata |= {"names": json_text.canonical(kept), "records": json_text.canonical(records)}
-        text = json_text.canonical({"__metadata__": metadata, **_layout(count, space)}).encode()
-        text += b" " * (-len(text) % 8)
-        if len(text) <= _HEADER_BYTES:
-            return len(text).to_bytes(8, "little") + text
+        header = json_text.safetensors_header(json_text.canonical({"__metadata__": metadata, **_layout(count, space)}))
+        if len(header) - 8 <= _HEADER_BYTES:
+            return header
     raise ValueError("the record of how the rows were made is too long for a shard")
 
 
@@ -112,7 +111,7 @@ def _check_header(text: bytes, data_bytes: int, space: Space) -> tuple[dict[str,
 
 
 @contextmanager
-def opened_file(path: Path) -> Iterator[tuple[int, int]]:
+def open_regular_file(path: Path) -> Iterator[tuple[int, int]]:
     """Opens a regular file for reading; gives (descriptor, size)."""
     # Without O_NONBLOCK a named pipe would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -152,7 +151,7 @@ def read_header(descriptor: int, size: int) -> bytes:
 
 def open_shard(path: Path, space: Space) -> tuple[Shard, dict[str, str]]:
     """Reads and checks all of a shard but its moments; raises _Invalid or OSError."""
-    with opened_file(path) as (descriptor, size):
+    with open_regular_file(path) as (descriptor, size):
         if size > max(_LARGEST_SHARD_BYTES, 2 * space.row_bytes):
             raise Invalid("it is larger than any shard")
         text = read_header(descriptor, size)
@@ -190,7 +189,7 @@ def sealed_rows(shard: Shard, rows: np.ndarray, space: Space) -> Iterator[tuple[
     """
     size = space.row_bytes
     longest = max(1, _READ_BYTES // size)
-    with opened_file(shard.path) as (descriptor, _):
+    with open_regular_file(shard.path) as (descriptor, _):
         for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
             for begin in range(0, len(run), longest):
                 some = run[begin : begin + longest]

@@ -34,7 +34,7 @@ class Space:
         return cls(json.loads(json_text.canonical(spec)))
 
     @classmethod
-    def stored(cls, spec: object) -> "Space":
+    def from_stored(cls, spec: object) -> "Space":
         """Takes a spec out of a file; raises ValueError unless it could be one that `of` made."""
         if not isinstance(spec, dict) or spec.keys() != _SPEC_FIELDS or not _is_shallow(spec):
             raise ValueError("it does not describe a space")
@@ -87,8 +87,9 @@ _MAX_ROW_VALUES = 1 << 28
 
 def _are_counts(values: object, number: int) -> bool:
     """Says whether this is a list of so many whole numbers, each above 0 and none absurd."""
-    is_list = isinstance(values, list) and len(values) == number
-    return is_list and all(type(value) is int and 0 < value < 1 << 20 for value in values)  # type: ignore[union-attr]
+    if not isinstance(values, list) or len(values) != number:
+        return False
+    return all(type(value) is int and 0 < value < 1 << 20 for value in values)
 
 
 def _is_shallow(value: object, depth: int = 20) -> bool:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gait_latents.common import charts
-from gait_latents.common.console import shown
+from gait_latents.common.console import show_name
 from gait_latents.images.split import Entry
 from gait_latents.latents import shard as shard_file
 from gait_latents.latents.cache import LatentCache
@@ -172,7 +172,7 @@ def class_table(status: Sequence[ClassStatus]) -> list[str]:
         shown_rows, rest = in_need_first[:MAX_CLASS_ROWS], in_need_first[MAX_CLASS_ROWS:]
     head = ("class", "train", "test", "missing", "stale")
     cells = [head, *(row.cells() for row in shown_rows), *([_sum(rest).cells()] if rest else [])]
-    return _aligned([[shown(first)[:40], *others] for first, *others in cells])
+    return _align([[show_name(first)[:40], *others] for first, *others in cells])
 
 
 def _sum(rows: Sequence[ClassStatus]) -> ClassStatus:
@@ -184,7 +184,7 @@ def _sum(rows: Sequence[ClassStatus]) -> ClassStatus:
     return ClassStatus(name, train, test, sum(row.missing for row in rows), sum(row.stale for row in rows))
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Puts texts below each other: the first of each line to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -234,10 +234,10 @@ class ChannelStatistics:
             numbers = [f"{values[i]:.3g}" for values in (self.mean, self.std, self.low, self.high)]
             rows.append([str(i), *numbers, f"{self.posterior_share[i]:.1%}"])
         remarks = ["", *(self.remark(i) for i in range(len(self.mean)))]
-        return [f"{line}  {remark}".rstrip() for line, remark in zip(_aligned(rows), remarks, strict=True)]
+        return [f"{line}  {remark}".rstrip() for line, remark in zip(_align(rows), remarks, strict=True)]
 
 
-def measured_rows(cache: LatentCache, keys: Iterable[str]) -> np.ndarray:
+def read_rows_to_measure(cache: LatentCache, keys: Iterable[str]) -> np.ndarray:
     """Reads the moments [N 2C h w] of keys that are in the cache, evenly chosen where there are too many."""
     distinct = list(dict.fromkeys(keys))
     count = min(len(distinct), MAX_ROWS_MEASURED)

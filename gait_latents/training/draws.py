@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from gait_latents.common.seeds import sample_generator, visited
+from gait_latents.common.seeds import draw_positions, sample_generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ def draw_step(
     generator = sample_generator(seed, "step", step)
     noise_shape = (batch, *latent_shape)
     return StepDraws(
-        positions=visited(seed, step * batch, batch, size),
+        positions=draw_positions(seed, step * batch, batch, size),
         posterior_noise=torch.randn(noise_shape, generator=generator, dtype=torch.float32),
         times=torch.randint(timesteps, (batch,), generator=generator),
         noise=torch.randn(noise_shape, generator=generator, dtype=torch.float32),

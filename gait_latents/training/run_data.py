@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from gait_latents.common import files
-from gait_latents.common.console import say, shown, warn
+from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import Failed, UserError
 from gait_latents.common.layout import SPLIT_NAME
@@ -69,7 +69,7 @@ def _open(plan: Plan, device: torch.device, ranks: Ranks) -> Data:
     _check_same_space(plan, chosen)
     reason = files.why_not_writable(folder)
     if reason is not None:
-        say(f"{folder} takes no files ({reason}): what is encoded in this run stays in memory")
+        say(f"cannot write to {folder} ({reason}); new latents stay in memory")
     cache = LatentCache(folder, chosen.space, writable=reason is None)
     for problem in cache.problems:
         warn(problem)
@@ -124,7 +124,7 @@ def _without_bad_images(plan: Plan, split: Split, dataset: LatentDataset) -> Spl
     if not bad:
         return split
     for skipped in bad:
-        say(f"    {shown(f'{skipped.class_name}/{skipped.name}')}: {skipped.reason}")
+        say(f"    {show_name(f'{skipped.class_name}/{skipped.name}')}: {skipped.reason}")
     if not plan.settings.skip_bad_images:
         raise Failed(
             f"{len(bad)} of {len(split.train):,} training images cannot be read; mend or remove them, or give "
@@ -144,13 +144,9 @@ def _report_missing(plan: Plan, dataset: LatentDataset, when: str) -> None:
 
 
 def _check_same_space(plan: Plan, chosen: ChosenSpace) -> None:
-    known = _known_space(plan)
-    if plan.state is not None and known is not None and chosen.space.id != known.space.id:
-        raise UserError(
-            f"--vae_path {plan.settings.vae_path} makes other latents than the run in {plan.origin} was started with "
-            f"({'; '.join(chosen.space.differing_fields(known.space))}); give the VAE of that run, or start another "
-            "run with another --results_folder"
-        )
+    if plan.state is not None:
+        of_run, run = plan.state.meta.space, str(plan.origin)
+        vae_fit.check_vae_of_run(chosen.space, of_run, vae_path=plan.settings.vae_path, run=run)
 
 
 def _check_same_data(plan: Plan, meta: RunMeta, split: Split, dataset: LatentDataset) -> None:
@@ -173,7 +169,7 @@ def _what_changed(plan: Plan, meta: RunMeta, split: Split) -> str:
     names = [f"{e.class_name}/{e.name}" for e in split.train if then.get((e.class_name, e.name)) != e.key]
     if not names:
         return f"{SPLIT_NAME} there is of another run"
-    return f"{len(names):,} of {len(split.train):,} have another content, the first is {shown(names[0])}"
+    return f"{len(names):,} of {len(split.train):,} have another content, the first is {show_name(names[0])}"
 
 
 def _fill(dataset: LatentDataset, ranks: Ranks) -> None:

@@ -12,10 +12,10 @@ from gait_latents.common import cli, hardware
 from gait_latents.common.console import say
 from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import Failed, UserError
-from gait_latents.common.seeds import visited
+from gait_latents.common.seeds import draw_positions
 from gait_latents.diffusion import build
 from gait_latents.diffusion.ema import EMA
-from gait_latents.diffusion.model import LatentDiffusion, moved
+from gait_latents.diffusion.model import LatentDiffusion, shift_along_width
 from gait_latents.images import selection
 from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings
 from gait_latents.training import checkpoint, optimizer_state, run_folder
@@ -217,7 +217,7 @@ class Trainer:
     def latents_of(self, part: StepDraws) -> tuple[Tensor, Tensor]:
         """Draws the latents [b C h w] of a part of a step; returns them and their labels [b]."""
         latents, labels = self.dataset.batch(part.positions, part.posterior_noise)
-        return (moved(latents, part.shifts) if self.largest_shift else latents), labels
+        return (shift_along_width(latents, part.shifts) if self.largest_shift else latents), labels
 
     def _update(self, loss: Tensor, step: int) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -237,11 +237,13 @@ class Trainer:
         """Yields the positions that the steps from `step` on will visit, for an epoch."""
         size, chunk = len(self.dataset), 256
         for offset in range(0, size, chunk):
-            yield from visited(self.settings.seed, step * self.batch + offset, min(chunk, size - offset), size).tolist()
+            yield from draw_positions(
+                self.settings.seed, step * self.batch + offset, min(chunk, size - offset), size
+            ).tolist()
 
     def names_of_step(self, step: int) -> list[str]:
         """Returns the names of the images that a step sees."""
-        positions = visited(self.settings.seed, step * self.batch, self.batch, len(self.dataset))
+        positions = draw_positions(self.settings.seed, step * self.batch, self.batch, len(self.dataset))
         return [self.dataset.names[position] for position in positions.tolist()]
 
     def check_finite(self) -> None:

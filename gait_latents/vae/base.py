@@ -146,8 +146,8 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def positive(path: Path, name: str, value: Any) -> float:
-    number = plain_number(value)
+def check_positive(path: Path, name: str, value: Any) -> float:
+    number = to_number(value)
     if not (math.isfinite(number) and number > 0):
         shown = printable(repr(value)) if isinstance(value, (float, str)) else f"a {type(value).__name__}"
         shown = str(value) if isinstance(value, int) and math.isfinite(number) else shown
@@ -155,7 +155,7 @@ def positive(path: Path, name: str, value: Any) -> float:
     return number
 
 
-def plain_number(value: Any) -> float:
+def to_number(value: Any) -> float:
     """Returns a value out of a file as a float, NaN where it is none."""
     try:
         return float(value)

@@ -1,6 +1,7 @@
 """Encodes batches of images to moments, in the number format that is asked for."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,10 @@ class BatchEncoder:
         dtype: number format of the encoder.
     """
 
-    def __init__(
-        self, load: Callable[[], object], *, device: torch.device, batch_size: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, load: Callable[[], Any], *, device: torch.device, batch_size: int, dtype: torch.dtype) -> None:
         self.load, self.device, self.dtype = load, device, dtype
+        self.vae: Any = None  # what `load` gave; None until the first call
         self.batch_size = 1 if device.type == "cpu" else batch_size
-        self.vae = None
         self.record = {
             "precision": str(dtype).removeprefix("torch."),
             "device": hardware.describe(device),
@@ -38,7 +37,6 @@ class BatchEncoder:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """Encodes uint8 images [B S S 3]; returns moments [B 2C h w] float32 on the CPU."""
-        self.vae = self.vae or self.load()
         return torch.cat([self._encode_padded(part) for part in images.split(self.batch_size)])
 
     def _encode_padded(self, images: Tensor) -> Tensor:
@@ -49,14 +47,15 @@ class BatchEncoder:
         pixels = padded.to(self.device).permute(0, 3, 1, 2).to(torch.float32) / 255  # B 3 S S, channels last in memory
         moments = self._encode(pixels, self.dtype)
         if self.dtype != torch.float32:
-            bad = ~storable(moments)
+            bad = ~is_storable(moments)
             if bad.any():
                 moments[bad] = self._encode(pixels, torch.float32)[bad]
         return moments[: len(images)].cpu()
 
     def _encode(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        self.vae = self.vae or self.load()
         with hardware.autocast(self.device, dtype):
-            return self.vae.encode(pixels).float()  # type: ignore[union-attr]
+            return self.vae.encode(pixels).float()
 
     def close(self) -> None:
         """Frees the VAE; a later call builds it again."""
@@ -65,6 +64,6 @@ class BatchEncoder:
             torch.cuda.empty_cache()
 
 
-def storable(moments: Tensor) -> Tensor:
+def is_storable(moments: Tensor) -> Tensor:
     """Says of each row whether all its values are finite as float16."""
     return torch.isfinite(moments.to(torch.float16)).flatten(1).all(1)

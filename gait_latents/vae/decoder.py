@@ -16,7 +16,7 @@ _AS_GOOD_DB = 45.0  # images that differ less look the same; rounding to 8 bits 
 _TRIAL_SIZE = 16  # of the latent with which a number format is tried
 
 
-class Decoder:
+class ImageDecoder:
     """The VAE's decoder, built when first needed and freed by `close`.
 
     Each sample is decoded by itself, so that an image does not depend on the images beside it. `dtype` is the number

@@ -19,12 +19,12 @@ from gait_latents.vae.base import (
     VAE,
     Parts,
     VAEIdentity,
+    check_positive,
     fingerprint_of,
     first_line,
     leave_out,
-    plain_number,
-    positive,
     split_halves,
+    to_number,
     weights_digest,
 )
 from gait_latents.vae.ldm_checkpoint import MOST_LEVELS
@@ -175,13 +175,13 @@ def identify_diffusers(folder: Path, halves: Sequence[str]) -> VAEIdentity:
         fingerprint_of(tensors, architecture, PIXEL_RANGES["ldm"]),
         channels,
         downsampling,
-        positive(folder / "config.json", "scaling_factor", config.get("scaling_factor") or default),
+        check_positive(folder / "config.json", "scaling_factor", config.get("scaling_factor") or default),
         _shift_factor(folder / "config.json", config.get("shift_factor") or 0.0),
     )
 
 
 def _shift_factor(path: Path, value: Any) -> float:
-    number = plain_number(value)
+    number = to_number(value)
     if not math.isfinite(number):
         raise UserError(f"{path}: shift_factor is {printable(value)}; it must be a number")
     return number

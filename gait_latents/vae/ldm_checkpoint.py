@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gait_latents.common.errors import UserError
-from gait_latents.vae.base import HALVES, LDM_SCALE_FACTOR, Parts, leave_out, positive, split_halves
+from gait_latents.vae.base import HALVES, LDM_SCALE_FACTOR, Parts, check_positive, leave_out, split_halves
 from gait_latents.vae.network import KLVAE, NORM_GROUPS, Style
 from gait_latents.vae.weight_files import check_finite, check_tensor, printable, read_weights
 
@@ -21,7 +21,7 @@ MOST_LEVELS = 32  # and blocks in each; what people use is four levels of two
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckpointVAE:
     """The tensors of a KL-VAE in a checkpoint, under the names that `KLVAE` gives them."""
 
     path: Path
@@ -61,7 +61,7 @@ def _state_dicts(tree: Mapping[Any, Any], depth: int = 2, seen: set[int] | None 
             yield from _state_dicts(tree[key], depth - 1, seen)
 
 
-def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Any]:
+def _unwrap_names(state: Mapping[Any, Any]) -> dict[str, Any]:
     """Returns a state dict without what DistributedDataParallel and torch.compile put into its names."""
     named = ((printable(key).split("."), value) for key, value in state.items() if isinstance(key, str))
     return {".".join(word for word in words if word not in WRAPPERS): value for words, value in named}
@@ -74,11 +74,11 @@ def _vae_prefix(names: Sequence[str]) -> str | None:
     return min(prefixes, key=lambda prefix: (len(prefix), prefix), default=None)
 
 
-def _find_vae(path: Path, checkpoint: Any, metadata: Mapping[str, Any]) -> Found:
+def _find_vae(path: Path, checkpoint: Any, metadata: Mapping[str, Any]) -> CheckpointVAE:
     """Returns the KL-VAE of a checkpoint, whatever it is wrapped in; other models in it are ignored."""
     trees = list(_state_dicts(checkpoint)) if isinstance(checkpoint, Mapping) else []
     for tree in trees:
-        state = _unwrapped(tree)
+        state = _unwrap_names(tree)
         prefix = _vae_prefix(list(state))
         if prefix is not None:
             inside = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
@@ -86,7 +86,7 @@ def _find_vae(path: Path, checkpoint: Any, metadata: Mapping[str, Any]) -> Found
             tensors = {k: t for k, t in inside.items() if k.startswith(HALVES["encoder"] + HALVES["decoder"])}
             for name, tensor in tensors.items():
                 check_tensor(path, name, tensor)
-            return Found(
+            return CheckpointVAE(
                 path,
                 tensors,
                 _scale_factor(path, (metadata, *trees[:1], tree, inside)),
@@ -109,17 +109,17 @@ def _refuse_other_vaes(path: Path, names: Iterable[str]) -> None:
 
 def _scale_factor(path: Path, places: Iterable[Mapping[Any, Any]]) -> float:
     values = [place["scale_factor"] for place in places if "scale_factor" in place]
-    return positive(path, "scale_factor", values[0] if values else LDM_SCALE_FACTOR)
+    return check_positive(path, "scale_factor", values[0] if values else LDM_SCALE_FACTOR)
 
 
-def _style(found: Found) -> Style:
+def _style(found: CheckpointVAE) -> Style:
     """Returns the style from the names of the layers between the levels."""
     plain = any(re.search(r"\.(down|up)sample\.weight$", name) for name in found.tensors)
     nested = any(re.search(r"\.(down|up)sample\.conv\.weight$", name) for name in found.tensors)
     return "ldm" if nested or (found.is_ldm_checkpoint and not plain) else "kl"
 
 
-def _empty_vae(found: Found) -> KLVAE:
+def _empty_vae(found: CheckpointVAE) -> KLVAE:
     """Returns the network that the shapes ask for, on the meta device."""
     stem, z_channels = found.size(LANDMARK), found.size("encoder.conv_out.weight") // 2
     has_quant_conv = "quant_conv.weight" in found.tensors
@@ -148,7 +148,7 @@ def _empty_vae(found: Found) -> KLVAE:
         )
 
 
-def _check_architecture(found: Found, network: KLVAE, halves: Sequence[str]) -> None:
+def _check_architecture(found: CheckpointVAE, network: KLVAE, halves: Sequence[str]) -> None:
     """Raises and names the first tensors that the network and the file do not agree on."""
     prefixes = tuple(prefix for half in halves for prefix in HALVES[half])
     wanted = {k: tuple(v.shape) for k, v in network.state_dict().items() if k.startswith(prefixes)}
@@ -167,7 +167,7 @@ def _check_architecture(found: Found, network: KLVAE, halves: Sequence[str]) -> 
         )
 
 
-def open_checkpoint(path: Path, halves: Sequence[str]) -> tuple[Found, KLVAE]:
+def open_checkpoint(path: Path, halves: Sequence[str]) -> tuple[CheckpointVAE, KLVAE]:
     """Returns the tensors of a checked checkpoint file, and the network for them on the meta device."""
     found = _find_vae(path, *read_weights(path))
     network = _empty_vae(found)

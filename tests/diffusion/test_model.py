@@ -19,8 +19,8 @@ from gait_latents.common.seeds import sample_generator
 from gait_latents.diffusion import samplers
 from gait_latents.diffusion.ema import EMA
 from gait_latents.diffusion.library import check_library
-from gait_latents.diffusion.model import LatentDiffusion, moved
-from gait_latents.diffusion.samplers import CLEAN, START_LAMBDA, TIME_SHARE, Level, solve_dpmpp
+from gait_latents.diffusion.model import LatentDiffusion, shift_along_width
+from gait_latents.diffusion.samplers import CLEAN, START_LAMBDA, TIME_SHARE, NoiseLevel, solve_dpmpp
 from gait_latents.training.draws import draw_step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +73,7 @@ class Formula(nn.Module):
         super().__init__()
         self.function = function
 
-    def guided(self, x: Tensor, time: Tensor, classes: Tensor, cond_scale: float) -> Tensor:
+    def predict_guided(self, x: Tensor, time: Tensor, classes: Tensor, cond_scale: float) -> Tensor:
         return self.function(x, time)
 
 
@@ -346,7 +346,7 @@ def test_guidance_is_the_stated_convention_in_one_pass(batch, cond_scale):
     assert (cond - uncond).abs().max() > 1e-3
     passes = []
     hook = unet.init_conv.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
-    guided = unet.guided(x, time, classes, cond_scale)
+    guided = unet.predict_guided(x, time, classes, cond_scale)
     hook.remove()
     torch.testing.assert_close(guided, uncond + cond_scale * (cond - uncond), rtol=1e-4, atol=1e-5)
     if cond_scale in (0, 1):  # one undoubled pass, the same bits
@@ -360,8 +360,8 @@ def test_guidance_is_the_stated_convention_in_one_pass(batch, cond_scale):
 def test_guidance_of_a_batch_is_that_of_each_of_its_members():
     unet = tiny().model
     x, time, classes = randn(2, 2, 8, 8), torch.tensor([100, 900]), torch.tensor([2, 0])
-    together = unet.guided(x, time, classes, 3.0)
-    alone = torch.cat([unet.guided(x[i : i + 1], time[i : i + 1], classes[i : i + 1], 3.0) for i in range(2)])
+    together = unet.predict_guided(x, time, classes, 3.0)
+    alone = torch.cat([unet.predict_guided(x[i : i + 1], time[i : i + 1], classes[i : i + 1], 3.0) for i in range(2)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -369,7 +369,7 @@ def test_guidance_of_a_batch_is_that_of_each_of_its_members():
 def test_guidance_draws_nothing():
     unet, before = tiny().model, torch.get_rng_state()
     for cond_scale in (0.0, 1.0, 2.0):
-        unet.guided(randn(2, 2, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1]), cond_scale)
+        unet.predict_guided(randn(2, 2, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1]), cond_scale)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -381,7 +381,7 @@ def test_the_samplers_of_the_library_are_out_of_reach():
         lambda: model.interpolate(randn(2, 2, 8, 8), randn(2, 2, 8, 8), classes),
     )
     for call in inherited:
-        with pytest.raises(NotImplementedError, match="guided"):
+        with pytest.raises(NotImplementedError, match="predict_guided"):
             call()
 
 
@@ -591,9 +591,9 @@ def test_a_one_percent_error_of_noise_prediction_is_harmless_from_where_we_start
     )
     assert samples.std().item() == pytest.approx(MIXTURE_STD, rel=0.1)
     share = signal_share("cosine")
-    even_in_time = [Level(time, math.sqrt(share[time]), math.sqrt(1 - share[time])) for time in range(999, 0, -50)]
+    even_in_time = [NoiseLevel(time, math.sqrt(share[time]), math.sqrt(1 - share[time])) for time in range(999, 0, -50)]
     ruined = solve_dpmpp(
-        lambda x, level: model._clean(x, level, model.model.guided(x, torch.full((2,), level.time), x, 1.0)),
+        lambda x, level: model._clean(x, level, model.model.predict_guided(x, torch.full((2,), level.time), x, 1.0)),
         lambda: randn(2, 2, 32, 32),
         [*even_in_time, CLEAN],
         randn(2, 2, 32, 32),
@@ -714,7 +714,7 @@ def test_guidance_on_the_whole_way_is_full_guidance_and_on_none_of_it_no_guidanc
         levels, own = model.levels(6), generators(2)
 
         @torch.no_grad()
-        def denoise(x: Tensor, level: Level) -> Tensor:
+        def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
             time, scale = torch.full((2,), level.time), scale_of_step[levels.index(level)]
             cond = Unet.forward(model.model, x, time, classes, cond_drop_prob=0.0)
             uncond = Unet.forward(model.model, x, time, classes, cond_drop_prob=1.0)
@@ -845,7 +845,7 @@ def test_under_autocast_guidance_is_mixed_in_float32():
     unet, inner = tiny().model, []
     hook = unet.final_conv.register_forward_hook(lambda module, inputs, output: inner.append(output))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        guided = unet.guided(randn(2, 2, 8, 8), torch.tensor([100, 900]), torch.tensor([0, 1]), 3.0)
+        guided = unet.predict_guided(randn(2, 2, 8, 8), torch.tensor([100, 900]), torch.tensor([0, 1]), 3.0)
     hook.remove()
     cond, uncond = inner[0].float().chunk(2)
     assert guided.dtype == torch.float32
@@ -985,7 +985,7 @@ def test_every_sampler_of_the_settings_is_known_and_no_other():
 
 def test_moved_latents_keep_their_rows_and_repeat_the_edge():
     latents = torch.arange(2 * 3 * 2 * 4, dtype=torch.float32).reshape(2, 3, 2, 4)
-    found = moved(latents, torch.tensor([1, -2]))
+    found = shift_along_width(latents, torch.tensor([1, -2]))
     assert torch.equal(found[0], latents[0][:, :, [0, 0, 1, 2]])
     assert torch.equal(found[1], latents[1][:, :, [2, 3, 3, 3]])
-    assert torch.equal(moved(latents, torch.zeros(2, dtype=torch.int64)), latents)
+    assert torch.equal(shift_along_width(latents, torch.zeros(2, dtype=torch.int64)), latents)

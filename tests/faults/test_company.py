@@ -390,7 +390,7 @@ def test_a_read_only_cache_serves_its_hits_and_stays_as_it_is(world, trained, en
     if code == 77:
         pytest.skip("this system lets nobody mount a folder read-only")
     captured = capfd.readouterr()
-    assert captured.out.count("what is encoded in this run stays in memory") == 1
+    assert captured.out.count("new latents stay in memory") == 1
     changed = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.rglob("*")} != before
     assert_same_run(world, trained)
     account.add("a read-only cache", "mount", cases=15, lost=changed, wrong=code != 0)

@@ -33,7 +33,7 @@ from pipeline import (
 import train_latent_cfg
 from gait_latents import settings
 from gait_latents.common import charts, cli, hardware, pictures, process
-from gait_latents.diffusion.model import moved
+from gait_latents.diffusion.model import shift_along_width
 from gait_latents.images.split import read_split
 from gait_latents.settings import TrainSettings
 from gait_latents.training import checkpoint, run_folder
@@ -428,7 +428,7 @@ def test_the_network_sees_moved_latents(cached, monkeypatch):
         latents, labels = take(self, part)
         plain, _ = self.dataset.batch(part.positions, part.posterior_noise)
         assert self.largest_shift == round(plain.shape[3] / 4) and part.shifts.abs().max() <= self.largest_shift
-        assert torch.equal(latents, moved(plain, part.shifts))
+        assert torch.equal(latents, shift_along_width(plain, part.shifts))
         changed.append(not torch.equal(latents, plain))
         return latents, labels
 
