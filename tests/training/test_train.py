@@ -70,7 +70,7 @@ def test_equal_images_are_not_said_to_be_cached_before_they_are(world, encoder, 
     assert train(world, **asked, train_num_steps=HALF) == 0
     said = capsys.readouterr().out
     assert "24 images asked, 0 cached, 22 to encode when first needed" in said
-    assert "2 more have the very content of another, and share its latent" in said
+    assert "2 more have the same content as one of these, and share its latent" in said
     num_encoded = encoder.num_images
     assert 0 < num_encoded < 22  # four steps see 16 images
     assert train(world, **asked) == 0
