@@ -44,7 +44,7 @@ class WriteBehind(Generic[Facts]):
         return self._collect(0)
 
     def _collect(self, num_left: int) -> int:
-        """Takes off finished calls, and waits until at most `num_left` are left; raises the error of one that failed."""
+        """Takes off finished calls and waits until at most `num_left` are left; raises the error of one that failed."""
         done = 0
         while self._waiting and (len(self._waiting) > num_left or self._waiting[0].done()):
             try:

@@ -208,7 +208,7 @@ def _record(work: Work) -> None:
 
 
 def _say_account(work: Work) -> None:
-    """Says how many images were encoded, were cached before and could not be encoded, the time, and the size on disk."""
+    """Says how many images were encoded, were cached before and could not be encoded; the time; the size on disk."""
     dataset, seconds = work.dataset, time.monotonic() - work.started
     newly = len(work.missing) - len(dataset.missing())
     pace = f", {newly / seconds:.1f} images/s" if newly else ""

@@ -1,4 +1,7 @@
-"""Encodes batches of images to moments, in the number format that is asked for."""
+"""Encodes batches of images to moments, in the number format that the settings ask for.
+
+An image gets the same moments, bit for bit, whichever images are encoded with it.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,14 +17,19 @@ Encode = Callable[[Tensor], Tensor]  # uint8 images [B S S 3] -> moments [B 2C h
 class BatchEncoder:
     """Encodes images in calls of one fixed shape, with a VAE that is built at the first call.
 
-    The fixed shape keeps a row's bits independent of the images beside it. On a CPU it is one image: what a call
-    works on then stays in the processor's caches. Rows that come out not finite in a reduced precision are encoded
-    again in float32.
+    Libraries compute batches of other sizes by other ways, with other rounding; with a fixed shape the moments of an
+    image do not depend on the images beside it. On a CPU the shape is of one image, which is fastest, since what a call
+    works on then stays in the processor's caches. Moments that float16 or bfloat16 cannot hold are computed again in
+    float32.
 
     Args:
-        load: builds the VAE (an object with `encode`) on the device.
-        batch_size: images per call on a GPU; shorter calls are padded.
-        dtype: number format of the encoder.
+        load: builds the VAE, an object whose `encode` turns float32 images [B 3 S S] in [0, 1] into moments.
+        device: where it encodes.
+        batch_size: images per call on a GPU; a call with fewer is filled up with black ones.
+        dtype: number format that the encoder computes in.
+
+    Attributes:
+        record: how moments are made here (precision, device, version of torch), to be stored beside them.
     """
 
     def __init__(self, load: Callable[[], Any], *, device: torch.device, batch_size: int, dtype: torch.dtype) -> None:
@@ -40,7 +48,7 @@ class BatchEncoder:
         return torch.cat([self._encode_padded(part) for part in images.split(self.batch_size)])
 
     def _encode_padded(self, images: Tensor) -> Tensor:
-        """Encodes up to `batch_size` images in a call of exactly so many."""
+        """Encodes at most `batch_size` images [B S S 3] in a call of exactly so many."""
         padded = images.new_zeros(self.batch_size, *images.shape[1:])
         padded[: len(images)] = images
         # ToTensor divides by 255 in float32; multiplying by 1/255 gives other bits.
@@ -53,6 +61,7 @@ class BatchEncoder:
         return moments[: len(images)].cpu()
 
     def _encode(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        """Encodes pixels [B 3 S S] in a number format; returns moments float32."""
         self.vae = self.vae or self.load()
         with hardware.autocast(self.device, dtype):
             return self.vae.encode(pixels).float()
@@ -65,5 +74,5 @@ class BatchEncoder:
 
 
 def is_storable(moments: Tensor) -> Tensor:
-    """Says of each row whether all its values are finite as float16."""
+    """Says for each image of moments [B 2C h w] whether all its values are finite as float16, bool [B]."""
     return torch.isfinite(moments.to(torch.float16)).flatten(1).all(1)
