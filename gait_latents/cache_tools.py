@@ -6,7 +6,7 @@ from pathlib import Path
 from gait_latents.common import cli, console, files, hardware
 from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.errors import DONE, FAILED, Failed, UserError
-from gait_latents.common.layout import SPLIT_NAME
+from gait_latents.common.layout import CHANNELS_NAME, MANIFEST_NAME, PREVIEW_NAME, SPLIT_NAME
 from gait_latents.images import reading, selection
 from gait_latents.images.split import Entry, Split, read_split
 from gait_latents.latents import opening, vae_fit
@@ -48,7 +48,9 @@ def _open_finished(settings: PreprocessSettings, sources: dict[str, str]) -> Fin
     folder = Path(settings.output_folder)
     manifest, stored = read_manifest(folder), read_split(folder)
     if manifest is None or stored is None:
-        raise UserError(f"{folder} holds no finished cache (manifest.json and {SPLIT_NAME}); run preprocess_latents.py")
+        raise UserError(
+            f"{folder} holds no finished cache ({MANIFEST_NAME} and {SPLIT_NAME}); run preprocess_latents.py"
+        )
     if manifest.space.is_imported:
         raise UserError(f"{folder} {HOLDS_IMPORTED}; run preprocess_latents.py, which encodes the images again")
     at_hand = selection.images_at_hand(settings, sources, may_lack=False)
@@ -64,7 +66,7 @@ def verify(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     """
     found = _open_finished(settings, sources)
     if cli.is_explicit(sources, "vae_path"):
-        vae_fit.check_vae_of(found.manifest.space, settings.vae_path)
+        vae_fit.check_vae_of_cache(found.manifest.space, settings.vae_path)
     cache = LatentCache(found.folder, found.manifest.space, writable=False)
     entries = [entry for part in found.parts.values() for entry in part]
     report = cache_verify.verify(cache, [entry.key for entry in entries])
@@ -122,9 +124,9 @@ def _say_contents(found: Finished, report: CacheReport, cache: LatentCache) -> N
 
 def _say_statistics(folder: Path, cache: LatentCache, keys: list[str]) -> None:
     """Says how the latents are distributed in each channel, and draws it."""
-    moments = cache_verify.measured_rows(cache, keys)
+    moments = cache_verify.read_rows_to_measure(cache, keys)
     statistics = cache_verify.ChannelStatistics.of(moments)
-    path = folder / "latents.png"
+    path = folder / CHANNELS_NAME
     try:
         files.publish(path, cache_verify.latents_picture(moments, statistics))
         where = f"see {path}"
@@ -144,19 +146,19 @@ def _decode_some(settings: PreprocessSettings, found: Finished, cache: LatentCac
     if not Path(settings.vae_path).exists() or not found.images_at_hand:
         return
     try:
-        vae_fit.check_vae_of(found.manifest.space, settings.vae_path)
+        vae_fit.check_vae_of_cache(found.manifest.space, settings.vae_path)
     except UserError as error:
         warn(f"nothing is decoded: {error}")
         return
     try:
         device = hardware.pick_device(settings.device)
     except UserError as error:  # the check itself needs none
-        warn(f"no preview.png: {error}")
+        warn(f"no {PREVIEW_NAME}: {error}")
         return
     dataset = opening.open_dataset(
         settings, found.split, entries, cache=cache, vae_at_hand=False, images_at_hand=True, device=device
     )
-    draw_preview(settings, dataset, entries, device, found.folder / "preview.png", fresh=True)
+    draw_preview(settings, dataset, entries, device, found.folder / PREVIEW_NAME, fresh=True)
 
 
 # --- pruning -----------------------------------------------------------------------------------------------

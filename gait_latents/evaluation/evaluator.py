@@ -11,7 +11,7 @@ import torch
 from gait_latents.common import cli, console, files, pictures
 from gait_latents.common.console import say, warn
 from gait_latents.common.errors import Failed, UserError
-from gait_latents.common.layout import RECORD_NAME
+from gait_latents.common.layout import PAIRS_NAME, RECORD_NAME
 from gait_latents.common.process import StopSignals
 from gait_latents.evaluation import classifier, inception, page
 from gait_latents.evaluation import trials as classifier_trials
@@ -28,7 +28,7 @@ from gait_latents.evaluation.image_sets import (
     warnings_of_run,
 )
 from gait_latents.evaluation.plan import EvaluationPlan
-from gait_latents.evaluation.report import PAIRS_NAME, Report, file_digest
+from gait_latents.evaluation.report import Report, file_digest
 from gait_latents.evaluation.terminal import print_figures
 from gait_latents.evaluation.trials import Trials
 from gait_latents.images import generated, selection

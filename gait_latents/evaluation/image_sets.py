@@ -25,7 +25,7 @@ from gait_latents.images.split import Entry, Split
 from gait_latents.latents import filling, opening
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
-from gait_latents.latents.vae_fit import checked_vae
+from gait_latents.latents.vae_fit import check_vae_of_model
 
 _CACHE_NAME = "latents_cache"
 _SYNTHETIC = "synthetic"
@@ -187,7 +187,7 @@ def encode(plan: EvaluationPlan, split: Split, entries: list[Entry], folder: Pat
         if not folder.is_dir():
             also = f", and {len(missing):,} of its images are not in the run's cache"
             raise UserError(selection.no_images_message(str(folder), also=also))
-        checked_vae(plan.settings.vae_path, plan.space)
+        check_vae_of_model(plan.space, plan.settings.vae_path)
         say(f"{what} images: {len(dataset):,}, of which {len(missing):,} are to be encoded")
     _refuse_bad(fill(dataset), dataset, what)
     dataset.set_norm(plan.state.meta.latent_norm)

@@ -8,10 +8,9 @@ from typing import Any
 
 from gait_latents.common import files
 from gait_latents.common.console import warn
-from gait_latents.common.layout import PAGE_NAME, REPORT_NAME
+from gait_latents.common.layout import PAGE_NAME, PAIRS_NAME, REPORT_NAME
 from gait_latents.evaluation import page
 
-PAIRS_NAME = "closest_pairs.png"
 _LARGEST_REPORT_BYTES = 1 << 28
 _PARTS = ("latents", "memorisation", "inception", "classifier", "why")  # of the report, about synthetic images
 

@@ -24,8 +24,12 @@ def natural_key(name: str) -> tuple:
 def list_images(data_path: str | os.PathLike[str], *, setting: str = "data_path") -> dict[str, list[str]]:
     """Lists the image files directly in each class folder, classes and files in natural order.
 
-    Hidden files and folders and files of other endings are passed over; a folder without images has an empty list.
-    Errors name the `setting` that the folder comes from.
+    Hidden files and folders are passed over, and so are files whose names do not end like those of images
+    (IMAGE_SUFFIXES). A class folder without images has an empty list.
+
+    Args:
+        data_path: the folder that holds a folder for each class.
+        setting: the name of the setting that the folder comes from, for messages.
 
     Raises:
         UserError: when the folder is missing or unreadable, or no sub-folder has an image.
@@ -92,6 +96,7 @@ def _nothing_found_message(root: Path, classes: Sequence[str], setting: str) -> 
 
 
 def name_list(names: Sequence[str], limit: int = 20) -> str:
+    """Lists names for a message, at most `limit` of them and the number of the others."""
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(show_name(name) for name in names[:limit]) + rest
 

@@ -93,11 +93,11 @@ def _header(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > _HEADER_BYTES:
-        raise ValueError(f"names and meta need {len(text)} bytes, and {_HEADER_BYTES} can be read back")
-    return len(text).to_bytes(8, "little") + text
+    # In the order of the tensors, which canonical JSON would not keep.
+    header = json_text.safetensors_header(json.dumps(table, separators=(",", ":")))
+    if len(header) - 8 > _HEADER_BYTES:
+        raise ValueError(f"names and meta need {len(header) - 8} bytes, and {_HEADER_BYTES} can be read back")
+    return header
 
 
 def _bytes(tensor: Tensor) -> memoryview:

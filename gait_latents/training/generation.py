@@ -17,18 +17,17 @@ from gait_latents.common import cli, console, files, hardware, pictures
 from gait_latents.common.console import Progress, say
 from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import DONE, UserError
-from gait_latents.common.layout import LABELS_NAME, RECORD_NAME
+from gait_latents.common.layout import LABELS_NAME, OVERVIEW_NAME, RECORD_NAME, STRIP_NAME
 from gait_latents.common.process import StopSignals
 from gait_latents.diffusion.sampling import BATCH_SIZE
 from gait_latents.images import folders, selection
-from gait_latents.images.generated import Cell, not_there, read_made, read_record
+from gait_latents.images.generated import Cell, list_missing, read_made, read_record
 from gait_latents.images.write_behind import WriteBehind
 from gait_latents.settings import GenerateSettings
 from gait_latents.training import run_folder
 from gait_latents.training.run_folder import SavedState
 from gait_latents.training.trained_model import FROM_RUN, TrainedModel
 
-_OVERVIEW_NAME, _STRIP_NAME = "overview.png", "strip.png"
 _MOST_UNWRITTEN = 2 * BATCH_SIZE  # images that wait to be written while the next are made
 _OVERVIEW_ROWS, _OVERVIEW_COLUMNS = 16, 6
 _MOST_LISTED = 40  # classes that a message names
@@ -78,7 +77,7 @@ class Generator(TrainedModel):
         the disk of another machine.
         """
         with self.ranks.together():
-            cells = not_there(self._cells())
+            cells = list_missing(self._cells())
             self._go_on_as_begun()
             files.check_writable(self.folder, "output_folder")
             if cells:
@@ -100,7 +99,7 @@ class Generator(TrainedModel):
                     return DONE
                 if self.ranks.count > 1:
                     self._await_others(cells, bar, signals)
-                    self._make(not_there(cells), bar, signals)
+                    self._make(list_missing(cells), bar, signals)
             finally:
                 self.ranks.tell("made")
                 if self.ranks.is_main:
@@ -137,7 +136,7 @@ class Generator(TrainedModel):
         def look() -> tuple[int, int]:
             nonlocal to_come
             self.ranks.raise_if_stopped(signals)
-            before, to_come = to_come, len(not_there(cells))
+            before, to_come = to_come, len(list_missing(cells))
             bar.advance(before - to_come)
             return before - to_come, to_come
 
@@ -152,7 +151,7 @@ class Generator(TrainedModel):
         shown = [cell for cell in self._cells() if cell.index < _OVERVIEW_COLUMNS]
         side = self.meta.image_size
         rows = [[read_made(cell.path, side) for cell in shown if cell.class_name == name] for name in names]
-        path = self.folder / _OVERVIEW_NAME
+        path = self.folder / OVERVIEW_NAME
         pictures.save_picture(pictures.labelled_grid(rows, names), path)
         return path
 
@@ -242,7 +241,7 @@ class Generator(TrainedModel):
                     bar.advance(len(part))
                 columns.append(column)
         rows = [list(row) for row in zip(*columns, strict=True)]
-        path = self.folder / _STRIP_NAME
+        path = self.folder / STRIP_NAME
         picture = pictures.labelled_grid(rows, list(self.classes.values()), [f"{scale:g}" for scale in scales])
         pictures.save_picture(picture, path)
         say(f"classes from top to bottom, guidance scales from left to right: {path}")

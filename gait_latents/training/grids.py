@@ -11,13 +11,15 @@ from torch import Tensor
 from gait_latents.common import charts, files, pictures
 from gait_latents.common.console import say, warn
 from gait_latents.common.errors import UserError
+from gait_latents.common.layout import LOSS_NAME
 from gait_latents.common.seeds import sample_generator
 from gait_latents.diffusion.model import LatentDiffusion
 from gait_latents.diffusion.sampling import BATCH_SIZE, nearest_class, num_solver_steps, sample_padded
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.settings import TrainSettings
+from gait_latents.training import run_folder
 from gait_latents.training.metrics_log import Metrics
-from gait_latents.vae.decoder import Decoder
+from gait_latents.vae.decoder import ImageDecoder
 
 _MAX_ROWS = 16  # classes in a grid; further ones are not drawn
 _IMAGES_PER_MEAN = 32  # training images that a class mean is measured on
@@ -52,7 +54,7 @@ class GridMaker:
         self.folder, self.metrics, self.auto_steps, self.show = folder, metrics, auto_steps, show
         self.num_classes, self.names = len(classes), list(classes)[:_MAX_ROWS]
         assert dataset.norm is not None  # since the trainer has started
-        self.decoder = Decoder(settings.vae_path, dataset.norm, dataset.device)
+        self.decoder = ImageDecoder(settings.vae_path, dataset.norm, dataset.device)
         self.class_means: Tensor | None = None
         self.can_draw = self.can_chart = True
         try:
@@ -84,7 +86,7 @@ class GridMaker:
         message = f"step {step:,}: {score:.0%} of {len(cells)} samples are nearest to the mean of their own class"
         images = self._decode(samples, between)
         if images:
-            path = self.folder / f"grid-{step:08d}.png"
+            path = self.folder / run_folder.grid_name(step)
             columns = self.settings.num_samples
             rows = [images[start : start + columns] for start in range(0, len(images), columns)]
             picture = pictures.labelled_grid(rows, self.names)
@@ -108,11 +110,11 @@ class GridMaker:
         except Exception as error:
             self._go_on_without_charts(error)
         else:
-            files.publish(self.folder / "loss.png", picture)
+            files.publish(self.folder / LOSS_NAME, picture)
 
     def _go_on_without_charts(self, error: Exception) -> None:
         self.can_chart = False
-        warn(f"there will be no loss.png: {str(error) or type(error).__name__}")
+        warn(f"there will be no {LOSS_NAME}: {str(error) or type(error).__name__}")
 
     def _cells(self) -> list[tuple[int, int]]:
         """Lists (label, column) of the cells, row by row."""

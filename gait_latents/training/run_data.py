@@ -146,13 +146,9 @@ def _report_missing(plan: TrainingPlan, dataset: LatentDataset, when: str) -> No
 
 
 def _check_same_space(plan: TrainingPlan, chosen: ChosenSpace) -> None:
-    known = _known_space(plan)
-    if plan.state is not None and known is not None and chosen.space.id != known.space.id:
-        raise UserError(
-            f"--vae_path {plan.settings.vae_path} makes other latents than the run in {plan.origin} was started with "
-            f"({'; '.join(chosen.space.differing_fields(known.space))}); give the VAE of that run, or start another "
-            "run with another --results_folder"
-        )
+    if plan.state is not None:
+        of_run, run = plan.state.meta.space, str(plan.origin)
+        vae_fit.check_vae_of_run(chosen.space, of_run, vae_path=plan.settings.vae_path, run=run)
 
 
 def _check_same_data(plan: TrainingPlan, meta: RunMeta, split: Split, dataset: LatentDataset) -> None:

@@ -44,6 +44,11 @@ def ema_name(step: int) -> str:
     return f"ema-{step:08d}.safetensors"
 
 
+def grid_name(step: int) -> str:
+    """Names the picture of the samples that were made after `step` steps."""
+    return f"grid-{step:08d}.png"
+
+
 def write_plan(folder: Path, settings_yaml: str, split: Split) -> None:
     """Publishes the settings and the split of a run; when it goes on, some settings may have changed."""
     files.publish(folder / SETTINGS_NAME, settings_yaml.encode())

@@ -105,7 +105,7 @@ class RunMeta:
 
     @classmethod
     def _read(cls, plain: Mapping[str, Any]) -> "RunMeta":
-        step, space = plain["step"], Space.stored(plain["space"])
+        step, space = plain["step"], Space.from_stored(plain["space"])
         if type(step) is not int or not 0 <= step < 10**18:
             raise ValueError("its step is no number of steps")
         if plain["latent_shape"] != list(_latent_shape(space)) or plain["latent_shape"][1] != plain["latent_shape"][2]:

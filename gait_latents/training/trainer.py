@@ -15,7 +15,7 @@ from gait_latents.common.errors import Failed, UserError
 from gait_latents.common.seeds import draw_positions
 from gait_latents.diffusion import build
 from gait_latents.diffusion.ema import EMA
-from gait_latents.diffusion.model import LatentDiffusion, moved
+from gait_latents.diffusion.model import LatentDiffusion, shift_along_width
 from gait_latents.images import selection
 from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings
 from gait_latents.training import checkpoint, optimizer_state, run_folder
@@ -227,7 +227,7 @@ class Trainer:
     def latents_of(self, part: StepDraws) -> tuple[Tensor, Tensor]:
         """Draws the latents [b C h w] of a part of a step; returns them and their labels [b]."""
         latents, labels = self.dataset.batch(part.positions, part.posterior_noise)
-        return (moved(latents, part.shifts) if self.largest_shift else latents), labels
+        return (shift_along_width(latents, part.shifts) if self.largest_shift else latents), labels
 
     def _update(self, loss: Tensor, step: int) -> None:
         self.scaler.unscale_(self.optimizer)

@@ -9,7 +9,7 @@ from tiny_diffusion import OBJECTIVES, generators, randn, scheduler_class, signa
 
 from gait_latents.common.errors import UserError
 from gait_latents.diffusion.ema import EMA
-from gait_latents.diffusion.model import moved
+from gait_latents.diffusion.model import shift_along_width
 from gait_latents.training.draws import draw_step
 
 # ---- network and schedule
@@ -181,7 +181,7 @@ def test_guidance_is_the_stated_convention_in_one_pass(batch, cond_scale):
     assert (cond - uncond).abs().max() > 1e-3
     passes = []
     hook = unet.init_conv.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
-    guided = unet.guided(x, time, classes, cond_scale)
+    guided = unet.predict_guided(x, time, classes, cond_scale)
     hook.remove()
     torch.testing.assert_close(guided, uncond + cond_scale * (cond - uncond), rtol=1e-4, atol=1e-5)
     if cond_scale in (0, 1):  # one undoubled pass, the same bits
@@ -195,8 +195,8 @@ def test_guidance_is_the_stated_convention_in_one_pass(batch, cond_scale):
 def test_guidance_of_a_batch_is_that_of_each_of_its_members():
     unet = tiny().model
     x, time, classes = randn(2, 2, 8, 8), torch.tensor([100, 900]), torch.tensor([2, 0])
-    together = unet.guided(x, time, classes, 3.0)
-    alone = torch.cat([unet.guided(x[i : i + 1], time[i : i + 1], classes[i : i + 1], 3.0) for i in range(2)])
+    together = unet.predict_guided(x, time, classes, 3.0)
+    alone = torch.cat([unet.predict_guided(x[i : i + 1], time[i : i + 1], classes[i : i + 1], 3.0) for i in range(2)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -204,7 +204,7 @@ def test_guidance_of_a_batch_is_that_of_each_of_its_members():
 def test_guidance_draws_nothing():
     unet, before = tiny().model, torch.get_rng_state()
     for cond_scale in (0.0, 1.0, 2.0):
-        unet.guided(randn(2, 2, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1]), cond_scale)
+        unet.predict_guided(randn(2, 2, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1]), cond_scale)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -216,7 +216,7 @@ def test_the_samplers_of_the_library_are_out_of_reach():
         lambda: model.interpolate(randn(2, 2, 8, 8), randn(2, 2, 8, 8), classes),
     )
     for call in inherited:
-        with pytest.raises(NotImplementedError, match="guided"):
+        with pytest.raises(NotImplementedError, match="predict_guided"):
             call()
 
 
@@ -247,7 +247,7 @@ def test_a_short_training_learns_which_class_is_which():
 
 def test_moved_latents_keep_their_rows_and_repeat_the_edge():
     latents = torch.arange(2 * 3 * 2 * 4, dtype=torch.float32).reshape(2, 3, 2, 4)
-    found = moved(latents, torch.tensor([1, -2]))
+    found = shift_along_width(latents, torch.tensor([1, -2]))
     assert torch.equal(found[0], latents[0][:, :, [0, 0, 1, 2]])
     assert torch.equal(found[1], latents[1][:, :, [2, 3, 3, 3]])
-    assert torch.equal(moved(latents, torch.zeros(2, dtype=torch.int64)), latents)
+    assert torch.equal(shift_along_width(latents, torch.zeros(2, dtype=torch.int64)), latents)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gait_latents.common.errors import UserError
 from gait_latents.diffusion import samplers
 from gait_latents.diffusion.model import LatentDiffusion
-from gait_latents.diffusion.samplers import CLEAN, START_LAMBDA, TIME_SHARE, Level, solve_dpmpp
+from gait_latents.diffusion.samplers import CLEAN, START_LAMBDA, TIME_SHARE, NoiseLevel, solve_dpmpp
 
 PREDICTION_TYPES = {"pred_v": "v_prediction", "pred_noise": "epsilon", "pred_x0": "sample"}
 
@@ -35,7 +35,7 @@ class Formula(nn.Module):
         super().__init__()
         self.function = function
 
-    def guided(self, x: Tensor, time: Tensor, classes: Tensor, cond_scale: float) -> Tensor:
+    def predict_guided(self, x: Tensor, time: Tensor, classes: Tensor, cond_scale: float) -> Tensor:
         return self.function(x, time)
 
 
@@ -232,9 +232,9 @@ def test_a_one_percent_error_of_noise_prediction_is_harmless_from_where_we_start
     )
     assert samples.std().item() == pytest.approx(MIXTURE_STD, rel=0.1)
     share = signal_share("cosine")
-    even_in_time = [Level(time, math.sqrt(share[time]), math.sqrt(1 - share[time])) for time in range(999, 0, -50)]
+    even_in_time = [NoiseLevel(time, math.sqrt(share[time]), math.sqrt(1 - share[time])) for time in range(999, 0, -50)]
     ruined = solve_dpmpp(
-        lambda x, level: model._clean(x, level, model.model.guided(x, torch.full((2,), level.time), x, 1.0)),
+        lambda x, level: model._clean(x, level, model.model.predict_guided(x, torch.full((2,), level.time), x, 1.0)),
         lambda: randn(2, 2, 32, 32),
         [*even_in_time, CLEAN],
         randn(2, 2, 32, 32),
@@ -355,7 +355,7 @@ def test_guidance_on_the_whole_way_is_full_guidance_and_on_none_of_it_no_guidanc
         levels, own = model.levels(6), generators(2)
 
         @torch.no_grad()
-        def denoise(x: Tensor, level: Level) -> Tensor:
+        def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
             time, scale = torch.full((2,), level.time), scale_of_step[levels.index(level)]
             cond = Unet.forward(model.model, x, time, classes, cond_drop_prob=0.0)
             uncond = Unet.forward(model.model, x, time, classes, cond_drop_prob=1.0)
@@ -486,7 +486,7 @@ def test_under_autocast_guidance_is_mixed_in_float32():
     unet, inner = tiny().model, []
     hook = unet.final_conv.register_forward_hook(lambda module, inputs, output: inner.append(output))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        guided = unet.guided(randn(2, 2, 8, 8), torch.tensor([100, 900]), torch.tensor([0, 1]), 3.0)
+        guided = unet.predict_guided(randn(2, 2, 8, 8), torch.tensor([100, 900]), torch.tensor([0, 1]), 3.0)
     hook.remove()
     cond, uncond = inner[0].float().chunk(2)
     assert guided.dtype == torch.float32

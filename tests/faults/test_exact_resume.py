@@ -73,7 +73,7 @@ ALWAYS_CALLED: dict[str, tuple[object, str]] = {
     "publish": (files, "publish"),
     "save": (Trainer, "save"),
 }
-PLACES = {**ALWAYS_CALLED, "grid": (LatentUnet, "guided"), "encode": (BatchEncoder, "__call__")}
+PLACES = {**ALWAYS_CALLED, "grid": (LatentUnet, "predict_guided"), "encode": (BatchEncoder, "__call__")}
 
 
 def act_at(
@@ -339,7 +339,7 @@ def test_a_signal_anywhere_ends_a_run_within_one_step(
 
 def test_a_signal_cuts_a_sample_grid_short_wherever_it_comes(cached, trained, monkeypatch, account):
     num_cases = late = 0
-    for step, place in ((3, (LatentUnet, "guided")), (5, (pictures, "to_uint8"))):
+    for step, place in ((3, (LatentUnet, "predict_guided")), (5, (pictures, "to_uint8"))):
         with monkeypatch.context() as patch:
             calls = [0]
             real = getattr(*place)

@@ -111,7 +111,9 @@ def test_equal_images_are_encoded_once_and_not_said_to_be_cached(world, encoder,
         shutil.copy(world / "data" / "ID_1" / "walk_0.jpg", world / "data" / "ID_1" / f"{name}.jpg")
     assert preprocess(world, images_per_user="all") == 0
     said = capsys.readouterr().out
-    assert "24 images (train): 0 cached, 22 to encode" in said and "2 more have the very content of another" in said
+    assert (
+        "24 images (train): 0 cached, 22 to encode" in said and "2 more have the same content as one of these" in said
+    )
     assert "newly encoded   22\nalready cached  0\nfailed          0\n" in said and encoder.num_images == 22
     assert preprocess(world, images_per_user="all") == 0
     assert account(capsys) == (0, 22, 0)

@@ -28,7 +28,7 @@ from gait_latents.evaluation import sweep
 from gait_latents.training import checkpoint, generation, run_folder, trained_model
 from gait_latents.training import plan as training_plan
 from gait_latents.vae import load
-from gait_latents.vae.decoder import Decoder
+from gait_latents.vae.decoder import ImageDecoder
 from gait_latents.vae.norm import LatentNorm
 
 
@@ -463,7 +463,7 @@ def test_the_decoder_gives_up_a_number_format_that_would_change_images(trained, 
     norm = LatentNorm(torch.zeros(4), torch.ones(4))
     samples = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     narrow, exact = (
-        Decoder(str(tmp_path / "vae.pt"), norm, torch.device("cpu"), dtype=dtype)
+        ImageDecoder(str(tmp_path / "vae.pt"), norm, torch.device("cpu"), dtype=dtype)
         for dtype in (torch.float16, torch.float32)
     )
     images, exact_images = narrow(samples), exact(samples)
@@ -510,7 +510,7 @@ def test_an_image_that_the_number_format_of_the_decoder_cannot_hold_is_decoded_i
     samples = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     samples[1] *= 1e6  # more than float16 can hold, and than the noise that the number format was tried with
     narrow, exact = (
-        Decoder(str(trained / "vae.pt"), norm, torch.device("cpu"), dtype=dtype)
+        ImageDecoder(str(trained / "vae.pt"), norm, torch.device("cpu"), dtype=dtype)
         for dtype in (torch.float16, torch.float32)
     )
     images, exact_images = narrow(samples), exact(samples)
@@ -520,7 +520,7 @@ def test_an_image_that_the_number_format_of_the_decoder_cannot_hold_is_decoded_i
 
 def test_the_decoder_is_built_when_needed_and_each_image_is_decoded_by_itself(trained, encoder):
     norm = LatentNorm(torch.full((4,), 0.5), torch.full((4,), 2.0))
-    decoder = Decoder(str(trained / "vae.pt"), norm, torch.device("cpu"))
+    decoder = ImageDecoder(str(trained / "vae.pt"), norm, torch.device("cpu"))
     assert encoder.built == []
     samples = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     whole = decoder(samples)

@@ -32,7 +32,7 @@ from pipeline import (
 
 import train_latent_cfg
 from gait_latents.common import charts, cli, hardware, pictures, process
-from gait_latents.diffusion.model import moved
+from gait_latents.diffusion.model import shift_along_width
 from gait_latents.images.split import read_split
 from gait_latents.settings import TrainSettings
 from gait_latents.training import checkpoint, run_folder
@@ -70,7 +70,7 @@ def test_equal_images_are_not_said_to_be_cached_before_they_are(world, encoder, 
     assert train(world, **asked, train_num_steps=HALF) == 0
     said = capsys.readouterr().out
     assert "24 images asked, 0 cached, 22 to encode when first needed" in said
-    assert "2 more have the very content of another, and share its latent" in said
+    assert "2 more have the same content as one of these, and share its latent" in said
     num_encoded = encoder.num_images
     assert 0 < num_encoded < 22  # four steps see 16 images
     assert train(world, **asked) == 0
@@ -429,7 +429,7 @@ def test_the_network_sees_moved_latents(cached, monkeypatch):
         latents, labels = take(self, part)
         plain, _ = self.dataset.batch(part.positions, part.posterior_noise)
         assert self.largest_shift == round(plain.shape[3] / 4) and part.shifts.abs().max() <= self.largest_shift
-        assert torch.equal(latents, moved(plain, part.shifts))
+        assert torch.equal(latents, shift_along_width(plain, part.shifts))
         changed.append(not torch.equal(latents, plain))
         return latents, labels
 
