@@ -1,17 +1,19 @@
-# make demo    install, then preprocess, train and generate on the ready-made data in demo/ (CPU, about three minutes)
-# make test    install what the tests need, and run them
-# make faults  the long form of the fault suite in tests/faults
-# make bench   show that the benchmarks run, at tiny sizes; without --small each measures
-# make check   lint and type-check
-# make audit   look the pinned packages up among the known vulnerabilities (needs the network)
-# make clean   remove the environment and what the demo made
+# Each line that begins with "## " is printed by `make` alone.
+## make demo      install, then preprocess, train and generate on the data in demo/ (CPU, about three minutes)
+## make test      the tests that every change runs (two minutes on two idle cores)
+## make test-all  all tests: also the slow ones, and the long forms of the fault tests
+## make check     lint and types
+## make format    format the code, and mend what the linter can
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 RUN := demo_run
 
-.PHONY: demo test faults bench check audit format clean
+.PHONY: help demo test test-all check format bench audit clean
+
+help:
+	@sed -n 's/^## //p' Makefile
 
 demo: $(VENV)/installed
 	$(PY) preprocess_latents.py --config configs/demo.yaml --output_folder $(RUN)/latents_cache
@@ -21,25 +23,27 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(PY) -m pytest
 
-faults: $(VENV)/installed-dev
-	$(PY) -m pytest tests/faults --long
-
-bench: $(VENV)/installed
-	for name in encode train lazy start open ranks; do $(PY) benchmarks/bench_$$name.py --small --rounds 2 || exit 1; done
-	$(PY) benchmarks/bench_sample.py --small --seeds 2
+test-all: $(VENV)/installed-dev
+	$(PY) -m pytest --all
 
 check: $(VENV)/installed-dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pyright
 
-audit: $(VENV)/installed
-	$(PY) -m pip install --quiet pip-audit
-	$(PY) -m pip_audit -r constraints.txt --no-deps --disable-pip
-
 format: $(VENV)/installed-dev
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
+
+# The benchmarks at tiny sizes, which only shows that they run; without --small each measures.
+bench: $(VENV)/installed
+	for name in encode train lazy start open ranks; do $(PY) benchmarks/bench_$$name.py --small --rounds 2 || exit 1; done
+	$(PY) benchmarks/bench_sample.py --small --seeds 2
+
+# Looks the pinned packages up among the known vulnerabilities, which needs the network.
+audit: $(VENV)/installed
+	$(PY) -m pip install --quiet pip-audit
+	$(PY) -m pip_audit -r constraints.txt --no-deps --disable-pip
 
 $(VENV)/installed: requirements.txt constraints.txt
 	@echo "installing into $(VENV), which takes some minutes"

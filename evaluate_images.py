@@ -29,14 +29,14 @@ def evaluate(argv: Sequence[str] | None) -> int:
     """Settings, images, figures, report: the whole way of an evaluation."""
     with imports():
         from gait_latents.common.console import say
-        from gait_latents.common.distributed import joined
+        from gait_latents.common.distributed import join_ranks
         from gait_latents.common.errors import DONE
         from gait_latents.common.hardware import plain_memory_error
         from gait_latents.common.layout import PAGE_NAME, REPORT_NAME
         from gait_latents.evaluation import evaluator, sweep
         from gait_latents.evaluation.plan import make_plan
 
-    with joined() as ranks, ranks.together():
+    with join_ranks() as ranks, ranks.together():
         ranks.must_be_alone("evaluate_images.py")
     with plain_memory_error():
         # Settings: flags, --config, the run, defaults. Images: those of the run's split, by their latents.

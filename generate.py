@@ -29,11 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate(argv: Sequence[str] | None) -> int:
     """Settings, model, images: the whole way from a run to a folder of images."""
     with imports():
-        from gait_latents.common.distributed import joined
+        from gait_latents.common.distributed import join_ranks
         from gait_latents.common.hardware import plain_memory_error
         from gait_latents.training.generation import open_generator
 
-    with joined() as ranks, plain_memory_error():  # torchrun may have started several processes
+    with join_ranks() as ranks, plain_memory_error():  # torchrun may have started several processes
         # Settings: flags, --config, the run, defaults. Model: the newest averaged weights, and the VAE's decoder.
         generator = open_generator(argv, __doc__, ranks)
 

@@ -28,10 +28,10 @@ def preprocess(argv: Sequence[str] | None) -> int:
     """Settings, images and space, encoding, account: the whole way from a folder of images to a cache."""
     with imports():
         from gait_latents import cache_tools
-        from gait_latents.common.distributed import joined
+        from gait_latents.common.distributed import join_ranks
         from gait_latents.latents.preprocessing import account, encode, open_work, read_settings
 
-    with joined() as ranks:  # this process among those that torchrun has started; mostly it is alone
+    with join_ranks() as ranks:  # this process among those that torchrun has started; mostly it is alone
         # Settings: flags, --config, defaults.
         settings, sources = read_settings(argv, __doc__, ranks)
         if settings.verify:

@@ -28,14 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(argv: Sequence[str] | None) -> int:
     """Settings, data, model, loop, end: the whole way of a training run."""
     with imports():
-        from gait_latents.common.distributed import joined
+        from gait_latents.common.distributed import join_ranks
         from gait_latents.common.errors import DONE
         from gait_latents.training.loop import TrainingLoop
         from gait_latents.training.plan import is_finished, make_plan, pick_device, plain_errors
         from gait_latents.training.run_data import open_data
         from gait_latents.training.trainer import start_trainer
 
-    with joined() as ranks:  # this process among those that torchrun has started; mostly it is alone
+    with join_ranks() as ranks:  # this process among those that torchrun has started; mostly it is alone
         # Settings: flags, --config, the run that goes on, the manifest of the cache, defaults, in this order.
         plan = make_plan(argv, __doc__, ranks)
         if is_finished(plan, ranks):  # which needs neither cache nor images

@@ -52,10 +52,10 @@ def start_second() -> bool:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Answers the harness, as rank 0 or alone."""
-    from gait_latents.common.distributed import joined
+    from gait_latents.common.distributed import join_ranks
 
     facts: dict[str, float] = {}
-    with joined() as ranks, tempfile.TemporaryDirectory() as folder:
+    with join_ranks() as ranks, tempfile.TemporaryDirectory() as folder:
 
         def prepare() -> Round:
             step, exchange = set_up(arguments, Path(folder), ranks)
@@ -75,9 +75,9 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def follow(arguments: argparse.Namespace) -> None:
     """Takes part in each round, as rank 1."""
-    from gait_latents.common.distributed import joined
+    from gait_latents.common.distributed import join_ranks
 
-    with joined() as ranks, tempfile.TemporaryDirectory() as folder:
+    with join_ranks() as ranks, tempfile.TemporaryDirectory() as folder:
         step, exchange = set_up(arguments, Path(folder), ranks)
         median_seconds(step, exchange)
         while ranks.of_main("") == "go on":

@@ -244,7 +244,7 @@ class Trainer:
     def batch(self) -> tuple[Tensor, Tensor]:
         """Draws the images [B 3 S S] of this step and their posterior noise [B C h w], from (seed, step) alone."""
         size = self.settings.train_batch_size
-        positions = seeds.visited(self.settings.seed, self.step * size, size, len(self.train))
+        positions = seeds.draw_positions(self.settings.seed, self.step * size, size, len(self.train))
         side = self.settings.image_size // self.vae.downsampling
         generator = seeds.sample_generator(self.settings.seed, "vae", self.step)
         noise = torch.randn(size, self.vae.latent_channels, side, side, generator=generator)

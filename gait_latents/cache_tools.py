@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gait_latents.common import cli, console, files, hardware
-from gait_latents.common.console import say, shown, warn
+from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.errors import DONE, FAILED, Failed, UserError
-from gait_latents.common.layout import SPLIT_NAME
+from gait_latents.common.layout import CHANNELS_NAME, MANIFEST_NAME, PREVIEW_NAME, SPLIT_NAME
 from gait_latents.images import reading, selection
 from gait_latents.images.split import Entry, Split, read_split
 from gait_latents.latents import opening, vae_fit
@@ -15,7 +15,7 @@ from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.manifest import HOLDS_IMPORTED, Manifest, read_manifest
 from gait_latents.latents.preview import draw_preview
 from gait_latents.latents.prune import other_spaces, plan_prune
-from gait_latents.latents.verify import Report
+from gait_latents.latents.verify import CacheReport
 from gait_latents.settings import PreprocessSettings
 from gait_latents.training import run_folder
 
@@ -27,12 +27,12 @@ _NUM_LISTED = 20  # names shown of a longer list
 
 @dataclass(frozen=True)
 class Finished:
-    """A cache that has a manifest and a split, and what is at hand of its images."""
+    """A cache that preprocessing has finished: it has a manifest and a split; and whether its images are there."""
 
     folder: Path
     manifest: Manifest
-    stored: Split  # as written
-    split: Split  # with the content keys of the images as they are now, where they are at hand
+    stored: Split  # as it is in the cache
+    split: Split  # the same with the content keys that the images have now, where they are at hand
     images_at_hand: bool
 
     @property
@@ -48,7 +48,9 @@ def _open_finished(settings: PreprocessSettings, sources: dict[str, str]) -> Fin
     folder = Path(settings.output_folder)
     manifest, stored = read_manifest(folder), read_split(folder)
     if manifest is None or stored is None:
-        raise UserError(f"{folder} holds no finished cache (manifest.json and {SPLIT_NAME}); run preprocess_latents.py")
+        raise UserError(
+            f"{folder} holds no finished cache ({MANIFEST_NAME} and {SPLIT_NAME}); run preprocess_latents.py"
+        )
     if manifest.space.is_imported:
         raise UserError(f"{folder} {HOLDS_IMPORTED}; run preprocess_latents.py, which encodes the images again")
     at_hand = selection.images_at_hand(settings, sources, may_lack=False)
@@ -57,10 +59,14 @@ def _open_finished(settings: PreprocessSettings, sources: dict[str, str]) -> Fin
 
 
 def verify(settings: PreprocessSettings, sources: dict[str, str]) -> int:
-    """Checks every seal of a cache, compares it with split and images, and looks at the latents themselves."""
+    """Checks the seal of every latent in a cache, compares the cache with split and images, and measures the latents.
+
+    Returns:
+        The exit code.
+    """
     found = _open_finished(settings, sources)
     if cli.is_explicit(sources, "vae_path"):
-        vae_fit.check_vae_of(found.manifest.space, settings.vae_path)
+        vae_fit.check_vae_of_cache(found.manifest.space, settings.vae_path)
     cache = LatentCache(found.folder, found.manifest.space, writable=False)
     entries = [entry for part in found.parts.values() for entry in part]
     report = cache_verify.verify(cache, [entry.key for entry in entries])
@@ -74,7 +80,7 @@ def verify(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     return FAILED if report.missing or report.damaged or report.problems else DONE
 
 
-def _say_status(settings: PreprocessSettings, found: Finished, report: Report, entries: list[Entry]) -> None:
+def _say_status(settings: PreprocessSettings, found: Finished, report: CacheReport, entries: list[Entry]) -> None:
     """Says which images are cached: in all, by class, and the names of those that are not."""
     lost = {*report.missing, *report.damaged}
     old_keys = set(found.stored.keys().values())
@@ -85,7 +91,7 @@ def _say_status(settings: PreprocessSettings, found: Finished, report: Report, e
     for label, some in (("stale", stale), ("missing", absent)):
         say(f"{label:<11} {len(some):,}")
         for entry in some[:_NUM_LISTED]:
-            say(f"    {shown(f'{entry.class_name}/{entry.name}')}")
+            say(f"    {show_name(f'{entry.class_name}/{entry.name}')}")
     stale_keys = {entry.key for entry in stale}
     status = cache_verify.class_status(found.split.classes, found.parts, missing=lost, stale=stale_keys)
     say()
@@ -95,14 +101,14 @@ def _say_status(settings: PreprocessSettings, found: Finished, report: Report, e
 
 
 def _what_was_compared(settings: PreprocessSettings, found: Finished, entries: list[Entry]) -> str:
-    """Says of how many images the content was compared with that of their latents."""
+    """Says for how many images it was checked that they have the content that their latents were made of."""
     at_hand = found.images_at_hand and sum(reading.image_path(settings.data_path, e).is_file() for e in entries)
     if not at_hand:
         return "images not at hand, content not checked"
     return "content checked" if at_hand == len(entries) else f"content checked of {at_hand:,}, the rest not at hand"
 
 
-def _say_contents(found: Finished, report: Report, cache: LatentCache) -> None:
+def _say_contents(found: Finished, report: CacheReport, cache: LatentCache) -> None:
     """Says what else is in the folder, and how the latents were made."""
     in_split = set(found.split.keys().values())
     orphans = sum(key not in in_split for key in report.orphaned)
@@ -118,9 +124,9 @@ def _say_contents(found: Finished, report: Report, cache: LatentCache) -> None:
 
 def _say_statistics(folder: Path, cache: LatentCache, keys: list[str]) -> None:
     """Says how the latents are distributed in each channel, and draws it."""
-    moments = cache_verify.measured_rows(cache, keys)
+    moments = cache_verify.read_rows_to_measure(cache, keys)
     statistics = cache_verify.ChannelStatistics.of(moments)
-    path = folder / "latents.png"
+    path = folder / CHANNELS_NAME
     try:
         files.publish(path, cache_verify.latents_picture(moments, statistics))
         where = f"see {path}"
@@ -140,28 +146,28 @@ def _decode_some(settings: PreprocessSettings, found: Finished, cache: LatentCac
     if not Path(settings.vae_path).exists() or not found.images_at_hand:
         return
     try:
-        vae_fit.check_vae_of(found.manifest.space, settings.vae_path)
+        vae_fit.check_vae_of_cache(found.manifest.space, settings.vae_path)
     except UserError as error:
         warn(f"nothing is decoded: {error}")
         return
     try:
         device = hardware.pick_device(settings.device)
     except UserError as error:  # the check itself needs none
-        warn(f"no preview.png: {error}")
+        warn(f"no {PREVIEW_NAME}: {error}")
         return
     dataset = opening.open_dataset(
         settings, found.split, entries, cache=cache, vae_at_hand=False, images_at_hand=True, device=device
     )
-    draw_preview(settings, dataset, entries, device, found.folder / "preview.png", fresh=True)
+    draw_preview(settings, dataset, entries, device, found.folder / PREVIEW_NAME, fresh=True)
 
 
 # --- pruning -----------------------------------------------------------------------------------------------
 
 
 def prune(settings: PreprocessSettings, sources: dict[str, str]) -> int:
-    """Lists what nobody needs in a cache and, with --yes, removes it."""
+    """Lists what nobody needs in a cache and, with --yes, removes it; returns the exit code."""
     found = _open_finished(settings, sources)
-    if settings.yes:  # told from permissions: a full disk, on which no file can be made, is why one prunes
+    if settings.yes:  # not by making a file: pruning must work on a full disk
         files.check_writable(found.folder, "output_folder", by_trying=False)
     used = found.manifest.space
     needed = _needed_keys(settings, sources, found)

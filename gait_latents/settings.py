@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from gait_latents.common.cli import CATALOGUE, setting, specs, to_dict
 
-AUTO_PASSES = 150  # of training over the images; after 130 to 200, samples turned into copies (docs/log.md)
+# Where train_num_steps is auto, training sees each image so often; after 130 to 200 passes, samples turned into copies
+# of training images (docs/log.md).
+AUTO_PASSES = 150
 # Solver steps where sampling_timesteps is auto (docs/log.md); a sampler that is not here takes every training timestep.
 AUTO_STEPS = {"dpm++": 12, "ddim": 250}
 DOWNLOAD = "download"  # a word that stands in place of a path, for what can be fetched
@@ -460,7 +462,7 @@ class EvaluateSettings(MachineSettings):
 
 
 def _as_in(cls: type, name: str) -> Any:
-    """Makes the same setting as another script has."""
+    """Makes the setting that another script has under this name."""
     (known,) = (f for f in fields(cls) if f.name == name)
     return field(default=known.default, metadata=known.metadata)
 
@@ -509,13 +511,13 @@ vars(CATALOGUE).update(scripts=SCRIPTS, groups=GROUPS, other_names=_OTHER_NAMES,
 # --- storing the settings of a run -------------------------------------------------------------------------
 
 
-AUTO_STEPS_BEFORE = {"dpm++": 20, "ddim": 250}  # what AUTO_STEPS was for runs that do not say
-# What was done before these settings existed: old runs and old images stand for it, whatever the defaults are now.
+AUTO_STEPS_BEFORE = {"dpm++": 20, "ddim": 250}  # of runs that do not store theirs
+# Values that older runs and images count as having, whatever today's defaults: what was done before these settings.
 _BEFORE = {"guidance_interval": [0.0, 1.0], "time_shift": 0.0, "noise_shift": 0.0}
 
 
 def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds to the stored settings of a run, or of images, what it did in those that came later than it."""
+    """Returns the stored settings of a run or of images, with the values of settings that are newer than it added."""
     return {**_BEFORE, **stored}
 
 

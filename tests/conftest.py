@@ -1,18 +1,46 @@
-"""What every test has: one thread, so that times and bits do not depend on the machine; and the tiny world."""
+"""What every test has: one thread, so that times and bits do not depend on the machine; and the tiny world.
 
+A whole run uses two processes where pytest-xdist is installed, and leaves the slow tests out unless --all is given.
+"""
+
+import os
 import shutil
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts that tests start, too
 
 import pipeline
 import pytest
 import torch
 
 torch.set_num_threads(1)
+NUM_PROCESSES = 2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds --long: the fault suite with many more cases (`make faults`)."""
-    parser.addoption("--long", action="store_true", help="run the long form of tests/faults")
+    """Adds --all."""
+    parser.addoption("--all", action="store_true", help="run the slow tests too, and the long form of tests/faults")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Lets a whole run share its tests between two processes; a file or a test that is named runs in this one."""
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # which pytest-xdist has started, and which starts no more
+    is_whole = config.args_source is not pytest.Config.ArgsSource.ARGS and not is_worker
+    if is_whole and config.pluginmanager.hasplugin("xdist") and config.getoption("numprocesses") is None:
+        config.option.numprocesses, config.option.dist = NUM_PROCESSES, "worksteal"
+        config.option.tx = [f"{NUM_PROCESSES}*popen"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the slow tests out, but for --all and for a test that is named with its file."""
+    is_named = any("::" in argument for argument in config.args)
+    if config.getoption("--all") or is_named:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.fixture(scope="session")

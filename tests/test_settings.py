@@ -104,7 +104,8 @@ def test_flag_wins_over_file_over_run_over_manifest_over_default(tmp_path, monke
     assert resolved.sources["seed"] == "run x"
     assert resolved.sources["num_users"] == "manifest"
     assert resolved.sources["image_size"] == "default"
-    lines = ["run x: seed 3", "manifest: num_users 5", "flag: dim 8", f"--config {path}: timesteps 20"]
+    places = {"run x": "seed 3", "manifest": "num_users 5", "the flags": "dim 8", f"--config {path}": "timesteps 20"}
+    lines = [f"from {place}: {values}" for place, values in places.items()]
     assert resolved.changes() == lines
 
 

@@ -113,7 +113,7 @@ def channel_histograms(panels: Sequence[tuple[str, str, np.ndarray]], edges: np.
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     with _style({"font.size": 9}):
-        figure, _ = _new(max(4.0, 2.4 * columns), 2.3 * rows + 0.6, axes=False)
+        figure = _new_empty(max(4.0, 2.4 * columns), 2.3 * rows + 0.6)
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
@@ -214,7 +214,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str], *, label: s
     """
     table = np.asarray(counts)
     shares = table / np.maximum(1, table.sum(1, keepdims=True))
-    reach = 0.5 + max(_expected_width(_shown(name)) for name in names)  # of what stands left of the cells, and below
+    reach = 0.5 + max(_expected_width(_shorten(name)) for name in names)  # of what stands left of the cells, and below
     cell = max(_CELL, min(1.6 * _CELL, (_PAGE_WIDTH - reach) / len(names)))
     width, height = max(_PAGE_WIDTH, reach + cell * len(names)), reach + cell * len(names)
     with _style(_PAGE_STYLE | {"axes.spines.top": True, "axes.spines.right": True}):
@@ -279,17 +279,23 @@ def _style(more: Mapping[str, Any] | None = None) -> Iterator[None]:
         ) from error
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()  # not what a file of this user says
-        matplotlib.rcParams.update(_STYLE | dict(more or {}))  # type: ignore[arg-type]
+        settings: Any = _STYLE | dict(more or {})  # matplotlib types the names as literals
+        matplotlib.rcParams.update(settings)
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a browser has fonts that matplotlib lacks
         yield
 
 
-def _new(width: float, height: float, *, axes: bool = True) -> tuple["Figure", "Axes"]:
-    """Returns a figure of so many inches, which belongs to no window, and its axes if it has just one."""
+def _new(width: float, height: float) -> tuple["Figure", "Axes"]:
+    """Returns a figure of so many inches with one pair of axes, and these axes."""
+    figure = _new_empty(width, height)
+    return figure, figure.add_subplot()
+
+
+def _new_empty(width: float, height: float) -> "Figure":
+    """Returns a figure of so many inches without axes; it belongs to no window."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot() if axes else None  # type: ignore[return-value]
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _few_ticks(*axes: Any) -> None:
@@ -318,7 +324,7 @@ def _svg(figure: "Figure", label: str, names: Mapping[Any, Sequence[str]] | None
     import matplotlib
 
     label = printable(label)
-    shown = {axis: [_shown(name) for name in texts] for axis, texts in (names or {}).items()}
+    shown = {axis: [_shorten(name) for name in texts] for axis, texts in (names or {}).items()}
     for axis, texts in shown.items():
         axis.set_ticks(
             range(len(texts)), [_as_wide(text) for text in texts], **_UPRIGHT if axis.axis_name == "x" else {}
@@ -339,8 +345,9 @@ def _svg(figure: "Figure", label: str, names: Mapping[Any, Sequence[str]] | None
 _UPRIGHT = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}  # ends at its tick in any font
 
 
-def _shown(name: str) -> str:
-    return one_line(name, longest=_LONGEST_NAME) or "\u00a0"  # for every tick has a text
+def _shorten(name: str) -> str:
+    """Returns a name as a tick shows it: a tick without any text would be left out of the layout."""
+    return one_line(name, longest=_LONGEST_NAME) or "\u00a0"
 
 
 def _expected_width(text: str) -> float:

@@ -42,14 +42,15 @@ class Spec:
     high: float | None = None  # largest value allowed
     unit: str = ""  # what a number counts, such as "steps"
     many: bool = False  # a list, as separate words on the command line
-    needed: bool = True  # a list must not be empty
-    pair: bool = False  # a list of two numbers, the first no larger than the second
-    path: bool = False  # a file or folder name
-    free: bool = False  # may change when a run is resumed
-    about_cache: bool = False  # the manifest of the cache supplies a default
+    needed: bool = True  # where it is a list: it must not be empty
+    pair: bool = False  # it is a list of two numbers, the first no larger than the second
+    path: bool = False  # it names a file or folder
+    free: bool = False  # it may change when a run is resumed
+    about_cache: bool = False  # the manifest of the cache supplies the default of scripts that read that cache
 
 
 def setting(default: Any, kind: type, group: str, help: str, **facts: Any) -> Any:
+    """Makes a field of a dataclass of settings; `facts` are further fields of its `Spec`."""
     return field(default=default, metadata={"spec": Spec(kind=kind, help=help, group=group, **facts)})
 
 
@@ -65,7 +66,7 @@ def defaults(cls: type) -> dict[str, Any]:
 
 @dataclass
 class Catalogue:
-    """What the parser knows of the settings that there are; the module that defines them declares it once.
+    """What the parser must know about the settings of all scripts; gait_latents.settings fills it in when imported.
 
     Attributes:
         scripts: file name of a script -> the class of its settings.
@@ -178,16 +179,19 @@ def to_words(value: Any) -> list[str]:
 
 
 def show(value: Any) -> str:
-    """Shows a value as it would be typed."""
+    """Returns a value as it would be typed on the command line."""
     return " ".join(to_words(value)) or "(nothing)"
 
 
 # --- layers -------------------------------------------------------------------------------------------------
 
 
+_FLAG = "flag"  # the source of what was typed
+
+
 @dataclass(frozen=True)
 class Layer:
-    """Values of some settings and the place that they come from."""
+    """The values that one source (flags, a file, an earlier run) gives for some settings."""
 
     source: str
     values: dict[str, Any]
@@ -201,12 +205,17 @@ class Resolved:
     sources: dict[str, str]
 
     def changes(self) -> list[str]:
-        """Lists the settings that differ from their defaults, in lines that begin with where they come from."""
+        """Lists the settings that differ from their defaults, as lines "from the flags: dim 8, seed 3"."""
         standard, found = defaults(type(self.settings)), {}
         for name, source in self.sources.items():
             if getattr(self.settings, name) != standard[name]:
                 found.setdefault(source, []).append(f"{name} {show(getattr(self.settings, name))}")
-        return [line for source, texts in found.items() for line in _wrap(f"{source}: ", texts)]
+        return [
+            line for source, texts in found.items() for line in _wrap(f"from {_PLACES.get(source, source)}: ", texts)
+        ]
+
+
+_PLACES = {_FLAG: "the flags"}  # how a line names a source that is called otherwise in `Resolved.sources`
 
 
 def _wrap(start: str, texts: list[str]) -> list[str]:
@@ -263,7 +272,7 @@ def read_command_line(cls: type, argv: Sequence[str] | None, *, description: str
     texts = {name: value if isinstance(value, list) else [value] for name, value in vars(typed).items()}
     config_file = texts.pop("config", [None])[0]
     values = {name: parse(name, own, specs(cls)[name], f"--{name}") for name, own in texts.items()}
-    layers = [Layer("flag", values)]
+    layers = [Layer(_FLAG, values)]
     return layers if config_file is None else [*layers, read_file(cls, config_file)]
 
 
@@ -301,8 +310,8 @@ class Layers:
         """Adds values that were stored earlier, below all that were added before; see `stored_layer`."""
         self._layers.append(stored_layer(self._class, source, values, only_about_cache=only_about_cache))
 
-    def resolved(self) -> Resolved:
-        """Puts the layers together, and says which settings differ from their defaults, and why."""
+    def resolve(self) -> Resolved:
+        """Puts the layers together, and prints which settings differ from their defaults and where they come from."""
         found = resolve(self._class, self._layers)
         for line in found.changes():
             say(line)
@@ -412,8 +421,10 @@ def _parser(cls: type, description: str | None, *, all_settings: bool = True) ->
     groups = {group: parser.add_argument_group(group) for group in order}
     for name, spec in known.items():
         group = groups[spec.group]
-        words = {"nargs": "*"} if spec.many else {"nargs": "?", "const": "true"} if spec.kind is bool else {}
-        group.add_argument(f"--{name}", metavar=metavar(spec), help=_help(cls, name, spec), **words)  # type: ignore[arg-type]
+        words: dict[str, Any] = {"nargs": "*"} if spec.many else {}
+        if spec.kind is bool:  # a bare flag is true
+            words = {"nargs": "?", "const": "true"}
+        group.add_argument(f"--{name}", metavar=metavar(spec), help=_help(cls, name, spec), **words)
     return parser
 
 
@@ -468,4 +479,4 @@ def to_yaml(settings: Any) -> str:
 
 def is_explicit(sources: Mapping[str, str], name: str) -> bool:
     """Says whether the user gave this setting in a flag or a --config file."""
-    return sources[name].startswith(("flag", "--config "))
+    return sources[name].startswith((_FLAG, "--config "))

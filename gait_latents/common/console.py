@@ -15,10 +15,12 @@ from gait_latents.common.errors import missing_package
 from gait_latents.common.process import rank
 
 _KERNEL_MARK = "JPY_PARENT_PID"  # Jupyter sets it for its kernels, and so for the commands in their cells
-_LOG_SECONDS, _LOG_SHARE = 60.0, 0.1  # least time and least share of the work between progress lines in a log
+# In a log, a line of progress comes when this much time has passed and this share of the work was done since the last.
+LOG_SECONDS, _LOG_SHARE = 60.0, 0.1
 
 
 def print_error(text: str) -> None:
+    """Prints on stderr; a closed terminal or a full disk below the log is no reason to fail."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
@@ -27,7 +29,7 @@ _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
 def harmless(text: str) -> str:
-    """Escapes what a terminal would obey: names and values may come from a file of somebody else."""
+    """Escapes control characters, which a terminal would obey: names may come from a file that somebody else wrote."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
@@ -45,7 +47,7 @@ def _tqdm() -> Any:
 
 
 def say(text: str = "") -> None:
-    """Prints one line for the user, above any progress bar; what the output cannot show is escaped."""
+    """Prints one line for the user, above any progress bar; what the output cannot show is escaped. Only on rank 0."""
     if rank():
         return
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -55,7 +57,7 @@ def say(text: str = "") -> None:
 
 
 def warn(text: str) -> None:
-    """Prints one line that the user should not miss."""
+    """Prints one line that begins with "warning:" on stderr. Only rank 0 prints."""
     if rank():
         return
     with suppress(OSError):
@@ -63,7 +65,7 @@ def warn(text: str) -> None:
 
 
 class Progress:
-    """A bar on a terminal; in a log, and a notebook's output is one, a plain line now and then and one at the end."""
+    """A bar on a terminal; where output is kept (a log, a notebook), a plain line now and then and one at the end."""
 
     def __init__(self, *, total: int, unit: str, label: str, initial: int = 0) -> None:
         self.total, self.unit, self.label = total, unit, label
@@ -79,14 +81,14 @@ class Progress:
             dynamic_ncols=not self.is_log,
             smoothing=0.1,
         )
-        self.last_time, self.last_count = time.monotonic(), initial  # of the last line
+        self.last_time, self.last_count = time.monotonic(), initial  # when the last line was printed
 
     def advance(self, count: int = 1, **figures: str) -> None:
         """Moves on by `count`; `figures` are shown behind the bar."""
         if figures:
             self.bar.set_postfix(figures, refresh=False)
         self.bar.update(count)
-        is_time = time.monotonic() - self.last_time >= _LOG_SECONDS
+        is_time = time.monotonic() - self.last_time >= LOG_SECONDS
         if self.is_log and is_time and self.bar.n - self.last_count >= max(1, _LOG_SHARE * self.total):
             self._print_line()
 
@@ -112,14 +114,16 @@ class Progress:
 
 
 def _is_live(stream: TextIO) -> bool:
-    """Says whether a line that was printed can be drawn over.
+    """Says whether a bar can be drawn on a stream, each time over the last.
 
-    A command in a cell has a terminal, too, but all that a bar draws on it ends up in the saved notebook.
+    A command in a notebook's cell has a terminal, too, but all that is drawn on it ends up in the saved notebook.
     """
     return stream.isatty() and _KERNEL_MARK not in os.environ
 
 
 class _Nowhere:
+    """A file for a bar that only counts."""
+
     def write(self, _text: str) -> None:
         """Drops the text."""
 
@@ -148,7 +152,7 @@ def duration(seconds: float) -> str:
 
 
 def python_word() -> str:
-    """Returns how a shell here starts this Python: by its path where its virtual environment is not activated."""
+    """Returns how to start this Python: "python", or its path where its virtual environment is not activated."""
     found, own = shutil.which("python"), Path(sys.executable)
     if sys.prefix == sys.base_prefix or (found and Path(found).parent == own.parent):
         return "python"
@@ -165,10 +169,10 @@ def size(count: float) -> str:
 
 
 def tell(num_bytes: float, what: str, folder: Path, *, remedy: str) -> None:
-    """Says about how much `what` will take in `folder` and how much is free there; warns where that is too little.
+    """Prints about how much `what` will take in `folder` and how much is free there; warns where that is too little.
 
     Args:
-        num_bytes: an estimate; nothing is said of nothing.
+        num_bytes: an estimate; where it is 0, nothing is printed.
         what: what is written, with its number, such as "75 saves".
         folder: need not exist yet.
         remedy: what the user may do besides making room.
@@ -177,7 +181,7 @@ def tell(num_bytes: float, what: str, folder: Path, *, remedy: str) -> None:
         return
     try:
         free = free_bytes(folder)
-    except OSError as error:  # the writing itself will tell, if it cannot be done either
+    except OSError as error:  # no reason to fail: if writing is impossible too, the write says so
         say(f"disk: about {size(num_bytes)} for {what}; what is free on {folder} is not known ({error.strerror})")
         return
     if num_bytes < free:
@@ -197,7 +201,7 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def shown(name: str | os.PathLike[str]) -> str:
+def show_name(name: str | os.PathLike[str]) -> str:
     """Returns a name for a message of one line: quoted and escaped where a character cannot be printed."""
     text = str(name)
     return text if text.isprintable() else ascii(text)

@@ -1,11 +1,50 @@
-"""The processes of one run, as torchrun starts them: one for each GPU, or several on a CPU.
+"""The processes of one run, as torchrun starts them, and the protocol by which they work together and end.
 
     torchrun --nproc_per_node=2 train_latent_cfg.py
 
-A *rank* is the number of a process, from 0; rank 0 alone prints and writes what there is one of. What the processes
-tell each other goes through gloo, on CPUs, so that it waits for no GPU; gradients go through NCCL where there are GPUs.
-A process that is alone has no group, and each method below then does nothing. No block of `together` may hold another
-exchange: a process that failed in it would answer with something else.
+**Who joins.** Each script enters `join_ranks` once, with as many processes as torchrun has started: one for each GPU,
+or several on a CPU. preprocess_latents.py, train_latent_cfg.py and generate.py share their work; evaluate_images.py,
+--verify and --prune join only to refuse company (`must_be_alone`). A *rank* is the number of a process, from 0. Rank 0
+alone prints, and writes what there is only one of. A process that is alone has neither group nor store, and each
+method below returns what one process would get, without waiting.
+
+**Collectives** wait until all processes have called them: the end of `together`, `check_same`, `first_of`, `of_main`,
+`copy_of_main`, `add_up`, `agree_to_stop` and `use`. torch matches the calls of the processes by their order alone, so
+all must make the same calls in the same order. What may fail on one process belongs in a block of `together`; a process
+that fails there goes on to the collective at the end of the block. Hence such a block must hold no other collective:
+those that have not failed would be waiting in it, and would take the failed one's answer for their own question.
+Values go through gloo, on CPUs, so that they wait for no GPU; gradients and weights go through NCCL where there are
+GPUs. A collective fails when a process is gone, or after _ANSWER_SECONDS.
+
+**The store** is a table of texts that all can read and write at any time, in a block of `together` too. Its keys are
+
+    <topic> <rank>      the process has come so far (`tell`)
+    <topic> alive       a count that grows while a process works on the topic: a sign of life (`sign_of_life`)
+    word left           why a process that is not rank 0 ended by itself: [rank, message, exit code]
+
+with the topics
+
+    signal <n>          it has got the signal n, and all are to stop (`raise_if_stopped`)
+    encoded             it has encoded its share of the images (latents.filling)
+    filled              it has all latents, its own and those of the others; "filled failed": it could not encode
+    drawn <step>        rank 0 has saved and drawn what was due after a step (training.loop)
+    made                it has made its share of the images (training.generation)
+    ended, heard        rank 0 has come to its end; another process knows of that
+
+Whoever waits through the store (`await_others`, `await_end`, `while_main_works`) gives up after _PATIENCE_SECONDS
+without news, and does the work itself or lets the next collective find out what has happened.
+
+**How a run ends.** torchrun ends all processes soon after the first that exits with an error, so rank 0, which prints
+the reason, has to come first:
+
+1. All is done: rank 0 tells "ended", and all leave.
+2. All agree, in a collective, that one has failed or got a signal: rank 0 raises the error, those of others with their
+   rank named; the others raise `Told` with the same exit code, or `Stopped`, and wait for "ended" (at most
+   _LAST_WORDS_SECONDS) before they leave.
+3. One that is not rank 0 fails outside of `together`: it leaves word and leaves the group. Rank 0 finds the word where
+   it looks between its work (`raise_if_stopped`), or when the collective fails that the other is missing in.
+4. One dies without a word, or rank 0 fails outside of `together`: the next collective or look into the store fails on
+   the others. Rank 0 then raises `Failed` and says that another cannot be reached; any other process ends in silence.
 """
 
 import json
@@ -24,18 +63,19 @@ from gait_latents.common import console, errors, hardware, process
 from gait_latents.common.errors import Failed, Stopped, Told, UserError
 from gait_latents.common.process import StopSignals
 
-TIME_IS_UP = 1  # beside the numbers of signals, which are larger: 2 and 15
-_JOIN_SECONDS = 300.0  # for all processes to start and import
-_LAST_WORDS_SECONDS = 20.0  # for rank 0 to say why the run ended; torchrun gives 30 after a signal
-_ANSWER_SECONDS = 1800.0  # the longest that one waits for another in an exchange
-_LOOK_SECONDS, _LOOK_SHARE = 0.5, 0.1  # between two looks at the others, at most; of the time waited so far
-_PATIENCE_SECONDS = 300.0  # without anything new; latents are published each minute
-_WORD = "word left"  # in the store, by the first process that ended by itself: its rank, and what `explain` says
+TIME_IS_UP = 1  # a reason to stop, as are the numbers of the signals, 2 and 15, which are larger and so win
+_JOIN_SECONDS = 300.0  # within which all processes must have started and imported torch
+_LAST_WORDS_SECONDS = 20.0  # that others wait for rank 0 to say why the run ends; torchrun kills 30 s after a signal
+_ANSWER_SECONDS = 1800.0  # the longest that one process waits for another in a collective
+# Between two looks into the store: this share of the time waited so far, but no more than so many seconds.
+_LOOK_SECONDS, _LOOK_SHARE = 0.5, 0.1
+_PATIENCE_SECONDS = 300.0  # without news, after which others are given up; latents are published each minute
+_WORD = "word left"  # store key under which a failing process leaves [rank, message, exit code]
 Item = TypeVar("Item")
 
 
 class OtherFailed(Exception):
-    """Another process has failed, and says why where the block of `Ranks.together` ends, which this one leaves."""
+    """Another process has failed in this block of `Ranks.together`; leave the block, whose end tells all why."""
 
 
 class Ranks:
@@ -50,7 +90,7 @@ class Ranks:
     def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, store: dist.Store | None = None) -> None:
         self.rank, self.count, self.local_rank = rank, count, local_rank
         self._store = store
-        self._device_group: Any = None  # the group of all, until there are GPUs
+        self._device_group: Any = None  # the NCCL group for tensors on GPUs; None is the gloo group of all
 
     @property
     def is_main(self) -> bool:
@@ -58,7 +98,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Returns this process's share of what all of them list alike."""
+        """Returns this process's share of a list that all have alike: every count-th item from its rank on."""
         return items[self.rank :: self.count]
 
     # --- devices ---
@@ -81,14 +121,14 @@ class Ranks:
         return f"cuda:{self.local_rank}"
 
     def use(self, device: torch.device) -> None:
-        """Makes ready to add up what lies on a device; all processes call this together."""
+        """Prepares collectives over tensors on a device. A collective."""
         if self.count > 1 and device.type == "cuda":
             torch.cuda.set_device(device)
             if dist.is_nccl_available():
                 self._device_group = dist.new_group(backend="nccl")
 
     def say_unused(self, asked: str, command: str) -> None:
-        """Says how to use the other GPUs of this machine, where there are any and --device is left to us."""
+        """Prints how to use the other GPUs of this machine, where there are any and --device is auto."""
         num_gpus = torch.cuda.device_count()
         if self.count == 1 and asked == "auto" and num_gpus > 1:
             console.say(
@@ -97,15 +137,23 @@ class Ranks:
             )
 
     def must_be_alone(self, what: str) -> None:
-        """Raises UserError where there are several processes."""
+        """Raises UserError where there are several processes, for work that is not shared; on each of them."""
         if self.count > 1:
             raise UserError(f"{what} is for one process; start it without torchrun")
 
-    # --- one for all ---
+    # --- collectives: all processes call them in the same order, and outside of `together` ---
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Makes what fails on one process in the block fail on all, told once, by rank 0."""
+        """Makes what fails on one process in the block fail on all of them, told once, by rank 0.
+
+        The end of the block is a collective, and the block itself must hold none: a process that failed in it is
+        already at the end, and would answer the collective of the others with its failure.
+
+        Raises:
+            UserError, Failed, OSError or Stopped: on rank 0, its own or else that of the first rank that has failed.
+            Told: on the others, with the exit code of that error.
+        """
         if self.count == 1:
             yield
             return
@@ -132,7 +180,11 @@ class Ranks:
         raise _error_in(first, text, code)
 
     def check_same(self, facts: Mapping[str, object], remedy: str) -> None:
-        """Raises UserError, told by rank 0, unless all processes have the same facts {what: value}."""
+        """Makes sure that all processes have the same facts {what: value}. A collective.
+
+        Raises:
+            UserError: on rank 0, naming the first fact that differs; Told on the others.
+        """
         if self.count == 1:
             return
         told = self._gather({what: str(value) for what, value in facts.items()})
@@ -144,16 +196,16 @@ class Ranks:
                     raise UserError(f"process {rank} has {what} {theirs.get(what)}, process 0 has {value}; {remedy}")
 
     def first_of(self, value: Item | None) -> Item | None:
-        """Returns the first value, of plain types, that is not None, in the order of the ranks."""
+        """Returns the value of the lowest rank whose value, of JSON types, is not None. A collective."""
         told = [value] if self.count == 1 else self._gather(value)
         return next((one for one in told if one is not None), None)
 
     def of_main(self, value: Item) -> Item:
-        """Returns the value that rank 0 has, of plain types."""
+        """Returns the value, of JSON types, that rank 0 has. A collective."""
         return value if self.count == 1 else self._gather(value)[0]
 
     def copy_of_main(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrites tensors on the device with those of rank 0."""
+        """Overwrites tensors on the device with those of rank 0. One collective for each tensor."""
         if self.count > 1:
             for tensor in tensors:
                 if tensor.numel():
@@ -162,13 +214,12 @@ class Ranks:
                         dist.broadcast(dense, src=0, group=self._device_group)
                     tensor.detach().copy_(dense)
 
-    # --- in a step ---
-
     def add_up(self, network: nn.Module, *values: Tensor) -> list[Tensor]:
-        """Adds the gradients of all processes up, in place, and returns the sums of other float32 values.
+        """Adds up the gradients of all processes, in place, and returns the sums of other float32 values.
 
-        One exchange for all, after the backward pass: the compiled code holds none, nothing is wrapped around the
-        network, and a sum is what one process would have had (a mean would change where float16 overflows).
+        It is one collective for all of them, called after the backward pass, so that compiled code holds none and the
+        network needs no wrapper. Sums are what one process would have computed; a mean would move the point where
+        float16 overflows.
         """
         if self.count == 1:
             return list(values)
@@ -183,27 +234,30 @@ class Ranks:
         return sums[len(gradients) :]
 
     def agree_to_stop(self, signal_number: int | None, time_is_up: bool) -> int | None:
-        """Returns why all processes stop after this step: a signal that any has got, rank 0's clock, or None."""
+        """Returns why all processes stop after this step, or None. A collective.
+
+        The reason is the number of a signal that any of them has got, or TIME_IS_UP by the clock of rank 0.
+        """
         own = signal_number or (TIME_IS_UP if time_is_up and self.is_main else 0)
         return self._largest(own) or None
 
-    # --- without waiting ---
+    # --- the store: without waiting for an answer, in a block of `together` too ---
 
     def tell(self, topic: str) -> None:
-        """Lets the others know that this process has come so far."""
+        """Lets the others know that this process has come to the point that a topic names."""
         if self._store is not None:
             with self._reaching_others():
                 self._store.set(f"{topic} {self.rank}", "")
 
-    def have_told(self, topic: str) -> list[int]:
-        """Returns the ranks that have told of a topic, without waiting for the rest."""
+    def _have_told(self, topic: str) -> list[int]:
+        """Returns the ranks that have told of a topic by now."""
         if self._store is None:
             return []
         with self._reaching_others():
             return [rank for rank in range(self.count) if self._store.check([f"{topic} {rank}"])]
 
     def raise_if_stopped(self, signals: StopSignals) -> None:
-        """Looks, between two exchanges, whether there is a reason to end.
+        """Looks whether there is a reason to end; called between pieces of work, so that nobody works on in vain.
 
         Raises:
             Stopped: when this process has got a signal, which it tells the others, or another has told of one.
@@ -212,7 +266,7 @@ class Ranks:
         for number in process.STOP_SIGNALS:
             if signals.received == number:
                 self.tell(f"signal {number}")
-            elif not self.have_told(f"signal {number}"):
+            elif not self._have_told(f"signal {number}"):
                 continue
             raise Stopped(number)
         with self._reaching_others():
@@ -220,20 +274,20 @@ class Ranks:
 
     def raise_if_failed(self, topic: str) -> None:
         """Raises OtherFailed when another process has told that it failed in its share of a topic."""
-        if self.have_told(f"{topic} failed"):
+        if self._have_told(f"{topic} failed"):
             raise OtherFailed(topic)
 
     def await_others(self, topic: str, look: Callable[[], tuple[int, int]]) -> None:
-        """Waits until the others have told of a topic, or all that they do is there; gives up on them without news.
+        """Waits until all have told of a topic or all results are there; gives up after _PATIENCE_SECONDS without news.
 
-        It looks at what they do instead of waiting for them in an exchange, which has its limit of time.
+        It looks at the others' results (files on a disk) and does not wait in a collective, which has a limit of time.
 
         Args:
-            look: finds out what there is by now; returns how much has come, and how much is still to come.
+            look: looks for results; returns how much has come since the last look, and how much is still to come.
         """
         last_news = time.monotonic()
         while time.monotonic() - last_news < _PATIENCE_SECONDS:
-            are_done = len(self.have_told(topic)) == self.count  # before the look, which then misses nothing
+            are_done = len(self._have_told(topic)) == self.count  # before the look, which then misses nothing
             found, to_come = look()
             if are_done or not to_come:
                 return
@@ -243,13 +297,13 @@ class Ranks:
                 time.sleep(_LOOK_SECONDS)
 
     def sign_of_life(self, topic: str) -> None:
-        """Lets those that wait for the end of a topic know that this process is at work on it."""
+        """Lets those that wait for the end of a topic know that this process still works on it."""
         if self._store is not None:
             with self._reaching_others():
                 self._store.add(f"{topic} alive", 1)
 
     def await_end(self, topic: str, between: Callable[[], object]) -> None:
-        """Waits until all have told of a topic; gives up on the others without a sign of life.
+        """Waits until all have told of a topic; gives up on them after _PATIENCE_SECONDS without a sign of life.
 
         Args:
             between: called before each look; what it raises ends the waiting.
@@ -260,73 +314,82 @@ class Ranks:
     def while_main_works(self, topic: str, between: Callable[[], object]) -> Iterator[None]:
         """Lets the others wait at the end of a block until rank 0 has come there, as long as it gives signs of life.
 
-        An exchange, for which they would else wait, has its limit of time.
+        Without it they would wait for rank 0 in the next collective, which fails after _ANSWER_SECONDS.
 
         Args:
-            topic: another one each time.
+            topic: must not have been used before in this run.
             between: called before each look; what it raises ends the waiting.
         """
         try:
             yield
         finally:
-            if self.is_main:  # which then hears at once, in an exchange, of a process that has died
+            if self.is_main:  # it does not wait: of a process that has died, the next collective tells it at once
                 self.tell(topic)
         if not self.is_main:
             self._await(topic, lambda told: 0 in told, between)
 
     def _await(self, topic: str, is_enough: Callable[[list[int]], bool], between: Callable[[], object]) -> None:
+        """Waits until enough ranks have told of a topic, or no sign of life comes any more."""
+        if self._store is None:
+            return
         started = last_news = time.monotonic()
         last_sign = -1
-        while not is_enough(self.have_told(topic)) and time.monotonic() - last_news < _PATIENCE_SECONDS:
+        while not is_enough(self._have_told(topic)) and time.monotonic() - last_news < _PATIENCE_SECONDS:
             between()
             with self._reaching_others():
-                sign = self._store.add(f"{topic} alive", 0)  # type: ignore[union-attr]
+                sign = self._store.add(f"{topic} alive", 0)
             if sign != last_sign:
                 last_sign, last_news = sign, time.monotonic()
             time.sleep(min(_LOOK_SECONDS, 0.01 + _LOOK_SHARE * (time.monotonic() - started)))
 
     def await_words_of_main(self) -> bool:
-        """Lets rank 0 finish and say why: once any process has ended badly, torchrun ends the rest.
+        """Waits, on the others, until rank 0 has ended: when one of them exits first, torchrun ends rank 0 unheard.
 
         Returns:
-            Whether it has done so, as far as can be known.
+            Whether rank 0 has ended, as far as can be known; True on rank 0 itself.
         """
         if self.is_main:
             return True
         until = time.monotonic() + _LAST_WORDS_SECONDS
         has_ended = False
-        with suppress(Told):  # the store may have gone with rank 0
+        with suppress(Told):  # the store may be gone, since rank 0 holds it
             while not has_ended and time.monotonic() < until:
                 time.sleep(_LOOK_SECONDS / 5)
-                has_ended = 0 in self.have_told("ended")
+                has_ended = 0 in self._have_told("ended")
             self.tell("heard")
-            time.sleep(_LOOK_SECONDS)  # in which it prints
+            time.sleep(_LOOK_SECONDS)  # the time that rank 0 needs to print
             return has_ended
         return True
 
     def let_others_hear(self) -> None:
-        """Lets the others learn that rank 0 has ended, before the store goes with it, of which torch would tell."""
+        """Tells, on rank 0, that it ends, and waits a moment until the others know.
+
+        The store goes with rank 0, and torch would print complaints of processes that still look into it.
+        """
         self.tell("ended")
-        until = time.monotonic() + _LOOK_SECONDS / 2  # else they would end before it prints
-        while len(self.have_told("heard")) < self.count - 1 and time.monotonic() < until:
+        until = time.monotonic() + _LOOK_SECONDS / 2  # less than they wait after "heard", so that rank 0 prints first
+        while len(self._have_told("heard")) < self.count - 1 and time.monotonic() < until:
             time.sleep(_LOOK_SECONDS / 50)
 
     def leave_word(self, error: Exception) -> bool:
-        """Leaves word why this process, which is not rank 0, ends by itself, and lets rank 0 tell it.
+        """Leaves word why this process, which is not rank 0, ends outside of `together`, and lets rank 0 print it.
 
-        Rank 0 finds it where it looks between its work, or in the exchange that this process is missing in.
+        Rank 0 finds the word in `raise_if_stopped`, or when the collective fails that this process is missing in.
 
         Returns:
-            Whether rank 0 has told it.
+            Whether rank 0 has ended in time, and so has printed it.
         """
+        if self._store is None:
+            return False
         with suppress(Told):  # the store may be gone
             with self._reaching_others():
-                self._store.set(_WORD, json.dumps([self.rank, *errors.explain(error)]))  # type: ignore[union-attr]
-            dist.destroy_process_group()  # without which the others would wait for this one
+                self._store.set(_WORD, json.dumps([self.rank, *errors.explain(error)]))
+            dist.destroy_process_group()  # so that a collective in which the others wait for this process fails at once
             return self.await_words_of_main()
         return False
 
     def _raise_word_left(self) -> None:
+        """Raises the error of which another process has left word; Told unless this is rank 0."""
         if self._store is not None and self._store.check([_WORD]):
             rank, text, code = json.loads(self._store.get(_WORD))
             raise _error_in(rank, text, code) if self.is_main else Told(code)
@@ -334,6 +397,7 @@ class Ranks:
     # --- gloo ---
 
     def _largest(self, value: int) -> int:
+        """Returns the largest of the values of all processes. A collective."""
         if self.count == 1:
             return value
         largest = torch.tensor([int(value)])
@@ -342,9 +406,9 @@ class Ranks:
         return int(largest)
 
     def _gather(self, value: Any) -> list[Any]:
-        """Returns the value of each process, in the order of their ranks.
+        """Returns the value of each process, in the order of their ranks. Two collectives.
 
-        Values are sent as JSON: what comes from another process runs nothing here, as a pickle might.
+        Values are sent as JSON, which, unlike a pickle, cannot make this process run anything.
         """
         text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
         longest = self._largest(len(text))
@@ -357,7 +421,12 @@ class Ranks:
 
     @contextmanager
     def _reaching_others(self) -> Iterator[None]:
-        """Ends this process when another cannot be reached any more: it was killed, or has told why it failed."""
+        """Surrounds each use of the group and of the store, which fail when another process is gone.
+
+        Raises:
+            UserError or Failed: on rank 0, what the other process left word of, or that it cannot be reached.
+            Told: on the others.
+        """
         try:
             yield
         except torch.OutOfMemoryError:
@@ -373,21 +442,24 @@ class Ranks:
             ) from error
 
 
-ALONE = Ranks()
+ALONE = Ranks()  # one process, which joins nobody
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """Joins the processes that torchrun has started beside this one; a process that is alone joins nobody."""
+def join_ranks() -> Iterator[Ranks]:
+    """Joins the processes that torchrun has started beside this one; on the way out, lets rank 0 say why the run ends.
+
+    A process that is alone joins nobody. The top of this module says how a run ends.
+    """
     if process.num_ranks() == 1:
-        yield Ranks()
+        yield ALONE
         return
     ranks = _join()
     is_done = False
     try:
         yield ranks
         is_done = True
-    except (Stopped, Told):  # agreed upon
+    except (Stopped, Told):  # all processes know of it
         ranks.await_words_of_main()
         raise
     except (UserError, Failed, OSError) as error:
@@ -410,7 +482,7 @@ def _join() -> Ranks:
         store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=wait))
         store = dist.PrefixStore(_attempt(), store)
         answer = timedelta(seconds=_ANSWER_SECONDS)
-        # Of the time to join, the group knows through the store; of the time to answer, from here.
+        # Joining takes its limit of time from the store; collectives take theirs from the group.
         store.set_timeout(wait)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=answer)
     except (RuntimeError, ValueError) as error:
@@ -425,16 +497,16 @@ def _join() -> Ranks:
 
 
 def _attempt() -> str:
-    """Names the attempt of a torchrun that starts all again: its store still has what the last one left.
+    """Names the attempt of a torchrun that starts all again: its store still has the keys of the attempt before.
 
-    Of several machines each counts for itself, so that the number is none that all know.
+    Each machine counts restarts by itself, so that with several machines there is no number that all of them know.
     """
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if is_one_machine else 0}"
 
 
 def _error_in(rank: int, text: str, code: int) -> Exception:
-    """Returns what another process has raised, as `script.explain` told of it."""
+    """Returns the error that another process has raised, from the message and exit code of `errors.explain`."""
     if code > errors.SIGNALLED:
         return Stopped(code - errors.SIGNALLED)
     return (UserError if code == errors.USER_ERROR else Failed)(f"{text} (in process {rank})")

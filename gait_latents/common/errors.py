@@ -18,11 +18,16 @@ SIGNALLED = 128  # to which the number of the signal is added
 
 
 class Stopped(Exception):
-    """A signal asked for an end, and everything worth keeping is saved."""
+    """A signal asked for an end, and everything worth keeping is saved; `str()` names the signal."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(signal.Signals(signal_number).name)
+        super().__init__(name_signal(signal_number))
         self.exit_code = SIGNALLED + signal_number
+
+
+def name_signal(number: int) -> str:
+    """Names a signal as the user knows it: SIGINT is what Ctrl-C sends."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 class Failed(Exception):
@@ -30,7 +35,7 @@ class Failed(Exception):
 
 
 class Told(Exception):
-    """The run has failed, and another of its processes says why."""
+    """The run has failed, and another of its processes prints why; this one ends with the same exit code in silence."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)

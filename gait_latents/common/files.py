@@ -1,9 +1,10 @@
-"""Publishing: a file appears under its name whole and on the disk, or not at all; and reading one with care.
+"""Publishing files, so that each appears under its name whole and on the disk or not at all; and careful reading.
 
-Every file-system call is `os.<name>`, looked up when it is made, so that a test can make any of them fail.
+A file is written under a temporary name, synced, and renamed. Every file-system call is spelt `os.<name>`, so that a
+test can replace any of them by one that fails.
 """
 
-# Descriptors all the way: pathlib can neither sync nor create exclusively with a mode.
+# os and descriptors instead of pathlib, which can neither sync a file nor create one exclusively with a mode.
 # ruff: noqa: PTH102, PTH104, PTH106, PTH108, PTH116
 
 import errno
@@ -23,7 +24,8 @@ from gait_latents.common.errors import UserError
 def check_writable(folder: Path, setting: str, *, by_trying: bool = True) -> None:
     """Raises UserError, naming the setting, when files cannot be made in a folder; it need not exist yet.
 
-    Where it is not found out `by_trying`, which a full disk would fail, it is told from permissions.
+    Args:
+        by_trying: whether to make a file; otherwise permissions decide, so that a full disk is no obstacle.
     """
     reason = why_not_writable(folder) if by_trying else why_not_permitted(folder)
     if reason is not None:
@@ -53,7 +55,7 @@ def publish(path: str | os.PathLike[str], data: Buffer | Sequence[Buffer]) -> No
     try:
         try:
             _publish_once(path, chunks)
-        except FileNotFoundError:  # somebody removed the temporary or the folder meanwhile: write it anew
+        except FileNotFoundError:  # another process removed the temporary or the folder meanwhile: write once more
             _publish_once(path, chunks)
     except OSError as error:
         error.filename, error.filename2 = str(path), None
@@ -121,7 +123,7 @@ def _put_in_place(temporary: Path, path: Path, chunks: list[memoryview], written
         if error.errno not in _CANNOT_RENAME:
             raise
         try:
-            _write_new(path, chunks)  # not whole at every moment, but what reads it checks every byte
+            _write_new(path, chunks)  # a reader may see half of it for a moment, but each checks a checksum
         except FileExistsError:
             raise error from None
         _discard(temporary)
@@ -173,7 +175,7 @@ def _discard(path: Path) -> None:
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Gives an error of the block the name of the file: one of a read or a write, unlike one of an open, has none."""
+    """Adds the name of the file to an OSError of the block: reading and writing, unlike opening, raise it without."""
     try:
         yield
     except OSError as error:
@@ -201,8 +203,8 @@ def read_whole(path: str | os.PathLike[str], *, at_most: int) -> bytes:
 
 
 @functools.cache
-def _host() -> str:
-    """Names the set of processes whose ids can be asked here: machine, boot and process namespace."""
+def host_digest() -> str:
+    """Names where process ids mean the same as here: the machine, its boot, and the namespace of a container."""
     facts = [socket.gethostname()]
     with suppress(OSError):
         facts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -212,11 +214,11 @@ def _host() -> str:
 
 
 def _temporary_name() -> str:
-    return f"{TEMPORARY_PREFIX}{_host()}-{os.getpid()}-{uuid.uuid4().hex}"
+    return f"{TEMPORARY_PREFIX}{host_digest()}-{os.getpid()}-{uuid.uuid4().hex}"
 
 
 def can_write(folder: str | os.PathLike[str]) -> bool:
-    """Says whether files can be made in `folder`; it need not exist, and nothing is left of the try."""
+    """Says whether files can be made in `folder`, by making one; see `why_not_writable`."""
     return why_not_writable(folder) is None
 
 
@@ -243,7 +245,7 @@ def why_not_writable(folder: str | os.PathLike[str]) -> str | None:
 
 
 def why_not_permitted(folder: str | os.PathLike[str]) -> str | None:
-    """Returns why no file can be made in `folder`, as far as that is told without trying; None where it can."""
+    """Returns why no file can be made in `folder`, as far as permissions say; None where one can be made."""
     place = Path(folder).absolute()
     try:
         while not place.exists():
@@ -319,7 +321,7 @@ def _is_writer_dead(name: str) -> bool:
     """Says whether the process that made a temporary of this name is known to have ended."""
     host, _, rest = name.removeprefix(TEMPORARY_PREFIX).partition("-")
     process = rest.partition("-")[0]
-    if host != _host() or not process.isdecimal() or len(process) > 9:
+    if host != host_digest() or not process.isdecimal() or len(process) > 9:
         return False
     try:
         os.kill(int(process), 0)

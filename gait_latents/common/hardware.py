@@ -33,7 +33,7 @@ def warn_uncompiled(choice: str, obstacle: str) -> None:
 # Native bfloat16 arithmetic starts at this CUDA compute capability; older GPUs have fast float16 only.
 _BFLOAT16_CAPABILITY = (8, 0)
 _TRITON_CAPABILITY = (7, 0)  # the oldest GPUs that torch.compile generates code for
-_COMPILED_STEPS = 5000  # fewer do not repay the minute or two that compiling takes
+COMPILED_STEPS = 5000  # with fewer steps, compiling takes longer than it saves
 TOO_LITTLE_MEMORY = "the GPU has too little memory; end what else uses it, or give --device cpu"
 NUMBER_FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -68,6 +68,7 @@ def _resolve_auto(name: str) -> str:
 
 
 def _try(device: torch.device) -> None:
+    """Computes a small convolution: a GPU may be listed and yet be full, or too old for this torch."""
     try:
         image = torch.ones(1, 3, 8, 8, device=device)
         torch.nn.functional.conv2d(image, torch.ones(1, 3, 3, 3, device=device)).sum().item()
@@ -110,7 +111,7 @@ def pick_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if name != "auto":
         return NUMBER_FORMATS[name], "as asked"
     if device.type != "cuda":
-        return torch.float32, "a CPU"
+        return torch.float32, "the default without a GPU"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) >= _BFLOAT16_CAPABILITY:
         return torch.bfloat16, f"compute capability {major}.{minor}"
@@ -127,11 +128,12 @@ def pick_compile(choice: str, device: torch.device, *, num_steps: float, as_befo
 
     Args:
         choice: the setting: auto, true or false.
-        num_steps: of training, in all.
-        as_before: whether the run that goes on was compiled, so that it keeps its bits; None where it begins.
+        num_steps: number of training steps in all.
+        as_before: whether the run that is resumed was compiled, since a compiled network gives other bits; None for a
+            new run.
 
     Raises:
-        UserError: when it is asked for and cannot be done.
+        UserError: when compiling is asked for and impossible.
     """
     obstacle = why_not_compile(device)
     if choice == "true" and obstacle is not None:
@@ -139,9 +141,9 @@ def pick_compile(choice: str, device: torch.device, *, num_steps: float, as_befo
     if choice == "false" or obstacle is not None:
         return False, f"not compiled ({obstacle or 'as asked'})"
     if choice == "auto" and as_before is False:
-        return False, "not compiled, as it began"
-    if choice == "auto" and as_before is None and num_steps < _COMPILED_STEPS:
-        return False, "not compiled, which so few steps do not repay"
+        return False, "not compiled, as when the run began"
+    if choice == "auto" and as_before is None and num_steps < COMPILED_STEPS:
+        return False, "not compiled, since so few steps would not repay the time"
     return True, "compiled, which takes a minute or two at the first step"
 
 
@@ -173,8 +175,8 @@ def compiler_obstacle(error: RuntimeError) -> str:
 def make_deterministic() -> None:
     """Asks torch for algorithms that give the same bits each time on one device.
 
-    To be called before anything is computed: torch reads the variable at its first matrix product on a GPU, and later
-    refuses all of them if it was not set then.
+    Call it before anything is computed: torch reads the environment variable at its first matrix product on a GPU, and
+    if it was not set by then, refuses every later product.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -188,8 +190,8 @@ def allow_tf32() -> None:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Returns the memory free on the device, in bytes: of the host's, the share of one of the run's processes on it."""
-    if device.type == "cuda":  # which no other of them uses
+    """Returns how many bytes this process may still use on the device; processes on one host share its free memory."""
+    if device.type == "cuda":  # each process has a GPU of its own
         return torch.cuda.mem_get_info(device)[0]
     return _free_host_bytes() // process.num_local_ranks()
 
@@ -202,7 +204,7 @@ def _free_host_bytes() -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until the device has finished all work that was queued on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

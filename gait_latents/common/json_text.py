@@ -1,12 +1,26 @@
-"""JSON that is the same text for the same value, so that it can be hashed, and a reader that refuses the rest."""
+"""JSON that is the same text for the same value, so that it can be hashed, a reader that refuses the rest, and
+the header of a safetensors file, which is JSON too.
+"""
 
 import json
 import math
+from typing import NoReturn
 
 
 def canonical(value: object) -> str:
     """Writes JSON in which equal values give equal texts, in ASCII, so that any file name can be in it."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def safetensors_header(text: str) -> bytes:
+    """Returns how a safetensors file begins: the length of its header in 8 bytes, then the header, a multiple of 8.
+
+    Args:
+        text: the header as JSON: {tensor name: {"dtype", "shape", "data_offsets"}}, and texts under "__metadata__".
+    """
+    header = text.encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
 
 
 def parse(text: bytes | str) -> object:
@@ -18,11 +32,11 @@ def parse(text: bytes | str) -> object:
             raise ValueError("a name occurs twice")
         return names
 
-    def refuse(constant: str) -> None:
+    def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not a number")
 
     def finite(number: str) -> float:
-        return float(number) if math.isfinite(float(number)) else refuse(number)  # type: ignore[return-value]
+        return float(number) if math.isfinite(float(number)) else refuse(number)
 
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)

@@ -1,12 +1,30 @@
-"""Names of the files in the folders that the scripts write: a cache, a run, generated images, an evaluation.
+"""Names of the files in the folders that the scripts write: a cache, a run, generated images, an evaluation, an export.
 
-A folder of ours is known by these files, and so is never taken for a class of images.
+A folder of ours is known by some of these files (`images/selection.py`), and so is never taken for a class of images.
+Files whose names hold a number or a digest are named where they are written: checkpoints and grids in
+`training/run_folder.py`, shards in `latents/shard.py`.
 """
 
-# Files by which a folder that a script wrote is known: a training run, generated images, an evaluation.
-SETTINGS_NAME = "settings.yaml"
-RECORD_NAME, LABELS_NAME = "settings.json", "labels.csv"
-REPORT_NAME, PAGE_NAME = "report.json", "report.html"
+SPLIT_NAME = "split.json"  # of a cache and of a run: which images are for training and which for testing
+
+# A cache, made by preprocess_latents.py or by training.
 MANIFEST_NAME = "manifest.json"
+PREVIEW_NAME = "preview.png"  # a few images, and below them what the VAE decodes from their latents
+CHANNELS_NAME = "latents.png"  # the distribution of the latents in each channel, drawn by --verify
+
+# A run of train_latent_cfg.py.
+SETTINGS_NAME = "settings.yaml"
 METRICS_NAME = "metrics.jsonl"
-SPLIT_NAME = "split.json"
+LOSS_NAME = "loss.png"
+
+# Images made by generate.py.
+RECORD_NAME, LABELS_NAME = "settings.json", "labels.csv"
+OVERVIEW_NAME = "overview.png"  # the first images of the first classes
+STRIP_NAME = "strip.png"  # one image of each class and guidance scale, drawn by --strip
+
+# An evaluation by evaluate_images.py.
+REPORT_NAME, PAGE_NAME = "report.json", "report.html"
+PAIRS_NAME = "closest_pairs.png"  # generated images beside the training images that are nearest to them
+
+# A model exported by python -m gait_latents.export.
+WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"

@@ -8,19 +8,23 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from gait_latents.common import files
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _MARGIN = 4
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 
 
-def to_uint8(images: object) -> np.ndarray:
-    """Turns float images [B 3 S S] in [0, 1] (a tensor) into uint8 arrays [B S S 3], rounded to nearest."""
-    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # type: ignore[attr-defined]
+def to_uint8(images: "Tensor") -> np.ndarray:
+    """Turns float images [B 3 S S] in [0, 1] into uint8 arrays [B S S 3], rounded to nearest."""
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def labelled_grid(
@@ -48,17 +52,17 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\uf
 
 
 def printable(text: str) -> str:
-    """Puts a question mark in a diamond where a text holds what no font, page or XML file can show."""
+    """Puts the replacement character (a question mark in a diamond) for what no font, page or XML file can show."""
     return _UNPRINTABLE.sub("\ufffd", text)
 
 
 def one_line(name: str, *, longest: int = 24) -> str:
-    """Returns a name that can be shown in a line, of so many letters at most."""
+    """Returns a name on one line, cut with an ellipsis where it has more than `longest` letters."""
     text = " ".join(printable(name).split())
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-# About what a pixel of `encode_image` takes. Spectrograms and photographs lie 30 % around it.
+# Bytes that a pixel takes in a file of `encode_image`; spectrograms and photographs take up to 30 % more or less.
 BYTES_PER_PIXEL = {".png": 1.8, ".jpg": 0.9}
 
 

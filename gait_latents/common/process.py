@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 from gait_latents.common.errors import Stopped
 
@@ -18,12 +19,12 @@ def num_ranks() -> int:
 
 
 def num_local_ranks() -> int:
-    """Returns how many of them are on this machine, as torchrun tells; all, where nothing tells."""
+    """Returns how many processes of this run are on this machine; all of them where torchrun does not tell."""
     return min(_number_of("LOCAL_WORLD_SIZE") or num_ranks(), num_ranks())
 
 
 def rank() -> int:
-    """Returns the number of this process among them; rank 0 alone prints."""
+    """Returns the number of this process among those of the run, from 0; only rank 0 prints."""
     return _number_of("RANK") if num_ranks() > 1 else 0
 
 
@@ -33,11 +34,11 @@ def _number_of(variable: str) -> int:
 
 
 class StopSignals:
-    """Within the block, the first Ctrl-C or SIGTERM only sets a flag; a second one ends the program at once."""
+    """Within the block, the first Ctrl-C or SIGTERM is only noted in `received`; a second one ends the program."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}  # the handlers that were there before the block
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
@@ -47,7 +48,7 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:

@@ -27,7 +27,8 @@ def run_script(
 ) -> int:
     """Runs a script, and returns its exit code for every way in which it ends: a user's mistake gives no traceback.
 
-    `--help` and mistakes in the flags are answered at once: `work` imports torch, which takes seconds.
+    `--help` and mistakes in the flags are answered before `work` runs, which imports torch and so takes seconds. Where
+    torchrun has started several processes, `work` finds the mistakes, so that one process tells them for all.
 
     Args:
         settings_class: the dataclass of the script's settings.
@@ -38,13 +39,13 @@ def run_script(
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the first lines of a script have left it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if argv is None:
-        atexit.register(gc.freeze)  # else Python looks for garbage among all that torch has made, for a second
+        atexit.register(gc.freeze)  # else the end takes a second, in which Python collects all that torch has made
     words = sys.argv[1:] if argv is None else argv
     try:
         asks_for_help = cli.asks_for_help(words)
         if asks_for_help and rank():
             return DONE
-        if asks_for_help or num_ranks() == 1:  # several processes agree on a mistake later, and one tells it
+        if asks_for_help or num_ranks() == 1:
             cli.read_command_line(settings_class, argv, description=description)
         return work(argv)
     except (UserError, Failed, OSError) as error:
@@ -59,7 +60,7 @@ def run_script(
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """Holds the imports of a script, which take seconds: Ctrl-C ends them without a word.
+    """Surrounds the imports of a script, which take seconds: Ctrl-C ends them at once and without a traceback.
 
     Raises:
         UserError: with the command that installs it, when a package is missing or does not fit another.
@@ -68,7 +69,7 @@ def imports() -> Iterator[None]:
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     )
-    if is_ours:  # a package may turn KeyboardInterrupt into an error of its own
+    if is_ours:  # the system's default ends the process; a package might turn KeyboardInterrupt into another error
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
@@ -89,6 +90,7 @@ def imports() -> Iterator[None]:
 
 
 def _fail(message: object, code: int) -> int:
-    where = f"process {rank()}: " if rank() else ""  # which speaks only of what rank 0 cannot know
+    """Prints the one line about an error, and returns the exit code."""
+    where = f"process {rank()}: " if rank() else ""  # others than rank 0 print only what rank 0 cannot know
     print_error(f"error: {where}{harmless(' '.join(str(message).split()))}")
     return code

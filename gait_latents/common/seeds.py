@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 
-def visited(seed: int, start: int, count: int, size: int) -> Tensor:
-    """Gives items start to start + count - 1 (int64) of the endless chain of permutations of `size` items."""
+def draw_positions(seed: int, start: int, count: int, size: int) -> Tensor:
+    """Returns entries start to start + count - 1 of an endless order over `size` items, as positions (int64).
+
+    The order is one permutation of all items after another, so that each epoch visits every item once.
+    """
     if size < 1:
         raise ValueError(f"an order over {size} items is empty")
     pieces = [torch.empty(0, dtype=torch.int64)]
@@ -22,10 +25,11 @@ def visited(seed: int, start: int, count: int, size: int) -> Tensor:
 
 
 def sample_generator(seed: int, *labels: str | int) -> torch.Generator:
-    """Makes the CPU generator of (seed, labels); a last label that is a number counts through distinct streams.
+    """Makes the CPU generator that belongs to a seed and some labels, such as (42, "image", "ID_1", 7).
 
-    torch's CPU generator looks at only 32 bits of its seed: with everything hashed, two of 100,000 images would
-    more likely than not share their noise. So a last number is added to the hash of the rest, and never repeats.
+    A last label that is a number is not hashed with the rest but added to their hash. torch's CPU generator looks at
+    only 32 bits of its seed: if everything were hashed, two of 100,000 images would more likely than not have the same
+    32 bits and so the same noise. Consecutive numbers always have different ones.
     """
     count = labels[-1] if labels and isinstance(labels[-1], int) else None
     hashed = labels if count is None else (*labels[:-1], None)
@@ -33,6 +37,6 @@ def sample_generator(seed: int, *labels: str | int) -> torch.Generator:
     return torch.Generator().manual_seed((int.from_bytes(digest[:8], "little") + (count or 0)) % 2**63)
 
 
-@lru_cache(maxsize=2)  # the two epochs that a batch across the seam needs
+@lru_cache(maxsize=2)  # a batch may take the end of one epoch and the beginning of the next
 def _permutation(seed: int, epoch: int, size: int) -> Tensor:
     return torch.randperm(size, generator=sample_generator(seed, "order", epoch))

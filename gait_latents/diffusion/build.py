@@ -25,7 +25,13 @@ NETWORK_SETTINGS = (
 
 
 def network_facts(settings: Mapping[str, Any], *, num_classes: int, latent_shape: Sequence[int]) -> dict[str, Any]:
-    """Returns the arguments of the `LatentDiffusion` that the settings of a run describe."""
+    """Returns the arguments of the `LatentDiffusion` that the settings of a run describe.
+
+    Args:
+        settings: by name; those in NETWORK_SETTINGS are used.
+        num_classes: how many classes there are.
+        latent_shape: (C, h, w) of a latent.
+    """
     facts = {"num_classes": num_classes, "latent_channels": latent_shape[0], "latent_size": latent_shape[1]}
     return facts | {name: settings[name] for name in NETWORK_SETTINGS}
 

@@ -1,4 +1,4 @@
-"""The exponential moving average of a network's weights."""
+"""The exponential moving average of a network's weights, with which samples are made."""
 
 import copy
 from typing import Generic, TypeVar
@@ -10,9 +10,17 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class EMA(Generic[Model]):
-    """Keeps a moving average of a model's weights; its decay is a function of the step, so it has no other state."""
+    """Keeps a moving average of a model's weights; the decay depends on the step alone, so there is no other state.
 
-    WARMUP_STEPS = 100
+    average = decay * average + (1 - decay) * weights
+
+    Args:
+        model: the model to average.
+        decay: the largest decay.
+        update_every: steps between updates.
+    """
+
+    WARMUP_STEPS = 100  # in which the average is a copy of the model: early weights are soon worthless
 
     def __init__(self, model: Model, *, decay: float, update_every: int):
         """Starts from a copy of the model, in eval mode and without gradients."""
@@ -21,7 +29,7 @@ class EMA(Generic[Model]):
         self.update_every = update_every
 
     def decay_at(self, step: int) -> float:
-        """Gives the share of the average that survives this step's update: 0 at first, `decay` in the end."""
+        """Returns the decay of this step: 0 for the first WARMUP_STEPS, then rising to `self.decay`."""
         if step < self.WARMUP_STEPS:
             return 0.0
         return min(self.decay, 1.0 - (1 + step - self.WARMUP_STEPS) ** (-2 / 3))

@@ -1,4 +1,7 @@
-"""The package denoising-diffusion-pytorch, of which the U-Net and the schedule come: is it there, and new enough?"""
+"""The package denoising-diffusion-pytorch, from which the U-Net and the schedule come.
+
+Whether it is installed and new enough is checked before it is imported; everything else imports its classes from here.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -28,7 +31,7 @@ def check_library() -> None:
 
 
 def library_version() -> str | None:
-    """Returns the version of the diffusion library that Python imports, None where there is none or it does not say."""
+    """Returns the version of the library that Python imports; None where it is not installed or names no version."""
     folder = _library_folder()
     return None if folder is None else _version_in(folder)
 
@@ -39,7 +42,7 @@ def _library_folder() -> Path | None:
 
 
 def _version_in(folder: Path) -> str | None:
-    """Reads the version of the very folder that is imported, which may hide the installed one."""
+    """Reads the version in the folder that Python imports; another version may be installed elsewhere and be hidden."""
     own = folder / "version.py"
     if own.is_file():
         text = own.read_text(encoding="utf-8", errors="replace")

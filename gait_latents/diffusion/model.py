@@ -1,4 +1,4 @@
-"""The diffusion model on latents: the library's U-Net and noise schedule, our guidance, samplers and EMA.
+"""The diffusion model on latents: the library's U-Net and noise schedule, with our loss, guidance and sampling.
 
 Shapes: B samples, C latent channels, S the latent's height and width, T timesteps of training.
 A noisy latent is alpha * latent + sigma * noise, with alpha^2 + sigma^2 = 1 and lambda = log(alpha / sigma).
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gait_latents.common.errors import UserError
 from gait_latents.diffusion.library import GaussianDiffusion, Unet
-from gait_latents.diffusion.samplers import CLEAN, SAMPLERS, START_LAMBDA, Level, spread, steps_of_levels
+from gait_latents.diffusion.samplers import CLEAN, SAMPLERS, START_LAMBDA, NoiseLevel, spread, steps_of_levels
 
 
 class LatentUnet(Unet):
@@ -32,8 +32,18 @@ class LatentUnet(Unet):
         """Runs the network; under autocast its output still comes back in float32."""
         return super().forward(x, time, classes, cond_drop_prob, cond_keep_mask).float()
 
-    def guided(self, x: Tensor, time: Tensor, classes: Tensor, cond_scale: float) -> Tensor:
-        """Gives uncond + cond_scale * (cond - uncond), so that 1 is no guidance and 0 unconditional."""
+    def predict_guided(self, x: Tensor, time: Tensor, classes: Tensor, cond_scale: float) -> Tensor:
+        """Runs the network with classifier-free guidance (Ho & Salimans 2022).
+
+        Args:
+            x: noisy latents [B C S S].
+            time: timesteps [B].
+            classes: labels [B].
+            cond_scale: 0 is without class, 1 with class and no guidance; above 1 is guided.
+
+        Returns:
+            without + cond_scale * (with - without), float32 [B C S S].
+        """
         if passes_per_step(cond_scale) == 1:
             return self(x, time, classes, cond_drop_prob=1.0 - cond_scale)
         batch = len(x)
@@ -43,12 +53,12 @@ class LatentUnet(Unet):
         return uncond + cond_scale * (cond - uncond)
 
     def forward_with_cond_scale(self, *args, **kwargs):
-        """Refuses, and with it the library's samplers: its guidance projects, rescales and returns a pair or not."""
-        raise NotImplementedError("use LatentUnet.guided and LatentDiffusion.sample")
+        """Raises NotImplementedError, so that no sampler of the library runs: its guidance is another one."""
+        raise NotImplementedError("use LatentUnet.predict_guided and LatentDiffusion.sample")
 
 
-def moved(latents: Tensor, columns: Tensor) -> Tensor:
-    """Moves each latent [B C S S] to the right by its number of columns [B]; the edge column fills the gap."""
+def shift_along_width(latents: Tensor, columns: Tensor) -> Tensor:
+    """Shifts each latent [B C S S] to the right by its number of columns [B]; the edge column fills the gap."""
     width = latents.shape[3]
     sources = (torch.arange(width, device=latents.device) - columns[:, None]).clamp(0, width - 1)  # B S
     return latents.gather(3, sources[:, None, None, :].expand(latents.shape))
@@ -76,7 +86,11 @@ _NUM_TIME_BINS = 10
 
 
 class LatentDiffusion(GaussianDiffusion):
-    """Trains the U-Net on latents and samples from it, with no map to [-1, 1], clamp or random call of its own."""
+    """Trains the U-Net on latents and samples from it.
+
+    The library's own training and sampling are for images: they map pixels to [-1, 1], clamp, and draw random numbers.
+    Here latents are taken as they are, and every random number comes from the caller.
+    """
 
     def __init__(
         self,
@@ -96,7 +110,7 @@ class LatentDiffusion(GaussianDiffusion):
         min_snr_loss_weight: bool,
         min_snr_gamma: float,
     ):
-        """Builds network and schedule; raises UserError where sizes or timesteps do not fit them."""
+        """Builds network and schedule; raises UserError where sizes or the number of timesteps do not fit."""
         _check_sizes(latent_size, dim, dim_mults)
         arguments = unet_arguments(
             dim=dim,
@@ -126,7 +140,15 @@ class LatentDiffusion(GaussianDiffusion):
     def forward(
         self, latents: Tensor, classes: Tensor, *, times: Tensor, noise: Tensor, cond_keep_mask: Tensor
     ) -> Tensor:
-        """Gives the weighted losses [B] of latents [B C S S], noised with `noise` [B C S S] to `times` [B]."""
+        """Returns the weighted loss of each latent, [B].
+
+        Args:
+            latents: normalised latents [B C S S].
+            classes: labels [B].
+            times: timesteps [B] to which the latents are noised.
+            noise: unit normal [B C S S].
+            cond_keep_mask: bool [B], True where the network is told the class.
+        """
         if latents.shape[1:] != self.latent_shape:
             raise ValueError(f"latents {list(latents.shape)} do not have the shape {self.latent_shape}")
         return self.p_losses(
@@ -145,7 +167,7 @@ class LatentDiffusion(GaussianDiffusion):
         sampling_timesteps: int,
         progress: Callable[[], object] | None = None,
     ) -> Tensor:
-        """Makes a sample [B C S S] per class [B], each from its own CPU generator whatever else is in the batch.
+        """Makes a sample per class [B], [B C S S], each with the noise of its own CPU generator.
 
         `sampler` is a key of SAMPLERS; `progress`, where given, is called after every step. For `guidance_interval`
         see `guidance`.
@@ -161,9 +183,9 @@ class LatentDiffusion(GaussianDiffusion):
             rows = [torch.randn(self.latent_shape, generator=own, dtype=torch.float32) for own in generators]
             return torch.stack(rows).to(device)  # B C S S
 
-        def denoise(x: Tensor, level: Level) -> Tensor:
+        def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
             time = torch.full((len(x),), level.time, device=device)
-            clean = self._clean(x, level, self.model.guided(x, time, classes, scales[level]))
+            clean = self._clean(x, level, self.model.predict_guided(x, time, classes, scales[level]))
             if progress is not None:
                 progress()
             return clean
@@ -175,10 +197,13 @@ class LatentDiffusion(GaussianDiffusion):
         finally:
             self.train(was_training)
 
-    def levels(self, sampling_timesteps: int) -> list[Level]:
-        """Gives the levels that sampling visits, from START_LAMBDA on (see TIME_SHARE) to clean, without repeats.
+    def levels(self, sampling_timesteps: int) -> list[NoiseLevel]:
+        """Returns the levels that sampling visits: from START_LAMBDA on, spread as TIME_SHARE says, each once.
 
-        There are `sampling_timesteps` of them before the clean one, or as many as the schedule has after the start.
+        There are `sampling_timesteps` of them before the clean one, or as many as the schedule has if those are fewer.
+
+        Raises:
+            UserError: when more steps are asked for than there are timesteps.
         """
         if not 1 <= sampling_timesteps <= self.num_timesteps:
             raise UserError(
@@ -188,12 +213,17 @@ class LatentDiffusion(GaussianDiffusion):
         usable = self._usable_levels()
         return [*spread(usable, min(sampling_timesteps, len(usable))), CLEAN]
 
-    def guidance(self, levels: Sequence[Level], cond_scale: float, interval: Sequence[float]) -> list[float]:
-        """Gives the guidance scale of each step: `cond_scale` in the interval, 1 outside (Kynkäänniemi et al. 2024).
+    def guidance(self, levels: Sequence[NoiseLevel], cond_scale: float, interval: Sequence[float]) -> list[float]:
+        """Returns the guidance scale of each step: `cond_scale` in the interval, 1 outside (Kynkäänniemi et al. 2024).
 
-        `levels` are those of `levels`. The interval is a part of the way on which steps are spread, 0 at the first
-        level and 1 at the last noisy one, so that a level is in it or not whatever the number of steps. Of (0, 1) it
-        has all, of (a, a) none; between, it ends before the level at its end.
+        The interval is a part of the way from the first level (0) to the last noisy one (1), measured as steps are
+        spread, so that whether a level lies in it does not depend on the number of steps. The interval (0, 1) holds all
+        levels and (a, a) none; any other holds the level at its beginning and not that at its end.
+
+        Args:
+            levels: what `self.levels` returned.
+            cond_scale: guidance inside the interval.
+            interval: (begin, end), from 0 to 1.
         """
         low, high = interval
         if not 0 <= low <= high <= 1:
@@ -205,18 +235,18 @@ class LatentDiffusion(GaussianDiffusion):
         return [cond_scale if low <= ways[level] < high else 1.0 for level in levels if level is not CLEAN]
 
     def num_passes(self, sampling_timesteps: int, *, cond_scale: float, guidance_interval: Sequence[float]) -> int:
-        """Returns the network passes that one sample takes."""
+        """Returns how many passes of the network one sample takes."""
         return sum(map(passes_per_step, self.guidance(self.levels(sampling_timesteps), cond_scale, guidance_interval)))
 
-    def _usable_levels(self) -> list[Level]:
-        """Gives every level that sampling may visit, noisiest first."""
+    def _usable_levels(self) -> list[NoiseLevel]:
+        """Returns every level that sampling may visit, noisiest first."""
         alphas = self.get_buffer("sqrt_alphas_cumprod").tolist()
         sigmas = self.get_buffer("sqrt_one_minus_alphas_cumprod").tolist()
-        every = [Level(*level) for level in zip(range(self.num_timesteps), alphas, sigmas, strict=True)]
+        every = [NoiseLevel(*level) for level in zip(range(self.num_timesteps), alphas, sigmas, strict=True)]
         return [level for level in reversed(every) if level.log_snr >= START_LAMBDA]
 
-    def _clean(self, x: Tensor, level: Level, output: Tensor) -> Tensor:
-        """Turns the network's output into the expected latent."""
+    def _clean(self, x: Tensor, level: NoiseLevel, output: Tensor) -> Tensor:
+        """Turns the output of the network for x at a level into the latent that it expects, [B C S S]."""
         output = output.float()
         if self.objective == "pred_noise":
             return (x - level.sigma * output) / level.alpha
@@ -227,28 +257,32 @@ class LatentDiffusion(GaussianDiffusion):
 
 @contextmanager
 def _noisier_schedule(beta_schedule: str, noise_shift: float) -> Iterator[None]:
-    """Lets the library compute its tables, weights of the loss too, from a shifted schedule: it takes no betas."""
+    """In this block, the library builds its tables and the weights of its loss from a schedule shifted to more noise.
+
+    The library takes the name of a schedule and no betas, so its function of that name is replaced for the time.
+    """
     library, name = sys.modules[GaussianDiffusion.__module__], f"{beta_schedule}_beta_schedule"
     schedule = getattr(library, name)
-    setattr(library, name, lambda timesteps: noisier(schedule(timesteps), noise_shift))
+    setattr(library, name, lambda timesteps: shift_schedule(schedule(timesteps), noise_shift))
     try:
         yield
     finally:
         setattr(library, name, schedule)
 
 
-def noisier(betas: Tensor, noise_shift: float) -> Tensor:
-    """Lowers the lambda of each timestep by `noise_shift` (Hoogeboom et al. 2023, "simple diffusion", section 3.1).
+def shift_schedule(betas: Tensor, noise_shift: float) -> Tensor:
+    """Lowers lambda of each timestep by `noise_shift` (Hoogeboom et al. 2023, "simple diffusion", section 3.1).
 
     Args:
-        betas: float64 [T], each below 1; others, of too few timesteps, come back as they are.
+        betas: float64 [T]. If one is 1 or more, as with too few timesteps, they are returned unchanged.
+        noise_shift: how much is taken from lambda = log(alpha / sigma).
     """
     if noise_shift == 0 or betas.max() >= 1:
         return betas
     signal = torch.cumprod(1 - betas, dim=0)  # alpha^2
     signal = signal / (signal + (1 - signal) * math.exp(2 * noise_shift))
     kept = signal / torch.cat([signal.new_ones(1), signal[:-1]])
-    return (1 - kept).clamp(0, 0.999)  # as the library's cosine schedule
+    return (1 - kept).clamp(0, 0.999)  # the limit of the library's cosine schedule
 
 
 def unet_arguments(
@@ -275,10 +309,10 @@ def unet_arguments(
 
 
 def network_bytes(**settings: Any) -> float:
-    """Returns the size of the weights of a `LatentDiffusion` of these settings, infinity where torch cannot count it.
+    """Returns how many bytes the weights of a `LatentDiffusion` take; infinity where torch cannot count them.
 
     Raises:
-        UserError: where sizes do not fit.
+        UserError: where the sizes do not fit each other.
     """
     _check_sizes(settings["latent_size"], settings["dim"], settings["dim_mults"])
     try:

@@ -1,4 +1,8 @@
-"""Solvers that lead from noise to a sample: DPM-Solver++(2M), DDIM and DDPM, over levels of noise."""
+"""Solvers that go from noise to a sample over levels of noise: DPM-Solver++(2M), DDIM and DDPM.
+
+A noisy latent is alpha * latent + sigma * noise, with alpha^2 + sigma^2 = 1, and lambda = log(alpha / sigma): half the
+logarithm of the signal-to-noise ratio (SNR). Sampling visits levels of falling noise and ends at the clean one.
+"""
 
 import math
 from bisect import bisect_left
@@ -8,17 +12,24 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# Sampling starts at the noisiest timestep whose lambda is at least this. Beyond it a latent keeps nothing of its
-# signal, and a network that predicts noise says nothing of it either: its error is divided by alpha.
+# Sampling starts at the noisiest timestep whose lambda is at least this. At noisier ones nothing of the latent is left
+# (alpha is below 0.0062), and a network that predicts noise cannot tell it: its error is divided by alpha.
 START_LAMBDA = -5.1
-# From there, steps are even in a mix of lambda and time. Even in time alone, a short run takes the first part of the
-# cosine schedule in one stride and flattens what is wide in latents (layout, brightness), and stops too noisy to give
-# their detail its spread; even in lambda alone, strong guidance suffers. An exact network shows all three.
+# From there to the last noisy level, steps are even in a mix: 25 % time, 75 % lambda (log-SNR). Steps even in time lose
+# layout when there are few: the first one crosses the part of the cosine schedule in which layout and brightness arise,
+# and the last noisy level is too noisy for fine detail. Steps even in lambda suffer under strong guidance. All of this
+# was seen with a network that predicts exactly, so it is the solver's error and not the network's.
 TIME_SHARE = 0.25
 
 
-class Level(NamedTuple):
-    """A place on the way from noise to a latent: timestep (-1 at the end), signal and noise amplitudes."""
+class NoiseLevel(NamedTuple):
+    """A level of noise on the way from noise to a latent.
+
+    Attributes:
+        time: the timestep of the schedule, 0 the least noisy; -1 for the clean end.
+        alpha: amplitude of the latent, 0 to 1.
+        sigma: amplitude of the noise, 0 to 1.
+    """
 
     time: int
     alpha: float
@@ -26,23 +37,24 @@ class Level(NamedTuple):
 
     @property
     def log_snr(self) -> float:
-        """Lambda: half the logarithm of the signal-to-noise ratio."""
+        """Lambda = log(alpha / sigma), half the logarithm of the signal-to-noise ratio."""
         return math.log(self.alpha) - math.log(self.sigma)
 
 
-CLEAN = Level(time=-1, alpha=1.0, sigma=0.0)
-# A solver goes from x [B C S S] at the first level to the clean last one; `denoise` gives the expected latent,
-# `draw` fresh unit noise. The coefficients are Python floats, so nothing waits for the device.
-Denoise = Callable[[Tensor, Level], Tensor]
+CLEAN = NoiseLevel(time=-1, alpha=1.0, sigma=0.0)
+# A solver gets x [B C S S], noise at the first level, and returns the sample at the last level, which is CLEAN.
+# `denoise` gives the latent that the network expects behind x at a level, `draw` new unit noise [B C S S]. The
+# coefficients are Python floats, so that the program need not wait for the device at any step.
+Denoise = Callable[[Tensor, NoiseLevel], Tensor]
 Draw = Callable[[], Tensor]
 
 
-def solve_dpmpp(denoise: Denoise, draw: Draw, levels: Sequence[Level], x: Tensor) -> Tensor:
+def solve_dpmpp(denoise: Denoise, draw: Draw, levels: Sequence[NoiseLevel], x: Tensor) -> Tensor:
     """Follows DPM-Solver++(2M), the multistep solver of second order (Lu et al. 2022, algorithm 2)."""
     clean, h_before, clean_before = x, math.nan, None
     for here, there in pairwise(levels):
         clean = denoise(x, here)
-        if there is CLEAN:  # no noise left to keep: the sample is the expected latent
+        if there is CLEAN:  # the sample is the latent that the network expects
             break
         h = there.log_snr - here.log_snr
         slope = 0.0 if clean_before is None else (clean - clean_before) * (0.5 * h / h_before)
@@ -51,7 +63,7 @@ def solve_dpmpp(denoise: Denoise, draw: Draw, levels: Sequence[Level], x: Tensor
     return clean
 
 
-def solve_ddim(denoise: Denoise, draw: Draw, levels: Sequence[Level], x: Tensor) -> Tensor:
+def solve_ddim(denoise: Denoise, draw: Draw, levels: Sequence[NoiseLevel], x: Tensor) -> Tensor:
     """Follows deterministic DDIM (Song et al. 2020, equation 12 with sigma 0)."""
     for here, there in pairwise(levels):
         clean = denoise(x, here)
@@ -60,7 +72,7 @@ def solve_ddim(denoise: Denoise, draw: Draw, levels: Sequence[Level], x: Tensor)
     return x
 
 
-def solve_ddpm(denoise: Denoise, draw: Draw, levels: Sequence[Level], x: Tensor) -> Tensor:
+def solve_ddpm(denoise: Denoise, draw: Draw, levels: Sequence[NoiseLevel], x: Tensor) -> Tensor:
     """Samples each step's posterior, whose variance is beta-tilde (Ho et al. 2020, equations 6 and 7)."""
     for here, there in pairwise(levels):
         kept = (here.alpha / there.alpha) ** 2  # the product of 1 - beta over the timesteps between
@@ -76,8 +88,8 @@ def solve_ddpm(denoise: Denoise, draw: Draw, levels: Sequence[Level], x: Tensor)
 SAMPLERS = {"dpm++": solve_dpmpp, "ddim": solve_ddim, "ddpm": solve_ddpm}
 
 
-def steps_of_levels(usable: Sequence[Level]) -> list[float]:
-    """Says for each level how far it lies on the way from the first (0) to the last (1)."""
+def steps_of_levels(usable: Sequence[NoiseLevel]) -> list[float]:
+    """Returns for each level how far it lies on the way from the first (0) to the last (1); see TIME_SHARE."""
     first, last = usable[0], usable[-1]
     times, lambdas = last.time - first.time, last.log_snr - first.log_snr
     return [
@@ -86,11 +98,13 @@ def steps_of_levels(usable: Sequence[Level]) -> list[float]:
     ]
 
 
-def spread(usable: Sequence[Level], steps: int) -> list[Level]:
-    """Chooses `steps` of the usable levels (noisiest first), from the first to the last and even on the way."""
+def spread(usable: Sequence[NoiseLevel], steps: int) -> list[NoiseLevel]:
+    """Chooses `steps` of the usable levels (noisiest first), the first and the last among them, evenly on the way."""
     ways, chosen, place = steps_of_levels(usable), [], -1
     for step in range(steps):
         wanted = bisect_left(ways, step / max(1, steps - 1))
-        place = min(max(wanted, place + 1), len(usable) - steps + step)  # no level twice, and enough left for the rest
+        place = min(
+            max(wanted, place + 1), len(usable) - steps + step
+        )  # no level twice, and enough levels left for the remaining steps
         chosen.append(usable[place])
     return chosen

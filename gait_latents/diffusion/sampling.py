@@ -1,4 +1,4 @@
-"""From an averaged network and classes to samples, and from samples to pictures; shared by grids and generate.py."""
+"""Makes samples with an averaged network, for the grids of training, for generate.py and for evaluation."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,7 +9,7 @@ from gait_latents.common import hardware
 from gait_latents.common.errors import UserError
 from gait_latents.diffusion.model import LatentDiffusion
 
-BATCH_SIZE = 16  # samples per sampler call, always: a sample's bits must not depend on how many are asked for
+BATCH_SIZE = 16  # samples in every call of a sampler, so that the bits of one do not depend on how many are made
 
 
 def num_solver_steps(
@@ -18,7 +18,9 @@ def num_solver_steps(
     """Returns the number of solver steps that the settings mean for a model of `timesteps` timesteps.
 
     Args:
-        auto_steps: what auto is for a run, by sampler; for one that is not there, every timestep.
+        sampling_timesteps: a number, or "auto".
+        timesteps: of the schedule that the model was trained with.
+        auto_steps: how many steps "auto" means for each sampler; every timestep for a sampler that is not in it.
 
     Raises:
         UserError: when more are asked for than there are timesteps.
@@ -45,12 +47,17 @@ def sample_padded(
     sampling_timesteps: int,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Makes one sample [B C h w] per label, in a call of exactly BATCH_SIZE, padded where short.
+    """Makes one sample per label, [B C h w], in a call of exactly BATCH_SIZE samples; spare ones are thrown away.
 
     Args:
         labels: at most BATCH_SIZE class labels.
         generators: one CPU generator per label; all noise of a sample comes from its own.
-        dtype: number format of the network.
+        dtype: number format that the network computes in.
+        cond_scale: guidance; 1 is none (see `LatentUnet.predict_guided`).
+        guidance_interval: part of the way on which guidance is used (see `LatentDiffusion.guidance`).
+        sampler: a key of SAMPLERS.
+        sampling_timesteps: number of solver steps.
+        progress: called after every step.
     """
     padding = BATCH_SIZE - len(labels)
     device = next(diffusion.parameters()).device
@@ -70,7 +77,7 @@ def sample_padded(
 
 
 def nearest_class(samples: Tensor, class_means: Tensor) -> Tensor:
-    """Returns for each sample [B C h w] the index of the class mean [K C h w] at the least Euclidean distance."""
+    """Returns for each sample [B C h w] the index of the class mean [K C h w] that is nearest to it (Euclidean)."""
     samples, class_means = samples.flatten(1).float(), class_means.flatten(1).float()
-    # Without the matrix product: it cancels digits, on a GPU of the ten bits that TF32 has.
+    # By differences: with a matrix product digits cancel, and on a GPU with TF32 only ten bits are there to begin with.
     return torch.cdist(samples, class_means, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)

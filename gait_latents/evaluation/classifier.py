@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from gait_latents.common.errors import UserError
-from gait_latents.common.seeds import sample_generator, visited
+from gait_latents.common.seeds import draw_positions, sample_generator
 
 REAL, SYNTHETIC, BOTH = "real", "synthetic", "real + synthetic"
 _BATCH_SIZE = 32
@@ -73,8 +73,9 @@ def train_and_test(
 
     The recipe is the same for every training set: `num_steps` batches, AdamW with weight decay under a one-cycle
     learning rate, cross-entropy. Images are normalised by the mean and standard deviation of each channel of
-    the training set. The one augmentation is a shift along the time axis (the width) by up to a sixteenth, its edge
-    column repeated: a mirrored spectrogram would run backwards in time. Nothing is chosen by the test images.
+    the training set. The one augmentation is a shift along the time axis (the width) by up to a sixteenth of it; the
+    edge column is repeated in the gap. There is no mirroring: a mirrored spectrogram would run backwards in time. No
+    choice is made by the test images.
 
     Everything random comes from the seed, and no global state is changed: the bits repeat on one device with one
     number of threads.
@@ -106,8 +107,8 @@ def train_and_test(
 def _build(num_classes: int, image_size: int, seed: int) -> nn.Module:
     """Builds the network with weights that depend on the seed alone.
 
-    The stem of ResNet-18 reduces an image fourfold before the first block. That is kept from _SMALL_PX on, where 2 x 2
-    or more places are left at the end and a step costs little on a CPU; for smaller images the pooling is left out.
+    The stem of ResNet-18 reduces an image fourfold before the first block. Images of _SMALL_PX or more keep that: 2 x 2
+    or more places are left at the end, and a step costs little on a CPU. For smaller images the pooling is left out.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(sample_generator(seed, "classifier", "weights").initial_seed())
@@ -151,11 +152,11 @@ def _batches(sets: Sequence[_Images], num_steps: int, batch_size: int, seed: int
     seeds = [sample_generator(seed, "classifier", "order", i).initial_seed() for i in range(len(sets))]
     for step in range(num_steps):
         parts = [
-            _take(images_and_labels, visited(own, step * share, share, len(images_and_labels[1])))
+            _take(images_and_labels, draw_positions(own, step * share, share, len(images_and_labels[1])))
             for images_and_labels, own in zip(sets, seeds, strict=True)
         ]
         images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-        yield _shifted(images, sample_generator(seed, "classifier", "shift", step)), labels
+        yield _shift_images(images, sample_generator(seed, "classifier", "shift", step)), labels
 
 
 def _take(images_and_labels: _Images, positions: Tensor) -> _Images:
@@ -163,7 +164,7 @@ def _take(images_and_labels: _Images, positions: Tensor) -> _Images:
     return images[positions], labels[positions]
 
 
-def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+def _shift_images(images: Tensor, generator: torch.Generator) -> Tensor:
     """Moves each image [B S S 3] left or right by its own number of columns; the edge column fills the gap."""
     count, width = len(images), images.shape[2]
     most = int(width * _LARGEST_SHIFT)

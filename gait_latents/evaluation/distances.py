@@ -15,14 +15,14 @@ _ROWS = 1024  # rows of a table of distances that are in memory at once
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """The leading principal directions of a set of latents: a few coordinates instead of thousands of pixels."""
+    """The leading principal directions of a set of latents, which give a few coordinates instead of thousands."""
 
     mean: Tensor  # D, float64
     directions: Tensor  # D K, float64
 
     @classmethod
     def fit(cls, latents: Tensor, num_directions: int) -> "Projection":
-        """Finds the directions of largest variance of latents [N ...]; at most N - 1 of them mean anything."""
+        """Finds the directions of largest variance of latents [N ...]; N points span no more than N - 1."""
         flat = _flat(latents)
         mean = flat.mean(0)
         _, _, directions = torch.linalg.svd(flat - mean, full_matrices=False)

@@ -11,7 +11,7 @@ import torch
 from gait_latents.common import cli, console, files, pictures
 from gait_latents.common.console import say, warn
 from gait_latents.common.errors import Failed, UserError
-from gait_latents.common.layout import RECORD_NAME
+from gait_latents.common.layout import PAIRS_NAME, RECORD_NAME
 from gait_latents.common.process import StopSignals
 from gait_latents.evaluation import classifier, inception, page
 from gait_latents.evaluation import trials as classifier_trials
@@ -21,14 +21,14 @@ from gait_latents.evaluation.image_sets import (
     READ_AT_ONCE,
     ImageSet,
     RealImages,
-    listing,
+    list_names,
     made_of_real,
     open_real,
     open_synthetic,
     warnings_of_run,
 )
-from gait_latents.evaluation.plan import Plan
-from gait_latents.evaluation.report import PAIRS_NAME, Report, file_digest
+from gait_latents.evaluation.plan import EvaluationPlan
+from gait_latents.evaluation.report import Report, file_digest
 from gait_latents.evaluation.terminal import print_figures
 from gait_latents.evaluation.trials import Trials
 from gait_latents.images import generated, selection
@@ -37,9 +37,13 @@ from gait_latents.vae import base
 
 
 class Evaluation:
-    """The report about the images of a folder, part by part; a part that the report has already is left as it is."""
+    """Makes the report about the images of a folder, part by part; parts that the report has already are kept.
 
-    def __init__(self, plan: Plan, synthetic: ImageSet, real: RealImages, report: Report) -> None:
+    Attributes:
+        made_of: what every part depends on; a part counts as done only as long as this is the same.
+    """
+
+    def __init__(self, plan: EvaluationPlan, synthetic: ImageSet, real: RealImages, report: Report) -> None:
         self.plan, self.synthetic, self.real, self.report = plan, synthetic, real, report
         self.settings = plan.settings
         self.made_of = {**made_of_real(plan, real), "synthetic": synthetic.digest()}
@@ -67,7 +71,7 @@ class Evaluation:
         self.report.put("latents", made_of, figures)
 
     def _is_done(self, name: str, made_of: dict[str, Any]) -> bool:
-        """Says whether nothing is left to do for a part that needs test images."""
+        """Says whether a part that needs test images is in the report already, or cannot be made without any."""
         if not len(self.real.test):
             self.report.drop(name, why=NO_TEST_IMAGES)
             return True
@@ -130,7 +134,7 @@ class Evaluation:
         plan, settings = self.plan, self.settings
         why = classifier_trials.why_not(plan, self.real, self.synthetic.labels, [self.synthetic])
         if why is not None:
-            if "classifier" not in self.report.data:  # those of an earlier run are about the same images
+            if "classifier" not in self.report.data:  # else an earlier call has trained some on the same images
                 self.report.drop("classifier", why=why)
             return
         made_of = {**self.made_of, **classifier_trials.made_of(plan)}
@@ -176,7 +180,7 @@ def features(network: torch.nn.Module, sets: Sequence[ImageSet], signals: StopSi
     return [Points(rows, part.labels) for rows, part in zip(found, sets, strict=True)]
 
 
-def evaluate(plan: Plan) -> None:
+def evaluate(plan: EvaluationPlan) -> None:
     """Makes the report about the images of a folder, and prints the main figures."""
     synthetic, real = open_synthetic(plan), open_real(plan)
     report = Report(plan.folder, made_of_real(plan, real))
@@ -189,7 +193,7 @@ def evaluate(plan: Plan) -> None:
     print_figures(report.data)
 
 
-def describe(plan: Plan, synthetic: ImageSet, real: RealImages) -> dict[str, Any]:
+def describe(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -> dict[str, Any]:
     """Says what is evaluated: which model, which images, and how many of each class."""
     sets = (synthetic, real.training, real.test)
     return {
@@ -208,7 +212,7 @@ def describe(plan: Plan, synthetic: ImageSet, real: RealImages) -> dict[str, Any
 
 
 def made_with(folder: Path) -> dict[str, Any]:
-    """Returns what generate.py wrote down beside its images; nothing in a folder that it did not make."""
+    """Returns what generate.py wrote down beside its images; for a folder of other images, an empty dict."""
     try:
         record = json.loads(files.read_whole(folder / RECORD_NAME, at_most=generated.LARGEST_RECORD_BYTES))
     except (OSError, ValueError, RecursionError):
@@ -218,14 +222,14 @@ def made_with(folder: Path) -> dict[str, Any]:
     return {name: found[name] for name in known if isinstance(found.get(name), str | int | float | list)}
 
 
-def find_warnings(plan: Plan, synthetic: ImageSet, real: RealImages) -> list[str]:
-    """Returns a sentence for each thing that the figures about these images must be read with."""
+def find_warnings(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -> list[str]:
+    """Returns a sentence for each reason to read the figures about these images with care."""
     found = warnings_of_run(plan)
     if not len(real.test):
         found.append(f"{NO_TEST_IMAGES}, so that only the distances to training images can be computed")
     missing = [name for label, name in enumerate(plan.classes) if not synthetic.latents.count(label)]
     if missing:
-        found.append(f"there are no synthetic images of {listing(missing)}; the figures are about the other classes")
+        found.append(f"there are no synthetic images of {list_names(missing)}; the figures are about the other classes")
     for part, remedy in ((synthetic, "generate"), (real.test, "have")):
         counts = [part.latents.count(label) for label in part.labels.unique().tolist()]
         if counts and min(counts) < page.FEW_PER_CLASS:
@@ -251,7 +255,7 @@ def draw_pairs(
         return None, f"the training images are not at hand in {training.folder}"
     try:
         above, below = synthetic.read(i for i, _, _ in pairs), training.read(j for _, j, _ in pairs)
-    except Failed as error:  # changed or removed since it was encoded, which the figures do not need
+    except Failed as error:  # an image was changed or removed since it was encoded; the figures do not need it
         return None, str(error)
     names = [
         " / ".join(dict.fromkeys((synthetic.entries[i].class_name, training.entries[j].class_name)))

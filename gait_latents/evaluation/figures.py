@@ -19,10 +19,10 @@ from gait_latents.evaluation import distances as latent_distances
 from gait_latents.evaluation.distances import Projection
 
 NUM_DIRECTIONS = 16  # principal directions in which latents are compared by the Fréchet distance
-NUM_PAIRS = 8  # of a synthetic image and its nearest training image, the closest ones
-NEAR_SHARE = 0.05  # of the test images count as near to a training image
-MANY_NEAR = 3 * NEAR_SHARE  # of the samples: more of them look like copies
-_FEWEST = 3  # images of a class below which it is not compared by itself
+NUM_PAIRS = 8  # so many pairs of a synthetic image and its nearest training image are shown, the closest ones
+NEAR_SHARE = 0.05  # the distance below which this share of the test images lies counts as near to a training image
+MANY_NEAR = 3 * NEAR_SHARE  # where a larger share of the samples is near, they look like copies
+_FEWEST = 3  # a class with fewer images is not compared by itself
 _NUM_SUBSETS, _LARGEST_SUBSET = 100, 1000  # of the kernel distance
 
 
@@ -49,13 +49,13 @@ class Points:
         return int((self.labels == label).sum())
 
 
-def written(value: float | None) -> str:
-    """Writes a figure for a table."""
+def format_figure(value: float | None) -> str:
+    """Returns a figure as a table shows it: three digits, or a dash for None."""
     return "-" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def matched(first: Points, second: Points, *, seed: int) -> tuple[Points, Points]:
-    """Returns equally many points of each class from two sets, drawn by the seed: most figures depend on the number."""
+def match_counts(first: Points, second: Points, *, seed: int) -> tuple[Points, Points]:
+    """Draws, by the seed, equally many points of each class from two sets: most figures depend on the number."""
     labels = sorted({*first.labels.tolist(), *second.labels.tolist()})
     counts = {label: min(first.count(label), second.count(label)) for label in labels}
 
@@ -79,7 +79,7 @@ def closeness(
     """Compares synthetic and training images with the test images, class by class and in all.
 
     The two sets are cut to equally many images of each class first, and all to the classes that synthetic and test
-    images have in common: what stands for reality says nothing about the others.
+    images have in common: test images say nothing about classes that they lack.
 
     Args:
         neighbours: k of precision, recall, density and coverage.
@@ -92,7 +92,7 @@ def closeness(
     """
     test = test.take(torch.isin(test.labels, synthetic.labels))
     synthetic = synthetic.take(torch.isin(synthetic.labels, test.labels))
-    synthetic, training = matched(synthetic, training, seed=seed)
+    synthetic, training = match_counts(synthetic, training, seed=seed)
     alone = [label for label in test.labels.unique().tolist() if _fewest(label, synthetic, test) >= _FEWEST]
     smallest, smallest_alone = (
         min(len(synthetic), len(test)),
@@ -130,7 +130,7 @@ def _subset_size(smallest: int) -> int:
 
 def _in_all(points: Points, test: Points, projection: Projection | None, generator: torch.Generator) -> dict[str, Any]:
     smallest = min(len(points), len(test))
-    if smallest < 2 * 2:  # subsets of half of it, of 2 or more
+    if smallest < 2 * 2:  # a subset is half of them, and needs 2
         return {"frechet": None, "kernel": None, "kernel_deviation": None}
     mean, deviation = latent_distances.kernel_distance_of_subsets(
         points.points,
@@ -190,7 +190,7 @@ def recognition(points: Points, training: Points) -> float:
 
 
 def memorisation(synthetic: Points, training: Points, test: Points, *, seed: int) -> dict[str, Any]:
-    """Says whether synthetic images are nearer to single training images than images that were never seen are.
+    """Measures whether synthetic images are nearer to single training images than unseen test images are.
 
     Returns:
         Distances of each synthetic and each test image to its nearest training image; medians; the share of
@@ -236,8 +236,11 @@ def _median(values: Tensor) -> float:
 
 
 def _nearer_to_training(synthetic: Points, training: Points, test: Points, *, seed: int) -> dict[str, Any]:
-    """Asks of each synthetic image whether a training or a test image is nearer; of equally many in each class."""
-    training, test = matched(training, test, seed=seed)
+    """Returns the share of synthetic images that are nearer to a training image than to any test image.
+
+    Training and test images are cut to equally many of each class first.
+    """
+    training, test = match_counts(training, test, seed=seed)
     chosen = torch.isin(synthetic.labels, test.labels)
     if not chosen.any():
         return {"nearer_to_training": None, "nearer_to_training_limit": None}
@@ -251,5 +254,5 @@ def _nearer_to_training(synthetic: Points, training: Points, test: Points, *, se
 
 
 def _limit(share: float, inverse_count: float) -> float:
-    """Returns what a share exceeds by chance in about one case of forty: two standard deviations more."""
+    """Returns the limit, two standard deviations up, that a share exceeds by chance in about one case of forty."""
     return min(1.0, share + 2 * math.sqrt(share * (1 - share) * inverse_count))

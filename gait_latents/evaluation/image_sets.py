@@ -13,19 +13,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gait_latents.common.console import say, shown, warn
+from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.distributed import ALONE
 from gait_latents.common.errors import Failed, Stopped, UserError
 from gait_latents.common.process import StopSignals
 from gait_latents.evaluation.figures import Points
-from gait_latents.evaluation.plan import Plan
+from gait_latents.evaluation.plan import EvaluationPlan
 from gait_latents.images import folders, reading, selection
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import Entry, Split
 from gait_latents.latents import filling, opening
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
-from gait_latents.latents.vae_fit import checked_vae
+from gait_latents.latents.vae_fit import check_vae_of_model
 
 _CACHE_NAME = "latents_cache"
 _SYNTHETIC = "synthetic"
@@ -35,13 +35,13 @@ READ_AT_ONCE = 64  # images whose pixels are in memory at once
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Some images with their latents; the files may be gone as long as nothing asks for pixels."""
+    """Some images with their latents; the files are needed only where pixels are asked for."""
 
     name: str  # training, test or synthetic
     folder: Path
     entries: tuple[Entry, ...]
     image_size: int
-    latents: Points  # the means of the posterior, normalised [N C h w]
+    latents: Points  # normalised means of the posterior [N C h w]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -53,7 +53,7 @@ class ImageSet:
 
     @property
     def are_at_hand(self) -> bool:
-        """Says whether the files should be there."""
+        """Says whether the folder of the files is there."""
         return self.folder.is_dir()
 
     def digest(self) -> str:
@@ -70,7 +70,7 @@ class ImageSet:
             entry = self.entries[position]
             try:
                 return reading.read_image(
-                    str(self.folder), entry, image_size=self.image_size, if_edited=_if_edited(self.name)
+                    str(self.folder), entry, image_size=self.image_size, if_edited=_edited_remedy(self.name)
                 )
             except BadImage as error:
                 raise Failed(f"{self.folder / entry.class_name / entry.name}: {error}") from error
@@ -83,7 +83,7 @@ class ImageSet:
         found = torch.zeros(len(self), size, size, 3, dtype=torch.uint8)
         for positions in torch.arange(len(self)).split(READ_AT_ONCE):
             for position, image in zip(positions.tolist(), self.read(positions.tolist()), strict=True):
-                found[position] = resized(image, size)
+                found[position] = resize_image(image, size)
         return found
 
     def place(self, position: int) -> str:
@@ -91,12 +91,15 @@ class ImageSet:
         return f"{self.entries[position].class_name}/{self.entries[position].name}"
 
 
-def _if_edited(what: str) -> str:
-    """Returns what to do about an edited image: the content of real ones was noted in training, of others just now."""
+def _edited_remedy(what: str) -> str:
+    """Returns what to say of an image whose content is not the one that was noted.
+
+    That of real images was noted when the run was trained, that of synthetic ones a moment ago.
+    """
     return reading.EDITED_MEANWHILE if what == _SYNTHETIC else "was edited since the run was trained; put it back"
 
 
-def resized(image: np.ndarray, size: int) -> Tensor:
+def resize_image(image: np.ndarray, size: int) -> Tensor:
     """Returns a uint8 image [S S 3] made smaller or larger, [size size 3]."""
     return torch.from_numpy(np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)))
 
@@ -113,7 +116,7 @@ class RealImages:
         return f"{self.training.digest()}:{self.test.digest()}"
 
 
-def open_real(plan: Plan) -> RealImages:
+def open_real(plan: EvaluationPlan) -> RealImages:
     """Opens the training and test images of the run's split with their latents, encoding what is not cached."""
     folder = Path(plan.images.data_path)
     entries = [*plan.split.train, *plan.split.test]
@@ -127,7 +130,7 @@ def open_real(plan: Plan) -> RealImages:
     )
 
 
-def open_synthetic(plan: Plan) -> ImageSet:
+def open_synthetic(plan: EvaluationPlan) -> ImageSet:
     """Opens the generated images of the classes that the run knows; says which classes are missing or unknown."""
     split = _list_synthetic(plan)
     folder = Path(plan.settings.synthetic_path)
@@ -135,29 +138,29 @@ def open_synthetic(plan: Plan) -> ImageSet:
     return ImageSet(_SYNTHETIC, folder, split.train, plan.images.image_size, points)
 
 
-def _list_synthetic(plan: Plan) -> Split:
+def _list_synthetic(plan: EvaluationPlan) -> Split:
     folder = Path(plan.settings.synthetic_path)
     index = folders.list_images(folder, setting="synthetic_path")
     unknown = [name for name in index if name not in plan.classes]
     found = [name for name in plan.classes if index.get(name)]
     if not found:
         raise UserError(
-            f"synthetic_path {shown(folder)} has images of {listing(list(index))}, and the run knows "
-            f"{listing(plan.classes)}: give a folder with one sub-folder per class of the run"
+            f"synthetic_path {show_name(folder)} has images of {list_names(list(index))}, and the run knows "
+            f"{list_names(plan.classes)}: give a folder with one sub-folder per class of the run"
         )
     if unknown:
-        warn(f"{folder} has folders of classes that the run does not know: {listing(unknown)}; they are passed over")
+        warn(f"{folder} has folders of classes that the run does not know: {list_names(unknown)}; they are passed over")
     entries = tuple(Entry(name, file) for name in found for file in index[name])
     split = Split(plan.classes, entries, (), (), {})
     return selection.with_fresh_keys(split, str(folder))
 
 
-def listing(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - _NUM_LISTED} more" if len(names) > _NUM_LISTED else ""
-    return ", ".join(shown(name) for name in names[:_NUM_LISTED]) + rest
+def list_names(names: Sequence[str]) -> str:
+    """Returns the first names for a message, and how many more there are."""
+    return folders.name_list(names, limit=_NUM_LISTED)
 
 
-def encode(plan: Plan, split: Split, entries: list[Entry], folder: Path, what: str) -> Points:
+def encode(plan: EvaluationPlan, split: Split, entries: list[Entry], folder: Path, what: str) -> Points:
     """Returns the normalised posterior means of images; what is encoded is kept in a cache of the output folder.
 
     Rows that the run's own cache has are copied from there, and that cache is not written to.
@@ -168,7 +171,7 @@ def encode(plan: Plan, split: Split, entries: list[Entry], folder: Path, what: s
     """
     cache = LatentCache(plan.folder / _CACHE_NAME, plan.space, writable=True)
     of_run = Path(plan.state.meta.settings.get("latents_cache_folder", ""))
-    _borrow(cache, of_run, [entry.key for entry in entries])
+    _copy_rows(cache, of_run, [entry.key for entry in entries])
     dataset = opening.open_dataset(
         replace(plan.images, data_path=str(folder)),
         split,
@@ -177,14 +180,14 @@ def encode(plan: Plan, split: Split, entries: list[Entry], folder: Path, what: s
         vae_at_hand=True,
         images_at_hand=True,
         device=plan.device,
-        if_edited=_if_edited(what),
+        if_edited=_edited_remedy(what),
     )
     missing = dataset.missing()
     if missing:
         if not folder.is_dir():
             also = f", and {len(missing):,} of its images are not in the run's cache"
             raise UserError(selection.no_images_message(str(folder), also=also))
-        checked_vae(plan.settings.vae_path, plan.space)
+        check_vae_of_model(plan.space, plan.settings.vae_path)
         say(f"{what} images: {len(dataset):,}, of which {len(missing):,} are to be encoded")
     _refuse_bad(fill(dataset), dataset, what)
     dataset.set_norm(plan.state.meta.latent_norm)
@@ -192,8 +195,8 @@ def encode(plan: Plan, split: Split, entries: list[Entry], folder: Path, what: s
     return Points(torch.cat(parts) if parts else torch.zeros(0, *dataset.latent_shape), dataset.labels)
 
 
-def _borrow(cache: LatentCache, folder: Path, keys: Sequence[str]) -> None:
-    """Copies the rows of these keys that are in the cache of a folder, and not here yet."""
+def _copy_rows(cache: LatentCache, folder: Path, keys: Sequence[str]) -> None:
+    """Copies rows that `cache` lacks from the cache in another folder, as far as they are there."""
     wanted = [key for key, is_here in zip(keys, cache.holds(keys), strict=True) if key and not is_here]
     wanted = list(dict.fromkeys(wanted))
     moments, found = LatentCache(folder, cache.space, writable=False).read(wanted)
@@ -216,16 +219,16 @@ def fill(dataset: LatentDataset) -> list[tuple[int, str]]:
 
 def _refuse_bad(bad: list[tuple[int, str]], dataset: LatentDataset, what: str) -> None:
     for position, reason in bad:
-        say(f"    {shown(dataset.names[position])}: {reason}")
+        say(f"    {show_name(dataset.names[position])}: {reason}")
     if bad:
         raise Failed(f"{len(bad)} {what} image(s) cannot be read; mend or remove them (the rest is encoded and kept)")
 
 
-# --- what goes for all figures -----------------------------------------------------------------------------
+# --- what concerns all figures -----------------------------------------------------------------------------
 
 
-def made_of_real(plan: Plan, real: RealImages) -> dict[str, Any]:
-    """Returns what figures about real images depend on."""
+def made_of_real(plan: EvaluationPlan, real: RealImages) -> dict[str, Any]:
+    """Returns all that figures about real images depend on; with another value they are computed anew."""
     return {
         "space": plan.space.id,
         "latent_norm": plan.state.meta.latent_norm.to_json(),
@@ -235,13 +238,13 @@ def made_of_real(plan: Plan, real: RealImages) -> dict[str, Any]:
     }
 
 
-def warnings_of_run(plan: Plan) -> list[str]:
-    """Returns a sentence for each thing about the split that all figures must be read with."""
+def warnings_of_run(plan: EvaluationPlan) -> list[str]:
+    """Returns a sentence for each property of the split that makes figures look too good or leaves classes out."""
     found = [_RANDOM_SPLIT] if plan.split.rule["split"] == "random" else []
     tested = {entry.class_name for entry in plan.split.test}
     untested = [name for name in plan.classes if name not in tested]
     if tested and untested:
-        found.append(f"there are no test images of {listing(untested)}; what is compared with them leaves these out")
+        found.append(f"there are no test images of {list_names(untested)}; what is compared with them leaves these out")
     shared = selection.shared_content_warning(plan.split)
     return found if shared is None else [*found, shared]
 

@@ -87,7 +87,7 @@ def load_network(path: Path, device: torch.device) -> nn.Module:
 
 
 def _build(package: Any, tensors: dict[str, Tensor]) -> nn.Module:
-    """Builds the network; the package knows no way to it but through its download, which is replaced meanwhile."""
+    """Builds the network; the package always downloads weights, so its download is replaced meanwhile by `tensors`."""
     theirs, package.load_state_dict_from_url = package.load_state_dict_from_url, lambda *_, **__: tensors
     try:
         return package.InceptionV3()

@@ -1,4 +1,4 @@
-"""What an evaluation is about: its settings, the run, the split, and the device."""
+"""What an evaluation is to do: its settings, and the run with its split whose images it evaluates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +18,8 @@ from gait_latents.training.run_folder import SavedState
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The settings, and the run that made the images."""
+class EvaluationPlan:
+    """The settings of an evaluation, and the run that made the images."""
 
     settings: EvaluateSettings
     state: SavedState
@@ -39,17 +39,21 @@ class Plan:
 
     @property
     def space(self) -> Space:
-        """What makes a latent of the run what it is."""
+        """The space of the run's latents: which VAE, image size and way of reading made them."""
         return self.state.meta.space
 
 
-def make_plan(argv: Sequence[str] | None, description: str | None = None) -> Plan:
-    """Puts together flags, file, the run and the defaults; refuses what would only fail later."""
+def make_plan(argv: Sequence[str] | None, description: str | None = None) -> EvaluationPlan:
+    """Puts together flags, file, the run and the defaults.
+
+    Raises:
+        UserError: for what could only fail later, such as a missing split or an output folder that is not writable.
+    """
     layers = cli.Layers(EvaluateSettings, argv, description=description)
     state = run_folder.read_averages(Path(layers.settings.checkpoint))
     run = state.path.parent
     layers.add(f"run {run}", state.meta.chosen_settings("seed", "vae_path", "data_path"))
-    settings: EvaluateSettings = layers.resolved().settings
+    settings: EvaluateSettings = layers.resolve().settings
     charts.check_installed()  # before anything is computed
     split = read_split(run)
     if split is None:
@@ -62,7 +66,7 @@ def make_plan(argv: Sequence[str] | None, description: str | None = None) -> Pla
     read_like = replace(
         read_like.settings, data_path=settings.data_path or "", vae_path=settings.vae_path or "", device=settings.device
     )
-    plan = Plan(settings, state, split, read_like, hardware.pick_device(settings.device))
+    plan = EvaluationPlan(settings, state, split, read_like, hardware.pick_device(settings.device))
     selection.refuse_to_be_a_class(plan.folder, settings.data_path)
     files.check_writable(plan.folder, "output_folder")
     return plan

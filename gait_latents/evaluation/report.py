@@ -1,4 +1,4 @@
-"""report.json and report.html of an evaluation: what is found is kept at once, and nothing is computed twice."""
+"""Keeps what an evaluation finds in report.json, and shows it in report.html."""
 
 import hashlib
 import json
@@ -8,10 +8,9 @@ from typing import Any
 
 from gait_latents.common import files
 from gait_latents.common.console import warn
-from gait_latents.common.layout import PAGE_NAME, REPORT_NAME
+from gait_latents.common.layout import PAGE_NAME, PAIRS_NAME, REPORT_NAME
 from gait_latents.evaluation import page
 
-PAIRS_NAME = "closest_pairs.png"
 _LARGEST_REPORT_BYTES = 1 << 28
 _PARTS = ("latents", "memorisation", "inception", "classifier", "why")  # of the report, about synthetic images
 
@@ -19,11 +18,11 @@ _PARTS = ("latents", "memorisation", "inception", "classifier", "why")  # of the
 class Report:
     """report.json and report.html: written after each finished part, so that nothing is computed twice.
 
-    A part is kept with a digest of all that it was computed from, and counts only as long as that is the same. What
-    is about other images than those of this run goes at once, so that no page mixes two.
+    A part is stored with a digest of all that it was computed from, and counts only as long as that digest is the same.
+    A report about other real images is dropped at once, so that no page mixes two.
 
     Args:
-        real: what the figures about real images depend on.
+        real: what the figures about real images depend on (`made_of_real`).
     """
 
     def __init__(self, folder: Path, real: dict[str, Any]) -> None:
@@ -33,7 +32,7 @@ class Report:
         self.data: dict[str, Any] = stored if stored.get("real_digest") == digest else {"real_digest": digest}
 
     def begin(self, *, evaluated: dict[str, Any], **facts: Any) -> None:
-        """Takes what is evaluated, and facts that are no part; drops the parts about other synthetic images."""
+        """Stores what is evaluated and other facts; drops the parts that are about other synthetic images."""
         before = self.data.get("evaluated", {}).get("synthetic_digest")
         if before != evaluated["synthetic_digest"]:
             for name in _PARTS:
@@ -53,14 +52,14 @@ class Report:
         return self.data[name]
 
     def drop(self, name: str, *, why: str | None = None) -> None:
-        """Leaves out a part that was not asked for, or that cannot be computed, saying why."""
+        """Removes a part that was not asked for or that cannot be computed; `why` is told in its place."""
         self.data.pop(name, None)
         self.data.get("why", {}).pop(name, None)
         if why is not None:
             self.data["why"] = {**self.data.get("why", {}), name: why}
 
     def set_facts(self, **facts: Any) -> None:
-        """Takes facts that are no part, such as warnings and settings."""
+        """Stores facts besides the parts, such as warnings and settings."""
         self.data |= plain(facts)
 
     def write(self) -> None:
@@ -81,7 +80,7 @@ def _digest(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Returns a value as JSON gives it back: names as texts, lists for tuples, None for what is not finite."""
+    """Returns a value as it is after JSON: keys as texts, lists for tuples; None for numbers that are not finite."""
     if isinstance(value, dict):
         return {str(name): plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -90,7 +89,7 @@ def plain(value: Any) -> Any:
 
 
 def _read_report(path: Path) -> dict[str, Any]:
-    """Reads what `Report.write` wrote; anything else counts as nothing, after a warning."""
+    """Reads what `Report.write` wrote; of a damaged file it warns, and returns an empty dict."""
     try:
         data = json.loads(files.read_whole(path, at_most=_LARGEST_REPORT_BYTES))
         if data.pop("sha256") == _digest(data):

@@ -22,12 +22,19 @@ from gait_latents.evaluation.figures import (
     NUM_DIRECTIONS,
     Points,
     closeness,
+    format_figure,
     memorisation,
     recognition,
-    written,
 )
-from gait_latents.evaluation.image_sets import RealImages, listing, made_of_real, open_real, resized, warnings_of_run
-from gait_latents.evaluation.plan import Plan
+from gait_latents.evaluation.image_sets import (
+    RealImages,
+    list_names,
+    made_of_real,
+    open_real,
+    resize_image,
+    warnings_of_run,
+)
+from gait_latents.evaluation.plan import EvaluationPlan
 from gait_latents.evaluation.report import Report, file_digest
 from gait_latents.evaluation.trials import Trials
 from gait_latents.images import reading
@@ -36,7 +43,7 @@ from gait_latents.training import run_folder
 from gait_latents.training.trained_model import FROM_RUN, TrainedModel
 
 
-def find_states(plan: Plan) -> list[Path]:
+def find_states(plan: EvaluationPlan) -> list[Path]:
     """Returns the checkpoint files that the sweep samples from, oldest first; raises UserError when one is absent."""
     asked, newest = plan.settings.sweep_checkpoints, plan.state.path
     saved = run_folder.saved_averages(newest.parent)
@@ -49,12 +56,12 @@ def find_states(plan: Plan) -> list[Path]:
     if unknown:
         raise UserError(
             f"--sweep_checkpoints {cli.show(asked)}: {newest.parent} has averaged weights of the steps "
-            f"{listing([str(step) for step in sorted(saved)])}; give some of these, or all alone, or newest alone"
+            f"{list_names([str(step) for step in sorted(saved)])}; give some of these, or all alone, or newest alone"
         )
     return [saved[step] for step in sorted(saved) if step in steps]
 
 
-def sampling_settings(plan: Plan) -> GenerateSettings:
+def sampling_settings(plan: EvaluationPlan) -> GenerateSettings:
     """Returns how the run samples, as generate.py would without flags."""
     of_run = plan.state.meta.chosen_settings(*FROM_RUN)
     layer = cli.stored_layer(GenerateSettings, f"run {plan.state.path.parent}", of_run)
@@ -62,7 +69,7 @@ def sampling_settings(plan: Plan) -> GenerateSettings:
     return replace(cli.resolve(GenerateSettings, [layer]).settings, **own)
 
 
-def sweep(plan: Plan, states: Sequence[Path]) -> None:
+def sweep(plan: EvaluationPlan, states: Sequence[Path]) -> None:
     """Samples at each checkpoint and guidance scale, compares the samples with the test images, and says the best.
 
     What is found about a point is kept in the report at once.
@@ -81,9 +88,9 @@ def sweep(plan: Plan, states: Sequence[Path]) -> None:
 
 
 class Sweep:
-    """The points of a sweep, as many as are known by now; a point is one checkpoint with one guidance scale."""
+    """Computes the points of a sweep and keeps each in the report; a point is one checkpoint at one guidance scale."""
 
-    def __init__(self, plan: Plan, real: RealImages, report: Report, signals: StopSignals) -> None:
+    def __init__(self, plan: EvaluationPlan, real: RealImages, report: Report, signals: StopSignals) -> None:
         self.plan, self.real, self.report, self.signals = plan, real, report, signals
         self.sampling = sampling_settings(plan)
         self.made_of = made_of_sweep(plan, real, self.sampling)
@@ -99,7 +106,7 @@ class Sweep:
         """Does what is missing, and prints the figures."""
         scales = list(dict.fromkeys(self.plan.settings.sweep))
         weights = {path: file_digest(path) for path in states}
-        points = [self._begun(path, weights[path], scale) for path, scale in itertools.product(states, scales)]
+        points = [self._recall_point(path, weights[path], scale) for path, scale in itertools.product(states, scales)]
         todo = [point for point in points if not self._is_done(point)]
         if len(todo) < len(points):
             say(f"{len(points) - len(todo)} of {len(points)} points are in the report already")
@@ -109,14 +116,14 @@ class Sweep:
         if self.why_no_classifier:
             say(f"no classifier: {self.why_no_classifier}")
 
-    def _begun(self, path: Path, weights: str, scale: float) -> dict[str, Any]:
-        """Returns what is known of a point."""
+    def _recall_point(self, path: Path, weights: str, scale: float) -> dict[str, Any]:
+        """Returns what the report knows of a point already."""
         name = {"weights": weights, "guidance": scale}
         same = [point for point in self.part["points"] if name.items() <= point.items()]
         return {**(same[0] if same else name), "checkpoint": path.name}
 
     def _drop_other_classifiers(self) -> None:
-        """Takes away what classifiers with other settings than those asked for made of the points."""
+        """Removes from the points what classifiers with other settings than today's have found."""
         asked = trials.made_of(self.plan).items()
         for point in self.part["points"]:
             if "classifier" in point and not asked <= point["classifier"].items():
@@ -131,14 +138,14 @@ class Sweep:
         return self.trials is None or point.get("classifier", {}).get("seeds") == trials.seeds(self.plan)
 
     def _look_at(self, point: dict[str, Any]) -> dict[str, Any]:
-        """Returns a point with its figures, and with the yardstick of all points."""
+        """Samples at a point and measures; returns the point with its figures, and with those of training images."""
         model = self._model_of(point["checkpoint"])
         say(f"guidance {point['guidance']:g} at step {model.meta.step:,}")
         samples = self._sample(model, point["guidance"])
         figures, yardstick = measure(self.plan, self.real, Points(samples, self.labels))
         found = {**point, "step": model.meta.step, **figures, "yardstick": yardstick}
         if self.trials is not None:
-            for name in _CLASSIFIER_COLUMNS:  # of other seeds
+            for name in _CLASSIFIER_COLUMNS:  # they are means over fewer seeds
                 found.pop(name, None)
             self._keep(found)
             found["classifier"] = self._train_classifiers(found, samples, model)
@@ -154,7 +161,7 @@ class Sweep:
         return self._model[1]
 
     def _sample(self, model: TrainedModel, scale: float) -> Tensor:
-        """Samples latents [N C h w] of every class; those that generate.py would decode."""
+        """Samples latents [N C h w] of every class, the same that generate.py would decode."""
         labels, count = self.labels.tolist(), self.plan.settings.sweep_images
         parts = []
         with console.progress(total=len(labels), unit="samples", label="sample") as bar:
@@ -200,7 +207,9 @@ class Sweep:
         self.part = self.report.put("sweep", self.made_of, {"points": points, "training": training, **best})
 
 
-def decode(samples: Tensor, model: TrainedModel, plan: Plan, *, between: Callable[[], None] = lambda: None) -> Tensor:
+def decode(
+    samples: Tensor, model: TrainedModel, plan: EvaluationPlan, *, between: Callable[[], None] = lambda: None
+) -> Tensor:
     """Decodes samples [N C h w] to the images [N S S 3] that classifiers see, by way of the files of generate.py.
 
     Args:
@@ -212,17 +221,17 @@ def decode(samples: Tensor, model: TrainedModel, plan: Plan, *, between: Callabl
         for place, sample in enumerate(samples):
             (image,) = model.decoder(sample[None])
             file = pictures.encode_image(Image.fromarray(image), model.suffix)
-            found[place] = resized(reading.decode(file, image_size=side), size)
+            found[place] = resize_image(reading.decode(file, image_size=side), size)
             bar.advance()
             between()
     return found
 
 
-def made_of_sweep(plan: Plan, real: RealImages, sampling: GenerateSettings) -> dict[str, Any]:
-    """Returns what all points of a sweep depend on."""
+def made_of_sweep(plan: EvaluationPlan, real: RealImages, sampling: GenerateSettings) -> dict[str, Any]:
+    """Returns all that the points of a sweep depend on; with another value they are computed anew."""
     return {
         **made_of_real(plan, real),
-        "figures": 2,  # counts up when the points get other figures
+        "figures": 2,  # to be raised when the points get other figures
         "neighbours": plan.settings.neighbours,
         "images_per_class": plan.settings.sweep_images,
         "guidance_interval": sampling.guidance_interval,
@@ -232,7 +241,7 @@ def made_of_sweep(plan: Plan, real: RealImages, sampling: GenerateSettings) -> d
     }
 
 
-def measure(plan: Plan, real: RealImages, samples: Points) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(plan: EvaluationPlan, real: RealImages, samples: Points) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the figures of a point of the sweep, and those of as many training images."""
     seed, training, test = plan.settings.seed, real.training.latents, real.test.latents
     found = closeness(
@@ -259,7 +268,7 @@ def measure(plan: Plan, real: RealImages, samples: Points) -> tuple[dict[str, An
 
 
 def best_point(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Returns the point with the lowest Fréchet distance per class, of several classes their mean.
+    """Returns the point with the lowest Fréchet distance per class (the mean over the classes).
 
     A model that draws its training images again comes near to the test images, too, so points with many near copies
     count only where there are no others.
@@ -286,13 +295,13 @@ def say_best(points: Sequence[dict[str, Any]], images_per_class: int) -> list[st
         found = [f"No point is the best: {images_per_class} samples per class, or the test images, are too few."]
     else:
         found = [
-            f"Nearest to the test images by Fréchet distance per class: {_named(best)}; one seed, so how far such "
+            f"Nearest to the test images by Fréchet distance per class: {_name_point(best)}; one seed, so how far such "
             "figures scatter is not known.",
             _about_copies(points, best),
         ]
     if for_classifiers is not None:
         sentence = for_classifiers["classifier"]["difference"]["sentence"]
-        found.append(f"Best beside real images in training a classifier: {_named(for_classifiers)}. {sentence}")
+        found.append(f"Best beside real images in training a classifier: {_name_point(for_classifiers)}. {sentence}")
     return found
 
 
@@ -307,7 +316,7 @@ def _about_copies(points: Sequence[dict[str, Any]], best: dict[str, Any]) -> str
     return f"{share}."
 
 
-def _named(point: dict[str, Any]) -> str:
+def _name_point(point: dict[str, Any]) -> str:
     return f"guidance {point['guidance']:g} at step {point['step']:,}"
 
 
@@ -331,7 +340,7 @@ def print_sweep(part: dict[str, Any]) -> None:
     say(f"{'step':>8}  {'guidance':>8}  " + "  ".join(columns.values()))
     rows = [(f"{p['step']:>8,}  {p['guidance']:>8g}", p) for p in part["points"]]
     for name, figures in [(f"{'real (training)':>18}", part["training"]), *rows]:
-        cells = [f"{written(figures.get(column)):>{len(head)}}" for column, head in columns.items()]
+        cells = [f"{format_figure(figures.get(column)):>{len(head)}}" for column, head in columns.items()]
         say(f"{name}  " + "  ".join(cells))
     for sentence in part["sentences"]:
         say(sentence)

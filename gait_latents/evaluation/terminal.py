@@ -5,7 +5,7 @@ from typing import Any
 from gait_latents.common import console
 from gait_latents.common.console import say, warn
 from gait_latents.evaluation import page
-from gait_latents.evaluation.figures import NEAR_SHARE, written
+from gait_latents.evaluation.figures import NEAR_SHARE, format_figure
 
 _CLOSENESS_ROWS = {  # figure -> what a row of the table calls it
     "frechet_mean": "Fréchet distance per class",
@@ -20,12 +20,12 @@ _NAME_WIDTH, _FIGURE_WIDTH = 50, 11
 
 
 def print_figures(data: dict[str, Any]) -> None:
-    """Prints the main figures of synthetic images, and beside them those of real ones: the best to be expected."""
+    """Prints the main figures of the synthetic images, beside those of real ones, which are the best to be expected."""
     say()
     say(_row("", "synthetic", "real"))
     for name, title in (("latents", ""), ("inception", "Inception: ")):
         for figure, label in _CLOSENESS_ROWS.items() if name in data else ():
-            say(_row(title + label, *(written(data[name][kind][figure]) for kind in ("synthetic", "training"))))
+            say(_row(title + label, *(format_figure(data[name][kind][figure]) for kind in ("synthetic", "training"))))
     if "latents" in data:
         found = data["latents"]["recognition"]
         say(_row("nearest to the mean of their own class", _share(found["synthetic"]), _share(found["test"])))
@@ -38,7 +38,7 @@ def print_figures(data: dict[str, Any]) -> None:
             say(_row(f"classifier trained on {name}: recognised", _share(found["mean"])))
         say(data["classifier"]["difference"]["sentence"])
     if "latents" in data:
-        mark, sentence = page.closeness(data["latents"], show=console.shown)
+        mark, sentence = page.closeness(data["latents"], show=console.show_name)
         say(f"Are they close to real images? {mark.capitalize()}. {sentence}")
     for name, why in data.get("why", {}).items():
         say(f"no {name}: {why}")

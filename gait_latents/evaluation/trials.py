@@ -1,4 +1,4 @@
-"""The classifiers of an evaluation: which are to be trained, on what, and what an earlier one trained already."""
+"""The classifiers of an evaluation: whether any are trained, on which images, and with which settings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,16 @@ from gait_latents.common import console
 from gait_latents.common.process import StopSignals
 from gait_latents.evaluation import classifier
 from gait_latents.evaluation.image_sets import NO_TEST_IMAGES, ImageSet, RealImages
-from gait_latents.evaluation.plan import Plan
+from gait_latents.evaluation.plan import EvaluationPlan
 
 
-def why_not(plan: Plan, real: RealImages, synthetic_labels: Tensor, others: Sequence[ImageSet] = ()) -> str | None:
+def why_not(
+    plan: EvaluationPlan, real: RealImages, synthetic_labels: Tensor, others: Sequence[ImageSet] = ()
+) -> str | None:
     """Returns why no classifier is trained, in a sentence; None where it is.
 
     Args:
-        others: more sets whose files are looked at.
+        others: further image sets whose files are needed.
     """
     asked = plan.settings.classifier
     if asked == "false":
@@ -36,12 +38,12 @@ def why_not(plan: Plan, real: RealImages, synthetic_labels: Tensor, others: Sequ
 class Trials:
     """Classifiers with and without generated images, tested on the test images."""
 
-    plan: Plan
+    plan: EvaluationPlan
     training: tuple[Tensor, Tensor]  # uint8 [N S S 3] and labels [N]
     test: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, plan: Plan, real: RealImages) -> "Trials":
+    def of(cls, plan: EvaluationPlan, real: RealImages) -> "Trials":
         """Reads the real images; raises Failed naming the first that cannot be read."""
         size = plan.settings.classifier_image_size
         training, test = ((part.pixels(size), part.labels) for part in (real.training, real.test))
@@ -88,11 +90,11 @@ class Trials:
         return {**found, **made_of(self.plan)}
 
 
-def seeds(plan: Plan) -> list[int]:
+def seeds(plan: EvaluationPlan) -> list[int]:
     """Returns the seeds of the classifiers."""
     return list(range(plan.settings.seed, plan.settings.seed + plan.settings.classifier_seeds))
 
 
-def made_of(plan: Plan) -> dict[str, Any]:
-    """Returns what a classifier depends on, besides its images and its seed."""
+def made_of(plan: EvaluationPlan) -> dict[str, Any]:
+    """Returns all that a classifier depends on besides its images and its seed."""
     return {"image_size": plan.settings.classifier_image_size, "num_steps": plan.settings.classifier_steps}

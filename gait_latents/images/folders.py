@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gait_latents.common.console import shown
+from gait_latents.common.console import show_name
 from gait_latents.common.errors import UserError
 
 IMAGE_SUFFIXES = frozenset(
@@ -24,8 +24,12 @@ def natural_key(name: str) -> tuple:
 def list_images(data_path: str | os.PathLike[str], *, setting: str = "data_path") -> dict[str, list[str]]:
     """Lists the image files directly in each class folder, classes and files in natural order.
 
-    Hidden files and folders and files of other endings are passed over; a folder without images has an empty list.
-    Errors name the `setting` that the folder comes from.
+    Hidden files and folders are passed over, and so are files whose names do not end like those of images
+    (IMAGE_SUFFIXES). A class folder without images has an empty list.
+
+    Args:
+        data_path: the folder that holds a folder for each class.
+        setting: the name of the setting that the folder comes from, for messages.
 
     Raises:
         UserError: when the folder is missing or unreadable, or no sub-folder has an image.
@@ -41,11 +45,13 @@ def list_images(data_path: str | os.PathLike[str], *, setting: str = "data_path"
 def _class_folders(root: Path, setting: str) -> list[str]:
     if not root.is_dir():
         found = "is a file, not a folder; unpack it first" if root.exists() else f"does not exist; {LAYOUT_REMEDY}"
-        raise UserError(f"--{setting} {shown(root)} {found}")
+        raise UserError(f"--{setting} {show_name(root)} {found}")
     children = _visible_children(root)
     dangling = [child.name for child in children if _leads_nowhere(child)]
     if dangling:
-        raise UserError(f"in --{setting} {shown(root)} are links that lead nowhere: {name_list(dangling)}; remove them")
+        raise UserError(
+            f"in --{setting} {show_name(root)} are links that lead nowhere: {name_list(dangling)}; remove them"
+        )
     return [child.name for child in children if child.is_dir()]
 
 
@@ -63,7 +69,7 @@ def _visible_children(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as children:
             return [child for child in children if not child.name.startswith(".")]
     except OSError as error:
-        raise UserError(f"the folder {shown(folder)} cannot be listed: {error.strerror or error}") from error
+        raise UserError(f"the folder {show_name(folder)} cannot be listed: {error.strerror or error}") from error
 
 
 def _leads_nowhere(child: os.DirEntry[str]) -> bool:
@@ -77,21 +83,22 @@ def _leads_nowhere(child: os.DirEntry[str]) -> bool:
 
 
 def _nothing_found_message(root: Path, classes: Sequence[str], setting: str) -> str:
-    where = f"--{setting} {shown(root)}"
+    where = f"--{setting} {show_name(root)}"
     if not classes:
         loose = len(_image_names(root))
         found = f"{loose} images but no sub-folders" if loose else "no sub-folders"
         return f"{where} has {found}; it needs one folder for the images of each class"
     for name in classes:
         if any(child.is_dir(follow_symlinks=False) for child in _visible_children(root / name)):
-            return f"no images in the class folders of {where}; are they deeper, in {shown(root / name)}?"
+            return f"no images in the class folders of {where}; are they deeper, in {show_name(root / name)}?"
     endings = " ".join(sorted(IMAGE_SUFFIXES))
     return f"no images in the class folders of {where} ({name_list(classes)}); files taken as images: {endings}"
 
 
 def name_list(names: Sequence[str], limit: int = 20) -> str:
+    """Lists names for a message, at most `limit` of them and the number of the others."""
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(shown(name) for name in names[:limit]) + rest
+    return ", ".join(show_name(name) for name in names[:limit]) + rest
 
 
 def missing_classes_warning(index: Mapping[str, Sequence[str]], num_users: int | str) -> str | None:

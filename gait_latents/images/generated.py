@@ -1,4 +1,7 @@
-"""The files of a folder of generated images: reads them back, and what is recorded beside them."""
+"""A folder of images that generate.py made: which files it is to have, reading them, and reading their record.
+
+The record, settings.json, says how the images were made; `training/generation.py` writes it and makes the images.
+"""
 
 import json
 from collections.abc import Sequence
@@ -16,6 +19,12 @@ from gait_latents.images.reading import BadImage
 
 
 def suffix(image_format: str, trained_on: str) -> str:
+    """Returns the ending of generated images, .png or .jpg.
+
+    Args:
+        image_format: "png", "jpg", or "auto" for JPEG where the training images were JPEG, else PNG.
+        trained_on: the commonest ending of the training images, such as .jpg.
+    """
     if image_format != "auto":
         return f".{image_format}"
     return ".jpg" if trained_on in (".jpg", ".jpeg", ".jpe", ".jfif") else ".png"
@@ -26,7 +35,7 @@ LARGEST_RECORD_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Cell:
-    """One image to make."""
+    """One image to make: its class, its number within the class, and its file."""
 
     label: int
     class_name: str
@@ -34,11 +43,13 @@ class Cell:
     path: Path
 
 
-def not_there(cells: Sequence[Cell]) -> list[Cell]:
+def list_missing(cells: Sequence[Cell]) -> list[Cell]:
+    """Returns the images whose files are not there."""
     return [cell for cell in cells if not cell.path.is_file()]
 
 
 def read_made(path: Path, image_size: int) -> np.ndarray:
+    """Reads a generated image as uint8 [S S 3]; raises Failed when it is damaged."""
     try:
         return reading.decode(files.read_whole(path, at_most=reading.MAX_FILE_BYTES), image_size=image_size)
     except (OSError, BadImage) as error:
@@ -48,6 +59,10 @@ def read_made(path: Path, image_size: int) -> np.ndarray:
 
 
 def read_record(path: Path) -> dict[str, Any]:
+    """Reads settings.json of a folder of generated images; raises UserError when it is damaged.
+
+    Settings that came after the record was written are added, with the values that they then had.
+    """
     try:
         record = json.loads(files.read_whole(path, at_most=LARGEST_RECORD_BYTES))
     except (OSError, ValueError, RecursionError):
@@ -57,5 +72,5 @@ def read_record(path: Path) -> dict[str, Any]:
     return {**_BEFORE_RECORDED, **settings.with_later_settings(record)}
 
 
-# What was done before settings.json said so.
+# What older versions did when settings.json did not say it yet.
 _BEFORE_RECORDED = {"decoder_precision": "float32"}

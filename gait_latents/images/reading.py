@@ -1,4 +1,8 @@
-"""Reads one image file as uint8 [S S 3]: strictly, upright, in RGB, cut to a square. `RECIPE` names how."""
+"""Reads one image file as uint8 pixels [S S 3], S being image_size: upright, in RGB, cut to a square.
+
+The pixels are exactly those that torchvision's Resize(S) and CenterCrop(S) give on a PIL image. `RECIPE` names this way
+of reading; it is part of the space of latents. Files that are damaged, cut short, or unreasonably large are refused.
+"""
 
 import hashlib
 import io
@@ -29,9 +33,9 @@ RECIPE: dict[str, object] = {
     "resize": "Pillow bilinear with antialiasing, shorter side to image_size, longer side rounded down",
     "crop": "centre",
 }
-MAX_FILE_BYTES = 2**29 + 2**24  # 16-bit colours and alpha of so many pixels, not compressed
-MAX_SCANS = 100  # of a JPEG
-MAX_PIXELS = 2**26  # of the file as it claims, and of the resized image before it is cropped: 256 MiB in memory
+MAX_FILE_BYTES = 2**29 + 2**24  # more than MAX_PIXELS pixels take uncompressed with 16-bit colours and alpha
+MAX_SCANS = 100  # of a JPEG; a progressive one has about ten
+MAX_PIXELS = 2**26  # in the file, as it claims, and in the resized image before it is cropped: 256 MiB in memory
 
 
 class BadImage(Exception):
@@ -42,17 +46,17 @@ class BadImage(Exception):
 
 
 def image_path(data_path: str | os.PathLike[str], entry: Entry) -> Path:
-    """Returns where the file of an entry is."""
+    """Returns the path of the file of an entry."""
     return Path(data_path) / entry.class_name / entry.name
 
 
 def image_key(data: bytes) -> str:
-    """Returns the content key of an image: the SHA-256, in hex, of the very bytes given to `decode`."""
+    """Returns the content key of an image: the SHA-256, in hex, of the bytes of its file."""
     return hashlib.sha256(data).hexdigest()
 
 
 def decode(data: bytes, *, image_size: int) -> np.ndarray:
-    """Turns the bytes of an image file into uint8 [S S 3]; of several frames, the first.
+    """Turns the bytes of an image file into uint8 [S S 3]; of a file with several frames, it takes the first.
 
     The pixels equal those of torchvision's Resize(S) and CenterCrop(S) on the upright RGB image, bit for bit.
     Any number of threads may decode at once.
@@ -77,7 +81,7 @@ _MARKER = re.compile(rb"\xff+[^\0\xff\xd0-\xd7]")  # within a scan, these bytes 
 
 
 def _num_scans(data: bytes) -> int:
-    """Counts the scans of a JPEG: about ten where it is progressive, one where it is not."""
+    """Counts the scans of a JPEG, until there are more than MAX_SCANS: about ten where it is progressive, else one."""
     count = position = 0
     while found := _MARKER.search(data, position):
         marker, position = found[0][-1], found.end()
@@ -90,7 +94,7 @@ def _num_scans(data: bytes) -> int:
 
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-# What Pillow was seen to raise on bad data, and what its code shows that it may.
+# What Pillow raises on bad data: seen in tests with damaged files, or found in its code.
 _PILLOW_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError),
     *(RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error, Image.DecompressionBombError),
@@ -106,6 +110,7 @@ _STRANGERS = (
 
 
 def _refuse_strangers(data: bytes) -> None:
+    """Raises BadImage for empty files and for files of other kinds that often lie in the place of an image."""
     if not data:
         raise BadImage("the file is empty")
     start = data[:32].lstrip().lower()
@@ -117,6 +122,7 @@ def _refuse_strangers(data: bytes) -> None:
 
 
 def _reason(error: BaseException) -> str:
+    """Says in one line why Pillow could not read a file."""
     if isinstance(error, UnidentifiedImageError):
         return f"not an image, or its beginning is damaged (read are {', '.join(_FORMATS)})"
     if isinstance(error, Image.DecompressionBombError):
@@ -129,10 +135,11 @@ def _reason(error: BaseException) -> str:
 
 
 class _StrictPillow:
-    """Holds Pillow's process-wide switches where we need them while any thread decodes, then puts them back.
+    """Sets Pillow's process-wide switches as `decode` needs them while any thread decodes, then restores them.
 
-    Files that are cut short must fail even if somebody switched that off, Pillow's own limit on pixels must be
-    ours, and its warnings must not reach the user; `warnings.catch_warnings` is not safe among threads.
+    Files that are cut short must fail even if the program that imported us lets Pillow accept them, Pillow's limit on
+    pixels must be MAX_PIXELS, and its warnings must not reach the user (`warnings.catch_warnings` is not safe when
+    several threads use it).
     """
 
     def __init__(self) -> None:
@@ -172,7 +179,7 @@ _PNG_BIT_DEPTH = 24  # place in the file
 
 
 def _check_depth(image: Any, data: bytes) -> None:
-    """Refuses what Pillow would open with other greys or another transparency than the file means."""
+    """Refuses files of which Pillow would misread the greys or the transparency; raises BadImage."""
     if image.format == "PNG" and data[_PNG_BIT_DEPTH] == 16 and "transparency" in image.info:
         raise BadImage("a 16-bit PNG with a transparent colour; save it with an alpha channel or without any")
     if image.format == "TIFF" and image.mode in _GREY16_MODES and image.tag_v2.get(_TIFF_PHOTOMETRIC) != 1:
@@ -192,7 +199,7 @@ def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
 def _grey16_to_rgb(image: Any) -> Image.Image:
     bits = image.tag_v2[_TIFF_BITS_PER_SAMPLE][0] if image.format == "TIFF" else 16
     white = 2**bits - 1
-    grey = np.asarray(image).astype(np.uint32)  # from here in place, for these arrays can be large
+    grey = np.asarray(image).astype(np.uint32)  # changed in place from here on, since these arrays can be large
     grey *= 255
     grey += white // 2
     grey //= white  # 0 to 255, to the nearest
@@ -217,7 +224,7 @@ _TRANSPOSES = {
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
-    # Broken EXIF data say nothing about the pixels: such an image is taken as it lies.
+    # Broken EXIF data do not make the pixels wrong: such an image is not turned.
     with suppress(*_PILLOW_ERRORS):
         return _TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return None
@@ -231,7 +238,7 @@ def _square(image: Image.Image, image_size: int) -> np.ndarray:
     """Resizes the shorter side to image_size and cuts out the centre: uint8 [S S 3]."""
     width, height = image.size
     shorter = min(width, height)
-    # Rounded as torchvision rounds: down for the longer side, to even for half a pixel of margin.
+    # Rounded as torchvision rounds: the longer side down, half a pixel of margin to the even number.
     width, height = int(image_size * width / shorter), int(image_size * height / shorter)
     if width * height > MAX_PIXELS:
         raise BadImage(f"{image.width:,} x {image.height:,} is too long a strip to resize and crop to a square")
@@ -241,7 +248,7 @@ def _square(image: Image.Image, image_size: int) -> np.ndarray:
 
 
 def find_bad_images(entries: Iterable[Entry], *, data_path: str, image_size: int) -> tuple[Skipped, ...]:
-    """Decodes each entry once and returns those that cannot be read, with the reason."""
+    """Reads each image once and returns those that cannot be used, each with the reason."""
 
     def reason(entry: Entry) -> str | None:
         try:
@@ -256,8 +263,8 @@ def find_bad_images(entries: Iterable[Entry], *, data_path: str, image_size: int
     return tuple(Skipped(e.class_name, e.name, r) for e, r in zip(entries, reasons, strict=True) if r is not None)
 
 
-def skipped(entries: list[Entry], bad: Iterable[tuple[int, str]]) -> tuple[Skipped, ...]:
-    """Turns (position, reason) pairs into what the split records of images that are left out."""
+def record_skipped(entries: list[Entry], bad: Iterable[tuple[int, str]]) -> tuple[Skipped, ...]:
+    """Turns (position, reason) of images that cannot be used into what a split records of them."""
     return tuple(Skipped(entries[i].class_name, entries[i].name, reason) for i, reason in bad)
 
 
@@ -271,8 +278,14 @@ EDITED_BEFORE = (
 def read_image(data_path: str, entry: Entry, *, image_size: int, if_edited: str = EDITED_MEANWHILE) -> Any:
     """Reads one image as uint8 [S S 3].
 
+    Args:
+        data_path: the image folder.
+        entry: the image; where it has a content key, the file must still have that content.
+        image_size: S, in pixels.
+        if_edited: the reason to give when it has another content.
+
     Raises:
-        BadImage: when it cannot be read, or with the reason `if_edited` when it has not the content of its key.
+        BadImage: when the file cannot be read or has another content than its key says.
     """
     try:
         data = read_file(data_path, entry)

@@ -1,4 +1,8 @@
-"""Which images the settings mean: chosen from the folder where it is at hand, else from the split that is stored."""
+"""Which images the settings mean.
+
+They are chosen from the image folder where it is there, else from the split that a cache or run has stored: with a
+complete cache the images need not exist.
+"""
 
 import json
 from collections import Counter
@@ -7,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gait_latents.common.cli import is_explicit
-from gait_latents.common.console import shown, warn
+from gait_latents.common.console import show_name, warn
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import (
     LABELS_NAME,
@@ -26,7 +30,16 @@ from gait_latents.settings import ImageSettings
 
 
 def images_at_hand(settings: ImageSettings, sources: Mapping[str, str], *, may_lack: bool) -> bool:
-    """Says whether the image folder has class folders; unless `may_lack`, one that was asked for must be there."""
+    """Says whether the image folder is there and has class folders.
+
+    Args:
+        sources: where each setting comes from; a folder of the command line or the config file was asked for.
+        may_lack: accept a missing folder even if --data_path was given, as a run that goes on does: its latents may all
+            be cached.
+
+    Raises:
+        UserError: when a folder that was asked for is missing.
+    """
     folder = Path(settings.data_path)
     is_needed = not may_lack and is_explicit(sources, "data_path")
     if is_needed and not folder.is_dir():
@@ -35,19 +48,28 @@ def images_at_hand(settings: ImageSettings, sources: Mapping[str, str], *, may_l
 
 
 def no_images_message(data_path: str, *, also: str = "") -> str:
-    """Says what is wrong with a data folder that cannot be used, and what to give instead."""
+    """Says what is wrong with an image folder that cannot be used, and what to give instead.
+
+    Args:
+        also: what else to say before the remedy, beginning with a comma.
+    """
     folder = Path(data_path)
     state = "has no sub-folders" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
-    return f"--data_path {shown(data_path)} {state}{also}; {LAYOUT_REMEDY}"
+    return f"--data_path {show_name(data_path)} {state}{also}; {LAYOUT_REMEDY}"
 
 
 def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | None, where: str) -> Split:
-    """Draws the split, from the image folder when it is at hand, else from the one stored in the cache `where`.
+    """Chooses training and test images: from the image folder when it is there, else from the images of a stored split.
 
-    Both give the same split when the folder is as it was. Every entry comes with its content key.
+    Both give the same split when the folder has not changed. Every entry comes with its content key.
+
+    Args:
+        at_hand: whether the image folder is there, as `images_at_hand` says.
+        stored: the split in the cache; None where there is none.
+        where: the cache folder, for messages.
 
     Raises:
-        UserError: when neither is there, a class has too few images, or the cache would count as a class.
+        UserError: when neither is there, a class has too few images, or the cache lies among the class folders.
     """
     if at_hand:
         return _choose_from_folder(settings, where)
@@ -71,7 +93,7 @@ def _choose_from_stored(settings: ImageSettings, stored: Split, where: str) -> S
 
 
 def _draw(settings: ImageSettings, index: Mapping[str, Sequence[str]]) -> Split:
-    """Draws the split of the images in an index {class: names}, and warns of classes that there are not."""
+    """Draws the split of the images in an index {class: names}; warns when there are fewer classes than asked for."""
     notice = missing_classes_warning(index, settings.num_users)
     if notice:
         warn(notice)
@@ -86,16 +108,17 @@ def _draw(settings: ImageSettings, index: Mapping[str, Sequence[str]]) -> Split:
 
 
 def refuse_to_be_a_class(folder: Path, data_path: str | None) -> None:
-    """Raises UserError for a folder to write to among the class folders: its pictures would be taken for images.
+    """Raises UserError when a folder to write to lies among the class folders: its pictures would become a class.
 
     Args:
-        data_path: the image folder, which need not exist; None where nobody knows it.
+        folder: the folder to write to.
+        data_path: the image folder, which need not exist; None where it is not known.
     """
     place = folder.resolve()
     if data_path and Path(data_path).resolve() in (place, place.parent):
         raise UserError(
-            f"{shown(folder)} is among the class folders of --data_path {shown(data_path)} and would count as one; "
-            "give a folder outside"
+            f"{show_name(folder)} is among the class folders of --data_path {show_name(data_path)} and would count as "
+            "one; give a folder outside"
         )
 
 
@@ -108,18 +131,21 @@ _OUTPUTS = {  # files that lie together in a folder of ours -> what wrote them
 
 
 def _refuse_own_outputs(settings: ImageSettings, folders: list[str]) -> None:
-    """Raises UserError when one of the class folders in use is what a script wrote: its pictures are no class."""
+    """Raises UserError when a script wrote one of the class folders in use: its pictures are no class."""
     for name in folders if settings.num_users == "all" else folders[: int(settings.num_users)]:
         for files, what in _OUTPUTS.items():
             if all((Path(settings.data_path) / name / file).is_file() for file in files):
                 raise UserError(
-                    f"the folder {shown(name)} in --data_path {shown(settings.data_path)} {what}, and its pictures "
-                    "would count as a class; move it elsewhere"
+                    f"the folder {show_name(name)} in --data_path {show_name(settings.data_path)} {what}, and its "
+                    "pictures would count as a class; move it elsewhere"
                 )
 
 
 def _check_classes_known(settings: ImageSettings, stored: Split, where: str) -> None:
-    """Raises UserError when more classes are asked for than the stored split was given of the images."""
+    """Raises UserError when more classes are asked for than the stored split has, and there may have been more.
+
+    A split drawn with a number of classes does not say how many more there were in the folder.
+    """
     known, asked = stored.rule["num_users"], settings.num_users
     was_cut = known == len(stored.classes)
     if was_cut and (asked == "all" or int(asked) > int(known)):
@@ -147,7 +173,7 @@ def _places(split: Split) -> list[tuple[str, str]]:
 
 
 def _key_of_no_content(class_name: str, name: str) -> str:
-    # Not a hash of an image's bytes, so never cached: reading the image is tried when it is needed, and fails by name.
+    # No image has this key, so it is in no cache: the image is read when it is needed, and the error then names it.
     return reading.image_key(json.dumps(["unreadable", class_name, name]).encode())
 
 

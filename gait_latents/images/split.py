@@ -1,4 +1,7 @@
-"""The split of the images into training and test images, drawn by seed and stored as JSON lines under a seal."""
+"""The split of the images into training and test images: drawn by the seed, stored as JSON with a checksum.
+
+The split is made from names alone, without opening a file. Content keys are added afterwards (`selection.py`).
+"""
 
 import hashlib
 import json
@@ -7,10 +10,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gait_latents.common import files
-from gait_latents.common.console import shown
+from gait_latents.common.console import show_name
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import SPLIT_NAME
 from gait_latents.images.folders import name_list, natural_key
@@ -39,9 +42,15 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Split:
-    """The images of a run: for training, for testing, skipped as unreadable, and left out between the first two.
+    """The images of a run; entries are ordered by class, then by name, both in natural order.
 
-    Entries are ordered by class, then by name, both naturally; `rule` holds the settings that made the split.
+    Attributes:
+        classes: the class names, in label order.
+        train: the training images.
+        test: the test images.
+        skipped: images that could not be read and are in neither part.
+        rule: the settings that made the split.
+        gap: images left out between training and test images, as --split_gap says.
     """
 
     classes: tuple[str, ...]
@@ -68,15 +77,15 @@ class Split:
         return {(entry.class_name, entry.name): entry.key for entry in entries if entry.key}
 
     def with_keys(self, keys: Mapping[tuple[str, str], str]) -> "Split":
-        """Returns the split with these content keys; entries that are not named keep theirs."""
+        """Returns the split with these content keys, by (class name, file name); other entries keep theirs."""
 
-        def keyed(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+        def add_keys(entries: Iterable[Entry]) -> tuple[Entry, ...]:
             return tuple(replace(e, key=keys.get((e.class_name, e.name), e.key)) for e in entries)
 
-        return replace(self, train=keyed(self.train), test=keyed(self.test), gap=keyed(self.gap))
+        return replace(self, train=add_keys(self.train), test=add_keys(self.test), gap=add_keys(self.gap))
 
     def without(self, skipped: Iterable[Skipped]) -> "Split":
-        """Returns the split with these images, as far as they are in it, recorded as skipped and in neither part.
+        """Returns the split in which those of these images that it holds are recorded as skipped, and in neither part.
 
         Raises:
             UserError: when that leaves a class without a training image.
@@ -85,19 +94,19 @@ class Split:
         new = {(item.class_name, item.name): item for item in skipped if (item.class_name, item.name) in own}
         old = {(item.class_name, item.name): item for item in self.skipped}
 
-        def kept(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+        def keep(entries: Iterable[Entry]) -> tuple[Entry, ...]:
             return tuple(e for e in entries if (e.class_name, e.name) not in new)
 
-        train = kept(self.train)
+        train = keep(self.train)
         empty = sorted({e.class_name for e in self.train} - {e.class_name for e in train}, key=natural_key)
         if empty:
             raise UserError(
                 f"no training image can be read of {name_list(empty)}; mend the images or remove the folder"
             )
-        return replace(self, train=train, test=kept(self.test), skipped=tuple((old | new).values()))
+        return replace(self, train=train, test=keep(self.test), skipped=tuple((old | new).values()))
 
     def index(self) -> dict[str, list[str]]:
-        """Returns class -> names of all images that the split was made from, as `list_images` would."""
+        """Returns class -> names of all images that the split was made from, as `list_images` returned them."""
         names: dict[str, list[str]] = {class_name: [] for class_name in self.classes}
         for item in (*self.train, *self.test, *self.gap, *self.skipped):
             names[item.class_name].append(item.name)
@@ -123,7 +132,7 @@ class Split:
         """Reads what `to_bytes` wrote.
 
         Raises:
-            UserError: naming `where`, when a single bit is not as it was written, or the format is another.
+            UserError: naming `where`, when anything is not as it was written, or the format is another.
         """
         body = data[: -len(_seal(b""))]
         if data != body + _seal(body):
@@ -182,8 +191,8 @@ def make_split(
 
 
 def _draw_order(seed: int, class_name: str) -> Callable[[str], bytes]:
-    # A file's place depends on itself alone: other files and classes that come or go do not reshuffle it. JSON
-    # keeps the three parts apart, and its escapes also stand for names that are not valid Unicode.
+    # The place of a file depends on its own name alone, so that files and classes that come or go do not reshuffle the
+    # others. JSON keeps the three parts apart, and its escapes also stand for names that are not valid Unicode.
     return lambda name: hashlib.sha256(json.dumps([seed, class_name, name]).encode()).digest()
 
 
@@ -194,7 +203,7 @@ def _check_enough(counts: Mapping[str, int], images_per_user: int | str) -> None
     few = [name for name, count in counts.items() if count < wanted]
     if not few:
         return
-    listing = ", ".join(f"{shown(name)} has {counts[name] or 'none'}" for name in few)
+    listing = ", ".join(f"{show_name(name)} has {counts[name] or 'none'}" for name in few)
     would_do = min((count for count in counts.values() if count), default=0)
     remedy = "add images"
     if wanted > would_do > 0:
@@ -214,7 +223,7 @@ def shared_content(split: Split) -> list[tuple[Entry, Entry]]:
 
 def _json(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    # Line separators, control characters and the stand-ins for undecodable bytes only survive as escapes.
+    # Line separators, control characters and surrogates, which stand for undecodable bytes, only survive as escapes.
     return text if text.isprintable() else json.dumps(value)
 
 
@@ -251,10 +260,10 @@ def _name(value: object) -> str:
     # A file name and no path: nothing in a split may lead out of the data folder.
     if not is_file_name(value):
         raise ValueError(f"{value!r:.100} is not the name of a file or folder")
-    return value  # type: ignore[return-value]
+    return value
 
 
-def is_file_name(value: object) -> bool:
+def is_file_name(value: object) -> TypeGuard[str]:
     """Says whether a value out of a file can be the name of one file or folder, and leads nowhere else."""
     if not isinstance(value, str) or value in ("", ".", "..") or "/" in value or "\0" in value:
         return False
@@ -271,7 +280,8 @@ def _key(value: object) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    return shown(" ".join(str(error).split())[:200])
+    """Returns the message of an error as one short line that can be printed."""
+    return show_name(" ".join(str(error).split())[:200])
 
 
 _LARGEST_SPLIT_BYTES = 1 << 30
@@ -281,7 +291,7 @@ def read_split(folder: Path) -> Split | None:
     """Reads the split stored in a cache or run folder; None when there is none.
 
     Raises:
-        UserError: when it cannot be read, or is not as it was written.
+        UserError: when it cannot be read, or is damaged or was edited.
     """
     path = folder / SPLIT_NAME
     try:

@@ -1,4 +1,4 @@
-"""Files written in a thread of their own, while the next ones are made."""
+"""Writes files in a background thread while the next ones are made."""
 
 from collections import deque
 from collections.abc import Callable
@@ -10,14 +10,14 @@ Facts = ParamSpec("Facts")
 
 
 class WriteBehind(Generic[Facts]):
-    """Within the block, does what it is given one after the other in the background; at its end, all is done.
+    """Used as a block (`with`): does in the background, one after the other, what it is given; at its end all is done.
 
-    An error in the background is raised by the next call or at the end of the block, and what came after it is
-    dropped. An error in the block lets what was given before be done: what is whole is kept.
+    An error in the background is raised by the next call or at the end of the block, and what was given after it is
+    dropped. When the block itself raises an error, what was given before is still done.
 
     Args:
-        write: what is done, such as writing one file.
-        at_most: how many may wait; a further one waits for the first of them, so that memory stays bounded.
+        write: the function to call with the arguments of each `put`, such as one that writes a file.
+        at_most: how many may wait. With more, `put` waits for the first of them, so that memory stays bounded.
     """
 
     def __init__(self, write: Callable[Facts, object], *, at_most: int) -> None:
@@ -35,16 +35,16 @@ class WriteBehind(Generic[Facts]):
             self._pool.shutdown(cancel_futures=True)
 
     def put(self, *args: Facts.args, **kwargs: Facts.kwargs) -> int:
-        """Takes one thing to do; returns how many were done since the last call."""
+        """Takes the arguments of one call; returns how many calls were finished since the last `put`."""
         self._waiting.append(self._pool.submit(self.write, *args, **kwargs))
         return self._collect(self.at_most)
 
     def finish(self) -> int:
-        """Waits until all is done; returns how many were done since the last call."""
+        """Waits until all calls are finished; returns how many were since the last `put`."""
         return self._collect(0)
 
     def _collect(self, num_left: int) -> int:
-        """Takes off what is done, and waits where more than `num_left` is not; raises what went wrong there."""
+        """Takes off finished calls and waits until at most `num_left` are left; raises the error of one that failed."""
         done = 0
         while self._waiting and (len(self._waiting) > num_left or self._waiting[0].done()):
             try:

@@ -1,13 +1,17 @@
-"""The on-disk cache of moments: spaces, sealed shards, the manifest, and a check of it all.
+"""The on-disk cache of moments: reads the rows of one space, stores new ones, merges shards and removes rows.
 
     latents_cache/
       manifest.json                    settings of the last preprocess, and the space that it filled
-      9f2c41d07a3b5e88/                one folder per space
+      split.json                       which images are for training and which for testing
+      9f2c41d07a3b5e88/                one folder per space, named by its id
         11c3...5c45.safetensors        one immutable shard, named by the SHA-256 of its content
 
-A shard holds `seals` uint32 [n], `moments` float16 [n 2C h w] and `keys` uint8 [n 32]. A seal is the CRC-32 over
-space id, key and row, so that a row is served only as what it was stored as; anything else is a miss. Of several
-copies of a row the first valid one counts, in the order of the shards' names. Callers write a key as 64 hex digits.
+A row is the moments of one image; its key, the SHA-256 of the image file, is written as 64 hex digits. A row that is
+damaged, as its seal shows (`shard.py`), counts as missing. Of several copies of a row the first valid one is read, in
+the order of the shards' names.
+
+Nothing on disk is ever changed: shards are added, and removed when their rows are in others. So several processes may
+read and write one cache at the same time without a lock.
 """
 
 import itertools
@@ -33,20 +37,25 @@ from gait_latents.latents.shard import (
     header_bytes,
     keys_as_hex,
     keys_of_rows,
+    open_regular_file,
     open_shard,
-    opened_file,
     problem,
     read_header,
     row_facts,
 )
 from gait_latents.latents.space import Space
 
-SHARD_SECONDS = 60.0  # how long a row may wait in memory
-_LISTINGS = 5  # times to look again when a merge removes what the listing of a folder names
+SHARD_SECONDS = 60.0  # how long a new row may wait in memory before it is published
+_LISTINGS = 5  # how often to list a folder again when a merge removes shards between listing and opening
 
 
 class _Index:
-    """Finds the first copy of a key, in the order of the shards given, among the rows not known to be bad."""
+    """Finds where the row of a key lies: the first copy, in the order of the shards, that is not known to be damaged.
+
+    Attributes:
+        keys: the distinct keys, sorted, as byte strings [m].
+        places: the place of each [m]: shard number * 2**32 + row number.
+    """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = list(shards)
@@ -63,11 +72,11 @@ class _Index:
         return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").ravel()
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Returns for each key [n 32] its place [n], shard number * 2**32 + row, or -1."""
+        """Returns the place [n] of each key uint8 [n 32], -1 where there is none."""
         if not len(self.keys):
             return np.full(len(keys), -1, dtype=np.int64)
         wanted = self._comparable(keys)
-        order = np.argsort(wanted)  # looked up in this order, neighbours lie near each other in memory
+        order = np.argsort(wanted)  # searching in sorted order touches memory in order, which is faster
         nearest = np.empty(len(wanted), dtype=np.int64)
         nearest[order] = np.minimum(np.searchsorted(self.keys, wanted[order]), len(self.keys) - 1)
         return np.where(self.keys[nearest] == wanted, self.places[nearest], -1)
@@ -79,9 +88,9 @@ class _Index:
 class LatentCache:
     """The rows of one space: reads what is stored, and stores what is new.
 
-    It keeps paths and arrays only, so it may be forked or pickled. Nothing is ever written unless `writable`,
-    which may be set to False later, when the disk turns out to be full. New rows then stay in memory and are
-    served from there.
+    It keeps paths and arrays only and no open file, so it may be forked or pickled. Nothing is written unless
+    `writable`, which may be set to False later, as when the disk is full. New rows then stay in memory and are read
+    from there.
 
     Args:
         folder: the cache folder; it need not exist.
@@ -89,7 +98,7 @@ class LatentCache:
         writable: whether new rows go to disk.
 
     Attributes:
-        problems: one line for each damaged file or row found so far; such rows count as missing.
+        problems: one line for each damaged file or shard with damaged rows found so far; such rows count as missing.
         acknowledged: how many rows this object has published.
     """
 
@@ -106,10 +115,11 @@ class LatentCache:
 
     @property
     def _space_folder(self) -> Path:
+        """Where the shards of the space are."""
         return self.folder / self.space.id
 
     def refresh(self) -> None:
-        """Looks for shards that other processes have published or merged since."""
+        """Looks for shards that other processes have published or merged since the last look."""
         known, self._shards = self._shards, {}
         with self._noting_problems(self._space_folder), suppress(FileNotFoundError):
             for _ in range(_LISTINGS):
@@ -130,7 +140,7 @@ class LatentCache:
         return are_all_there
 
     def shard_paths(self) -> list[Path]:
-        """Returns the readable shards, in the order in which they count."""
+        """Returns the readable shards, in the order in which copies of a row count."""
         return [shard.path for shard in self._in_order]
 
     @contextmanager
@@ -149,6 +159,7 @@ class LatentCache:
 
     @cached_property
     def _index(self) -> _Index:
+        """Where each key lies; built when first needed, and again after `_forget_index`."""
         return _Index(self._in_order)
 
     def _forget_index(self) -> None:
@@ -157,12 +168,12 @@ class LatentCache:
     # --- reading ---
 
     def keys(self) -> list[str]:
-        """Returns the keys of all rows at hand, published or not; a seal is checked only when its row is read."""
+        """Returns the keys of all rows, on disk or in memory; a damaged row is noticed only when it is read."""
         stored = keys_as_hex(self._index.keys)
         return stored + sorted(self._pending.keys() - set(stored)) if self._pending else stored
 
     def holds(self, keys: Sequence[str]) -> np.ndarray:
-        """Says for each key [n] whether a row is at hand; its seal is checked only when it is read."""
+        """Says for each key [n] whether there is a row; a damaged row is noticed only when it is read."""
         stored = self._index.find(keys_of_rows(keys)) >= 0
         return stored | np.array([key in self._pending for key in keys], dtype=bool)
 
@@ -191,7 +202,7 @@ class LatentCache:
             raise ValueError(f"out is {out.dtype} {list(out.shape)}, but float16 {list(shape)} is needed")
         found = self._take_pending(keys, out)
         vanished: set[str] = set()
-        while True:  # each round settles a row, or rules out a copy of it
+        while True:  # each round reads a row or marks a copy of it as damaged, so this ends
             todo = np.flatnonzero(~found)
             places = self._index.find(wanted[todo])
             todo, places = todo[places >= 0], places[places >= 0]
@@ -200,6 +211,7 @@ class LatentCache:
             self._read_places(places, todo, out, found, vanished)
 
     def _take_pending(self, keys: Sequence[str], out: np.ndarray) -> np.ndarray:
+        """Copies the rows that wait in memory to `out`; returns which those were, bool [n]."""
         found = np.zeros(len(keys), dtype=bool)
         for i, key in enumerate(keys if self._pending else ()):
             if key in self._pending:
@@ -211,7 +223,8 @@ class LatentCache:
     ) -> None:
         """Copies the rows at `places` [m] to `positions` [m] of `out`, and marks the good ones in `found`.
 
-        Shards that are gone are looked for once more and added to `vanished`; those in it already count as damaged.
+        A shard that is gone is added to `vanished`, and its rows are looked for in other shards: another process merged
+        it. If it is listed and gone a second time, its rows count as damaged.
         """
         order = np.argsort(places, kind="stable")
         places, positions = places[order], positions[order]
@@ -223,7 +236,7 @@ class LatentCache:
             try:
                 self._copy_rows(shard, rows, positions[begin:end], out, found)
             except FileNotFoundError as error:  # merged by another process
-                if shard.path.name in vanished:  # no: a server that opens it and cannot read it
+                if shard.path.name in vanished:  # not merged: a file server that opens the shard and cannot read it
                     self._note(problem(shard.path, error))
                     shard.bad[rows] = True
                     self._forget_index()
@@ -295,7 +308,7 @@ class LatentCache:
         self.commit()
 
     def commit(self) -> None:
-        """Publishes full shards, and everything once a row has waited SHARD_SECONDS; raises OSError."""
+        """Publishes full shards, and all rows once one has waited SHARD_SECONDS; raises OSError."""
         if not self.writable:
             return
         while len(self._pending) >= self._full_shard_rows:
@@ -312,9 +325,11 @@ class LatentCache:
 
     @property
     def _full_shard_rows(self) -> int:
+        """How many rows make a full shard."""
         return max(1, shard_file.SHARD_BYTES // self.space.row_bytes)
 
     def _publish_pending(self) -> None:
+        """Publishes the rows that have waited longest, at most a full shard of them; raises OSError."""
         rows = dict(itertools.islice(self._pending.items(), self._full_shard_rows))
         self._publish_shard(rows)
         for key in rows:
@@ -344,8 +359,8 @@ class LatentCache:
     def merge(self) -> None:
         """Joins small shards into as few as SHARD_BYTES allows: publishes the new one, then removes the old.
 
-        Only rows with a good seal are carried over. Other processes are not disturbed: a row is at every moment
-        in some published shard, and a reader that misses a removed one looks again.
+        Damaged rows are left out. Other processes are not disturbed: a row is at every moment in some published shard,
+        and a reader whose shard was removed looks for the row again.
 
         Raises:
             OSError: when publishing fails; the old shards are then still there.
@@ -370,6 +385,7 @@ class LatentCache:
         return [sorted(group, key=lambda shard: shard.path.name) for group in groups if len(group) > 1]
 
     def _merge(self, group: Sequence[Shard]) -> None:
+        """Replaces the readable shards of a group by one; raises OSError."""
         rows: dict[str, Row] = {}
         carried: list[Shard] = []
         for shard in group:
@@ -383,14 +399,14 @@ class LatentCache:
         for shard in carried:
             if shard.path != merged.path:  # equal content has an equal name
                 self._shards.pop(shard.path.name, None)
-                with suppress(OSError):  # a shard that stays only holds its rows twice
+                with suppress(OSError):  # a shard that cannot be removed costs space only
                     shard.path.unlink()
         self._forget_index()
 
     # --- pruning ---
 
     def surplus(self, needed: Collection[str]) -> tuple[int, int]:
-        """Returns how many stored rows have no key in `needed`, and how many bytes they take (within a header)."""
+        """Returns how many stored rows have no key in `needed`, and about how many bytes they take."""
         counts = [
             (shard, len(shard) - sum(key in needed for key in keys_as_hex(shard.keys))) for shard in self._in_order
         ]
@@ -399,9 +415,9 @@ class LatentCache:
         return sum(count for _, count in counts), freed
 
     def prune(self, needed: Collection[str]) -> None:
-        """Removes the rows whose key is not in `needed`: publishes what is kept of a shard, then removes the old.
+        """Removes the rows whose key is not in `needed`: publishes the rest of a shard, then removes the old shard.
 
-        A needed row is at every moment in some published shard. Shards that others publish meanwhile stay.
+        A needed row is at every moment in some published shard. Shards that others publish meanwhile are left alone.
 
         Raises:
             OSError: when publishing or removing fails; every needed row is then still there.
@@ -409,7 +425,7 @@ class LatentCache:
         if not self.writable:
             return
         kept = [(shard, sum(key in needed for key in keys_as_hex(shard.keys))) for shard in self._in_order]
-        # On a full disk, those of which little is written anew make room for the others.
+        # Shards of which few rows are written anew go first: on a full disk they make room for the others.
         for shard, count in sorted(kept, key=lambda item: item[1]):
             if count < len(shard):
                 self._prune_shard(shard, needed)
@@ -417,6 +433,7 @@ class LatentCache:
             self._space_folder.rmdir()
 
     def _prune_shard(self, shard: Shard, needed: Collection[str]) -> None:
+        """Replaces a shard by one of its needed rows, or removes it where there are none; raises OSError."""
         rows: dict[str, Row] | None = None
         with self._noting_problems(shard.path), suppress(FileNotFoundError):  # merged by another process, rows and all
             rows = {key: row for key, row in self._load_shard(shard.path) if key in needed}
@@ -431,10 +448,11 @@ class LatentCache:
 
     @property
     def _in_order(self) -> list[Shard]:
+        """The shards in the order of their names, in which copies of a row count."""
         return [self._shards[name] for name in sorted(self._shards)]
 
     def _load_shard(self, path: Path) -> list[tuple[str, Row]]:
-        """Reads the good rows of a shard with their names and records; raises _Invalid or OSError."""
+        """Reads the good rows of a shard with their names and records; raises Invalid or OSError."""
         shard, metadata = open_shard(path, self.space)
         names, records = row_facts(metadata, len(shard))
         keys = keys_as_hex(shard.keys)
@@ -458,9 +476,12 @@ def spaces(folder: str | os.PathLike[str]) -> dict[str, dict]:
 
 
 def _stored_spec(path: Path) -> dict | None:
+    """Reads which space the header of a shard names; None where it cannot be read or names none."""
     try:
-        with opened_file(path) as (descriptor, size):
+        with open_regular_file(path) as (descriptor, size):
             header = json_text.parse(read_header(descriptor, size))
-        return Space.stored(json_text.parse(header["__metadata__"]["space"])).spec  # type: ignore[index]
-    except (Invalid, OSError, ValueError, KeyError, TypeError):
+        metadata = header.get("__metadata__") if isinstance(header, dict) else None
+        text = metadata.get("space") if isinstance(metadata, dict) else None
+        return Space.from_stored(json_text.parse(text)).spec if isinstance(text, str) else None
+    except (Invalid, OSError, ValueError):
         return None

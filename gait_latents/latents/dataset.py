@@ -1,7 +1,10 @@
-"""LatentDataset: a hit reads the cache, a miss encodes and stores.
+"""LatentDataset: latents and labels of images. What the cache holds is read; what it lacks is encoded and stored.
 
-Shapes: moments [B 2C h w] float16 as stored; latents [B C h w] float32; labels [B] int64. A *position* is an index
-into the dataset. Equal images share one row of the table of moments, whatever their labels.
+Shapes: moments [B 2C h w], the mean and then the log-variance that the VAE's encoder gives, float16 as stored; latents
+[B C h w] float32, drawn from the moments and normalised to about unit variance; labels [B] int64.
+
+A *position* is an index into the dataset. A *row* is a place in the table of moments: images of the same content share
+one row, whatever their labels.
 """
 
 import hashlib
@@ -19,33 +22,43 @@ from torch.utils.data import Dataset, get_worker_info
 from gait_latents import settings
 from gait_latents.common import cli, hardware
 from gait_latents.common.errors import UserError
+from gait_latents.common.layout import MANIFEST_NAME, SPLIT_NAME
 from gait_latents.common.seeds import sample_generator
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import read_split
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.manifest import read_manifest
-from gait_latents.vae.batch_encoder import Encode, storable
+from gait_latents.vae.batch_encoder import Encode, is_storable
 from gait_latents.vae.norm import LatentNorm
 
 ReadImage = Callable[[int], np.ndarray]  # position -> uint8 image [S S 3]; raises BadImage
 
 
 class LatentDataset(Dataset):
-    """Latents and labels of an ordered list of images, from a cache that it fills where it must.
+    """Latents and labels of an ordered list of images, from a cache to which it adds what is missing.
 
-    `dataset[i]` is `(latent [C h w], label)` with a fresh posterior draw from torch's global generator, so that any
-    DataLoader can use it. A training loop that owns its randomness uses `ensure` and `batch`.
+    `dataset[i]` is `(latent [C h w], label)`: a new draw from the image's moments each time, with torch's global
+    generator, so that any DataLoader can use it. A training loop with random numbers of its own uses `batch`.
+
+    The normalisation is set by `set_norm` or measured by `fit_norm` before the first latent is asked for.
 
     Args:
-        cache: the open cache; its space says what a row means.
-        keys: content key of each image, in dataset order.
+        cache: the open cache of the space that the VAE makes.
+        keys: content key of each image (64 hex digits), in dataset order.
         labels: label of each image.
         names: a name of each image, for messages and for the cache.
-        encode: uint8 images to moments, or None when no VAE is at hand.
-        read_image: gives the image at a position, or None when the images are not at hand.
+        encode: turns uint8 images [B S S 3] into moments [B 2C h w] float32; None when no VAE is at hand.
+        read_image: gives the image at a position, uint8 [S S 3]; None when the images are not at hand.
         encode_batch_size: how many missing images are encoded together.
         device: where batches are wanted.
-        on_store_error: told when the cache cannot be written to, and new rows then stay in memory; None raises.
+        on_store_error: called when the cache cannot be written to; new rows then stay in memory. None raises instead.
+
+    Attributes:
+        norm: the normalisation of the latents, on the CPU; None before it is set.
+        place: where the moments are kept for training: the name of a device, or "shards" when no memory holds them.
+
+    Raises:
+        UserError: when an image has no content key.
     """
 
     def __init__(
@@ -66,7 +79,7 @@ class LatentDataset(Dataset):
         self.encode, self.read_image, self.encode_batch_size = encode, read_image, encode_batch_size
         self.device = device
         self.keys = list(keys)
-        if "" in self.keys:  # a split may say so of images that were never read
+        if "" in self.keys:  # as in the split of a folder whose files were not read yet
             first = self.names[self.keys.index("")]
             raise UserError(f"the split has no content key of {first}; run preprocess_latents.py again")
         self.labels = torch.tensor(list(labels), dtype=torch.long)  # N
@@ -83,7 +96,10 @@ class LatentDataset(Dataset):
     # --- reading ---
 
     def _load(self) -> None:
-        """Puts the rows where batches are fastest: on the device, in host memory, or left in the shards."""
+        """Puts the rows where batches are fastest: on the device, in main memory, or left in the shards.
+
+        A memory is used when the rows take less than half of what is free there.
+        """
         shape = (len(self._row_keys), *self.moments_shape)
         needed = 2 * int(np.prod(shape))
         fits = [
@@ -116,15 +132,15 @@ class LatentDataset(Dataset):
 
     @property
     def num_different(self) -> int:
-        """How many images it has, equal ones counted once: those share their moments."""
+        """How many images it has when those of the same content, which share their moments, are counted once."""
         return len(self._row_keys)
 
     def missing(self) -> list[int]:
-        """Returns one position for each different image that is not encoded yet, in dataset order."""
+        """Returns the positions of the images that are not encoded yet, one of each content, in dataset order."""
         return sorted(self._first_position[row] for row in np.flatnonzero(~self._have).tolist())
 
     def moments(self, positions: Tensor) -> Tensor:
-        """Returns the moments [B 2C h w] float32 at `positions`, on the device; misses are encoded first."""
+        """Returns the moments [B 2C h w] float32 at `positions` [B], on the device; missing ones are encoded first."""
         self.ensure(positions)
         if self._table is None:
             return self._read_rows(self._row_of[positions.cpu().numpy()].tolist()).to(self.device).float()
@@ -132,6 +148,7 @@ class LatentDataset(Dataset):
         return self._table.index_select(0, self._rows[positions]).to(self.device).float()
 
     def _read_rows(self, rows: list[int]) -> Tensor:
+        """Reads moments [B 2C h w] float16 from the shards; rows that are damaged by now are encoded again."""
         moments, found = self.cache.read([self._row_keys[row] for row in rows])
         if not found.all():  # a row went bad since it was indexed
             lost = list(dict.fromkeys(row for row, good in zip(rows, found, strict=True) if not good))
@@ -141,7 +158,7 @@ class LatentDataset(Dataset):
         return torch.from_numpy(moments)
 
     def batch(self, positions: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws the latents [B C h w] at `positions` with `noise` [B C h w]; returns them and the labels [B]."""
+        """Draws latents at `positions` [B] with unit normal `noise` [B C h w]; returns them and the labels [B]."""
         latents = self._norm_here().to_latent(self.moments(positions), noise.to(self.device))
         return latents, self._device_labels[positions.to(self.device)]
 
@@ -160,34 +177,38 @@ class LatentDataset(Dataset):
         return self.encode is not None and self.read_image is not None
 
     def mean_latents(self, positions: Tensor) -> Tensor:
-        """Returns the normalised posterior means [B C h w] at `positions`, on the device."""
+        """Returns the normalised posterior means [B C h w] at `positions` [B], on the device."""
         return self._norm_here().mean_latent(self.moments(positions))
 
     # --- normalisation ---
 
     def _norm_here(self) -> LatentNorm:
+        """Returns the normalisation on the device."""
         if self._device_norm is None:
             raise RuntimeError("set_norm or fit_norm comes before the first batch")
         return self._device_norm
 
     def set_norm(self, norm: LatentNorm) -> None:
-        """Takes the normalisation that latents are given with."""
+        """Sets the normalisation of the latents."""
         self.norm, self._device_norm = norm, norm.to(self.device)
 
     def fit_norm(self, *, seed: int, num_images: int) -> LatentNorm:
-        """Measures the normalisation on `num_images` images that depend on data and seed alone, and takes it."""
+        """Measures the normalisation on `num_images` images chosen by the seed, sets it, and returns it."""
         order = torch.randperm(len(self), generator=sample_generator(seed, "latent norm"))
-        self.set_norm(LatentNorm.from_moments(self.moments(order[:num_images].sort().values).cpu()))
-        return self.norm  # type: ignore[return-value]
+        norm = LatentNorm.from_moments(self.moments(order[:num_images].sort().values).cpu())
+        self.set_norm(norm)
+        return norm
 
     # --- filling ---
 
     def ensure(self, positions: Tensor, upcoming: Iterable[int] = ()) -> None:
-        """Encodes the images at `positions` that are missing, topping batches up with those of `upcoming`.
+        """Encodes the images at `positions` [B] that are missing.
+
+        An encoder takes full batches, so missing images of `upcoming` positions are encoded along where there is room.
 
         Raises:
             UserError: when an image or the VAE that is needed is not at hand.
-            BadImage: when an image cannot be encoded; its name stands first.
+            BadImage: when an image cannot be encoded; the message begins with its name.
         """
         if self._complete:
             return
@@ -200,6 +221,7 @@ class LatentDataset(Dataset):
         self._encode_or_raise([*wanted, *islice(ahead, -len(wanted) % self.encode_batch_size)])
 
     def _encode_or_raise(self, rows: list[int]) -> None:
+        """Encodes rows; once none is missing, publishes what waits and frees the VAE. Raises BadImage, UserError."""
         bad = self._encode_rows(rows)
         if bad:
             position, reason = bad[0]
@@ -221,14 +243,14 @@ class LatentDataset(Dataset):
     def fill(
         self, positions: Sequence[int] | None = None, *, advance: Callable[[int], None] = lambda count: None
     ) -> list[tuple[int, str]]:
-        """Encodes everything that is missing, publishes it, and frees the VAE.
+        """Encodes what is missing, publishes it, and frees the VAE.
 
         Args:
-            positions: encode only what is missing of these.
-            advance: called after each batch with the number of images that it settled.
+            positions: encode only what is missing of these; None for all.
+            advance: called after each batch with the number of images that it encoded or could not encode.
 
         Returns:
-            (position, reason) of each image that could not be encoded, equal ones included.
+            (position, reason) of each image that could not be encoded; images of the same content are all listed.
         """
         wanted = self.missing() if positions is None else positions
         reasons = dict(self._encode_rows(list(self._missing_rows(wanted)), advance))
@@ -259,6 +281,7 @@ class LatentDataset(Dataset):
         self._store(self.cache.flush)
 
     def _store(self, operation: Callable[[], None]) -> None:
+        """Does what writes to the cache; when the disk fails, tells `on_store_error` and writes no more."""
         try:
             operation()
         except OSError as error:
@@ -276,38 +299,50 @@ class LatentDataset(Dataset):
     def _encode_rows(
         self, rows: list[int], advance: Callable[[int], None] = lambda count: None
     ) -> list[tuple[int, str]]:
-        if rows and not self.can_encode:
-            what = "the VAE is" if self.encode is None else "the images are"
+        """Encodes `rows`, and tells `advance` how many each batch has settled.
+
+        Returns:
+            (position, reason) of each row that could not be encoded, at the first position of that row.
+
+        Raises:
+            UserError: when the VAE or the images are not at hand.
+        """
+        if not rows:
+            return []
+        encode, read_image = self.encode, self.read_image
+        if encode is None or read_image is None:
+            what = "the VAE is" if encode is None else "the images are"
             first = self.names[self._first_position[rows[0]]]
             raise UserError(f"{len(rows)} image(s) are not in the cache (the first is {first}) and {what} not at hand")
         bad, good = [], []
-        for row, image in self._read_ahead(rows):
+        for row, image in self._read_ahead(rows, read_image):
             if isinstance(image, BadImage):
                 bad.append((self._first_position[row], str(image)))
                 advance(1)
             else:
                 good.append((row, image))
             if len(good) == self.encode_batch_size:
-                bad += self._encode_batch(good)
+                bad += self._encode_batch(good, encode)
                 advance(len(good))
                 good = []
         if good:
-            bad += self._encode_batch(good)
+            bad += self._encode_batch(good, encode)
             advance(len(good))
         return bad
 
-    def _encode_batch(self, batch: list[tuple[int, np.ndarray]]) -> list[tuple[int, str]]:
+    def _encode_batch(self, batch: list[tuple[int, np.ndarray]], encode: Encode) -> list[tuple[int, str]]:
+        """Encodes (row, image) pairs and keeps what can be stored; returns (position, reason) of the others."""
         rows = [row for row, _ in batch]
-        moments = self.encode(torch.from_numpy(np.stack([image for _, image in batch])))  # type: ignore[misc]
+        moments = encode(torch.from_numpy(np.stack([image for _, image in batch])))
         self._check_shape(moments)
         stored = moments.to(torch.float16)  # what the network sees must be what a later run reads
-        finite = storable(moments).tolist()
+        finite = is_storable(moments).tolist()
         kept = [i for i, good in enumerate(finite) if good]
         good_rows = [rows[i] for i in kept]
         if kept:
             keys = [self._row_keys[row] for row in good_rows]
             names = [self.names[self._first_position[row]] for row in good_rows]
-            record = getattr(self.encode, "record", {})
+            record = getattr(encode, "record", {})
             self._store(lambda: self.cache.put(keys, stored[kept].numpy(), names, record))
             if self._table is not None:
                 self._table[torch.tensor(good_rows, device=self._table.device)] = stored[kept].to(self._table.device)
@@ -316,12 +351,13 @@ class LatentDataset(Dataset):
         return [(self._first_position[row], reason) for row, good in zip(rows, finite, strict=True) if not good]
 
     def _check_shape(self, moments: Tensor) -> None:
+        """Raises UserError unless an encoder gave moments [B 2C h w] of the shape that the cache holds."""
         if tuple(moments.shape[1:]) != self.moments_shape:
             raise UserError(
                 f"the VAE gives moments of shape {tuple(moments.shape[1:])}, but the cache holds {self.moments_shape}"
             )
 
-    def _read_ahead(self, rows: Sequence[int]) -> Iterator[tuple[int, np.ndarray | BadImage]]:
+    def _read_ahead(self, rows: Sequence[int], read_image: ReadImage) -> Iterator[tuple[int, np.ndarray | BadImage]]:
         """Yields (row, image) in order, with threads reading and decoding a few batches ahead."""
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
             waiting: list[tuple[int, Future]] = []
@@ -329,7 +365,7 @@ class LatentDataset(Dataset):
             try:
                 while True:
                     for row in islice(queue, 3 * self.encode_batch_size - len(waiting)):
-                        waiting.append((row, pool.submit(self._read_or_reason, self._first_position[row])))
+                        waiting.append((row, pool.submit(_read_or_reason, read_image, self._first_position[row])))
                     if not waiting:
                         return
                     row, future = waiting.pop(0)
@@ -337,23 +373,17 @@ class LatentDataset(Dataset):
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read_or_reason(self, position: int) -> np.ndarray | BadImage:
-        try:
-            return self.read_image(position)  # type: ignore[misc]
-        except BadImage as error:
-            return error
-
     # --- identity ---
 
     def digest(self) -> str:
-        """Returns the SHA-256 over the space, then keys and labels in dataset order: known before any encoding."""
+        """Returns the SHA-256 over the space, and keys and labels in dataset order; it is known before any encoding."""
         whole = hashlib.sha256(self.cache.space.id.encode())
         for key, label in zip(self.keys, self.labels.tolist(), strict=True):
             whole.update(f"{key}:{label}\n".encode())
         return whole.hexdigest()
 
     def moments_digest(self) -> str | None:
-        """Returns the SHA-256 of all moments in dataset order; None while some are missing or the rest is in shards."""
+        """Returns the SHA-256 of all moments; None while some are missing or when they are not kept in memory."""
         if not self._complete or self._table is None:
             return None
         return hashlib.sha256(self._table.cpu().numpy().tobytes()).hexdigest()
@@ -362,13 +392,13 @@ class LatentDataset(Dataset):
     def open(
         cls, folder: str | Path, *, split: str = "train", device: str | torch.device = "cpu", seed: int = 42
     ) -> "LatentDataset":
-        """Opens a complete cache: all that somebody else's training loop needs.
+        """Opens a complete cache, ready for a training loop: no VAE and no image is needed, and nothing is written.
 
         Args:
             folder: the cache folder that preprocess_latents.py made.
             split: "train" or "test".
             device: where batches are wanted.
-            seed: chooses the images that the normalisation is measured on.
+            seed: chooses the images that the normalisation is measured on, as train_latent_cfg.py does by its seed.
 
         Raises:
             UserError: when the folder is no cache, the split has no such images, or rows are missing or damaged.
@@ -376,10 +406,10 @@ class LatentDataset(Dataset):
         folder = Path(folder)
         manifest = read_manifest(folder)
         if manifest is None:
-            raise UserError(f"{folder} holds no latents: there is no manifest.json; run preprocess_latents.py")
+            raise UserError(f"{folder} holds no latents: there is no {MANIFEST_NAME}; run preprocess_latents.py")
         stored = read_split(folder)
         if stored is None:
-            raise UserError(f"{folder} holds no split.json; run preprocess_latents.py")
+            raise UserError(f"{folder} holds no {SPLIT_NAME}; run preprocess_latents.py")
         entries = stored.part(split)
         if not entries:
             raise UserError(f"the split in {folder} has no {split} images; lower --images_per_user to leave some")
@@ -401,3 +431,11 @@ class LatentDataset(Dataset):
             )
         dataset.fit_norm(seed=seed, num_images=cli.defaults(settings.TrainSettings)["latent_norm_images"])
         return dataset
+
+
+def _read_or_reason(read_image: ReadImage, position: int) -> np.ndarray | BadImage:
+    """Reads an image; gives the reason, instead of raising it, where it cannot be used."""
+    try:
+        return read_image(position)
+    except BadImage as error:
+        return error

@@ -1,4 +1,7 @@
-"""Encodes what a dataset misses; several processes share the work."""
+"""Encodes the images whose latents a dataset lacks, with one process or with several that share the work.
+
+Each process encodes its share and publishes it in the cache folder; there the others find it.
+"""
 
 from collections.abc import Callable
 
@@ -12,15 +15,16 @@ from gait_latents.latents.dataset import LatentDataset
 def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) -> list[tuple[int, str]]:
     """Encodes all that is missing, each process its share, and takes up what the others have published.
 
-    What does not appear in the cache folder is encoded here too: the disk of another process may not be this one, or
-    take no files, or the process may have died. When one fails, all end; this belongs in a block of `Ranks.together`.
+    What the others do not publish in this cache folder is encoded here, too: another process may write to another disk,
+    may be unable to write, or may have died. When one process fails, all end, so every process must call this, in a
+    block of `Ranks.together`.
 
     Returns:
-        (position, reason) of each image that could not be encoded, equal ones included.
+        (position, reason) of each image that could not be encoded; images of the same content are all listed.
 
     Raises:
-        Stopped: after a signal to any of the processes; what waits in memory is still to be published.
-        OtherFailed: when another process could not encode its share; it tells why at the end of the block.
+        Stopped: after a signal to any of the processes; rows in memory are not yet published, which the caller does.
+        OtherFailed: when another process could not encode its share; the end of the block says why.
     """
     missing = dataset.missing()
     if not missing and ranks.count == 1:
@@ -48,12 +52,16 @@ def fill_together(dataset: LatentDataset, ranks: Ranks, signals: StopSignals) ->
             raise
 
 
-_ENCODED, _FILLED = "encoded", "filled"  # what a process tells the others: its share is encoded; all is there
+_ENCODED, _FILLED = (
+    "encoded",
+    "filled",
+)  # what a process tells the others: its own share is encoded; all shares are there
 
 
 def _fill_shares(
     dataset: LatentDataset, missing: list[int], ranks: Ranks, advance: Callable[[int], None]
 ) -> list[tuple[int, str]]:
+    """Encodes the share of this process, waits for the others' shares, and encodes what does not come."""
     bad = dataset.fill(ranks.share(missing), advance=advance)
     if ranks.count == 1:
         return bad
@@ -68,11 +76,13 @@ def _fill_shares(
     left = _others(dataset, bad)
     bad = sorted(bad + dataset.fill(left, advance=advance)) if left else bad
     ranks.tell(_FILLED)
-    ranks.await_end(_FILLED, lambda: advance(0))  # an exchange comes next, with a limit of time
+    ranks.await_end(
+        _FILLED, lambda: advance(0)
+    )  # the next exchange between the processes has a time limit, so they meet here first
     return bad
 
 
 def _others(dataset: LatentDataset, bad: list[tuple[int, str]]) -> list[int]:
-    """Returns what is missing and has not failed here."""
+    """Returns the positions that are missing and did not fail in this process."""
     failed = {position for position, _ in bad}
     return [position for position in dataset.missing() if position not in failed]

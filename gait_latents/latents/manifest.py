@@ -17,7 +17,13 @@ _LARGEST_MANIFEST_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the last preprocess of a cache folder was: its settings, the space that it filled, and facts."""
+    """What made a cache last.
+
+    Attributes:
+        space: the space whose latents are there.
+        settings: the settings by name, which later runs take as defaults.
+        record: facts: the VAE's "scale_factor" and "shift_factor", and the number of "images".
+    """
 
     space: Space
     settings: dict
@@ -25,7 +31,7 @@ class Manifest:
 
 
 def write_manifest(folder: str | os.PathLike[str], settings: dict, space: Space, record: dict) -> None:
-    """Publishes manifest.json, readable and ending in its own SHA-256; raises OSError."""
+    """Publishes manifest.json as readable JSON that ends in the SHA-256 of the rest; raises OSError."""
     body = {
         "format": FORMAT,
         "space": space.id,
@@ -43,7 +49,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
     """Reads manifest.json; None when there is none.
 
     Raises:
-        UserError: when it is damaged, cannot be read, or has another format number.
+        UserError: when it is damaged or was edited, cannot be read, or has another format number.
     """
     path = Path(folder) / MANIFEST_NAME
     try:
@@ -72,7 +78,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
     if not isinstance(settings, dict) or not isinstance(record, dict):
         raise UserError(_damage(path, "it has no settings"))
     try:
-        return Manifest(Space.stored(document.get("spec")), settings, record)
+        return Manifest(Space.from_stored(document.get("spec")), settings, record)
     except ValueError as error:
         raise UserError(_damage(path, str(error))) from None
 
@@ -88,9 +94,10 @@ HOLDS_IMPORTED = "holds latents that an earlier version took over from another p
 
 
 def manifest_of_images(folder: str | Path) -> Manifest | None:
-    """Returns the manifest of a cache; None, after a line, where its latents were imported and are of no use here.
+    """Returns the manifest of a cache; None where there is none or where it is of latents from another program.
 
-    Its settings are then left out as well: an import trained on all images that it found.
+    Nobody knows which VAE made such latents, so new ones cannot join them; the user is told. The settings in such a
+    manifest are not taken as defaults either: they ask for all the images that were found.
     """
     manifest = read_manifest(folder)
     if manifest is None or not manifest.space.is_imported:

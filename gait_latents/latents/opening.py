@@ -1,8 +1,8 @@
-"""From settings to an open dataset: what preprocessing and training both do first.
+"""Opens the dataset over a cache for the scripts (`open_dataset`) and for notebooks (`open_cache`).
 
-Two questions are answered here, for both scripts in the same way: which images (`choose_images`), and which
-space of the cache (`choose_space`). Each thing may be absent as long as it is not needed: with a complete cache
-neither the images nor the VAE have to exist.
+Which images the settings mean is decided before, in `images/selection.py`, and which space in `latents/vae_fit.py`.
+The images and the VAE may be absent as long as they are not needed: with a complete cache neither has to exist. What
+goes with an open cache is here, too: joining its shards, writing its manifest, and saying what is missing.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,18 @@ from gait_latents.images.split import Entry, Split, read_split
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.latents.manifest import read_manifest, write_manifest
-from gait_latents.latents.vae_fit import ChosenSpace, check_vae_of
+from gait_latents.latents.vae_fit import ChosenSpace, check_vae_of_cache
 from gait_latents.settings import ImageSettings, PreprocessSettings
 from gait_latents.vae import load
 from gait_latents.vae.batch_encoder import BatchEncoder
 
 
 def merge_shards(cache: LatentCache) -> None:
-    """Joins the shards into few; where there is no room for both, they stay as they are."""
+    """Joins small shards into few large ones.
+
+    The new shards are written before the old ones are removed. Where the disk has no room for both, the old ones stay,
+    with a warning.
+    """
     try:
         cache.merge()
     except OSError as error:
@@ -37,7 +41,7 @@ def merge_shards(cache: LatentCache) -> None:
 
 
 def record_manifest(folder: Path, settings: ImageSettings, chosen: ChosenSpace, num_images: int) -> None:
-    """Writes the manifest: the settings as defaults for later runs, and the space."""
+    """Writes the manifest of a cache: the settings as defaults for later runs, and the space; raises OSError."""
     write_manifest(
         folder,
         cli.to_dict(settings),
@@ -61,9 +65,18 @@ def open_dataset(
     on_store_error: Callable[[OSError], None] | None = None,
     if_edited: str = EDITED_MEANWHILE,
 ) -> LatentDataset:
-    """Opens the dataset over `entries`, able to encode misses where VAE and images are at hand.
+    """Opens the dataset over `entries`; what the cache lacks is encoded when it is needed.
 
-    An image whose content is not that of its key is refused with the reason `if_edited`.
+    Args:
+        settings: where the images and the VAE are, the image size, and how to encode.
+        split: says which label each class has.
+        entries: the images of the dataset, in its order.
+        cache: the open cache of the space that the VAE makes.
+        vae_at_hand: whether the VAE can be read; without it nothing is encoded.
+        images_at_hand: whether the image folder is there; without it nothing is encoded.
+        device: where batches are wanted, and where the VAE encodes.
+        on_store_error: called when the cache cannot be written to; new rows then stay in memory. None raises instead.
+        if_edited: the reason with which an image is refused whose content is no longer that of its key.
     """
     hardware.allow_tf32()
     encoder = BatchEncoder(
@@ -90,14 +103,14 @@ def open_dataset(
 
 
 def say_equal(dataset: LatentDataset) -> None:
-    """Says how many images are not counted among the different ones, if any."""
+    """Says how many images have the same content as an earlier one, if any: they are counted once elsewhere."""
     num_equal = len(dataset) - dataset.num_different
     if num_equal:
-        say(f"{num_equal:,} more have the very content of another, and share its latent")
+        say(f"{num_equal:,} more have the same content as one of these, and share its latent")
 
 
 def check_can_encode(dataset: LatentDataset, settings: ImageSettings) -> None:
-    """Raises UserError when something is missing, and the VAE or the images, which could encode it, are so too."""
+    """Raises UserError when latents are missing and cannot be encoded, for want of the VAE or of the images."""
     missing = dataset.missing()
     if missing and not dataset.can_encode:
         what = settings.vae_path if dataset.encode is None else settings.data_path
@@ -119,8 +132,8 @@ def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.
         device: where the VAE encodes.
 
     Raises:
-        UserError: when the folder is no cache, the split is neither, or something is missing and its VAE is not the
-            one of the cache.
+        UserError: when the folder is no cache, `split` is neither "train" nor "test", or latents are missing and the
+            VAE that the manifest names cannot be read or is not the one that the cache was made with.
     """
     folder = Path(folder)
     manifest, stored = read_manifest(folder), read_split(folder)
@@ -130,20 +143,20 @@ def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.
     settings = cli.resolve(PreprocessSettings, [layer]).settings
     cache = LatentCache(folder, manifest.space, writable=files.can_write(folder))
 
-    def opened(*, able: bool) -> LatentDataset:
+    def open_it(*, can_encode: bool) -> LatentDataset:
         return open_dataset(
             settings,
             stored,
             list(stored.part(split)),
             cache=cache,
-            vae_at_hand=able,
-            images_at_hand=able,
+            vae_at_hand=can_encode,
+            images_at_hand=can_encode,
             device=torch.device(device),
             if_edited=EDITED_BEFORE,
         )
 
-    dataset = opened(able=False)
+    dataset = open_it(can_encode=False)
     if not dataset.missing():
         return dataset
-    check_vae_of(manifest.space, settings.vae_path)
-    return opened(able=True)
+    check_vae_of_cache(manifest.space, settings.vae_path)
+    return open_it(can_encode=True)

@@ -1,4 +1,7 @@
-"""Encodes the images of the settings into a cache: opens the work, fills the cache, and gives the account."""
+"""The work of preprocess_latents.py: encodes the images that the settings name into a cache, and says what was done.
+
+In this order: `read_settings`, `open_work` (which images, which VAE, what is missing), `encode`, `account`.
+"""
 
 import shlex
 import time
@@ -10,10 +13,10 @@ from pathlib import Path
 import torch
 
 from gait_latents.common import cli, console, errors, files, hardware
-from gait_latents.common.console import say, shown, warn
+from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.distributed import Ranks
 from gait_latents.common.errors import DONE, FAILED, Failed, UserError
-from gait_latents.common.layout import SPLIT_NAME
+from gait_latents.common.layout import PREVIEW_NAME, SPLIT_NAME
 from gait_latents.common.process import StopSignals
 from gait_latents.images import reading, selection
 from gait_latents.images.split import Entry, Split
@@ -28,9 +31,14 @@ from gait_latents.settings import PreprocessSettings, TrainSettings
 
 @dataclass(frozen=True)
 class Work:
-    """The images of a preprocess and what is to be done with them.
+    """The images of a run of preprocess_latents.py, and what is to be done with them.
 
     Attributes:
+        settings: of the command.
+        split: all images that the settings choose.
+        entries: the images to have in the cache, those of `--splits`.
+        chosen: the space of the VAE.
+        dataset: over `entries`.
         missing: positions of the images whose latents are to be encoded.
         bad: (position, reason) of each image that could not be encoded; filled by `encode`.
         started: when the work was opened, as `time.monotonic` tells it.
@@ -64,7 +72,7 @@ def read_settings(
         if asked:
             manifest = read_manifest(settings.output_folder)
             layers.add("manifest", {} if manifest is None else manifest.settings, only_about_cache=True)
-        resolved = layers.resolved()
+        resolved = layers.resolve()
         if len(asked) > 1:
             raise UserError(f"--{asked[0]} and --{asked[1]} are two commands; give one of them")
         if settings.yes and not settings.prune:
@@ -104,7 +112,7 @@ def account(work: Work, ranks: Ranks) -> int:
     with ranks.together():  # so that no process ends, for bad images, before rank 0 has told of them
         if ranks.is_main:
             _say_account(work)
-            path = Path(settings.output_folder) / "preview.png"
+            path = Path(settings.output_folder) / PREVIEW_NAME
             draw_preview(settings, dataset, work.entries, dataset.device, path, fresh=bool(work.missing))
     if work.bad and not settings.skip_bad_images:
         say()
@@ -118,6 +126,7 @@ def account(work: Work, ranks: Ranks) -> int:
 
 
 def _open(settings: PreprocessSettings, sources: dict[str, str], device: torch.device) -> Work:
+    """Does what `open_work` says, in one process."""
     folder = Path(settings.output_folder)
     files.check_writable(folder, "output_folder")
     manifest = manifest_of_images(folder)
@@ -179,7 +188,7 @@ def _fill(dataset: LatentDataset, num_missing: int, ranks: Ranks) -> list[tuple[
 
 @contextmanager
 def _plain_memory_error(dataset: LatentDataset) -> Iterator[None]:
-    """Turns too little memory on the GPU into one sentence with a remedy."""
+    """Turns the error of a GPU with too little memory into Failed, with a remedy."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -190,24 +199,28 @@ def _plain_memory_error(dataset: LatentDataset) -> Iterator[None]:
 
 
 def _record(work: Work) -> None:
+    """Writes split and manifest; images that could not be encoded are left out of the split on --skip_bad_images."""
     split, folder = work.split, Path(work.settings.output_folder)
     if work.bad and work.settings.skip_bad_images:
-        split = split.without(reading.skipped(work.entries, work.bad))
+        split = split.without(reading.record_skipped(work.entries, work.bad))
     files.publish(folder / SPLIT_NAME, split.to_bytes())
     opening.record_manifest(folder, work.settings, work.chosen, len(work.entries))
 
 
 def _say_account(work: Work) -> None:
+    """Says how many images were encoded, were cached before and could not be encoded; the time; the size on disk."""
     dataset, seconds = work.dataset, time.monotonic() - work.started
     newly = len(work.missing) - len(dataset.missing())
     pace = f", {newly / seconds:.1f} images/s" if newly else ""
     say()
     say(f"newly encoded   {newly:,}")
-    num_failed = len({dataset.keys[position] for position, _ in work.bad})  # as the others, without equal ones
+    num_failed = len(
+        {dataset.keys[position] for position, _ in work.bad}
+    )  # counted as the others are: images of the same content once
     say(f"already cached  {dataset.num_different - newly - num_failed:,}")
     say(f"failed          {len(work.bad):,}")
     for position, reason in work.bad:
-        say(f"    {shown(dataset.names[position])}: {reason}")
+        say(f"    {show_name(dataset.names[position])}: {reason}")
     say(f"time            {console.duration(seconds)}{pace}; peak memory {hardware.peak_memory(dataset.device)}")
     on_disk = sum(path.stat().st_size for path in dataset.cache.shard_paths())
     say(f"cache           {work.settings.output_folder} ({console.size(on_disk)})")

@@ -1,4 +1,7 @@
-"""A few latents of a cache decoded again, and drawn below their images."""
+"""A preview of a cache: a few latents are decoded and drawn below their images, to judge the VAE by.
+
+What the VAE loses in this round trip no generated image can have, so the mean PSNR over these images is said, too.
+"""
 
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from gait_latents.settings import PreprocessSettings
 from gait_latents.vae import load
 
 _NUM_PREVIEWS = 6  # images decoded again for the PSNR and the picture
-_LOW_PSNR_DB = 20  # what the VAE makes of an image is then another image
+_LOW_PSNR_DB = 20  # below this mean PSNR the decoded images are visibly others than the images
 
 
 def draw_preview(
@@ -28,7 +31,19 @@ def draw_preview(
     *,
     fresh: bool,
 ) -> None:
-    """Decodes a few entries again, draws them below their images, and says how close they are."""
+    """Decodes a few latents, draws them below their images, and says how close they are (PSNR in dB).
+
+    Nothing happens where the images are not at hand. Where the VAE cannot be loaded or the picture cannot be written,
+    this says so and goes on: the latents are good all the same.
+
+    Args:
+        settings: where the images and the VAE are.
+        dataset: the cached latents.
+        entries: the image of each position of the dataset.
+        device: where to decode.
+        path: the picture to write.
+        fresh: draw again though there is a picture already, as after images were encoded.
+    """
     if not fresh and path.exists():
         return
     lost = set(dataset.missing())
@@ -64,9 +79,10 @@ def draw_preview(
 
 
 def _read_or_none(settings: PreprocessSettings, entry: Entry) -> np.ndarray | None:
+    """Reads an image as uint8 [S S 3]; None where it cannot be used."""
     try:
         return reading.read_image(settings.data_path, entry, image_size=settings.image_size)
-    except BadImage:  # its latent outlives it
+    except BadImage:  # the image was removed or edited since, and its latent is still in the cache
         return None
 
 

@@ -1,4 +1,8 @@
-"""Finds what a cache holds beside the latents in use: rows of other spaces, images or runs."""
+"""Finds and removes what a cache holds besides the latents that are needed.
+
+That is rows of images that no split in use names, rows of other spaces (of another VAE or image size), and temporary
+files of processes that were killed.
+"""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -12,7 +16,7 @@ from gait_latents.latents.space import Space
 
 @dataclass(frozen=True)
 class OtherSpace:
-    """A space in the folder that is not the one in use."""
+    """A space in the folder that is not the one in use, and how many rows and bytes it has."""
 
     cache: LatentCache
     num_rows: int
@@ -20,7 +24,7 @@ class OtherSpace:
     differences: list[str]  # "field: in use vs there"
 
     def line(self) -> str:
-        """Says how much there is, and what makes it another kind."""
+        """Says how much there is, and in which fields its space differs from the one in use."""
         size = console.size(self.num_bytes)
         return f"{self.num_rows:,} rows ({size}) in {self.cache.space.id}, where {'; '.join(self.differences)}"
 
@@ -34,7 +38,7 @@ def other_spaces(folder: Path, used: Space) -> list[OtherSpace]:
 
 @dataclass(frozen=True)
 class Surplus:
-    """What nobody needs in one space: rows and bytes, and the keys to keep."""
+    """What can be removed from one space (its rows and their bytes), and the keys that are needed."""
 
     cache: LatentCache
     needed: frozenset[str]
@@ -44,7 +48,7 @@ class Surplus:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """What a prune removes: rows of the space in use, rows of other spaces, temporaries of killed processes."""
+    """What a prune removes: rows of the space in use, rows of other spaces, temporary files of killed processes."""
 
     own: Surplus
     others: list[tuple[Surplus, OtherSpace]]
@@ -53,12 +57,12 @@ class PrunePlan:
 
     @property
     def num_bytes(self) -> int:
-        """What it frees, within the size of a few headers."""
+        """About how many bytes are freed; the headers of rewritten shards are not counted."""
         return sum(surplus.num_bytes for surplus in self.surpluses) + self.temporary_bytes
 
     @property
     def surpluses(self) -> list[Surplus]:
-        """What nobody needs in each space, that in use first."""
+        """What can be removed from each space, the space in use first."""
         return [self.own, *(surplus for surplus, _ in self.others)]
 
     @property
@@ -72,9 +76,10 @@ class PrunePlan:
         return not (self.own.num_rows or self.others or self.temporaries)
 
     def carry_out(self) -> None:
-        """Removes it; raises OSError, and what is needed is then still there.
+        """Removes all of it; raises OSError when that fails, and every row that is needed is then still there.
 
-        What takes no room comes first: on a full disk it makes the room for what is written anew.
+        What can simply be deleted goes first. A shard of which some rows are needed has to be written anew without the
+        others, and on a full disk the deleted files make the room for that.
         """
         for path in self.temporaries:
             path.unlink(missing_ok=True)
@@ -84,12 +89,12 @@ class PrunePlan:
 
 
 def plan_prune(folder: Path, used: Space, needed: Mapping[str, Collection[str]]) -> PrunePlan:
-    """Finds what can go.
+    """Finds what can be removed; nothing is changed yet.
 
     Args:
         folder: the cache folder.
         used: the space in use.
-        needed: space id -> keys that somebody needs there.
+        needed: space id -> keys of the images that a split or a run needs there.
     """
 
     def surplus(cache: LatentCache) -> Surplus:

@@ -1,4 +1,12 @@
-"""One shard of a cache: a safetensors file of rows, each with its key and its seal."""
+"""One shard of a cache: a safetensors file of rows, each with its key and its seal.
+
+A shard of n rows holds `seals` uint32 [n], `moments` float16 [n 2C h w] and `keys` uint8 [n 32], in this order. The
+seal of a row is the CRC-32 over space id, key and moments: whoever reads a row checks it, so that damage is noticed and
+moments are never taken for those of another image or space. The metadata in the header name the space, and for each row
+the image that it was made from and how it was made (precision, device, versions).
+
+A shard is never changed. Its name is the start of the SHA-256 of its content.
+"""
 
 import errno
 import hashlib
@@ -19,37 +27,53 @@ from gait_latents.common import json_text
 from gait_latents.latents.space import FORMAT, Space
 
 SHARD_BYTES = 64 << 20  # moments in a full shard
-_HEADER_BYTES = 1 << 20  # a larger header is refused unread: parsing takes twenty times its memory
-_LARGEST_SHARD_BYTES = 16 * SHARD_BYTES  # what is larger is no shard: its seals and keys alone could fill the memory
-_READ_BYTES = 8 << 20  # at most this much of neighbouring rows in one read
+_HEADER_BYTES = 1 << 20  # a larger header is refused unread, since parsing takes twenty times its size in memory
+_LARGEST_SHARD_BYTES = 16 * SHARD_BYTES  # a larger file is no shard; its seals and keys alone could fill the memory
+_READ_BYTES = 8 << 20  # neighbouring rows are read together, up to this much at once
 _SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 _SPACE_NAME = re.compile(r"[0-9a-f]{16}")
 KEY_BYTES, SEAL_BYTES = 32, 4
 
 
 class Invalid(Exception):
-    """The reason why a file is no shard of the space at hand."""
+    """A file is no shard of the space in question; `str()` is the reason."""
 
 
 class Row(NamedTuple):
-    """A row in memory, on its way to a shard."""
+    """A row in memory, on its way to a shard.
 
-    moments: np.ndarray  # float16 [2C h w]
+    Attributes:
+        moments: float16 [2C h w].
+        name: what to call the image in messages.
+        record: how the moments were made: precision, device, versions.
+        since: when the row came, in seconds of the monotonic clock.
+    """
+
+    moments: np.ndarray
     name: str
     record: dict
-    since: float = 0.0  # seconds on the monotonic clock
+    since: float = 0.0
 
 
 @dataclass
 class Shard:
-    """Where the rows of a shard lie. `bad` marks those found damaged; no file is kept open."""
+    """Where the rows of a shard lie; no file is kept open.
+
+    Attributes:
+        path: the file.
+        size: its length in bytes.
+        moments_offset: where the moments of the first row begin in it.
+        keys: of the rows, uint8 [n 32].
+        seals: of the rows, uint32 [n].
+        bad: marks the rows that were found damaged, bool [n].
+    """
 
     path: Path
     size: int
     moments_offset: int
-    keys: np.ndarray  # uint8 [n 32]
-    seals: np.ndarray  # uint32 [n]
-    bad: np.ndarray = field(init=False)  # bool [n]
+    keys: np.ndarray
+    seals: np.ndarray
+    bad: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         self.bad = np.zeros(len(self.keys), dtype=bool)
@@ -59,7 +83,7 @@ class Shard:
 
 
 def _layout(count: int, space: Space) -> dict[str, dict]:
-    """Returns the tensor table of a shard of `count` rows: the one order in which they are written."""
+    """Returns the table of tensors in the header of a shard of `count` rows, in the order in which they are written."""
     shapes = {"seals": ("U32", [count]), "moments": ("F16", [count, *space.moments_shape])}
     shapes["keys"] = ("U8", [count, KEY_BYTES])
     sizes = (SEAL_BYTES * count, space.row_bytes * count, KEY_BYTES * count)
@@ -76,22 +100,28 @@ def expected_bytes(space: Space, count: int) -> int:
 
 
 def header_bytes(space: Space, count: int, names: list[str], records: list) -> bytes:
-    """Builds the start of a safetensors file: the header's length and the header.
+    """Returns how the file of a shard begins: the length of its header, and the header.
 
-    Names are informative: where they do not fit they are left out.
+    Args:
+        space: of the rows.
+        count: how many rows there are.
+        names: what to call the image of each row. They only help messages, and are left out where they do not fit.
+        records: [number of rows, how they were made] for each run of rows that were made alike.
+
+    Raises:
+        ValueError: when the records do not fit.
     """
     for kept in (names, []):
         metadata = {"format": str(FORMAT), "space": space.text}
         metadata |= {"names": json_text.canonical(kept), "records": json_text.canonical(records)}
-        text = json_text.canonical({"__metadata__": metadata, **_layout(count, space)}).encode()
-        text += b" " * (-len(text) % 8)
-        if len(text) <= _HEADER_BYTES:
-            return len(text).to_bytes(8, "little") + text
+        header = json_text.safetensors_header(json_text.canonical({"__metadata__": metadata, **_layout(count, space)}))
+        if len(header) - 8 <= _HEADER_BYTES:
+            return header
     raise ValueError("the record of how the rows were made is too long for a shard")
 
 
 def _check_header(text: bytes, data_bytes: int, space: Space) -> tuple[dict[str, str], int]:
-    """Returns (metadata, number of rows) of a header; raises _Invalid if `_header` did not build it."""
+    """Returns (metadata, number of rows) of a header; raises Invalid unless it is one that `header_bytes` builds."""
     count, rest = divmod(data_bytes, SEAL_BYTES + space.row_bytes + KEY_BYTES)
     try:
         header = json_text.parse(text)
@@ -112,8 +142,8 @@ def _check_header(text: bytes, data_bytes: int, space: Space) -> tuple[dict[str,
 
 
 @contextmanager
-def opened_file(path: Path) -> Iterator[tuple[int, int]]:
-    """Opens a regular file for reading; gives (descriptor, size)."""
+def open_regular_file(path: Path) -> Iterator[tuple[int, int]]:
+    """Opens a regular file for reading; gives (descriptor, size in bytes). Raises Invalid for others, OSError."""
     # Without O_NONBLOCK a named pipe would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -130,7 +160,10 @@ def opened_file(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _read_at(descriptor: int, count: int, offset: int) -> bytearray:
-    """Reads exactly `count` bytes, or raises _Invalid. (With a memory map a failing disk is a signal.)"""
+    """Reads exactly `count` bytes; raises Invalid where the file ends before, OSError.
+
+    The file is not mapped into memory: an error of the disk would then kill the process with a signal.
+    """
     data = bytearray(count)
     view, done = memoryview(data), 0
     while done < count:
@@ -142,6 +175,7 @@ def _read_at(descriptor: int, count: int, offset: int) -> bytearray:
 
 
 def read_header(descriptor: int, size: int) -> bytes:
+    """Reads the header of an open shard of `size` bytes; raises Invalid where it cannot be one, OSError."""
     if size < 8:
         raise Invalid("it is empty" if size == 0 else "it ends too early")
     length = int.from_bytes(_read_at(descriptor, 8, 0), "little")
@@ -151,8 +185,8 @@ def read_header(descriptor: int, size: int) -> bytes:
 
 
 def open_shard(path: Path, space: Space) -> tuple[Shard, dict[str, str]]:
-    """Reads and checks all of a shard but its moments; raises _Invalid or OSError."""
-    with opened_file(path) as (descriptor, size):
+    """Reads and checks all of a shard but its moments; returns it and its metadata. Raises Invalid, OSError."""
+    with open_regular_file(path) as (descriptor, size):
         if size > max(_LARGEST_SHARD_BYTES, 2 * space.row_bytes):
             raise Invalid("it is larger than any shard")
         text = read_header(descriptor, size)
@@ -165,7 +199,7 @@ def open_shard(path: Path, space: Space) -> tuple[Shard, dict[str, str]]:
 
 
 def seal_rows(space: Space, keys: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """Returns the seals [n] of contiguous rows: CRC-32 over space id, key and the row's bytes."""
+    """Returns the seals uint32 [n] of rows with keys uint8 [n 32] and contiguous moments float16 [n 2C h w]."""
     start = zlib.crc32(space.id.encode())
     size = space.row_bytes
     key_bytes, row_bytes = keys.tobytes(), moments.reshape(-1).view(np.uint8).data
@@ -182,15 +216,15 @@ def seal_rows(space: Space, keys: np.ndarray, moments: np.ndarray) -> np.ndarray
 def sealed_rows(shard: Shard, rows: np.ndarray, space: Space) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Reads the given rows (ascending, no repeats) of a shard in runs of neighbours.
 
-    Yields (row numbers [m], moments float16 [m 2C h w], whether each seal holds [m]).
+    Yields (row numbers [m], moments float16 [m 2C h w], whether the seal of each fits bool [m]).
 
     Raises:
         FileNotFoundError: when the shard is gone.
-        _Invalid, OSError: when it cannot be read any further.
+        Invalid, OSError: when it cannot be read any further.
     """
     size = space.row_bytes
     longest = max(1, _READ_BYTES // size)
-    with opened_file(shard.path) as (descriptor, _):
+    with open_regular_file(shard.path) as (descriptor, _):
         for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
             for begin in range(0, len(run), longest):
                 some = run[begin : begin + longest]
@@ -211,6 +245,7 @@ def keys_of_rows(keys: Sequence[str]) -> np.ndarray:
 
 
 def keys_as_hex(rows: np.ndarray) -> list[str]:
+    """Turns keys uint8 [n 32] into n texts of 64 hex digits."""
     joined = rows.tobytes().hex()
     return [joined[i : i + 2 * KEY_BYTES] for i in range(0, len(joined), 2 * KEY_BYTES)]
 
@@ -224,11 +259,13 @@ def list_shards(space_folder: Path) -> list[Path]:
 
 
 def problem(path: Path, error: Exception) -> str:
+    """Says in one line what is wrong with a shard."""
     reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
     return f"{path}: {reason}; its rows count as missing"
 
 
 def digest(parts: Sequence[bytes | memoryview]) -> str:
+    """Returns the SHA-256, in hex, of a file that consists of these parts."""
     whole = hashlib.sha256()
     for part in parts:
         whole.update(part)
@@ -236,7 +273,7 @@ def digest(parts: Sequence[bytes | memoryview]) -> str:
 
 
 def row_facts(metadata: Mapping[str, str], count: int) -> tuple[list[str], list[dict]]:
-    """Returns name and record of each row; blanks where that part of a header is damaged or was left out."""
+    """Returns the name and the record of each row; empty ones where the header has none that can be read."""
     names = _parse_or_none(metadata.get("names"))
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
         names = [""] * count

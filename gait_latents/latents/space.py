@@ -1,4 +1,9 @@
-"""The space of a cache: what decides an image's moments. Rows of one space belong together."""
+"""A space: all that decides the moments of an image, so that rows of one space belong together and no others do.
+
+The moments that a VAE's encoder makes of an image depend on the encoder (its fingerprint), on the image size and on how
+the image is read (the recipe). A space names these; its id, a hash of them, is the name of the folder in a cache that
+holds its rows. Another VAE or another image size is another space, so latents of the two are never mixed.
+"""
 
 import hashlib
 import json
@@ -15,13 +20,26 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Space:
-    """What makes a latent what it is; a row of one space never stands for a row of another."""
+    """What the moments of an image depend on, besides the image.
+
+    Attributes:
+        spec: plain values, as they are stored in shards, manifests and checkpoints: "format", "quantity", "dtype",
+            "moments_shape" [2C h w], "image_size" in pixels, "recipe" (how an image is read), "vae" (the fingerprint of
+            the encoder).
+    """
 
     spec: dict
 
     @classmethod
     def of(cls, fingerprint: Mapping, image_size: int, recipe: Mapping, moments_shape: Sequence[int]) -> "Space":
-        """Describes moments [2C h w] of a VAE with this fingerprint, from images read by this recipe."""
+        """Describes the moments of shape [2C h w] that a VAE makes of images.
+
+        Args:
+            fingerprint: names the encoder, as `VAEIdentity.fingerprint` does.
+            image_size: side of the square images in pixels.
+            recipe: how an image is read, as `reading.RECIPE` says.
+            moments_shape: (2C, h, w) of one image.
+        """
         spec = {
             "format": FORMAT,
             "quantity": "moments",
@@ -34,8 +52,8 @@ class Space:
         return cls(json.loads(json_text.canonical(spec)))
 
     @classmethod
-    def stored(cls, spec: object) -> "Space":
-        """Takes a spec out of a file; raises ValueError unless it could be one that `of` made."""
+    def from_stored(cls, spec: object) -> "Space":
+        """Takes the spec that a file holds; raises ValueError unless it could be one that `of` made."""
         if not isinstance(spec, dict) or spec.keys() != _SPEC_FIELDS or not _is_shallow(spec):
             raise ValueError("it does not describe a space")
         shape, size = spec["moments_shape"], spec["image_size"]
@@ -68,7 +86,7 @@ class Space:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of the moments of one image."""
+        """Bytes of the moments of one image: two for each value."""
         return 2 * math.prod(self.moments_shape)
 
     def differing_fields(self, other: "Space") -> list[str]:
@@ -76,9 +94,8 @@ class Space:
         here, there = _flat(self.spec), _flat(other.spec)
         names = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
         lines = [f"{name}: {here.get(name, 'absent')} vs {there.get(name, 'absent')}" for name in names]
-        return [
-            re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", line) for line in lines
-        ]  # the start of a digest will do
+        # The first 12 of the 64 digits of a digest are enough to tell two apart.
+        return [re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", line) for line in lines]
 
 
 _SPEC_FIELDS = {"format", "quantity", "dtype", "moments_shape", "image_size", "recipe", "vae"}
@@ -87,8 +104,9 @@ _MAX_ROW_VALUES = 1 << 28
 
 def _are_counts(values: object, number: int) -> bool:
     """Says whether this is a list of so many whole numbers, each above 0 and none absurd."""
-    is_list = isinstance(values, list) and len(values) == number
-    return is_list and all(type(value) is int and 0 < value < 1 << 20 for value in values)  # type: ignore[union-attr]
+    if not isinstance(values, list) or len(values) != number:
+        return False
+    return all(type(value) is int and 0 < value < 1 << 20 for value in values)
 
 
 def _is_shallow(value: object, depth: int = 20) -> bool:

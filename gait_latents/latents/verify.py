@@ -1,4 +1,7 @@
-"""What a check of a cache says: status by class, statistics by channel, other spaces; and what a prune would remove.
+"""Checks a cache: the seal of every row, which images are cached by class, and how the latents are distributed.
+
+`verify` reads all rows and gives a report; `class_table` and `ChannelStatistics` turn what was found into tables for
+the terminal. `--verify` (`cache_tools.py`) prints them.
 
 Shapes: moments [N 2C h w] float16 as stored; a statistic is one number for each of the C channels.
 """
@@ -14,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gait_latents.common import charts
-from gait_latents.common.console import shown
+from gait_latents.common.console import show_name
 from gait_latents.images.split import Entry
 from gait_latents.latents import shard as shard_file
 from gait_latents.latents.cache import LatentCache
@@ -25,7 +28,15 @@ from gait_latents.vae import norm
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What one shard holds; `records` are (number of rows, how they were made)."""
+    """What one shard holds.
+
+    Attributes:
+        path: the file.
+        num_rows: rows in it.
+        num_good: rows whose seal fits.
+        num_bytes: its size.
+        records: (number of rows, how they were made) for each run of rows that were made alike.
+    """
 
     path: Path
     num_rows: int
@@ -35,14 +46,14 @@ class ShardReport:
 
 
 @dataclass(frozen=True)
-class Report:
-    """The state of a space, after every seal was checked. Keys are those that `verify` was asked about.
+class CacheReport:
+    """The state of a space after every seal was checked, compared with the keys that `verify` was given.
 
     Attributes:
         good: keys with a valid row.
-        damaged: keys whose every row is damaged.
+        damaged: keys of which there are rows, all of them damaged.
         missing: keys without a row.
-        orphaned: {key: name} of valid rows that were not asked about.
+        orphaned: {key: name of the image} of valid rows whose key was not given.
         shards: one entry per shard of the space.
         problems: one line per damaged file.
     """
@@ -55,14 +66,14 @@ class Report:
     problems: list[str]
 
 
-def verify(cache: LatentCache, keys: Sequence[str]) -> Report:
-    """Checks the seal of every row on disk, and compares with `keys`; rows in memory do not count."""
+def verify(cache: LatentCache, keys: Sequence[str]) -> CacheReport:
+    """Reads every row on disk, checks its seal, and compares with `keys`; rows that are in memory only do not count."""
     stored = LatentCache(cache.folder, cache.space, writable=False)
     checks = [_check_shard(path, cache.space) for path in stored.shard_paths()]
     valid = {key: name for check in reversed(checks) for key, name in check.valid.items()}
     broken = {key for check in checks for key in check.broken}
     wanted = dict.fromkeys(keys)
-    return Report(
+    return CacheReport(
         good=[key for key in wanted if key in valid],
         damaged=[key for key in wanted if key in broken and key not in valid],
         missing=[key for key in wanted if key not in broken and key not in valid],
@@ -73,6 +84,8 @@ def verify(cache: LatentCache, keys: Sequence[str]) -> Report:
 
 
 class _Check(NamedTuple):
+    """What was found in one shard."""
+
     report: ShardReport
     valid: dict[str, str]  # key: name
     broken: set[str]
@@ -80,7 +93,7 @@ class _Check(NamedTuple):
 
 
 def _check_shard(path: Path, space: Space) -> _Check:
-    """Reads a whole shard that opened a moment ago."""
+    """Reads and checks a whole shard; what is wrong with it becomes a line of `problems`."""
     problems, valid, broken, num_rows, num_bytes, records = [], {}, set(), 0, 0, []
     try:
         shard, metadata = open_shard(path, space)
@@ -102,16 +115,16 @@ def _check_shard(path: Path, space: Space) -> _Check:
 
 
 def _file_digest(path: Path) -> str:
-    """Returns the part of a file's SHA-256 that its name should be."""
+    """Returns the start of the SHA-256 of a file, as which a shard is named."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
-MAX_CLASS_ROWS = 38  # of the table; further classes are added up in one more
-MAX_ROWS_MEASURED = 2000  # rows that statistics are taken of: 64 MB of the usual ones
-UNUSED_SHARE = 0.9  # share of the posterior's own variance from which a channel carries next to nothing
+MAX_CLASS_ROWS = 38  # of the table of classes; the others are added up in one more row
+MAX_ROWS_MEASURED = 2000  # rows that the statistics are measured on; 64 MB when a row has 32 kB
+UNUSED_SHARE = 0.9  # a channel of whose variance this share is the posterior's own noise carries next to nothing
 _BINS = np.linspace(-5, 5, 101)
-_SMALLEST_SHARE = 1e-5  # that is written as a number
+_SMALLEST_SHARE = 1e-5  # a smaller share is written as "under" this one
 
 
 # --- status by class ---------------------------------------------------------------------------------------
@@ -119,21 +132,28 @@ _SMALLEST_SHARE = 1e-5  # that is written as a number
 
 @dataclass(frozen=True)
 class ClassStatus:
-    """How many images of a class are cached, of how many that were asked for, and why the rest are not."""
+    """How many images of a class are cached, of how many that were asked for, and why the rest are not.
+
+    Attributes:
+        name: of the class.
+        train, test: (cached, asked for) images of each part of the split.
+        missing: images that are not cached.
+        stale: images that are not cached since their files were edited.
+    """
 
     name: str
-    train: tuple[int, int] = (0, 0)  # cached, asked
+    train: tuple[int, int] = (0, 0)
     test: tuple[int, int] = (0, 0)
     missing: int = 0
     stale: int = 0
 
     @property
     def is_whole(self) -> bool:
-        """Says whether nothing lacks."""
+        """Says whether all its images are cached."""
         return not self.missing and not self.stale
 
     def cells(self) -> tuple[str, ...]:
-        """Returns the texts of a line of the table."""
+        """Returns the texts of its row in the table."""
         parts = [f"{cached:,}/{asked:,}" if asked else "-" for cached, asked in (self.train, self.test)]
         return self.name, *parts, f"{self.missing:,}", f"{self.stale:,}"
 
@@ -141,7 +161,7 @@ class ClassStatus:
 def class_status(
     classes: Sequence[str], parts: Mapping[str, Sequence[Entry]], *, missing: Collection[str], stale: Collection[str]
 ) -> list[ClassStatus]:
-    """Counts by class, in order.
+    """Counts by class, in the order of `classes`.
 
     Args:
         parts: the entries asked for, under "train" and "test".
@@ -165,17 +185,18 @@ def class_status(
 
 
 def class_table(status: Sequence[ClassStatus]) -> list[str]:
-    """Draws the status as aligned lines. Of many classes, those that lack something come first."""
+    """Writes the status as aligned lines. Of many classes, those that are not whole come first."""
     shown_rows, rest = list(status), []
     if len(status) > MAX_CLASS_ROWS + 1:
         in_need_first = sorted(status, key=lambda row: row.is_whole)
         shown_rows, rest = in_need_first[:MAX_CLASS_ROWS], in_need_first[MAX_CLASS_ROWS:]
     head = ("class", "train", "test", "missing", "stale")
     cells = [head, *(row.cells() for row in shown_rows), *([_sum(rest).cells()] if rest else [])]
-    return _aligned([[shown(first)[:40], *others] for first, *others in cells])
+    return _align([[show_name(first)[:40], *others] for first, *others in cells])
 
 
 def _sum(rows: Sequence[ClassStatus]) -> ClassStatus:
+    """Adds up the classes that have no row of their own."""
     train, test = (
         (sum(getattr(row, part)[0] for row in rows), sum(getattr(row, part)[1] for row in rows))
         for part in ("train", "test")
@@ -184,7 +205,7 @@ def _sum(rows: Sequence[ClassStatus]) -> ClassStatus:
     return ClassStatus(name, train, test, sum(row.missing for row in rows), sum(row.stale for row in rows))
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Puts texts below each other: the first of each line to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -200,17 +221,25 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Of unscaled latents [C]: mean, deviation of a draw, range of the means, and how much of a draw is mere noise."""
+    """How unscaled latents are distributed in each of C channels, over images and positions.
+
+    Attributes:
+        mean: of the posterior means.
+        std: standard deviation of a draw from the posteriors.
+        low, high: smallest and largest posterior mean.
+        posterior_share: the share, from 0 to 1, of the variance of a draw that is the posteriors' own. At 1 a channel
+            says nothing about the image.
+    """
 
     mean: np.ndarray
     std: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    posterior_share: np.ndarray  # of the variance, 0 to 1
+    posterior_share: np.ndarray
 
     @classmethod
     def of(cls, moments: np.ndarray) -> "ChannelStatistics":
-        """Measures moments [N 2C h w]; as `LatentNorm` does, but of a constant channel too."""
+        """Measures moments [N 2C h w] as `LatentNorm.from_moments` does, but refuses no constant channel."""
         mean, logvar = np.split(moments.astype(np.float32), 2, axis=1)  # each N C h w
         over = (0, 2, 3)
         own = np.exp(logvar).mean(axis=over, dtype=np.float64)
@@ -220,7 +249,7 @@ class ChannelStatistics:
         return cls(center, np.sqrt(variance), mean.min(axis=over), mean.max(axis=over), share)
 
     def remark(self, channel: int) -> str:
-        """Says what is wrong with a channel, or nothing."""
+        """Says what is wrong with a channel; an empty text where nothing is."""
         if norm.is_constant(float(self.mean[channel]), float(self.std[channel])):
             return "constant: the VAE does not use it"
         if self.posterior_share[channel] >= UNUSED_SHARE:
@@ -228,17 +257,17 @@ class ChannelStatistics:
         return ""
 
     def table(self) -> list[str]:
-        """Draws the numbers as aligned lines, one for each channel."""
+        """Writes the numbers as aligned lines, one for each channel."""
         rows = [["channel", "mean", "std", "min", "max", "posterior"]]
         for i in range(len(self.mean)):
             numbers = [f"{values[i]:.3g}" for values in (self.mean, self.std, self.low, self.high)]
             rows.append([str(i), *numbers, f"{self.posterior_share[i]:.1%}"])
         remarks = ["", *(self.remark(i) for i in range(len(self.mean)))]
-        return [f"{line}  {remark}".rstrip() for line, remark in zip(_aligned(rows), remarks, strict=True)]
+        return [f"{line}  {remark}".rstrip() for line, remark in zip(_align(rows), remarks, strict=True)]
 
 
-def measured_rows(cache: LatentCache, keys: Iterable[str]) -> np.ndarray:
-    """Reads the moments [N 2C h w] of keys that are in the cache, evenly chosen where there are too many."""
+def read_rows_to_measure(cache: LatentCache, keys: Iterable[str]) -> np.ndarray:
+    """Reads moments [N 2C h w] to measure: of all the keys, or of MAX_ROWS_MEASURED evenly spaced ones."""
     distinct = list(dict.fromkeys(keys))
     count = min(len(distinct), MAX_ROWS_MEASURED)
     moments, found = cache.read([distinct[i] for i in np.linspace(0, len(distinct) - 1, count).astype(int)])
@@ -246,7 +275,7 @@ def measured_rows(cache: LatentCache, keys: Iterable[str]) -> np.ndarray:
 
 
 def latents_picture(moments: np.ndarray, statistics: ChannelStatistics) -> bytes:
-    """Draws (PNG) for each channel how the normalised latents are distributed, with the unit normal over it."""
+    """Returns a picture (PNG) of the normalised latents' distribution in each channel, with the unit normal over it."""
     mean, logvar = np.split(moments.astype(np.float32), 2, axis=1)  # each N C h w
     noise = np.random.default_rng(0).standard_normal(mean.shape, dtype=np.float32)
     draws = mean + np.exp(0.5 * logvar) * noise
@@ -263,14 +292,14 @@ def latents_picture(moments: np.ndarray, statistics: ChannelStatistics) -> bytes
 
 
 def outside_text(share: float) -> str:
-    """Says which share of the latents, from 0 to 1, lies outside the picture; nothing where none does."""
+    """Says which share (0 to 1) of the latents lies outside the picture; an empty text where none does."""
     if share == 0:
         return ""
-    shown = f"{100 * share:.1g} %" if share >= _SMALLEST_SHARE else f"under {100 * _SMALLEST_SHARE:g} %"
-    return f"{shown} beyond ±{_BINS[-1]:g}"
+    percent = f"{100 * share:.1g} %" if share >= _SMALLEST_SHARE else f"under {100 * _SMALLEST_SHARE:g} %"
+    return f"{percent} beyond ±{_BINS[-1]:g}"
 
 
-def ways_of_encoding(report: Report) -> dict[str, int]:
+def ways_of_encoding(report: CacheReport) -> dict[str, int]:
     """Counts the rows by how they were made: precision, device, versions."""
     ways: Counter[str] = Counter()
     for shard in report.shards:

@@ -22,7 +22,7 @@ from gait_latents.common.errors import UserError
 
 FORMAT = 1
 _HEADER_BYTES = 4 << 20  # a larger header is refused unread
-_NAMES = {  # of the number formats that a checkpoint may hold
+_NAMES = {  # what safetensors calls the number formats that a checkpoint may hold
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -93,11 +93,11 @@ def _header(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > _HEADER_BYTES:
-        raise ValueError(f"names and meta need {len(text)} bytes, and {_HEADER_BYTES} can be read back")
-    return len(text).to_bytes(8, "little") + text
+    # In the order of the tensors, which canonical JSON would not keep.
+    header = json_text.safetensors_header(json.dumps(table, separators=(",", ":")))
+    if len(header) - 8 > _HEADER_BYTES:
+        raise ValueError(f"names and meta need {len(header) - 8} bytes, and {_HEADER_BYTES} can be read back")
+    return header
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -106,13 +106,14 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class _Unreadable(Exception):
-    """The reason why a file is none that `save` wrote."""
+    """A file cannot have been written by `save`; the text says why."""
 
 
 def _read(path: Path) -> tuple[dict[str, str], bytes]:
     """Returns the metadata and the content of a file that is as long as the tensors that it lists.
 
-    A few bytes may claim to be terabytes, and a hole of terabytes may follow a few bytes.
+    Both are checked before anything is read: a few bytes may claim to be terabytes, and a sparse file may have
+    terabytes of nothing behind a few bytes.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):  # a named pipe would wait; a folder is an OSError
         raise _Unreadable("it is not a file")
@@ -136,7 +137,7 @@ def _header_length(data: bytes) -> int:
 
 
 def stamp(path: Path) -> str:
-    """Returns a digest that no other save has, of a file that need not be whole; raises OSError."""
+    """Returns a digest of the header, which no other save has; the file need not be whole. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.sha256(_start(file)).hexdigest()  # the header holds the checksum of all the rest
 

@@ -1,7 +1,8 @@
 """Everything random in one training step, drawn on the CPU from (seed, step) alone.
 
-A step belongs to the effective batch: micro-batches and ranks take slices of one set of draws, so neither
-accumulation nor a restart changes what is trained. Nothing here touches torch's global generator.
+The draws are made for the whole batch of a step at once, and each forward pass and each process takes a slice of
+them. So neither gradient accumulation, nor several processes, nor a restart change what is trained. Nothing here
+touches torch's global generator.
 """
 
 from dataclasses import dataclass, fields
@@ -9,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from gait_latents.common.seeds import sample_generator, visited
+from gait_latents.common.seeds import draw_positions, sample_generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ def draw_step(
     generator = sample_generator(seed, "step", step)
     noise_shape = (batch, *latent_shape)
     return StepDraws(
-        positions=visited(seed, step * batch, batch, size),
+        positions=draw_positions(seed, step * batch, batch, size),
         posterior_noise=torch.randn(noise_shape, generator=generator, dtype=torch.float32),
         times=torch.randint(timesteps, (batch,), generator=generator),
         noise=torch.randn(noise_shape, generator=generator, dtype=torch.float32),

@@ -11,14 +11,13 @@ import torch
 from gait_latents.common import files
 from gait_latents.common.console import say
 from gait_latents.common.errors import UserError
+from gait_latents.common.layout import CONFIG_NAME, WEIGHTS_NAME
 from gait_latents.diffusion.library import LIBRARY, library_version
 from gait_latents.diffusion.model import LatentDiffusion, unet_arguments
 from gait_latents.images import selection
 from gait_latents.settings import ExportSettings
 from gait_latents.training.run_folder import SavedState
 from gait_latents.training.trained_model import averaged_diffusion
-
-_WEIGHTS_NAME, _CONFIG_NAME = "model.safetensors", "config.json"
 
 
 def export(settings: ExportSettings, state: SavedState) -> None:
@@ -37,7 +36,7 @@ def export(settings: ExportSettings, state: SavedState) -> None:
     folder = Path(settings.output_folder)
     selection.refuse_to_be_a_class(folder, state.meta.settings.get("data_path"))
     files.check_writable(folder, "output_folder")
-    contents = {folder / _WEIGHTS_NAME: weights, folder / _CONFIG_NAME: facts}
+    contents = {folder / WEIGHTS_NAME: weights, folder / CONFIG_NAME: facts}
     for path, data in contents.items():
         _refuse_to_replace(path, data)
     for path, data in contents.items():

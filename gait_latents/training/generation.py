@@ -17,20 +17,20 @@ from gait_latents.common import cli, console, files, hardware, pictures
 from gait_latents.common.console import Progress, say
 from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import DONE, UserError
-from gait_latents.common.layout import LABELS_NAME, RECORD_NAME
+from gait_latents.common.layout import LABELS_NAME, OVERVIEW_NAME, RECORD_NAME, STRIP_NAME
 from gait_latents.common.process import StopSignals
 from gait_latents.diffusion.sampling import BATCH_SIZE
-from gait_latents.images import selection
-from gait_latents.images.generated import Cell, not_there, read_made, read_record
+from gait_latents.images import folders, selection
+from gait_latents.images.generated import Cell, list_missing, read_made, read_record
 from gait_latents.images.write_behind import WriteBehind
 from gait_latents.settings import GenerateSettings
 from gait_latents.training import run_folder
 from gait_latents.training.run_folder import SavedState
 from gait_latents.training.trained_model import FROM_RUN, TrainedModel
 
-_OVERVIEW_NAME, _STRIP_NAME = "overview.png", "strip.png"
 _MOST_UNWRITTEN = 2 * BATCH_SIZE  # images that wait to be written while the next are made
 _OVERVIEW_ROWS, _OVERVIEW_COLUMNS = 16, 6
+_MOST_LISTED = 40  # classes that a message names
 
 
 def open_generator(argv: Sequence[str] | None, description: str | None = None, ranks: Ranks = ALONE) -> "Generator":
@@ -39,7 +39,7 @@ def open_generator(argv: Sequence[str] | None, description: str | None = None, r
         layers = cli.Layers(GenerateSettings, argv, description=description)
         state = run_folder.read_averages(Path(layers.settings.checkpoint))
         layers.add(f"run {state.path.parent}", state.meta.chosen_settings(*FROM_RUN))
-        settings: GenerateSettings = layers.resolved().settings
+        settings: GenerateSettings = layers.resolve().settings
         selection.refuse_to_be_a_class(Path(settings.output_folder), state.meta.settings.get("data_path"))
         device = hardware.pick_device(ranks.device_name(settings.device))
         ranks.say_unused(settings.device, "generate.py")
@@ -55,7 +55,7 @@ class Generator(TrainedModel):
     def __init__(
         self, settings: GenerateSettings, state: SavedState, device: torch.device, ranks: Ranks = ALONE
     ) -> None:
-        self.classes = _chosen_classes(settings.classes, state.meta.classes)  # a misspelt name is told at once
+        self.classes = _choose_classes(settings.classes, state.meta.classes)  # a misspelt name is told at once
         super().__init__(settings, state, device)
         self.ranks = ranks
         self.folder = Path(settings.output_folder)
@@ -77,7 +77,7 @@ class Generator(TrainedModel):
         the disk of another machine.
         """
         with self.ranks.together():
-            cells = not_there(self._cells())
+            cells = list_missing(self._cells())
             self._go_on_as_begun()
             files.check_writable(self.folder, "output_folder")
             if cells:
@@ -99,7 +99,7 @@ class Generator(TrainedModel):
                     return DONE
                 if self.ranks.count > 1:
                     self._await_others(cells, bar, signals)
-                    self._make(not_there(cells), bar, signals)
+                    self._make(list_missing(cells), bar, signals)
             finally:
                 self.ranks.tell("made")
                 if self.ranks.is_main:
@@ -115,7 +115,7 @@ class Generator(TrainedModel):
         return DONE
 
     def _go_on_as_begun(self) -> None:
-        """Decodes as the images were that are in the folder already."""
+        """Decodes in the number format of the images that are in the folder already."""
         path = self.folder / RECORD_NAME
         if path.exists() and not self.settings.strip:
             began = read_record(path)["decoder_precision"]
@@ -136,7 +136,7 @@ class Generator(TrainedModel):
         def look() -> tuple[int, int]:
             nonlocal to_come
             self.ranks.raise_if_stopped(signals)
-            before, to_come = to_come, len(not_there(cells))
+            before, to_come = to_come, len(list_missing(cells))
             bar.advance(before - to_come)
             return before - to_come, to_come
 
@@ -151,7 +151,7 @@ class Generator(TrainedModel):
         shown = [cell for cell in self._cells() if cell.index < _OVERVIEW_COLUMNS]
         side = self.meta.image_size
         rows = [[read_made(cell.path, side) for cell in shown if cell.class_name == name] for name in names]
-        path = self.folder / _OVERVIEW_NAME
+        path = self.folder / OVERVIEW_NAME
         pictures.save_picture(pictures.labelled_grid(rows, names), path)
         return path
 
@@ -192,7 +192,7 @@ class Generator(TrainedModel):
                     )
 
     def _record(self) -> dict[str, Any]:
-        """Returns all that the images of the folder have in common."""
+        """Returns what settings.json says: all that the images of a folder have in common."""
         return {
             "weights": self.weights_digest,
             "step": self.meta.step,
@@ -208,7 +208,7 @@ class Generator(TrainedModel):
         }
 
     def facts(self) -> dict[str, object]:
-        """Returns what all processes must have alike."""
+        """Returns what must be the same on all processes."""
         asked = {name: getattr(self.settings, name) for name in ("classes", "images_per_class", "strip")}
         return {**self._record(), **{f"--{name}": cli.show(value) for name, value in asked.items()}}
 
@@ -241,20 +241,21 @@ class Generator(TrainedModel):
                     bar.advance(len(part))
                 columns.append(column)
         rows = [list(row) for row in zip(*columns, strict=True)]
-        path = self.folder / _STRIP_NAME
+        path = self.folder / STRIP_NAME
         picture = pictures.labelled_grid(rows, list(self.classes.values()), [f"{scale:g}" for scale in scales])
         pictures.save_picture(picture, path)
         say(f"classes from top to bottom, guidance scales from left to right: {path}")
         return DONE
 
 
-def _chosen_classes(asked: Sequence[str], known: Sequence[str]) -> dict[int, str]:
+def _choose_classes(asked: Sequence[str], known: Sequence[str]) -> dict[int, str]:
     """Returns label -> name of the classes asked for, in the order of their labels."""
     if tuple(asked) == ("all",):
         return dict(enumerate(known))
     for name in asked:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known[:40])}"
-            raise UserError(f"--classes: the model has no class {name}; {hint}")
+            guess = f"did you mean {near[0]}? " if near else ""
+            all_names = folders.name_list(known, limit=_MOST_LISTED)
+            raise UserError(f"--classes: the model has no class {name}; {guess}it knows {all_names}")
     return {label: name for label, name in enumerate(known) if name in asked}

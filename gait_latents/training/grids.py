@@ -11,15 +11,17 @@ from torch import Tensor
 from gait_latents.common import charts, files, pictures
 from gait_latents.common.console import say, warn
 from gait_latents.common.errors import UserError
+from gait_latents.common.layout import LOSS_NAME
 from gait_latents.common.seeds import sample_generator
 from gait_latents.diffusion.model import LatentDiffusion
 from gait_latents.diffusion.sampling import BATCH_SIZE, nearest_class, num_solver_steps, sample_padded
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.settings import TrainSettings
+from gait_latents.training import run_folder
 from gait_latents.training.metrics_log import Metrics
-from gait_latents.vae.decoder import Decoder
+from gait_latents.vae.decoder import ImageDecoder
 
-_MAX_ROWS = 16  # classes shown
+_MAX_ROWS = 16  # classes in a grid; further ones are not drawn
 _IMAGES_PER_MEAN = 32  # training images that a class mean is measured on
 
 
@@ -27,12 +29,12 @@ class GridMaker:
     """Samples the first classes with the averaged network, scores them, and draws them when the VAE is at hand.
 
     Args:
-        network: the averaged network, looked at anew for each grid.
+        network: the averaged network, which changes between the grids.
         dtype: the number format that it samples in.
         dataset: the training data, with its normalisation.
         classes: all class names, in label order.
-        auto_steps: see `num_solver_steps`.
-        show: told of each grid, with its step.
+        auto_steps: the solver steps that auto stands for, by sampler.
+        show: called with the step and the picture of each grid.
     """
 
     def __init__(
@@ -51,7 +53,8 @@ class GridMaker:
         self.settings, self.network, self.dtype, self.dataset = settings, network, dtype, dataset
         self.folder, self.metrics, self.auto_steps, self.show = folder, metrics, auto_steps, show
         self.num_classes, self.names = len(classes), list(classes)[:_MAX_ROWS]
-        self.decoder = Decoder(settings.vae_path, dataset.norm, dataset.device)  # type: ignore[arg-type]
+        assert dataset.norm is not None  # since the trainer has started
+        self.decoder = ImageDecoder(settings.vae_path, dataset.norm, dataset.device)
         self.class_means: Tensor | None = None
         self.can_draw = self.can_chart = True
         try:
@@ -60,7 +63,7 @@ class GridMaker:
             self._go_on_without_charts(error)
 
     def rehearse(self) -> None:
-        """Takes one sampler step of a grid and decodes one image, so that what cannot work shows at once."""
+        """Takes one sampler step and decodes one image, so that what cannot work fails before hours of training."""
         if not self.settings.num_samples:
             return
         self._decode(self._sample_batch([0], [0], steps=1))
@@ -83,7 +86,7 @@ class GridMaker:
         message = f"step {step:,}: {score:.0%} of {len(cells)} samples are nearest to the mean of their own class"
         images = self._decode(samples, between)
         if images:
-            path = self.folder / f"grid-{step:08d}.png"
+            path = self.folder / run_folder.grid_name(step)
             columns = self.settings.num_samples
             rows = [images[start : start + columns] for start in range(0, len(images), columns)]
             picture = pictures.labelled_grid(rows, self.names)
@@ -98,7 +101,7 @@ class GridMaker:
         return len(self._cells()) * side * side * pictures.BYTES_PER_PIXEL[".png"]
 
     def draw_loss(self) -> None:
-        """Draws the loss curve from the metrics; what matplotlib fails at ends no training."""
+        """Draws the loss curve from the metrics; where matplotlib fails, training goes on without it."""
         steps, losses = self.metrics.series("loss")
         if not steps or not self.can_chart:
             return
@@ -107,11 +110,11 @@ class GridMaker:
         except Exception as error:
             self._go_on_without_charts(error)
         else:
-            files.publish(self.folder / "loss.png", picture)
+            files.publish(self.folder / LOSS_NAME, picture)
 
     def _go_on_without_charts(self, error: Exception) -> None:
         self.can_chart = False
-        warn(f"there will be no loss.png: {str(error) or type(error).__name__}")
+        warn(f"there will be no {LOSS_NAME}: {str(error) or type(error).__name__}")
 
     def _cells(self) -> list[tuple[int, int]]:
         """Lists (label, column) of the cells, row by row."""
@@ -145,7 +148,7 @@ class GridMaker:
                 sampling_timesteps=steps,
                 progress=progress,
             )
-        except torch.OutOfMemoryError as error:  # which a smaller batch of training would not mend
+        except torch.OutOfMemoryError as error:  # a smaller --train_batch_size would not help
             raise UserError(
                 f"the GPU has too little memory to make {BATCH_SIZE} samples at once; --num_samples 0 makes no grids"
             ) from error
@@ -157,7 +160,7 @@ class GridMaker:
         return (found == torch.tensor(labels)).double().mean().item()
 
     def _decode(self, samples: Tensor, between: Callable[[], None] = lambda: None) -> list[np.ndarray]:
-        """Decodes samples to images; gives none, and says so once, when there is no VAE."""
+        """Decodes samples to images; without a VAE it warns once and returns none."""
         if not self.can_draw:
             return []
         try:

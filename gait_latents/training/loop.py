@@ -1,4 +1,4 @@
-"""What a training run does around its steps: the log, saves, sample grids, trackers, the clock, and how it ends."""
+"""What a training run does around its steps: log, saves, sample grids, trackers, time budget, and its end."""
 
 import math
 import shlex
@@ -12,7 +12,7 @@ import torch
 from gait_latents.common import cli, console, hardware, process
 from gait_latents.common.console import say
 from gait_latents.common.distributed import TIME_IS_UP
-from gait_latents.common.errors import DONE, Stopped
+from gait_latents.common.errors import DONE, Stopped, name_signal
 from gait_latents.common.process import StopSignals
 from gait_latents.diffusion.model import mean_by_timestep
 from gait_latents.latents import shard as shard_file
@@ -20,20 +20,20 @@ from gait_latents.settings import TrainSettings
 from gait_latents.training import run_folder, trackers
 from gait_latents.training.grids import GridMaker
 from gait_latents.training.metrics_log import Metrics
-from gait_latents.training.plan import Plan
+from gait_latents.training.plan import TrainingPlan
 from gait_latents.training.trainer import Trainer
 
-_SETTLING_STEPS = 10  # first steps of a process, among which are compiling and the first save: they tell no pace
+_SETTLING_STEPS = 10  # the first steps of a process are slow, with compiling and the first save: no pace is measured
 _FORECAST_STEPS = 50  # steps after which the length of the run is told
 
 
 class TrainingLoop:
-    """What goes on around the steps of a run, from the first step of this process to its end.
+    """The work between the steps of a run, from the first step of this process to its end.
 
     Within the block, Ctrl-C and SIGTERM are noted, not obeyed at once: `reason_to_stop` tells of them between steps.
     """
 
-    def __init__(self, trainer: Trainer, plan: Plan) -> None:
+    def __init__(self, trainer: Trainer, plan: TrainingPlan) -> None:
         self.trainer, self.plan, self.settings, self.ranks = trainer, plan, plan.settings, trainer.ranks
         with self.ranks.together():
             self.metrics = Metrics(
@@ -76,7 +76,7 @@ class TrainingLoop:
         with self.ranks.together():
             if done % settings.log_every == 0:  # before a save, which holds the losses not told yet
                 self._log()
-            if self._is_first_step:  # a full disk or too little memory shows now, not hours later
+            if self._is_first_step:
                 self._rehearse()
             self.bar.advance()
             if done % settings.save_and_sample_every == 0 or done == trainer.num_steps:
@@ -99,7 +99,7 @@ class TrainingLoop:
         with self.ranks.together():  # so that no process leaves before rank 0 has saved
             if trainer.saved_step != trainer.finished_steps:
                 trainer.save(self.plan.results, with_average=False)
-        why = f"after --max_hours {self.settings.max_hours:g}" if reason == TIME_IS_UP else "by signal"
+        why = f"after --max_hours {self.settings.max_hours:g}" if reason == TIME_IS_UP else f"by {name_signal(reason)}"
         say(f"stopped {why} at step {trainer.finished_steps:,}; saved, and the same command goes on from there")
         if reason != TIME_IS_UP:
             raise Stopped(reason)
@@ -112,7 +112,7 @@ class TrainingLoop:
         return DONE
 
     def _log(self) -> None:
-        """Writes a line of figures; this is where the device is waited for."""
+        """Writes a line of figures. Reading the losses waits for the device, which steps do not."""
         trainer, clock = self.trainer, self.clock
         trainer.check_finite()
         losses = torch.stack(trainer.losses).tolist()
@@ -134,13 +134,14 @@ class TrainingLoop:
         self.bar.advance(0, loss=f"{loss:.4f}")
 
     def _rehearse(self) -> None:
+        """Saves and samples once after the first step, so that what cannot work fails now and not hours later."""
         self.trainer.save(self.plan.results, with_average=False)
         if self.ranks.is_main:
             self.grids.rehearse()
         self._is_first_step = False
 
     def _save_and_sample(self) -> None:
-        """Saves the state, then makes the grid, which a signal cuts short, and the loss curve. Rank 0 does so."""
+        """Saves the state, then draws, on rank 0, the sample grid, which a signal cuts short, and the loss curve."""
         ranks, step = self.ranks, self.trainer.finished_steps
         topic = f"drawn {step}"
 
@@ -161,7 +162,7 @@ class TrainingLoop:
 
 
 def open_trackers(settings: TrainSettings, step: int, metrics: Metrics, origin: Path | None) -> trackers.Trackers:
-    """Opens what shows the run besides its folder."""
+    """Opens the trackers (TensorBoard, Weights & Biases) that show the run besides its folder; on rank 0."""
     folder = Path(settings.results_folder)
     return trackers.Trackers(
         trackers.choose(settings.trackers) if metrics.writes else [],
@@ -175,8 +176,8 @@ def open_trackers(settings: TrainSettings, step: int, metrics: Metrics, origin: 
     )
 
 
-def tell_disk(trainer: Trainer, grids: GridMaker, plan: Plan, *, num_missing: int) -> None:
-    """Says what the saves to come, with their grids, and the latents that are missing will take on the disk."""
+def tell_disk(trainer: Trainer, grids: GridMaker, plan: TrainingPlan, *, num_missing: int) -> None:
+    """Prints how much disk space the remaining saves with their grids and the missing latents will take."""
     every = trainer.settings.save_and_sample_every
     num_saves = math.ceil(trainer.num_steps / every) - trainer.finished_steps // every
     states = run_folder.bytes_for_saves(plan.results, num_saves, trainer.diffusion, trainer.ema.model)
@@ -215,7 +216,7 @@ class Clock:
         return pace
 
     def forecast(self, num_steps: int) -> None:
-        """Says once, after the first steps, how long the rest will take."""
+        """Prints once, after the first steps, how long the rest will take."""
         taken = self.trainer.finished_steps - self.first_step
         left = num_steps - self.trainer.finished_steps
         if taken in (_SETTLING_STEPS, _FORECAST_STEPS):
@@ -231,6 +232,6 @@ class Clock:
         self.longest_save = max(self.longest_save, seconds)
 
     def is_up(self) -> bool:
-        """Says whether the budget is used up, room for the last save left."""
+        """Says whether the time budget is used up but for what the last save needs."""
         reserve = min(2 * self.longest_save + 5, self.limit / 2)
         return time.monotonic() - process.PROCESS_START + reserve >= self.limit

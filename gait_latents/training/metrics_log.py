@@ -10,14 +10,14 @@ from gait_latents.common.layout import METRICS_NAME
 
 
 class Metrics:
-    """The lines of metrics.jsonl, one JSON object each; those after the step that is resumed are dropped.
+    """The lines of metrics.jsonl, one JSON object each; lines after the step that the run goes on from are dropped.
 
     Attributes:
-        on_row: told of each new line that is written.
+        on_row: called with each new line that is written.
 
     Args:
         earlier: the run folder to take the lines from where `folder` has none.
-        writes: whether not only to read; several processes of one run have one file.
+        writes: whether to write the file; of several processes of a run only one does.
     """
 
     def __init__(self, folder: Path, *, step: int, earlier: Path | None = None, writes: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""What a resume needs, as named tensors and plain values: network, average, Adam's moments, the loss scaler."""
+"""Turns network, average, Adam's moments and the loss scaler into named tensors and plain values, and back."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -20,8 +20,8 @@ def pack_training_state(
     """
     state = optimizer.state_dict()
     flat = {f"{i}.{name}": value for i, values in state["state"].items() for name, value in values.items()}
-    tensors = _prefixed("model", model.state_dict()) | _prefixed("ema", ema_model.state_dict())
-    tensors |= _prefixed("optimizer", {name: value for name, value in flat.items() if isinstance(value, Tensor)})
+    tensors = _add_prefix("model", model.state_dict()) | _add_prefix("ema", ema_model.state_dict())
+    tensors |= _add_prefix("optimizer", {name: value for name, value in flat.items() if isinstance(value, Tensor)})
     values = {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
     return tensors, {
         "optimizer": {"param_groups": state["param_groups"], "values": values},
@@ -85,7 +85,7 @@ def _unpack(
         scaler.load_state_dict(training["scaler"])
 
 
-def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a training run is to do: its settings, and the run that goes on if there is one."""
+"""What a training run is to do: its settings, and the saved state of the run that it goes on with, if any."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,20 +22,22 @@ from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings, differ
 from gait_latents.training import checkpoint, run_folder, trackers
 from gait_latents.training.run_folder import SavedState
 
-_JOINED_VALUES = 64 * 48 * 32 * 32  # of one activation at full width: four batches of the default recipe
-_NOT_INHERITED = ("results_folder", "resume_from", "device")  # settings that say where a run is, not what it is
+# Passes of a step are computed as one while an activation of the first level has no more values than this, which is
+# four times the batch of the default recipe.
+_JOINED_VALUES = 64 * 48 * 32 * 32
+_NOT_INHERITED = ("results_folder", "resume_from", "device")  # they say where a run is, not what it is
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The settings, and the run that goes on if there is one."""
+class TrainingPlan:
+    """The settings of a training run, and the saved state that it goes on from; a new run has none."""
 
     settings: TrainSettings
     sources: dict[str, str]
-    origin: Path | None  # run folder that `state` comes from
+    origin: Path | None  # the run folder that `state` comes from; --resume_from may name another than `results`
     state: SavedState | None
     manifest: Manifest | None
-    newest_save: tuple[str, str] | None  # in the results folder, as `run_folder.newest_stamp` tells it
+    newest_save: tuple[str, str] | None  # the newest state in the results folder, from `run_folder.newest_stamp`
 
     @property
     def results(self) -> Path:
@@ -48,7 +50,7 @@ class Plan:
         return Path(self.settings.latents_cache_folder)
 
 
-def make_plan(argv: Sequence[str] | None, description: str | None = None, ranks: Ranks = ALONE) -> Plan:
+def make_plan(argv: Sequence[str] | None, description: str | None = None, ranks: Ranks = ALONE) -> TrainingPlan:
     """Puts together flags, file, the run that goes on, the manifest of the cache and the defaults.
 
     Raises:
@@ -63,7 +65,7 @@ def make_plan(argv: Sequence[str] | None, description: str | None = None, ranks:
     return plan
 
 
-def _read_plan(argv: Sequence[str] | None, description: str | None) -> Plan:
+def _read_plan(argv: Sequence[str] | None, description: str | None) -> TrainingPlan:
     layers = cli.Layers(TrainSettings, argv, description=description)
     typed: TrainSettings = layers.settings
     newest_save = run_folder.newest_stamp(typed.results_folder)
@@ -74,20 +76,20 @@ def _read_plan(argv: Sequence[str] | None, description: str | None) -> Plan:
     folder = layers.settings.latents_cache_folder
     manifest = manifest_of_images(folder)
     layers.add(f"manifest of {folder}", {} if manifest is None else manifest.settings, only_about_cache=True)
-    resolved = layers.resolved()
+    resolved = layers.resolve()
     _refuse_changes(stored, resolved.settings, origin)
     trackers.choose(resolved.settings.trackers)  # before anything else is done
     _refuse_impossible(resolved.settings)
-    return Plan(resolved.settings, resolved.sources, origin, state, manifest, newest_save)
+    return TrainingPlan(resolved.settings, resolved.sources, origin, state, manifest, newest_save)
 
 
-def is_finished(plan: Plan, ranks: Ranks) -> bool:
+def is_finished(plan: TrainingPlan, ranks: Ranks) -> bool:
     """Says whether the run has taken all its steps, and tells the user so."""
     with ranks.together():
         return _has_all_steps(plan)
 
 
-def _has_all_steps(plan: Plan) -> bool:
+def _has_all_steps(plan: TrainingPlan) -> bool:
     own_split = None if plan.state is None or plan.origin is None else read_split(plan.origin)
     if plan.state is None or own_split is None or plan.state.step < num_steps(plan.settings, len(own_split.train)):
         return False
@@ -142,7 +144,7 @@ def _refuse_changes(stored: dict[str, Any], settings: TrainSettings, origin: Pat
 
 
 def _refuse_impossible(settings: TrainSettings) -> None:
-    """Raises for what would only fail at the first grid, hours later."""
+    """Raises UserError for settings of sampling that would only fail at the first sample grid, hours later."""
     num_solver_steps(settings.sampler, settings.sampling_timesteps, settings.timesteps, auto_steps=AUTO_STEPS)
 
 
@@ -156,8 +158,8 @@ def _check_share(settings: TrainSettings, ranks: Ranks) -> None:
         )
 
 
-def _facts(plan: Plan) -> dict[str, object]:
-    """Returns what all processes of a run must have alike: the state that it goes on from, and the settings."""
+def _facts(plan: TrainingPlan) -> dict[str, object]:
+    """Returns what must be the same on all processes: the state that the run goes on from, and the settings."""
     settings = {
         f"--{name}": cli.show(getattr(plan.settings, name))
         for name, spec in cli.specs(TrainSettings).items()
@@ -168,7 +170,7 @@ def _facts(plan: Plan) -> dict[str, object]:
     return {"a run at step": step, "a saved state of the digest": digest, **settings}
 
 
-def pick_device(plan: Plan, ranks: Ranks) -> torch.device:
+def pick_device(plan: TrainingPlan, ranks: Ranks) -> torch.device:
     """Chooses the device of this process, and makes sure that the results folder can be written to.
 
     Raises:
@@ -185,7 +187,7 @@ def pick_device(plan: Plan, ranks: Ranks) -> torch.device:
     return device
 
 
-def _check_results_folder(plan: Plan) -> None:
+def _check_results_folder(plan: TrainingPlan) -> None:
     files.check_writable(plan.results, "results_folder")
     if plan.state is None:
         selection.refuse_to_be_a_class(plan.results, plan.settings.data_path)
@@ -197,7 +199,7 @@ def _check_results_folder(plan: Plan) -> None:
 
 
 @contextmanager
-def plain_errors(plan: Plan) -> Iterator[None]:
+def plain_errors(plan: TrainingPlan) -> Iterator[None]:
     """Turns what may go wrong with images and the GPU into one sentence with a remedy."""
     try:
         yield
@@ -227,9 +229,10 @@ def num_steps(settings: TrainSettings, num_images: int) -> int:
 
 
 def pass_size(settings: TrainSettings, latent_shape: tuple[int, int, int], *, num_ranks: int = 1) -> int:
-    """Returns how many latents [C h w] go through the network at once: a process's share of a step where it is small.
+    """Returns how many latents [C h w] go through the network at once.
 
-    The share is the whole batch for a process that is alone.
+    That is this process's whole share of a step where it is small (see _JOINED_VALUES), else --train_batch_size. The
+    share is the whole batch for a process that is alone.
     """
     share = batch_size(settings) // num_ranks
     is_small = share * settings.dim * latent_shape[1] * latent_shape[2] <= _JOINED_VALUES

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from gait_latents.common import files
-from gait_latents.common.console import say, shown, warn
+from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import Failed, UserError
 from gait_latents.common.layout import SPLIT_NAME
@@ -17,23 +17,21 @@ from gait_latents.latents import filling, opening, vae_fit
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.latents.vae_fit import ChosenSpace
-from gait_latents.training.plan import Plan, plain_errors
+from gait_latents.training.plan import TrainingPlan, plain_errors
 from gait_latents.training.run_meta import RunMeta
 
 
 @dataclass(frozen=True)
 class Data:
-    """The training images of the run: split, space and dataset."""
+    """What a run trains on: its split, the space of its latents, and the dataset over its training images."""
 
     split: Split
     chosen: ChosenSpace
     dataset: LatentDataset
 
 
-def open_data(plan: Plan, device: torch.device, ranks: Ranks = ALONE) -> Data:
+def open_data(plan: TrainingPlan, device: torch.device, ranks: Ranks = ALONE) -> Data:
     """Opens the dataset of the run, which encodes what is missing when it is first needed.
-
-    Of several processes, each encodes its share of what is missing now: no step waits for the encoder of another.
 
     Raises:
         UserError: when something that is needed is not at hand, or differs from what the run was started with.
@@ -42,14 +40,11 @@ def open_data(plan: Plan, device: torch.device, ranks: Ranks = ALONE) -> Data:
     with ranks.together(), plain_errors(plan):
         data = _open(plan, device, ranks)
     ranks.check_same(_facts(data, device), "give all the same images, VAE and packages, and one kind of device")
-    with ranks.together(), plain_errors(plan):
-        if ranks.count > 1:
-            _fill(data.dataset, ranks)
     return data
 
 
 def _facts(data: Data, device: torch.device) -> dict[str, object]:
-    """Returns what all processes of a run must have alike."""
+    """Returns what must be the same on all processes of a run."""
     return {
         "latents of the space": data.chosen.space.id,
         "images and labels of the digest": data.dataset.digest()[:16],
@@ -58,9 +53,9 @@ def _facts(data: Data, device: torch.device) -> dict[str, object]:
     }
 
 
-def _open(plan: Plan, device: torch.device, ranks: Ranks) -> Data:
+def _open(plan: TrainingPlan, device: torch.device, ranks: Ranks) -> Data:
     settings, folder = plan.settings, plan.cache_folder
-    goes_on = plan.state is not None  # the split is the run's own, so that nothing else can be meant
+    goes_on = plan.state is not None  # its split and space are known, so that images and VAE may be missing
     known = _known_space(plan)
     at_hand = selection.images_at_hand(settings, plan.sources, may_lack=goes_on)
     split = _run_split(plan, at_hand)
@@ -69,7 +64,7 @@ def _open(plan: Plan, device: torch.device, ranks: Ranks) -> Data:
     _check_same_space(plan, chosen)
     reason = files.why_not_writable(folder)
     if reason is not None:
-        say(f"{folder} takes no files ({reason}): what is encoded in this run stays in memory")
+        say(f"cannot write to {folder} ({reason}); new latents stay in memory")
     cache = LatentCache(folder, chosen.space, writable=reason is None)
     for problem in cache.problems:
         warn(problem)
@@ -88,7 +83,7 @@ def _open(plan: Plan, device: torch.device, ranks: Ranks) -> Data:
 
     dataset = open_over(split)
     if at_hand and chosen.vae_at_hand and plan.state is None:
-        mended = _without_bad_images(plan, split, dataset)
+        mended = _leave_out_bad_images(plan, split, dataset)
         if mended is not split:
             split, dataset = mended, open_over(mended)
     _report_missing(plan, dataset, "before the first step" if ranks.count > 1 else "when first needed")
@@ -97,8 +92,11 @@ def _open(plan: Plan, device: torch.device, ranks: Ranks) -> Data:
     return Data(split, chosen, dataset)
 
 
-def _run_split(plan: Plan, at_hand: bool) -> Split:
-    """Returns the run's own split when it goes on, else draws it; content keys are fresh where images are at hand."""
+def _run_split(plan: TrainingPlan, at_hand: bool) -> Split:
+    """Returns the split of the run that goes on, or draws one for a new run.
+
+    Where the images are at hand, the content keys of the entries are computed from them, so that changes show.
+    """
     own = None if plan.origin is None else read_split(plan.origin)
     if own is not None:
         return selection.with_fresh_keys(own, plan.settings.data_path) if at_hand else own
@@ -109,22 +107,22 @@ def _run_split(plan: Plan, at_hand: bool) -> Split:
     return split
 
 
-def _known_space(plan: Plan) -> ChosenSpace | None:
-    """Returns the space that the run or the cache already knows, for when the VAE is not at hand."""
+def _known_space(plan: TrainingPlan) -> ChosenSpace | None:
+    """Returns the space that the run or the cache was made with; it is used where the VAE is not at hand."""
     if plan.state is not None:
         meta = plan.state.meta
         return ChosenSpace(meta.space, meta.scale_factor, meta.shift_factor, vae_at_hand=False)
     return None if plan.manifest is None else vae_fit.space_of_manifest(plan.manifest)
 
 
-def _without_bad_images(plan: Plan, split: Split, dataset: LatentDataset) -> Split:
+def _leave_out_bad_images(plan: TrainingPlan, split: Split, dataset: LatentDataset) -> Split:
     missing = {dataset.keys[position] for position in dataset.missing()}
     entries = [entry for entry in split.train if entry.key in missing]
     bad = reading.find_bad_images(entries, data_path=plan.settings.data_path, image_size=plan.settings.image_size)
     if not bad:
         return split
     for skipped in bad:
-        say(f"    {shown(f'{skipped.class_name}/{skipped.name}')}: {skipped.reason}")
+        say(f"    {show_name(f'{skipped.class_name}/{skipped.name}')}: {skipped.reason}")
     if not plan.settings.skip_bad_images:
         raise Failed(
             f"{len(bad)} of {len(split.train):,} training images cannot be read; mend or remove them, or give "
@@ -133,27 +131,27 @@ def _without_bad_images(plan: Plan, split: Split, dataset: LatentDataset) -> Spl
     return split.without(bad)
 
 
-def _report_missing(plan: Plan, dataset: LatentDataset, when: str) -> None:
+def _describe_place(dataset: LatentDataset) -> str:
+    return "the cache's files" if dataset.place == "shards" else f"memory ({dataset.place})"
+
+
+def _report_missing(plan: TrainingPlan, dataset: LatentDataset, when: str) -> None:
     missing = dataset.missing()
     say(
         f"{len(dataset):,} images asked, {dataset.num_different - len(missing):,} cached, {len(missing):,} to encode"
-        f"{f' {when}' if missing else ''} ({dataset.place} holds the latents)"
+        f"{f' {when}' if missing else ''}; latents are read from {_describe_place(dataset)}"
     )
     opening.say_equal(dataset)
     opening.check_can_encode(dataset, plan.settings)
 
 
-def _check_same_space(plan: Plan, chosen: ChosenSpace) -> None:
-    known = _known_space(plan)
-    if plan.state is not None and known is not None and chosen.space.id != known.space.id:
-        raise UserError(
-            f"--vae_path {plan.settings.vae_path} makes other latents than the run in {plan.origin} was started with "
-            f"({'; '.join(chosen.space.differing_fields(known.space))}); give the VAE of that run, or start another "
-            "run with another --results_folder"
-        )
+def _check_same_space(plan: TrainingPlan, chosen: ChosenSpace) -> None:
+    if plan.state is not None:
+        of_run, run = plan.state.meta.space, str(plan.origin)
+        vae_fit.check_vae_of_run(chosen.space, of_run, vae_path=plan.settings.vae_path, run=run)
 
 
-def _check_same_data(plan: Plan, meta: RunMeta, split: Split, dataset: LatentDataset) -> None:
+def _check_same_data(plan: TrainingPlan, meta: RunMeta, split: Split, dataset: LatentDataset) -> None:
     if dataset.digest() != meta.data_digest:
         raise UserError(
             f"the images are not those that the run in {plan.origin} was started with: "
@@ -164,7 +162,7 @@ def _check_same_data(plan: Plan, meta: RunMeta, split: Split, dataset: LatentDat
         say("the same images were encoded again since the last save; the run goes on with the new latents")
 
 
-def _what_changed(plan: Plan, meta: RunMeta, split: Split) -> str:
+def _what_changed(plan: TrainingPlan, meta: RunMeta, split: Split) -> str:
     """Names the training images whose content or class is not what the split of the run says."""
     before = read_split(plan.origin) if plan.origin is not None else None
     if before is None:
@@ -173,11 +171,11 @@ def _what_changed(plan: Plan, meta: RunMeta, split: Split) -> str:
     names = [f"{e.class_name}/{e.name}" for e in split.train if then.get((e.class_name, e.name)) != e.key]
     if not names:
         return f"{SPLIT_NAME} there is of another run"
-    return f"{len(names):,} of {len(split.train):,} have another content, the first is {shown(names[0])}"
+    return f"{len(names):,} of {len(split.train):,} have another content, the first is {show_name(names[0])}"
 
 
-def _fill(dataset: LatentDataset, ranks: Ranks) -> None:
-    """Encodes what is missing before the first step: a step must not wait for the encoder of another process."""
+def fill(dataset: LatentDataset, ranks: Ranks) -> None:
+    """Encodes what is missing before the first step, in which no process may wait for the encoder of another."""
     with StopSignals() as signals:
         try:
             bad = filling.fill_together(dataset, ranks, signals)
@@ -188,7 +186,7 @@ def _fill(dataset: LatentDataset, ranks: Ranks) -> None:
         raise BadImage(f"{dataset.names[position]}: {reason}")
 
 
-def write_cache_defaults(plan: Plan, data: Data) -> None:
+def write_cache_defaults(plan: TrainingPlan, data: Data) -> None:
     """Gives a cache that training alone fills the same manifest and split as preprocessing would."""
     cache = data.dataset.cache
     if plan.manifest is not None or not cache.writable:
@@ -202,4 +200,4 @@ def write_cache_defaults(plan: Plan, data: Data) -> None:
 
 
 def _go_on_in_memory(error: OSError) -> None:
-    warn(f"the cache cannot be written to ({error.strerror or error}); what is encoded from now on stays in memory")
+    warn(f"the cache cannot be written to ({error.strerror or error}); new latents stay in memory")

@@ -44,8 +44,13 @@ def ema_name(step: int) -> str:
     return f"ema-{step:08d}.safetensors"
 
 
+def grid_name(step: int) -> str:
+    """Names the picture of the samples that were made after `step` steps."""
+    return f"grid-{step:08d}.png"
+
+
 def write_plan(folder: Path, settings_yaml: str, split: Split) -> None:
-    """Publishes the settings and the split of a new run, or the changed settings of one that goes on."""
+    """Publishes the settings and the split of a run; when it goes on, some settings may have changed."""
     files.publish(folder / SETTINGS_NAME, settings_yaml.encode())
     files.publish(folder / SPLIT_NAME, split.to_bytes())
 
@@ -72,13 +77,13 @@ def find_newest(folder: str | os.PathLike[str]) -> WholeFile | None:
 
 
 def find_newest_averages(folder: str | os.PathLike[str]) -> WholeFile | None:
-    """Finds the newest whole file that holds averaged weights (ema.*), be it a full state; as `find_newest` does."""
+    """Finds the newest whole file that holds averaged weights, alone or in a full state; raises as `find_newest`."""
     return _newest_whole(Path(folder), _ANY_NAME)
 
 
 def _newest_whole(folder: Path, pattern: re.Pattern[str]) -> WholeFile | None:
     warnings: list[str] = []
-    for _, path in _saved(folder, pattern):
+    for _, path in _list_saved(folder, pattern):
         try:
             return WholeFile(path, *checkpoint.load(path), warnings)
         except DamagedCheckpoint as error:
@@ -94,12 +99,12 @@ def _newest_whole(folder: Path, pattern: re.Pattern[str]) -> WholeFile | None:
 
 
 def newest_stamp(folder: str | os.PathLike[str]) -> tuple[str, str] | None:
-    """Returns the name of the newest full state, whole or not, and a digest that another save would not have.
+    """Returns the name of the newest full state, whole or not, and a digest that no other save has.
 
-    None when there is none or it cannot be read just now.
+    Returns None when there is no state or it cannot be read just now.
     """
     with suppress(OSError):
-        for _, path in _saved(Path(folder), _FULL_NAME)[:1]:
+        for _, path in _list_saved(Path(folder), _FULL_NAME)[:1]:
             return path.name, checkpoint.stamp(path)
     return None
 
@@ -110,7 +115,7 @@ def prune(folder: str | os.PathLike[str], *, step: int) -> None:
     That state and the one before it stay; so do states of later steps, which `find_newest` has found damaged.
     """
     files.remove_stale_temporaries(folder)
-    until_now = [path for saved_step, path in _saved(Path(folder), _FULL_NAME) if saved_step <= step]
+    until_now = [path for saved_step, path in _list_saved(Path(folder), _FULL_NAME) if saved_step <= step]
     for path in until_now[_NUM_KEPT:]:
         with suppress(OSError):  # costs space only
             path.unlink()
@@ -118,10 +123,10 @@ def prune(folder: str | os.PathLike[str], *, step: int) -> None:
 
 def saved_averages(folder: str | os.PathLike[str]) -> dict[int, Path]:
     """Returns the files of averaged weights alone in a run folder, by their step."""
-    return dict(_saved(Path(folder), _EMA_NAME))
+    return dict(_list_saved(Path(folder), _EMA_NAME))
 
 
-def _saved(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
+def _list_saved(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
     """Returns (step, path) of the files in `folder` whose name fits, newest first; of one step, the averages first."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     steps = {name: int(match[1]) for name in names if (match := pattern.fullmatch(name))}
@@ -130,9 +135,12 @@ def _saved(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
 
 
 def bytes_for_saves(folder: str | os.PathLike[str], count: int, model: nn.Module, ema_model: nn.Module) -> int:
-    """Returns about how much more a run folder takes after `count` saves, and the state that a save writes first."""
+    """Estimates how many more bytes a run folder takes after `count` saves.
+
+    While a save is written, the state that it replaces is still there.
+    """
     average, full = expected_bytes(model, ema_model)
-    num_there = min(len(_saved(Path(folder), _FULL_NAME)), _NUM_KEPT)
+    num_there = min(len(_list_saved(Path(folder), _FULL_NAME)), _NUM_KEPT)
     return count * average + max(1, min(count, _NUM_KEPT) + 1 - num_there) * full
 
 
@@ -170,7 +178,7 @@ def _saved_state(file: WholeFile) -> SavedState:
 
 
 def has_state(folder: Path) -> bool:
-    """Says whether a run was saved here, be its files valid or not."""
+    """Says whether a run was saved here, whether its files are valid or not."""
     return any(folder.glob("state-*.safetensors"))
 
 

@@ -21,11 +21,12 @@ from gait_latents.vae.norm import LatentNorm
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RunMeta:
-    """The facts about a run that go with its weights.
+    """The facts about a run that are stored with its weights in each checkpoint.
 
     Attributes:
         step: number of finished steps.
-        settings: of training, by name, as `config.to_dict` gives them; those that came after the run are added.
+        settings: of training, by name, as `cli.to_dict` gives them; settings that are newer than the run have
+            the values that it counts as having (`with_later_settings`).
         classes: the class names, in label order.
         latent_norm: how the latents were normalised.
         space: what the latents are.
@@ -104,7 +105,7 @@ class RunMeta:
 
     @classmethod
     def _read(cls, plain: Mapping[str, Any]) -> "RunMeta":
-        step, space = plain["step"], Space.stored(plain["space"])
+        step, space = plain["step"], Space.from_stored(plain["space"])
         if type(step) is not int or not 0 <= step < 10**18:
             raise ValueError("its step is no number of steps")
         if plain["latent_shape"] != list(_latent_shape(space)) or plain["latent_shape"][1] != plain["latent_shape"][2]:

@@ -25,7 +25,7 @@ _LARGEST_ID_BYTES = 1000
 
 
 class Tracker(Protocol):
-    """Something that shows figures and pictures by their step."""
+    """A place outside the run folder that shows figures and pictures by their step."""
 
     def add_figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Takes the figures of a step."""
@@ -121,7 +121,7 @@ class Trackers:
         self._open.clear()
 
     def _guard(self, name: str, action: Callable[[], None]) -> None:
-        """Does something with a tracker; drops it when that fails, in whatever way: it is not the training."""
+        """Calls `action` for a tracker, and drops the tracker with a warning when it fails: training must go on."""
         try:
             action()
         except Exception as error:

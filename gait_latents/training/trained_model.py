@@ -12,11 +12,11 @@ from gait_latents.diffusion import build
 from gait_latents.diffusion.model import LatentDiffusion
 from gait_latents.diffusion.sampling import num_solver_steps, sample_padded
 from gait_latents.images.generated import suffix
-from gait_latents.latents.vae_fit import checked_vae
+from gait_latents.latents.vae_fit import check_vae_of_model
 from gait_latents.settings import GenerateSettings
 from gait_latents.training.run_folder import SavedState
 from gait_latents.vae import base
-from gait_latents.vae.decoder import Decoder
+from gait_latents.vae.decoder import ImageDecoder
 
 # Settings of sampling whose default is what the run was trained with.
 FROM_RUN = ("vae_path", "seed", "cond_scale", "guidance_interval", "sampler", "sampling_timesteps", "precision")
@@ -45,12 +45,12 @@ class TrainedModel:
             state.meta.settings["timesteps"],
             auto_steps=state.meta.auto_steps,
         )
-        vae_path = checked_vae(settings.vae_path, state.meta.space)
+        vae_path = check_vae_of_model(state.meta.space, settings.vae_path)
         self.vae_name = Path(vae_path).name
         self.dtype, self.precision_reason = hardware.pick_precision(settings.precision, device)
         follows = device.type != "cpu" or self.dtype == torch.bfloat16  # float16 was not timed on CPUs
         decoder_dtype = self.dtype if follows else torch.float32
-        self.decoder = Decoder(vae_path, state.meta.latent_norm, device, dtype=decoder_dtype)
+        self.decoder = ImageDecoder(vae_path, state.meta.latent_norm, device, dtype=decoder_dtype)
         self.weights_digest = base.weights_digest(state.averages)
         self.diffusion = averaged_diffusion(state).to(device)
 

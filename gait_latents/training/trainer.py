@@ -1,4 +1,4 @@
-"""Network, average, optimizer and step: what a training run holds, and how it saves and restores it."""
+"""The state of a training run (network, average, optimizer): how a step changes it, how it is saved and restored."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,24 +12,26 @@ from gait_latents.common import cli, hardware
 from gait_latents.common.console import say
 from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import Failed, UserError
-from gait_latents.common.seeds import visited
+from gait_latents.common.seeds import draw_positions
 from gait_latents.diffusion import build
 from gait_latents.diffusion.ema import EMA
-from gait_latents.diffusion.model import LatentDiffusion, moved
+from gait_latents.diffusion.model import LatentDiffusion, shift_along_width
 from gait_latents.images import selection
 from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings
 from gait_latents.training import checkpoint, optimizer_state, run_folder
 from gait_latents.training.draws import StepDraws, draw_step
-from gait_latents.training.plan import Plan, batch_size, num_steps, pass_size, plain_errors
-from gait_latents.training.run_data import Data, write_cache_defaults
+from gait_latents.training.plan import TrainingPlan, batch_size, num_steps, pass_size, plain_errors
+from gait_latents.training.run_data import Data, fill, write_cache_defaults
 from gait_latents.training.run_folder import SavedState
 from gait_latents.training.run_meta import RunMeta
 from gait_latents.vae.norm import LatentNorm
 
 
-def start_trainer(plan: Plan, data: Data, device: torch.device, ranks: Ranks = ALONE) -> "Trainer":
+def start_trainer(plan: TrainingPlan, data: Data, device: torch.device, ranks: Ranks = ALONE) -> "Trainer":
     """Builds the network, its average and its optimizer, and takes up the saved state of a run that goes on."""
     with ranks.together(), plain_errors(plan):
+        if ranks.count > 1:
+            fill(data.dataset, ranks)  # now, for no step must wait for the encoder of another process
         trainer = Trainer(plan.settings, data, device, ranks)
         if ranks.is_main:
             write_cache_defaults(plan, data)
@@ -48,11 +50,11 @@ class Trainer:
         self.num_steps = num_steps(settings, len(self.dataset))
         self.largest_shift = round(settings.time_shift * self.dataset.latent_shape[2])  # in columns of a latent
         self.share = self.batch // ranks.count
-        self.own = slice(ranks.rank * self.share, (ranks.rank + 1) * self.share)  # of the batch
+        self.own = slice(ranks.rank * self.share, (ranks.rank + 1) * self.share)  # the rows of the batch that are ours
         self.pass_size = pass_size(settings, self.dataset.latent_shape, num_ranks=ranks.count)
         hardware.allow_tf32()
         self.dtype, self.precision_reason = hardware.pick_precision(settings.precision, device)
-        torch.manual_seed(settings.seed)  # the first weights; a step never looks at this generator
+        torch.manual_seed(settings.seed)  # for the first weights; steps have generators of their own
         self.diffusion: LatentDiffusion = build.build_diffusion(
             cli.to_dict(settings),
             num_classes=len(data.split.classes),
@@ -68,14 +70,15 @@ class Trainer:
         self.auto_steps = AUTO_STEPS
         self.finished_steps = 0
         self.saved_step = -1
-        self.known_saves: set[tuple[str, str] | None] = {None}  # newest states that are no other process's
+        # Stamps that the newest state in the results folder may have without being the save of another run.
+        self.known_saves: set[tuple[str, str] | None] = {None}
         self.losses: list[Tensor] = []  # of the steps since the last log line, left on the device
         self.sample_losses: list[tuple[Tensor, Tensor]] = []  # the same by sample: timesteps [b] and losses [b]
         self.grad_norm = torch.zeros((), device=device)
         self.first_bad_step = torch.full((), -1, device=device)
 
-    def start(self, plan: Plan) -> None:
-        """Takes up a saved state, or measures the normalisation of a new run; writes down the run's plan."""
+    def start(self, plan: TrainingPlan) -> None:
+        """Restores the saved state, or measures the normalisation of a new run; writes down settings and split."""
         self.known_saves.add(plan.newest_save)
         if plan.state is None:
             self._fit_norm()
@@ -105,7 +108,7 @@ class Trainer:
         return self.dataset.norm
 
     def begin_alike(self) -> None:
-        """Makes sure that all processes begin with the same numbers."""
+        """Makes sure that all processes begin with the same weights and normalisation. Collectives."""
         ranks, networks = self.ranks, (self.diffusion, self.ema.model)
         ranks.check_same({"the number format": self.dtype}, "give --precision")
         ranks.check_same({"a compiled network": self.is_compiled}, "give --compile false")
@@ -143,7 +146,10 @@ class Trainer:
         self._update(loss, self.finished_steps)
 
     def _compiled_gradients(self, parts: Sequence[StepDraws]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Does what `_gradients` does; without the compiler, on all processes, where it fails on one."""
+        """Does what `_gradients` does with the compiled network.
+
+        Where compiling fails on one process in its first step, all go on without the compiler.
+        """
         result, obstacle = None, None
         try:
             result = self._gradients(parts)
@@ -159,8 +165,9 @@ class Trainer:
         if obstacle is not None:
             with self.ranks.together():
                 self._do_without_compiler(obstacle)
-            result = self._gradients(parts)
-        return result  # type: ignore[return-value]
+            return self._gradients(parts)
+        assert result is not None  # since no process has met an obstacle
+        return result
 
     def _gradients(self, parts: Sequence[StepDraws]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Leaves the gradients of this process's parts of a step in the network.
@@ -197,7 +204,10 @@ class Trainer:
         self.losses_of, self.is_compiled = self.diffusion, False
 
     def parts_of(self, step: int) -> list[StepDraws]:
-        """Makes this process's draws of a step, on the device, a part for each pass; encodes what the step misses."""
+        """Returns this process's draws of a step, on the device, one part for each pass through the network.
+
+        Latents of the step that were not encoded yet are encoded first.
+        """
         settings = self.settings
         draws = draw_step(
             settings.seed,
@@ -217,13 +227,15 @@ class Trainer:
     def latents_of(self, part: StepDraws) -> tuple[Tensor, Tensor]:
         """Draws the latents [b C h w] of a part of a step; returns them and their labels [b]."""
         latents, labels = self.dataset.batch(part.positions, part.posterior_noise)
-        return (moved(latents, part.shifts) if self.largest_shift else latents), labels
+        return (shift_along_width(latents, part.shifts) if self.largest_shift else latents), labels
 
     def _update(self, loss: Tensor, step: int) -> None:
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.diffusion.parameters(), self.settings.max_grad_norm)
         sick = ~torch.isfinite(loss)
-        if not self.scaler.is_enabled():  # the scaler brings its own; fused Adam skips the step on the device
+        if (
+            not self.scaler.is_enabled()
+        ):  # as a scaler does: fused Adam then skips a bad step without a word to the host
             sick = sick | ~torch.isfinite(self.grad_norm)
             self.optimizer.grad_scale, self.optimizer.found_inf = None, sick.float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
@@ -237,15 +249,17 @@ class Trainer:
         """Yields the positions that the steps from `step` on will visit, for an epoch."""
         size, chunk = len(self.dataset), 256
         for offset in range(0, size, chunk):
-            yield from visited(self.settings.seed, step * self.batch + offset, min(chunk, size - offset), size).tolist()
+            yield from draw_positions(
+                self.settings.seed, step * self.batch + offset, min(chunk, size - offset), size
+            ).tolist()
 
     def names_of_step(self, step: int) -> list[str]:
         """Returns the names of the images that a step sees."""
-        positions = visited(self.settings.seed, step * self.batch, self.batch, len(self.dataset))
+        positions = draw_positions(self.settings.seed, step * self.batch, self.batch, len(self.dataset))
         return [self.dataset.names[position] for position in positions.tolist()]
 
     def check_finite(self) -> None:
-        """Raises Failed, naming the step and its images, if one was skipped since loss or gradient were not finite."""
+        """Raises Failed, naming step and images, if a step was skipped because its loss or gradient was not finite."""
         bad = int(self.first_bad_step)
         if bad >= 0:
             loss = self.losses[bad - self.finished_steps]  # one for each step since the last log line
@@ -264,14 +278,14 @@ class Trainer:
     # --- saving ---
 
     def save(self, folder: Path, *, with_average: bool = True) -> None:
-        """Publishes the averaged weights alone, and the full state; then drops older full states. Rank 0 does so."""
-        self.check_finite()  # else the next process would not know of it
+        """Publishes, on rank 0, the averaged weights alone and the full state; then drops older full states."""
+        self.check_finite()  # a step that was skipped would else be forgotten: it is not in the saved state
         if self.ranks.is_main:
             self._publish(folder, with_average=with_average)
         self.saved_step = self.finished_steps
 
     def _publish(self, folder: Path, *, with_average: bool) -> None:
-        self._refuse_company(folder)
+        self._refuse_foreign_save(folder)
         tensors, training = optimizer_state.pack_training_state(
             self.diffusion, self.ema.model, self.optimizer, self.scaler
         )
@@ -279,7 +293,7 @@ class Trainer:
         tensors["log.times"], tensors["log.sample_losses"] = self.losses_by_sample()
         meta = self._meta()
         try:
-            if with_average:  # first: a run that goes on from the full state does not make it again
+            if with_average:  # before the full state: a run that goes on from that one would not write them again
                 average = {name: value for name, value in tensors.items() if name.startswith("ema.")}
                 checkpoint.save(folder / run_folder.ema_name(self.finished_steps), average, meta.to_json())
             checkpoint.save(
@@ -301,8 +315,11 @@ class Trainer:
         times, losses = zip(*(self.sample_losses or [empty]), strict=True)
         return torch.cat(times), torch.cat(losses).float()
 
-    def _refuse_company(self, folder: Path) -> None:
-        """Raises Failed when another process has saved there meanwhile; without locks, one of two goes on."""
+    def _refuse_foreign_save(self, folder: Path) -> None:
+        """Raises Failed if another run has saved here since our last save.
+
+        There is no lock: of two runs in one folder, the first to save goes on and the other ends here.
+        """
         newest = run_folder.newest_stamp(folder)
         if newest is not None and newest not in self.known_saves:
             raise Failed(

@@ -1,4 +1,8 @@
-"""What every VAE here has in common: identity, pixel range, scale and shift factor, encoding to moments, decoding."""
+"""What every VAE here has in common: identity, pixel range, scale and shift factor, encoding to moments, decoding.
+
+An image becomes moments, mean and log-variance of a normal distribution for each latent value. A latent is a draw from
+it. An *unscaled* latent is as the encoder makes it, which the decoder takes, before any normalisation.
+"""
 
 import hashlib
 import json
@@ -15,15 +19,25 @@ from gait_latents.common.errors import UserError
 from gait_latents.vae.weight_files import printable
 
 Parts = Literal["both", "encoder", "decoder"]
-LDM_SCALE_FACTOR = 0.18215
-LOGVAR_RANGE = (-30.0, 20.0)
+LDM_SCALE_FACTOR = 0.18215  # of latent diffusion and Stable Diffusion 1 and 2 (Rombach et al. 2022)
+LOGVAR_RANGE = (-30.0, 20.0)  # to which log-variances are clamped, as in latent diffusion and diffusers
+# The values that a network of each style takes for black and white; `network.py` says what the styles are.
 PIXEL_RANGES: dict[str, tuple[float, float]] = {"kl": (0.0, 1.0), "ldm": (-1.0, 1.0)}
+# How the names of the tensors of each half of a VAE begin.
 HALVES = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
 
 
 @dataclass(frozen=True)
 class VAEIdentity:
-    """What makes the latents of a VAE what they are, and the constants that its makers gave them."""
+    """Which latents a VAE makes, and the constants that its makers gave.
+
+    Attributes:
+        fingerprint: plain values that name the encoder: digest of its weights, architecture, pixel range. VAEs with
+            equal fingerprints make the same moments; the decoder has no part in it.
+        latent_channels: C.
+        downsampling: how many times smaller a latent is than the image, along each side.
+        scale_factor, shift_factor: the makers' normalisation: latent = (z - shift_factor) * scale_factor.
+    """
 
     fingerprint: dict[str, Any]
     latent_channels: int
@@ -33,7 +47,13 @@ class VAEIdentity:
 
 
 class VAE(nn.Module):
-    """Encodes images `[B 3 S S]` in [0, 1] to moments `[B 2C h w]`, decodes unscaled latents `[B C h w]`."""
+    """Encodes images `[B 3 S S]` in [0, 1] to moments `[B 2C h w]`, decodes unscaled latents `[B C h w]`.
+
+    Attributes:
+        latent_channels, downsampling, scale_factor, shift_factor: see `VAEIdentity`.
+        pixel_range: the values that the network takes for black and white.
+        known_identity: the identity read from the file; None where the weights came from no file.
+    """
 
     latent_channels: int
     downsampling: int
@@ -81,12 +101,12 @@ class VAE(nn.Module):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """The JSON-able part of the identity that names the latent space."""
+        """The part of the identity that names the encoder: plain values, which can be stored as JSON."""
         return self.identity.fingerprint
 
     @property
     def num_parameters(self) -> int:
-        """The number of weights in memory: of one half only, if only one was loaded."""
+        """How many weights are in memory; of one half alone where only that was loaded."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def describe(self) -> str:
@@ -103,7 +123,7 @@ class VAE(nn.Module):
 
 
 class LeftOut(nn.Module):
-    """Stands where a half was not loaded, and says so when called."""
+    """Stands in the place of a half that was not loaded; a call raises RuntimeError, which says so."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -114,11 +134,12 @@ class LeftOut(nn.Module):
 
 
 def split_halves(parts: Parts) -> list[str]:
+    """Returns the names of the halves that are to be loaded."""
     return [half for half in HALVES if parts in ("both", half)]
 
 
 def leave_out(model: nn.Module, halves: Sequence[str]) -> None:
-    """Replaces the modules of the halves that are not named."""
+    """Replaces the modules of the halves that are not named by `LeftOut`, which frees their memory."""
     for half in HALVES.keys() - set(halves):
         for name in (prefix.rstrip(".") for prefix in HALVES[half]):
             if getattr(model, name, None) is not None:
@@ -128,6 +149,13 @@ def leave_out(model: nn.Module, halves: Sequence[str]) -> None:
 def fingerprint_of(
     tensors: Mapping[str, Tensor], architecture: dict[str, Any], pixel_range: tuple[float, float]
 ) -> dict[str, Any]:
+    """Returns the fingerprint of an encoder (see `VAEIdentity`).
+
+    Args:
+        tensors: the weights by name; those of a decoder among them are left out.
+        architecture: plain values that describe the network.
+        pixel_range: the values that it takes for black and white.
+    """
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(HALVES["encoder"])}
     return {
         "weights": weights_digest(encoder),
@@ -137,7 +165,7 @@ def fingerprint_of(
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Returns the SHA-256 (hex) over name, shape and little-endian float32 bytes, in the order of names."""
+    """Returns the SHA-256 (hex) over name, shape and little-endian float32 bytes of each tensor, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         array = tensors[name].detach().to("cpu", torch.float32).contiguous().numpy()
@@ -146,8 +174,9 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def positive(path: Path, name: str, value: Any) -> float:
-    number = plain_number(value)
+def check_positive(path: Path, name: str, value: Any) -> float:
+    """Returns a value out of a file as a finite number above 0; raises UserError, naming file and value, for others."""
+    number = to_number(value)
     if not (math.isfinite(number) and number > 0):
         shown = printable(repr(value)) if isinstance(value, (float, str)) else f"a {type(value).__name__}"
         shown = str(value) if isinstance(value, int) and math.isfinite(number) else shown
@@ -155,8 +184,8 @@ def positive(path: Path, name: str, value: Any) -> float:
     return number
 
 
-def plain_number(value: Any) -> float:
-    """Returns a value out of a file as a float, NaN where it is none."""
+def to_number(value: Any) -> float:
+    """Returns a value out of a file as a float, NaN where it is no number."""
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -164,4 +193,5 @@ def plain_number(value: Any) -> float:
 
 
 def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, as it may be printed."""
     return printable((str(error).strip().splitlines() or [type(error).__name__])[0])

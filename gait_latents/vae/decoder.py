@@ -1,4 +1,4 @@
-"""Decodes latents to images, in a faster number format where a trial shows the same images."""
+"""Decodes latents to images, in a faster number format where a trial shows that the images look the same."""
 
 import math
 from collections.abc import Callable
@@ -12,15 +12,22 @@ from gait_latents.common.console import warn
 from gait_latents.vae import base, load
 from gait_latents.vae.norm import LatentNorm
 
-_AS_GOOD_DB = 45.0  # images that differ less look the same; rounding to 8 bits alone is 59 dB
-_TRIAL_SIZE = 16  # of the latent with which a number format is tried
+_AS_GOOD_DB = 45.0  # from this PSNR on images look the same; rounding to 8 bits alone gives 59 dB
+_TRIAL_SIZE = 16  # height and width of the latent with which a number format is tried
 
 
-class Decoder:
-    """The VAE's decoder, built when first needed and freed by `close`.
+class ImageDecoder:
+    """The decoder half of a VAE, from normalised latents to images: built when first needed and freed by `close`.
 
-    Each sample is decoded by itself, so that an image does not depend on the images beside it. `dtype` is the number
-    format that it computes in: when it is built, a shorter one is tried, and given up where its images would differ.
+    Each latent is decoded by itself, so that an image does not depend on the images beside it. Whether the VAE fits the
+    latents is asked before, in `latents/vae_fit.py`.
+
+    Args:
+        vae_path: a file, folder or hub id.
+        norm: the normalisation of the latents, which is undone before decoding.
+        device: where to decode.
+        dtype: the number format to compute in. When the decoder is built, one other than float32 is tried and given up
+            where its images would look different.
     """
 
     def __init__(
@@ -32,9 +39,9 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, samples: Tensor, between: Callable[[], None] = lambda: None) -> list[np.ndarray]:
-        """Decodes samples [B C h w] to uint8 images [S S 3]; raises UserError when there is no VAE.
+        """Decodes normalised latents [B C h w] to B images, uint8 [S S 3]; raises UserError when there is no VAE.
 
-        `between` is called before each; what it raises ends the work.
+        `between` is called before each image; what it raises ends the work.
         """
         decoder = self.open()
         images = []
@@ -44,13 +51,14 @@ class Decoder:
         return images
 
     def _finite_pixels(self, decoder: base.VAE, latent: Tensor) -> Tensor:
-        """Decodes in float32 what the number format cannot hold: noise, with which it was tried, has no extremes."""
+        """Decodes a latent, in float32 where the number format overflows, which a trial with noise may not show."""
         pixels = self._pixels(decoder, latent, self.dtype)
         if self.dtype == torch.float32 or pixels.isfinite().all():
             return pixels
         return self._pixels(decoder, latent, torch.float32)
 
     def _pixels(self, decoder: base.VAE, latent: Tensor, dtype: torch.dtype) -> Tensor:
+        """Decodes unscaled latents [B C h w] in a number format; returns float32 pixels [B 3 S S] in [0, 1]."""
         with hardware.autocast(self.device, dtype):
             return decoder.decode(latent).float()
 
@@ -69,12 +77,12 @@ class Decoder:
         return self.vae
 
     def go_on_in(self, dtype: torch.dtype) -> None:
-        """Takes the number format of images that there are already."""
+        """Computes in this number format without a trial, as images that are already there were decoded."""
         self.dtype, self._is_tried = dtype, True
 
     @torch.inference_mode()
     def _quality(self, decoder: base.VAE) -> float:
-        """Returns the PSNR in dB of an image decoded in `dtype` against float32; of noise, which is no easier."""
+        """Decodes unit noise in `dtype` and in float32; returns the PSNR of the one against the other, in dB."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, len(self.norm.shift), _TRIAL_SIZE, _TRIAL_SIZE, generator=generator)
         latent = self.norm.to_unscaled(noise.to(self.device))

@@ -1,4 +1,7 @@
-"""Reads a VAE out of a folder in diffusers' format."""
+"""Reads a VAE out of a folder in the format of diffusers: config.json and the weights as safetensors.
+
+Its identity is read without diffusers, which is only needed to load it.
+"""
 
 import json
 import math
@@ -19,20 +22,20 @@ from gait_latents.vae.base import (
     VAE,
     Parts,
     VAEIdentity,
+    check_positive,
     fingerprint_of,
     first_line,
     leave_out,
-    plain_number,
-    positive,
     split_halves,
+    to_number,
     weights_digest,
 )
 from gait_latents.vae.ldm_checkpoint import MOST_LEVELS
 from gait_latents.vae.weight_files import SUFFIXES, check_finite, check_tensor, kind_of, printable, read_weights
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
-# Classes whose `encode` gives a 4-D posterior and whose `decode` needs nothing but latents; and where their
-# settings say how many latent channels they have and how far they scale down.
+# The classes that can be used: `encode` gives a normal distribution over latents [B C h w], and `decode` needs nothing
+# but such latents. For each, how its settings tell (latent channels, downsampling).
 DIFFUSERS_CLASSES: dict[str, Callable[[Mapping[str, Any]], tuple[int, int]]] = {
     "AutoencoderKL": lambda c: (c["latent_channels"], 2 ** (len(c["block_out_channels"]) - 1)),
     "AutoencoderKLFlux2": lambda c: (c["latent_channels"], 2 ** (len(c["block_out_channels"]) - 1)),
@@ -40,7 +43,7 @@ DIFFUSERS_CLASSES: dict[str, Callable[[Mapping[str, Any]], tuple[int, int]]] = {
     "AutoencoderKLHunyuanImage": lambda c: (c["latent_channels"], c["spatial_compression_ratio"]),
     "AutoencoderKLKVAE": lambda c: (c["z_channels"], 2 ** (len(c["ch_mult"]) - 1)),
 }
-# Settings that the encoder does not depend on, or that its tensors show already; the rest is fingerprinted.
+# Settings on which the moments do not depend, or which the tensors show already; the others are in the fingerprint.
 NOT_OF_THE_ENCODER = {
     "batch_norm_eps",
     "batch_norm_momentum",
@@ -62,12 +65,12 @@ NOT_OF_THE_ENCODER = {
     "use_post_quant_conv",
     "use_quant_conv",
 }
-# Files from before diffusers 0.17 call the layers of the attention by other names.
+# Files from before diffusers 0.17 have other names for the layers of the attention.
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class DiffusersVAE(VAE):
-    """A diffusers autoencoder with a posterior, behind the interface of this module."""
+    """An autoencoder of diffusers behind the interface of `VAE`."""
 
     def __init__(self, model: Any, identity: VAEIdentity):
         super().__init__()
@@ -92,6 +95,7 @@ class DiffusersVAE(VAE):
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json of a folder; raises UserError unless it is of a class that can be used."""
     path = folder / "config.json"
     try:
         config = json.loads(disk_files.read_whole(path, at_most=MAX_CONFIG_BYTES), parse_constant=_refuse_constant)
@@ -118,7 +122,7 @@ def _refuse_constant(constant: str) -> None:
 
 
 def _is_setting(value: Any, depth: int = 4) -> bool:
-    """Says whether this can be a setting of a model: no number or list that could fill the memory."""
+    """Says whether a value can be a setting of a model; huge numbers and lists, which could fill the memory, cannot."""
     if isinstance(value, list | dict):
         inner = list(value.values()) if isinstance(value, dict) else value
         return depth > 0 and len(inner) <= 1024 and all(_is_setting(item, depth - 1) for item in inner)
@@ -126,18 +130,22 @@ def _is_setting(value: Any, depth: int = 4) -> bool:
 
 
 def _what_a_folder_is(folder: Path) -> str:
+    """Says what a folder without config.json seems to be, and what to give instead."""
     if (folder / "vae" / "config.json").exists():
         return f"but {folder / 'vae'} has one: give that"
     if (folder / "data.pkl").exists():
         return "an unpacked .pt file it seems: give the .pt file itself"
     files = [f.name for f in folder.iterdir() if f.suffix.lower() in SUFFIXES]
-    files.sort(key=lambda name: (name.startswith("state-"), name))  # what a training goes on from is no VAE alone
+    files.sort(
+        key=lambda name: (name.startswith("state-"), name)
+    )  # state-* is what a training goes on from, so others are named first
     if files:
         return f"so not a diffusers model; give a checkpoint in it, such as {folder / files[0]}"
     return "so not a diffusers model"
 
 
 def _weight_file(folder: Path) -> Path:
+    """Returns the file of the weights; raises UserError where there is none."""
     there = [folder / name for name in WEIGHT_FILES if (folder / name).exists()]
     if not there:
         raise UserError(f"{folder} has no {WEIGHT_FILES[0]}; save the model again with save_pretrained")
@@ -145,6 +153,7 @@ def _weight_file(folder: Path) -> Path:
 
 
 def _diffusers_tensors(path: Path, halves: Sequence[str]) -> dict[str, Tensor]:
+    """Reads and checks the tensors of the halves, under the names of today's diffusers; raises UserError."""
     if kind_of(path) != "safetensors":
         raise UserError(f"{path} does not hold safetensors; save the model again with save_pretrained")
     prefixes = tuple(prefix for half in halves for prefix in HALVES[half])
@@ -157,6 +166,7 @@ def _diffusers_tensors(path: Path, halves: Sequence[str]) -> dict[str, Tensor]:
 
 
 def identify_diffusers(folder: Path, halves: Sequence[str]) -> VAEIdentity:
+    """Reads which latents the VAE in a folder makes, and checks the tensors of the halves; raises UserError."""
     config = _read_config(folder)
     class_name = config["_class_name"]
     try:
@@ -169,26 +179,26 @@ def identify_diffusers(folder: Path, halves: Sequence[str]) -> VAEIdentity:
     tensors = _diffusers_tensors(_weight_file(folder), halves)
     of_encoder = {k: v for k, v in config.items() if not k.startswith("_") and k not in NOT_OF_THE_ENCODER}
     architecture = {"family": "diffusers", "class": class_name, **of_encoder}
-    # AutoencoderKL had this constant before its config had the setting; the classes without one need none.
+    # AutoencoderKL had this constant before its config named it; the other classes are unscaled where theirs does not.
     default = LDM_SCALE_FACTOR if class_name == "AutoencoderKL" else 1.0
     return VAEIdentity(
         fingerprint_of(tensors, architecture, PIXEL_RANGES["ldm"]),
         channels,
         downsampling,
-        positive(folder / "config.json", "scaling_factor", config.get("scaling_factor") or default),
+        check_positive(folder / "config.json", "scaling_factor", config.get("scaling_factor") or default),
         _shift_factor(folder / "config.json", config.get("shift_factor") or 0.0),
     )
 
 
 def _shift_factor(path: Path, value: Any) -> float:
-    number = plain_number(value)
+    number = to_number(value)
     if not math.isfinite(number):
         raise UserError(f"{path}: shift_factor is {printable(value)}; it must be a number")
     return number
 
 
 def _check_counts(config: Mapping[str, Any], channels: Any, downsampling: Any) -> None:
-    """Raises ValueError for sizes that no model has; one could otherwise take all the memory while it is built."""
+    """Raises ValueError for sizes that no model has: building one of such sizes could take all the memory."""
     for name, value, most in (("latent channels", channels, 4096), ("downsampling", downsampling, 2**MOST_LEVELS)):
         if type(value) is not int or not 0 < value <= most:
             raise ValueError(f"{name} {printable(value)}")
@@ -201,6 +211,7 @@ def _check_counts(config: Mapping[str, Any], channels: Any, downsampling: Any) -
 
 
 def _diffusers_class(folder: Path) -> Any:
+    """Returns the class of diffusers that a folder names; raises UserError where it is not installed."""
     class_name = _read_config(folder)["_class_name"]
     try:
         import diffusers
@@ -213,6 +224,7 @@ def _diffusers_class(folder: Path) -> Any:
 
 
 def load_diffusers(folder: Path, device: torch.device | str, parts: Parts) -> DiffusersVAE:
+    """Loads the VAE of a folder, or half of it, in float32; raises UserError."""
     halves = split_halves(parts)
     identity = identify_diffusers(folder, sorted({"encoder", *halves}))
     file = _weight_file(folder)
@@ -240,9 +252,13 @@ def load_diffusers(folder: Path, device: torch.device | str, parts: Parts) -> Di
     if missing:
         raise UserError(f"{file} lacks {len(missing)} weights of its model, such as {missing[0]}")
     encoder = {name: t for name, t in model.state_dict().items() if name.startswith(HALVES["encoder"])}
-    if weights_digest(encoder) != identity.fingerprint["weights"]:  # as where an index beside it names other files
+    if (
+        weights_digest(encoder) != identity.fingerprint["weights"]
+    ):  # as when an index file beside the weights names other files
         raise UserError(f"diffusers took other weights from {folder} than those in {file.name}; keep these alone")
     leave_out(model, halves)
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.to(device, copy=True)  # see _fill: diffusers leaves them mapped
+        tensor.data = tensor.data.to(
+            device, copy=True
+        )  # copied: diffusers leaves them mapped from the file, which may be replaced
     return DiffusersVAE(model, identity)

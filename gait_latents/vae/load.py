@@ -14,14 +14,11 @@ from gait_latents.vae.diffusers_vae import WEIGHT_FILES, identify_diffusers, loa
 from gait_latents.vae.ldm_checkpoint import load_checkpoint, open_checkpoint
 from gait_latents.vae.weight_files import SUFFIXES
 
-# --- files, folders and hub ids -----------------------------------------------------------------------------
-
-
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w-]+)?")
 
 
 def _locate(path_or_id: str | Path) -> Path:
-    """Returns the file or folder, downloaded first where a hub id is given."""
+    """Returns the file or folder; one that a hub id names is downloaded first."""
     path = Path(path_or_id).expanduser()
     if path.exists():
         return path
@@ -43,7 +40,8 @@ def _download(hub_id: str) -> Path:
             f"the VAE {hub_id} is no file or folder here; for the Hugging Face hub, pip install diffusers"
         ) from error
     owner, name, *subfolder = hub_id.split("/")
-    is_online = _can_reach(constants.ENDPOINT)  # else the hub's library tries again and again for half a minute
+    # Without a network the hub's library would try again for half a minute, so it is told to look on the disk alone.
+    is_online = _can_reach(constants.ENDPOINT)
 
     def fetch(file: str) -> Path:
         place = "/".join(subfolder) or None
@@ -65,7 +63,7 @@ def _download(hub_id: str) -> Path:
 
 
 def _can_reach(url: str) -> bool:
-    """Says whether the host of a URL takes connections; where a proxy is set, that is left to the proxy."""
+    """Says whether the host of a URL takes connections; where a proxy is set, it is taken to reach the host."""
     place = urllib.parse.urlsplit(url)
     if urllib.request.getproxies().get(place.scheme):
         return True
@@ -76,11 +74,12 @@ def _can_reach(url: str) -> bool:
         return False
 
 
-# --- the two ways in ----------------------------------------------------------------------------------------
-
-
 def read_identity(path_or_id: str | Path) -> VAEIdentity:
-    """Returns the identity of the VAE in a file, folder or hub id without building it; raises UserError."""
+    """Reads which latents the VAE of a file, folder or hub id makes, without building it.
+
+    Raises:
+        UserError: when there is no such VAE, or it cannot be used.
+    """
     path = _locate(path_or_id)
     if path.is_dir():
         return identify_diffusers(path, ["encoder"])
@@ -95,9 +94,17 @@ def load_vae(
     parts: Parts = "both",
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> VAE:
-    """Returns the VAE of a file, folder or hub id, or half of it, float32, in eval mode; raises UserError.
+    """Loads a VAE, or half of it: float32, in eval mode, without gradients.
 
-    With `memory_format` torch.channels_last it is faster, on CPUs and GPUs, and its values differ by rounding.
+    Args:
+        path_or_id: a checkpoint file, a folder of diffusers, or "owner/name" or "owner/name/subfolder" on the Hugging
+            Face hub, from which it is then downloaded.
+        device: where to put it.
+        parts: "both", "encoder" or "decoder". The half that is left out takes no memory and cannot be called.
+        memory_format: torch.channels_last is faster, on CPUs and GPUs; values differ from the default's by rounding.
+
+    Raises:
+        UserError: when there is no such VAE, or it cannot be used.
     """
     path = _locate(path_or_id)
     vae = load_diffusers(path, device, parts) if path.is_dir() else load_checkpoint(path, device, parts)

@@ -1,4 +1,10 @@
-"""The encoder and decoder of the KL-VAE family of latent diffusion, with the names of its checkpoints."""
+"""The network of a KL-VAE (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models").
+
+Modules have the names of the checkpoints of latent diffusion, so that these load without translation. Of the two
+styles, "ldm" is the original; "kl" has plain layers between the resolutions and takes pixels from 0 to 1.
+
+Shapes: c channels inside the network, z channels between encoder and `quant_conv`, C latent channels.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -11,7 +17,7 @@ from gait_latents.vae.base import PIXEL_RANGES, VAE, VAEIdentity, fingerprint_of
 
 Style = Literal["kl", "ldm"]
 NORM_GROUPS = 32
-NORM_EPS = 1e-6
+NORM_EPS = 1e-6  # as in latent diffusion; torch has 1e-5
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -1,6 +1,6 @@
-"""Moments to latents, and back to what the decoder takes.
+"""Normalises latents: from moments to what the network sees, and from its samples back to what the decoder takes.
 
-Moments `[B 2C h w]` are the mean, then the log-variance, as the encoder says them. A latent `[B C h w]` is one draw
+Moments `[B 2C h w]` are the mean and then the log-variance, as the encoder gives them. A latent `[B C h w]` is one draw
 from them, normalised to about unit variance: what the network sees. Unscaled latents are what the VAE decodes.
 """
 
@@ -12,15 +12,22 @@ from torch import Tensor
 
 from gait_latents.common.errors import UserError
 
-# Moments are stored in float16: a spread below its resolution is rounding noise, and dividing by it would
+# Moments are stored in float16. A deviation below its relative resolution is rounding noise, and dividing by it would
 # train the network on that noise.
 FLOAT16_RESOLUTION = 2.0**-11
-SMALLEST_SCALE = 1e-6
+SMALLEST_SCALE = 1e-6  # a channel with a smaller deviation counts as constant, even around 0
 
 
 @dataclass(frozen=True, eq=False)
 class LatentNorm:
-    """Per-channel shift and scale `[C]` (float32) that take a drawn VAE latent to unit variance and back."""
+    """Shift and scale of each channel, which normalise an unscaled latent and undo that.
+
+    normalised = (unscaled - shift) / scale
+
+    Attributes:
+        shift: float32 `[C]`.
+        scale: float32 `[C]`, above 0.
+    """
 
     shift: Tensor
     scale: Tensor
@@ -34,7 +41,14 @@ class LatentNorm:
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> "LatentNorm":
-        """Measures shift and scale on moments `[N 2C h w]`; raises UserError naming a constant channel."""
+        """Measures shift and scale on moments `[N 2C h w]`: mean and deviation of draws, over images and positions.
+
+        The variance of a draw is that of the means and, on average, that of the posterior: Var(mean) + E(exp(logvar)).
+
+        Raises:
+            UserError: when a channel is constant or not finite, naming it.
+            ValueError: for other shapes.
+        """
         if moments.ndim != 4 or moments.shape[1] % 2 or not moments.numel():
             raise ValueError(f"moments must be [N 2C h w] and not empty, got shape {list(moments.shape)}")
         mean, logvar = moments.double().chunk(2, dim=1)  # each N C h w
@@ -47,7 +61,11 @@ class LatentNorm:
 
     @classmethod
     def from_scale_factor(cls, channels: int, scale_factor: float, shift_factor: float) -> "LatentNorm":
-        """Takes the VAE's own constants: latent = (z - shift_factor) * scale_factor in every channel."""
+        """Uses the VAE's own constants: normalised = (unscaled - shift_factor) * scale_factor in every channel.
+
+        Raises:
+            UserError: when they are no finite numbers, or the scale factor is not above 0.
+        """
         if not (math.isfinite(scale_factor) and scale_factor > 0 and math.isfinite(shift_factor)):
             raise UserError(
                 f"the VAE's scale_factor {scale_factor} and shift_factor {shift_factor} cannot normalise its latents;"
@@ -57,12 +75,12 @@ class LatentNorm:
         return cls(shift, torch.full((channels,), 1.0 / scale_factor, dtype=torch.float32))
 
     def to_latent(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Draws latents `[... C h w]` from moments `[... 2C h w]` with unit normal noise `[... C h w]`."""
+        """Draws normalised latents `[... C h w]` from moments `[... 2C h w]` with unit normal noise `[... C h w]`."""
         mean, logvar = self._split(moments)
         return self._normalise(mean + torch.exp(0.5 * logvar) * noise)
 
     def mean_latent(self, moments: Tensor) -> Tensor:
-        """Gives the normalised posterior mean `[... C h w]` of moments `[... 2C h w]`."""
+        """Returns the normalised posterior mean `[... C h w]` of moments `[... 2C h w]`."""
         mean, _ = self._split(moments)
         return self._normalise(mean)
 
@@ -72,17 +90,17 @@ class LatentNorm:
         return latents * self.scale[:, None, None] + self.shift[:, None, None]
 
     def to(self, device: torch.device | str) -> "LatentNorm":
-        """Gives the same numbers on another device."""
+        """Returns the same numbers on another device."""
         return LatentNorm(self.shift.to(device), self.scale.to(device))
 
     def to_json(self) -> dict[str, list[float]]:
-        """Gives plain lists that `from_json` reads back bit for bit."""
-        # By name, as checkpoints keep them: an export made again must have the same bytes.
+        """Returns plain lists that `from_json` reads back bit for bit."""
+        # Sorted by name, as checkpoints store them: exporting from either must give the same bytes.
         return {"scale": self.scale.tolist(), "shift": self.shift.tolist()}
 
     @classmethod
     def from_json(cls, plain: dict[str, list[float]]) -> "LatentNorm":
-        """Reads what `to_json` gave; raises ValueError on numbers that cannot be a normalisation."""
+        """Reads what `to_json` returned; raises ValueError on numbers that cannot be a normalisation."""
         norm = cls(
             torch.tensor(plain["shift"], dtype=torch.float32),
             torch.tensor(plain["scale"], dtype=torch.float32),
@@ -116,5 +134,5 @@ def _check_channel(channel: int, center: float, spread: float) -> None:
 
 
 def is_constant(center: float, spread: float) -> bool:
-    """Says whether a channel with this mean and deviation varies less than its storage can tell."""
+    """Says whether a channel with this mean and standard deviation varies less than float16 can resolve."""
     return spread <= max(SMALLEST_SCALE, FLOAT16_RESOLUTION * abs(center))

@@ -1,7 +1,8 @@
-"""Weight files of unknown origin, opened without running what is in them.
+"""Opens weight files of unknown origin without running what is in them.
 
-A pickle goes through torch's restricted unpickler, and the tensors of either format are mapped from the file,
-so that only those that somebody looks at are read. Whatever is wrong is a UserError that names the file.
+A pickle can run any code when it is loaded, so it goes through torch's restricted unpickler. The tensors of pickles
+and of safetensors are mapped from the file, so that only those that are used are read. Whatever is wrong with a file
+becomes a UserError that names it.
 """
 
 import pickle
@@ -22,8 +23,10 @@ from gait_latents.common.errors import UserError
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
-MAX_HEADER_BYTES = 16_000_000  # about 100,000 tensors; parsing one takes many times its size
-# What torch, zipfile and pickle raise for damaged or hostile bytes; MemoryError for sizes that are lies.
+MAX_HEADER_BYTES = (
+    16_000_000  # enough for about 100,000 tensors; a larger header is refused, since parsing takes many times its size
+)
+# What torch, zipfile and pickle raise for damaged or hostile bytes; MemoryError for sizes that the file only claims.
 UNREADABLE = (
     ArithmeticError,
     AssertionError,
@@ -42,7 +45,7 @@ UNREADABLE = (
 
 
 def read_weights(path: Path) -> tuple[Any, dict[str, str]]:
-    """Returns what a checkpoint holds, its tensors not yet checked, and the metadata of safetensors."""
+    """Returns what a checkpoint holds, its tensors not yet checked (`check_tensor`), and the metadata of its header."""
     kind = kind_of(path)
     if kind == "safetensors":
         return _read_safetensors(path)
@@ -50,10 +53,10 @@ def read_weights(path: Path) -> tuple[Any, dict[str, str]]:
 
 
 def kind_of(path: Path) -> str:
-    """Returns "safetensors", "zip" or "pickle" by the first bytes; raises where the name says otherwise."""
+    """Returns "safetensors", "zip" or "pickle" by the first bytes; raises UserError for others or a wrong ending."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise UserError(f"{path} is not a file")  # a named pipe would wait
+            raise UserError(f"{path} is not a file")  # reading a named pipe would wait for ever
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
@@ -107,7 +110,7 @@ def _read_pickle(path: Path, *, is_zip: bool) -> Any:
         _check_zip(path)
     try:
         with torch.serialization.safe_globals(_stand_ins()), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # an unusual pickle protocol is no news to the user
+            warnings.simplefilter("ignore", UserWarning)  # torch warns of unusual pickle protocols, which are harmless
             # Explicit, because TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 defeats the default but not the argument.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UNREADABLE as error:
@@ -130,7 +133,7 @@ def _check_torch_version(path: Path) -> None:
 
 
 def _check_zip(path: Path) -> None:
-    """Raises unless the records of a zip lie in it uncompressed, as torch writes them and maps them again."""
+    """Raises UserError unless the records of a zip are uncompressed, as torch writes them and can map them."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -143,6 +146,7 @@ def _check_zip(path: Path) -> None:
 
 
 def _why_unreadable(path: Path, error: BaseException) -> str:
+    """Says why torch refused or could not read a pickle, and what to do."""
     refused = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
     if refused:
         return (
@@ -150,7 +154,9 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
             "where it was made, save the weights alone: torch.save(model.state_dict(), 'vae.pt')"
         )
     unpickler = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-    if unpickler or str(error).startswith("Weights only load failed"):  # torch advises to run whatever is in it
+    if unpickler or str(error).startswith(
+        "Weights only load failed"
+    ):  # torch's own message advises to load without the restriction
         what = f" ({printable(unpickler[1])})" if unpickler else ""
         return (
             f"{path} cannot be read as a PyTorch checkpoint{what}: it is damaged, or holds more than weights; "
@@ -167,7 +173,7 @@ def printable(text: Any) -> str:
 
 
 class Inert:
-    """Stands for an object of a training checkpoint that no weight depends on; keeps what it was made of."""
+    """Stands in the place of an object in a checkpoint that no weight depends on; keeps the arguments and the state."""
 
     args: tuple[Any, ...] = ()
     state: Any = None
@@ -182,11 +188,12 @@ class Inert:
 
 
 def _plain_dict(*_factory: Any) -> dict[Any, Any]:
+    """Stands in the place of collections.defaultdict."""
     return {}
 
 
 def _number(dtype: Any, data: Any) -> Any:
-    """Returns the number in a pickled numpy scalar, or its bytes where it is not one."""
+    """Returns the number in a pickled numpy scalar, or its bytes where it is of another type."""
     code = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
     formats = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q", "u4": "I", "u8": "Q", "b1": "?"}
     if code not in formats or not isinstance(data, bytes):
@@ -196,10 +203,10 @@ def _number(dtype: Any, data: Any) -> Any:
 
 
 def _stand_ins() -> list[Any]:
-    """Returns (stand-in, name) for the inert types that training checkpoints often hold.
+    """Returns (stand-in, name) for types besides tensors that training checkpoints often hold.
 
-    The real numpy types are not handed out: how they restore themselves was not made for hostile bytes, and
-    nothing but a number here and there is wanted from them.
+    The unpickler is not given the real numpy types: they were not made to be restored from hostile bytes, and only
+    single numbers are needed from them.
     """
     inert = ["argparse.Namespace", "numpy.dtype", "numpy.ndarray"]
     for module in ("pathlib", "pathlib._local"):
@@ -216,7 +223,7 @@ def _stand_ins() -> list[Any]:
 
 
 def check_tensor(path: Path, name: str, tensor: Any) -> None:
-    """Raises unless a tensor is dense, floating-point and backed by as many bytes as it claims."""
+    """Raises UserError unless a tensor is dense, floating-point, and has as many bytes in the file as it claims."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise UserError(f"{path}: {name} is not a plain tensor")
     if not tensor.is_floating_point():
@@ -227,7 +234,7 @@ def check_tensor(path: Path, name: str, tensor: Any) -> None:
 
 
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises and names the first tensor with a NaN or an infinity in it."""
+    """Raises UserError, naming the first tensor that holds a NaN or an infinity."""
     for name, tensor in tensors.items():
         if not tensor.detach().float().isfinite().all():
             raise UserError(f"{path}: {name} has values that are not finite; that training had broken down")

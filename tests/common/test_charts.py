@@ -19,7 +19,6 @@ from pipeline import one_error, train
 import evaluate_images
 from gait_latents.common import charts
 from gait_latents.common.errors import UserError
-from gait_latents.evaluation import page
 
 BLUE, VERMILION = "#0072b2", "#d55e00"
 NAMES = ["<script>alert(1)</script>", "$x_1$ \"'&", "行走者_3", "שלום\u202eabc", "a\nb", "\x00\x1b[31m\udcff", ""]
@@ -147,7 +146,7 @@ def contrast(one: str, two: str) -> float:
 
 def test_the_colours_stand_out_from_a_light_and_a_dark_page():
     assert contrast("#ffffff", "#000000") == pytest.approx(21)
-    style = Path(page.__file__).with_name("page.css").read_text()
+    style = (Path(charts.__file__).parents[1] / "evaluation" / "page.css").read_text()
     backs = re.findall(r"--back: (#\w+)", style)
     assert len(backs) == 2
     for back in ("#ffffff", backs[1]):
@@ -189,8 +188,8 @@ def test_a_confusion_matrix_is_deeper_where_the_share_of_its_row_is_larger(num_c
 
 def test_the_same_figures_give_the_same_chart_whatever_is_set_elsewhere():
     code = (
-        "import sys; sys.path[:0] = ['.', 'tests/helpers', 'tests/common']\n"
-        "import matplotlib, test_charts; now = matplotlib.rcParams\n"
+        "import sys; sys.path[:0] = ['.', 'tests/common', 'tests/helpers']; import matplotlib, test_charts\n"
+        "now = matplotlib.rcParams\n"
         "now.update({'font.size': 30, 'axes.facecolor': 'red', 'svg.hashsalt': None})\n"
         "print(ascii(test_charts.all_charts()), now['font.size'], now['axes.facecolor'], now['svg.hashsalt'])"
     )
@@ -212,8 +211,11 @@ def test_a_chart_of_the_same_figures_is_drawn_once(monkeypatch):
 
 def test_no_script_imports_matplotlib_before_something_is_drawn_and_none_needs_pyplot():
     code = (
-        "import sys, train_latent_cfg, evaluate_images, preprocess_latents\n"
+        "import sys\n"
         "from gait_latents.common import charts\n"
+        "from gait_latents.evaluation import evaluator, sweep\n"
+        "from gait_latents.latents import preprocessing\n"
+        "from gait_latents.training import loop, generation\n"
         "assert 'matplotlib' not in sys.modules\n"
         "charts.loss_curve([1, 2], [1.0, 0.5])\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
@@ -236,7 +238,7 @@ def test_a_missing_matplotlib_is_one_line_with_the_remedy(monkeypatch):
 
 def test_a_broken_matplotlib_is_one_line_with_the_remedy(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('built for another\\nnumpy')\n")
-    code = f"import sys; sys.path[:0] = ['.', {str(tmp_path)!r}]\nfrom gait_latents.common import charts\n"
+    code = f"import sys; sys.path[:0] = ['.', {str(tmp_path)!r}]; from gait_latents.common import charts\n"
     code += "charts.loss_curve([1], [1.0])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     words = "matplotlib cannot be imported (built for another numpy); pip install --upgrade matplotlib"

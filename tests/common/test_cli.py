@@ -99,14 +99,27 @@ def test_a_mistake_of_ours_is_not_hidden():
 
     with pytest.raises(ZeroDivisionError):
         run_script(Settings, [], "Fails.", work)
-    with pytest.raises(ImportError), imports():
-        from gait_latents.common.console import no_such_name  # type: ignore[attr-defined]  # noqa: F401
 
 
-def test_another_import_error_is_a_mistake_that_its_user_can_mend():
-    with pytest.raises(UserError, match=r"^No module named 'no_such_package'; pip install -r requirements\.txt$"):
-        with imports():
-            import no_such_package  # type: ignore[import-not-found]  # noqa: F401
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ImportError("No module named 'x'", name="x"), "No module named 'x'; pip install -r requirements.txt"),
+        (RuntimeError("operator torchvision::nms does not exist"), "torch and torchvision do not fit each other"),
+    ],
+)
+def test_what_fails_in_the_imports_is_told_with_its_remedy(error, told):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(UserError) as raised, imports():
+        raise error
+    assert str(raised.value).startswith(told)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("error", [ImportError("no x in ours", name="gait_latents.vae.x"), RuntimeError("odd")])
+def test_a_defect_of_ours_in_the_imports_is_not_taken_for_a_missing_package(error):
+    with pytest.raises(type(error)), imports():
+        raise error
 
 
 def as_main(name: str, *words: str) -> str:
@@ -460,7 +473,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_number_format_and_its_reason(monkeypatch):
-    assert hardware.pick_precision("auto", CPU) == (torch.float32, "a CPU")
+    assert hardware.pick_precision("auto", CPU) == (torch.float32, "the default without a GPU")
     assert hardware.pick_precision("bfloat16", CPU) == (torch.bfloat16, "as asked")
     gpu = torch.device("cuda")
     for capability, dtype in (((6, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)):

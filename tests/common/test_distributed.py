@@ -39,8 +39,9 @@ from gait_latents.images.split import read_split
 from gait_latents.latents import filling
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.settings import TrainSettings
-from gait_latents.training import checkpoint, generation, loop, run_folder
+from gait_latents.training import checkpoint, generation, run_folder
 from gait_latents.training.grids import GridMaker
+from gait_latents.training.loop import TrainingLoop
 from gait_latents.vae.batch_encoder import BatchEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,27 +166,27 @@ def skipped(world: Path) -> int:
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_all_processes_end_with_the_same_numbers(cached, on_two, monkeypatch, precision):
+def test_all_processes_end_with_the_same_numbers(cached, on_two, precision):
     """Weights, averages, loss scale and losses; an overflow in one process's half of a batch skips the step for all."""
-    begin, finish = loop.TrainingLoop.__enter__, loop.TrainingLoop.finish
+    enter, finish = TrainingLoop.__enter__, TrainingLoop.finish
 
-    def begin_with_a_large_scale(run: loop.TrainingLoop) -> loop.TrainingLoop:
+    def enter_with_a_large_scale(self: TrainingLoop) -> TrainingLoop:
         if precision == "float16":
-            run.trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)  # the first gradients overflow with it
-        return begin(run)
+            self.trainer.scaler = torch.amp.GradScaler(
+                "cpu", init_scale=2.0**26
+            )  # the first gradients overflow with it
+        return enter(self)
 
-    def finish_and_note(run: loop.TrainingLoop) -> int:
-        trainer = run.trainer
+    def finish_and_note(self: TrainingLoop) -> int:
+        trainer = self.trainer
         tensors = [*trainer.diffusion.state_dict().values(), *trainer.ema.model.state_dict().values()]
         digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors))
         digest.update(str([trainer.scaler.state_dict(), trainer.losses, trainer.grad_norm]).encode())
         (cached / f"end-{os.environ['RANK']}").write_text(f"{digest.hexdigest()} {trainer.scaler.get_scale()}")
-        return finish(run)
-
-    monkeypatch.setattr(loop.TrainingLoop, "__enter__", begin_with_a_large_scale)
-    monkeypatch.setattr(loop.TrainingLoop, "finish", finish_and_note)
+        return finish(self)
 
     def work(rank: int) -> int:
+        TrainingLoop.__enter__, TrainingLoop.finish = enter_with_a_large_scale, finish_and_note
         return train(cached, precision=precision, num_samples=0, log_every=100)
 
     codes, told = Company(cached, work).end()
@@ -377,14 +378,14 @@ def test_what_fails_in_one_process_between_the_exchanges_is_told_by_the_first(tr
 def test_a_process_speaks_for_itself_where_the_first_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "_LAST_WORDS_SECONDS", 0.1)
 
-    def fail_or_wait(_argv: object) -> int:
-        with distributed.joined() as company:
+    def work(_argv: object) -> int:
+        with distributed.join_ranks() as company:
             if company.rank:
                 raise errors.Failed("the disk is full")
             time.sleep(2)
         return 0
 
-    codes, told = Company(tmp_path, lambda rank: run_script(TrainSettings, [], "Fails.", fail_or_wait)).end()
+    codes, told = Company(tmp_path, lambda rank: run_script(TrainSettings, [], "Trains.", work)).end()
     assert codes[1] == 1 and told[1] == "error: process 1: the disk is full\n"
 
 
@@ -402,7 +403,7 @@ def test_a_signal_to_one_process_saves_once_and_ends_all(cached, trained, monkey
     at_step(monkeypatch, 5, lambda: signal_self(signal.SIGTERM)() if os.environ.get("RANK") == "1" else None)
     codes, told = train_on_two(cached, num_samples=0)
     assert codes == [143, 143], told
-    assert told[1] == "" and "stopped by signal at step 5; saved" in told[0]
+    assert told[1] == "" and "stopped by SIGTERM at step 5; saved" in told[0]
     state = run_folder.newest_state(cached / "results")
     assert state is not None and state.step == 5
     monkeypatch.undo()
@@ -462,7 +463,7 @@ def test_a_signal_to_one_process_cuts_the_grid_of_rank_0_short(cached, monkeypat
     codes, told = train_on_two(cached, num_samples=1)
     assert codes == [143, 143]
     assert f"step {HALF}: no sample grid, since a signal came" in told[0]
-    assert f"stopped by signal at step {HALF}; saved" in told[0] and told[1] == ""
+    assert f"stopped by SIGTERM at step {HALF}; saved" in told[0] and told[1] == ""
 
 
 @pytest.mark.parametrize("asked", ["true", "auto"])
@@ -477,13 +478,13 @@ def test_what_cannot_be_compiled_in_one_process_is_not_compiled_in_any(cached, t
 
         return fail if os.environ["RANK"] == str(failing) else lambda *args, **kwargs: network(*args, **kwargs)
 
-    def finish_and_note(run: loop.TrainingLoop) -> int:
-        (cached / f"compiled-{os.environ['RANK']}").write_text(str(run.trainer.is_compiled))
-        return finish(run)
+    def finish_and_note(self: TrainingLoop) -> int:
+        (cached / f"compiled-{os.environ['RANK']}").write_text(str(self.trainer.is_compiled))
+        return finish(self)
 
-    finish = loop.TrainingLoop.finish
-    monkeypatch.setattr(loop.TrainingLoop, "finish", finish_and_note)
-    monkeypatch.setattr(hardware, "_COMPILED_STEPS", 1)
+    finish = TrainingLoop.finish
+    monkeypatch.setattr(TrainingLoop, "finish", finish_and_note)
+    monkeypatch.setattr(hardware, "COMPILED_STEPS", 1)
     monkeypatch.setattr(hardware, "why_not_compile", lambda device: None)
     monkeypatch.setattr(torch, "compile", compile_or_fail)
     codes, told = train_on_two(cached, num_samples=0, compile=asked)
@@ -593,10 +594,9 @@ def test_processes_that_go_on_from_other_states_of_one_step_end_with_one_sentenc
 def test_the_first_of_several_processes_prints_the_help_and_exports(trained, tmp_path, monkeypatch):
     def ask_for_help(rank: int) -> int:
         monkeypatch.setattr(sys, "argv", ["train_latent_cfg.py", "--help"])
-        try:
-            return train_latent_cfg.main()
-        except SystemExit as end:
-            return 0 if end.code is None else int(end.code)
+        with pytest.raises(SystemExit) as end:
+            sys.exit(train_latent_cfg.main())
+        return end.value.code  # type: ignore[return-value]
 
     codes, told = Company(tmp_path, ask_for_help).end()
     assert codes == [0, 0] and told[0].count("usage: ") == 1 and told[1] == ""
@@ -703,12 +703,11 @@ def test_the_first_process_has_the_last_word_although_torchrun_ends_all_when_one
     program.write_text(
         """
 import sys, time
-from gait_latents.common import distributed, errors
-from gait_latents.common.script import run_script
+from gait_latents.common import distributed, errors, script
 from gait_latents.settings import TrainSettings
 
-def fail(argv):
-    with distributed.joined() as company:
+def work(argv):
+    with distributed.join_ranks() as company:
         try:
             with company.together():
                 if company.is_main:
@@ -716,7 +715,7 @@ def fail(argv):
         finally:
             time.sleep(3 if company.is_main else 0)  # as a tracker that ends
 
-sys.exit(run_script(TrainSettings, [], "Fails.", fail))
+sys.exit(script.run_script(TrainSettings, [], "Trains.", work))
 """
     )
     ended = torchrun(str(program))

@@ -250,7 +250,7 @@ def dead_process() -> int:
 
 
 def temporary(folder: Path, *, process: int, host: str | None = None, age_hours: float = 0.0) -> Path:
-    path = folder / f"{files.TEMPORARY_PREFIX}{host or files._host()}-{process}-{'0' * 32}"
+    path = folder / f"{files.TEMPORARY_PREFIX}{host or files.host_digest()}-{process}-{'0' * 32}"
     path.write_bytes(b"half")
     then = time.time() - 3600 * age_hours
     os.utime(path, (then, then))
@@ -280,7 +280,7 @@ def test_temporaries_of_dead_writers_and_old_ones_are_removed(tmp_path):
     "name", ["", "x", "x-y", "-1-z", "{host}-99999999999999-0", "{host}--0", "{host}-1", "{host}-x"]
 )
 def test_strange_names_are_left_alone_while_they_are_young(tmp_path, name):
-    (tmp_path / (files.TEMPORARY_PREFIX + name.format(host=files._host()))).write_bytes(b"")
+    (tmp_path / (files.TEMPORARY_PREFIX + name.format(host=files.host_digest()))).write_bytes(b"")
     assert files.remove_stale_temporaries(tmp_path) == 0
 
 

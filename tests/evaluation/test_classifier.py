@@ -81,7 +81,7 @@ def test_a_score_counts_true_classes_in_rows():
 def test_images_are_shifted_in_time_and_never_mirrored():
     width = 64
     images = torch.arange(width, dtype=torch.uint8).reshape(1, 1, width, 1).expand(200, 2, width, 3).contiguous()
-    shifted = classifier._shifted(images, torch.Generator().manual_seed(0))
+    shifted = classifier._shift_images(images, torch.Generator().manual_seed(0))
     columns = torch.arange(width)
     shifts = set()
     for image in shifted:

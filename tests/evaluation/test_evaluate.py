@@ -18,7 +18,7 @@ from pipeline import CLASSES, HALF, SIZE, STEPS, one_error
 
 import evaluate_images
 from gait_latents.common import errors
-from gait_latents.evaluation import classifier, figures, image_sets, inception
+from gait_latents.evaluation import classifier, evaluator, figures, image_sets, inception
 from gait_latents.evaluation import plan as evaluation_plan
 from gait_latents.evaluation import sweep as sweep_module
 from gait_latents.images import reading
@@ -81,7 +81,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     for name in names:
-        monkeypatch.setattr(figures, name, lambda *_, name=name, **__: pytest.fail(f"{name} was computed again"))
+        monkeypatch.setattr(evaluator, name, lambda *_, name=name, **__: pytest.fail(f"{name} was computed again"))
 
 
 # --- the figures -------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_the_table_is_printed_with_its_yardstick_and_its_warnings(trained, gener
     out, err = capsys.readouterr()
     found = read_report(evaluated)["latents"]
     (line,) = [line for line in out.splitlines() if line.startswith("Fréchet distance per class")]
-    shown = [figures.written(found[kind]["frechet_mean"]) for kind in ("synthetic", "training")]
+    shown = [figures.format_figure(found[kind]["frechet_mean"]) for kind in ("synthetic", "training")]
     assert line.split()[-2:] == shown
     assert "no classifier: on a CPU it takes long" in out and "no inception" not in out
     assert "warning: the split is random" in err and "very content" not in err
@@ -428,7 +428,7 @@ def test_what_was_found_about_other_images_goes_before_anything_is_computed(trai
         os.kill(os.getpid(), signal.SIGINT)
         raise errors.Failed("stopped")
 
-    monkeypatch.setattr(figures, "memorisation", stop)
+    monkeypatch.setattr(evaluator, "memorisation", stop)
     assert evaluate(trained, synthetic, evaluated) != 0
     report = read_report(evaluated)
     assert "classifier" not in report and "memorisation" not in report
@@ -618,7 +618,7 @@ def test_classifiers_of_a_sweep_see_what_generate_writes(trained, generated, eva
     assert "accuracy changes by" in out
     (head,) = [line for line in out.splitlines() if line.lstrip().startswith("step")]
     rows = [line.split() for line in out.splitlines() if line.lstrip().startswith(f"{STEPS} ")]
-    assert head.endswith("alone  with real") and rows[0][-1] == figures.written(same["with_real"])
+    assert head.endswith("alone  with real") and rows[0][-1] == figures.format_figure(same["with_real"])
 
 
 def test_classifiers_of_a_sweep_go_on_where_they_were_stopped(trained, evaluated, trainings, monkeypatch):

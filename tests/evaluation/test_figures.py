@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gait_latents.evaluation.distances import Projection, coverage, frechet_distance, kernel_distance
-from gait_latents.evaluation.figures import NUM_PAIRS, Points, closeness, matched, memorisation, recognition
+from gait_latents.evaluation.figures import NUM_PAIRS, Points, closeness, match_counts, memorisation, recognition
 
 NUM_CLASSES = 3
 
@@ -33,14 +33,14 @@ TRAINING, TEST = draw(0, 20), draw(1, 15)
 def test_matched_sets_have_equally_many_of_each_class_and_only_points_of_their_own():
     first = draw(5, 9).take(torch.arange(25))  # 9, 9, 7
     second = draw(6, 8).take(torch.arange(8, 24))  # 0, 8, 8
-    one, two = matched(first, second, seed=0)
+    one, two = match_counts(first, second, seed=0)
     assert one.labels.tolist() == two.labels.tolist() == [1] * 8 + [2] * 7
     for points, source in ((one, first), (two, second)):
         rows = [int((source.points == point).flatten(1).all(1).nonzero()[0, 0]) for point in points.points]
         assert len(set(rows)) == 15 and [source.labels[row] for row in rows] == points.labels.tolist()
-    again = matched(first, second, seed=0)[0]
+    again = match_counts(first, second, seed=0)[0]
     assert torch.equal(again.points, one.points)
-    assert not torch.equal(matched(first, second, seed=1)[0].points, one.points)
+    assert not torch.equal(match_counts(first, second, seed=1)[0].points, one.points)
 
 
 # --- how close ---------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def test_the_figures_are_those_of_the_metrics_on_what_was_matched():
     found = compare(synthetic, TRAINING, TEST)
     assert (found["images"], found["test_images"], found["directions"]) == (36, 45, 16)
     assert found["directions_per_class"] == 11 and found["subset_size"] == 18
-    own, yardstick = matched(synthetic, TRAINING, seed=0)
+    own, yardstick = match_counts(synthetic, TRAINING, seed=0)
     projection = Projection.fit(TEST.points, 16)
     for name, points in (("synthetic", own), ("training", yardstick)):
         figures = found[name]
@@ -110,7 +110,7 @@ def test_what_too_few_images_cannot_say_is_none():
 
 def test_features_are_compared_as_they_are():
     found = compare(draw(2, 12), TRAINING, TEST, num_directions=None)
-    own, _ = matched(draw(2, 12), TRAINING, seed=0)
+    own, _ = match_counts(draw(2, 12), TRAINING, seed=0)
     assert found["directions"] is None
     assert found["synthetic"]["frechet"] == pytest.approx(frechet_distance(own.points, TEST.points))
 

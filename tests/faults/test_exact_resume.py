@@ -28,7 +28,7 @@ from pipeline import HALF, STEPS, assert_same_run, at_step, losses, preprocess, 
 from torch import Tensor
 
 import train_latent_cfg
-from gait_latents.common import files, hardware, pictures
+from gait_latents.common import errors, files, hardware, pictures
 from gait_latents.diffusion.ema import EMA
 from gait_latents.diffusion.model import LatentDiffusion, LatentUnet
 from gait_latents.images import reading
@@ -73,7 +73,7 @@ ALWAYS_CALLED: dict[str, tuple[object, str]] = {
     "publish": (files, "publish"),
     "save": (Trainer, "save"),
 }
-PLACES = {**ALWAYS_CALLED, "grid": (LatentUnet, "guided"), "encode": (BatchEncoder, "__call__")}
+PLACES = {**ALWAYS_CALLED, "grid": (LatentUnet, "predict_guided"), "encode": (BatchEncoder, "__call__")}
 
 
 def act_at(
@@ -326,7 +326,8 @@ def test_a_signal_anywhere_ends_a_run_within_one_step(
         happened = act_at(patch.setattr, place, 2 if place == "encode" else 3, signal_self(number))
         assert train(world, save_and_sample_every=3) == 128 + number
     said = capsys.readouterr().out
-    assert f"stopped by signal at step {happened[0]}; saved, and the same command goes on from there" in said
+    end = f"stopped by {errors.name_signal(number)} at step {happened[0]}"
+    assert f"{end}; saved, and the same command goes on from there" in said
     assert ("no sample grid, since a signal came" in said) == (happened == [3])
     lost = int(state_digests(world / "results")["step"]) != happened[0]
     assert train(world, save_and_sample_every=3) == 0
@@ -338,7 +339,7 @@ def test_a_signal_anywhere_ends_a_run_within_one_step(
 
 def test_a_signal_cuts_a_sample_grid_short_wherever_it_comes(cached, trained, monkeypatch, account):
     num_cases = late = 0
-    for step, place in ((3, (LatentUnet, "guided")), (5, (pictures, "to_uint8"))):
+    for step, place in ((3, (LatentUnet, "predict_guided")), (5, (pictures, "to_uint8"))):
         with monkeypatch.context() as patch:
             calls = [0]
             real = getattr(*place)

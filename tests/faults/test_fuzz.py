@@ -523,7 +523,7 @@ class Sealed:
 def test_the_scripts_on_documents_of_nonsense(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, account: Account, is_long: bool
 ) -> None:
-    monkeypatch.setattr("durable.os.fsync", lambda _: None)  # a thousand folders are made and thrown away
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand folders are made and thrown away
     whole, root = shutil.copytree(trained, tmp_path / "whole"), tmp_path / "world"
     nothing = dict.fromkeys(("images_per_user", "data_path", "vae_path", "image_size"))
     quick: dict[str, Any] = {"num_samples": 0}

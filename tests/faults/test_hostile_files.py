@@ -40,7 +40,6 @@ from gait_latents.common.errors import UserError
 from gait_latents.common.layout import METRICS_NAME, SETTINGS_NAME, SPLIT_NAME
 from gait_latents.images import reading
 from gait_latents.images.split import Split, read_split
-from gait_latents.latents import cache as latent_cache
 from gait_latents.latents import manifest
 from gait_latents.latents import shard as shard_file
 from gait_latents.latents.cache import LatentCache, spaces
@@ -55,7 +54,8 @@ from gait_latents.training.run_folder import read_state
 from gait_latents.vae import weight_files
 from gait_latents.vae.load import load_vae, read_identity
 
-ROOT = Path(latent_cache.__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "gait_latents"
 MEMORY = 150_000_000  # bytes that a refusal may cost at most
 SCRIPTS = {
     "preprocess": preprocess_latents,
@@ -206,7 +206,7 @@ def test_ten_thousand_orphans_cost_little_and_go(tmp_path: Path, account: Accoun
     ended = fork(lambda: None)
     wait_for(ended)
     for number in range(10_000):
-        host = files._host() if number % 2 else "00000000"
+        host = files.host_digest() if number % 2 else "00000000"
         os.close(os.open(folder / f"{files.TEMPORARY_PREFIX}{host}-{ended}-{number}", os.O_CREAT | os.O_WRONLY))
 
     def open_it() -> list[int]:
@@ -1053,14 +1053,15 @@ def test_other_weights_beside_a_diffusers_vae_are_not_taken_for_its_own(tmp_path
 
 
 def sources() -> dict[str, str]:
-    """Returns the text of every module, those of demo and benchmarks too."""
-    paths = [*ROOT.glob("*.py"), *(ROOT / "demo").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    """Returns the text of every module by its path, those of demo and benchmarks too."""
+    below = [path for name in ("gait_latents", "demo", "benchmarks") for path in (ROOT / name).rglob("*.py")]
+    paths = sorted([*ROOT.glob("*.py"), *below])
     return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in paths}
 
 
 def test_nothing_opens_a_pickle_or_runs_a_text_in_any_other_way() -> None:
     texts = sources()
-    assert len(texts) > 25
+    assert len(texts) > 75
     unsafe = (
         "pickle.load",
         "Unpickler(",
@@ -1075,19 +1076,24 @@ def test_nothing_opens_a_pickle_or_runs_a_text_in_any_other_way() -> None:
     unsafe += ("__import__", "shelve", "_object(", "_object_list(")  # these of torch.distributed send pickles
     assert [(name, word) for name, text in texts.items() for word in unsafe if word in text] == []
     loads = [name for name, text in texts.items() if re.search(r"(?<!safetensors\.)torch\.load\(", text)]
-    assert loads == ["weight_files.py", "benchmarks/bench_train.py"]  # the latter loads what it has just written
-    assert texts["weight_files.py"].count("torch.load(") == 1
-    assert [name for name, text in texts.items() if "Image.open(" in text and name.count("/") == 0] == ["images.py"]
+    assert loads == ["benchmarks/bench_train.py", f"{PACKAGE}/vae/weight_files.py"]  # the first loads its own file
+    assert texts[f"{PACKAGE}/vae/weight_files.py"].count("torch.load(") == 1
+    opens = [name for name, text in texts.items() if "Image.open(" in text and not name.startswith(("demo/", "bench"))]
+    assert opens == [f"{PACKAGE}/images/reading.py"]
 
 
 def test_the_network_is_named_in_few_places() -> None:
     words = re.compile(r"\b(socket|urllib|requests|httpx|http\.client|ftplib|huggingface_hub)\b")
-    named = {name for name, text in sources().items() if "/" not in name and words.search(text)}
-    assert named == {"vae.py", "inception.py", "durable.py", "trackers.py"}
-    for name in ("durable.py", "trackers.py"):  # these ask for the name of this machine
-        assert set(re.findall(r"socket\.\w+", (ROOT / name).read_text())) == {"socket.gethostname"}
-    fetches = re.findall(r"torch\.hub\.\w+", (ROOT / "inception.py").read_text())
-    assert set(fetches) == {"torch.hub.get_dir", "torch.hub.download_url_to_file"}
+    texts = {name: text for name, text in sources().items() if not name.startswith(("demo/", "benchmarks/"))}
+    assert len(texts) > 60
+    named = {name.removeprefix(f"{PACKAGE}/") for name, text in texts.items() if words.search(text)}
+    asking = {"common/files.py", "training/trackers.py"}  # for the name of this machine
+    assert named == {"vae/load.py", "evaluation/inception.py", *asking}
+    for name in asking:
+        assert set(re.findall(r"socket\.\w+", texts[f"{PACKAGE}/{name}"])) == {"socket.gethostname"}
+    fetches = {name: found for name, text in texts.items() if (found := re.findall(r"torch\.hub\.\w+", text))}
+    assert fetches.keys() == {f"{PACKAGE}/evaluation/inception.py"}
+    assert set(*fetches.values()) == {"torch.hub.get_dir", "torch.hub.download_url_to_file"}
 
 
 @pytest.mark.parametrize("kind", ["vae.pt", "diffusers"])

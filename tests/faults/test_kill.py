@@ -467,7 +467,8 @@ def test_the_real_encoding_is_killed(world, account, is_long):
     needs_long(is_long)
     tiny.make_images(world / "data", {"ID_3": 60}, seed=1)
     flags = {"image_size": pipeline.SIZE, "num_users": 4, "images_per_user": "all", "encode_batch_size": 1}
-    code = "import sys, latent_cache, preprocess_latents as p; latent_cache.SHARD_SECONDS = 0; sys.exit(p.main(None))"
+    code = "import sys, preprocess_latents as p; from gait_latents.latents import cache; "
+    code += "cache.SHARD_SECONDS = 0; sys.exit(p.main(None))"
     command = RealCommand(["-c", code, *tiny.preprocess_flags(world, **flags)], seed=1)
     folder = world / "latents_cache"
     reference = Reference(pipeline.open_cache(folder).space, pipeline.stored_moments(folder), {})

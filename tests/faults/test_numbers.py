@@ -25,6 +25,7 @@ from gait_latents.latents.cache import LatentCache
 from gait_latents.training import checkpoint, optimizer_state, run_data, run_folder
 from gait_latents.training import draws as draws_module
 from gait_latents.training import plan as training_plan
+from gait_latents.training import trainer as trainer_module
 from gait_latents.training.draws import StepDraws
 from gait_latents.training.trainer import Trainer
 from gait_latents.vae.batch_encoder import BatchEncoder
@@ -260,7 +261,7 @@ def test_images_that_are_all_black_train_without_a_bad_number(world, account):
 
 def poison_noise(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Makes the noise of the step of this number, counted from 1, infinite, and with it its loss not finite."""
-    draw_step = draws_module.draw_step
+    draw_step = trainer_module.draw_step
 
     def poisoned(seed: int, number: int, **facts) -> StepDraws:
         draws = draw_step(seed, number, **facts)
@@ -268,7 +269,7 @@ def poison_noise(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             draws.noise[1] = torch.inf
         return draws
 
-    monkeypatch.setattr(draws_module, "draw_step", poisoned)
+    monkeypatch.setattr(trainer_module, "draw_step", poisoned)
 
 
 class _SickGradient(torch.autograd.Function):

@@ -22,7 +22,6 @@ from test_power_cut import power_cuts_in
 
 from gait_latents.common import files
 from gait_latents.common.errors import UserError
-from gait_latents.latents import cache as latent_cache
 from gait_latents.latents import shard as shard_file
 from gait_latents.latents.space import Space
 from gait_latents.training import checkpoint
@@ -176,8 +175,8 @@ MUTATIONS = [
         {"publish": _remove_others_first},
         partial(kills_at_each_call, CHECKPOINT),
     ),
-    Mutation("seals are not checked", latent_cache, {"_sealed_rows": _serve_unchecked}, flipped_rows),
-    Mutation("a seal is not over the key", latent_cache, {"_seal_rows": _seal_without_key}, flipped_rows),
+    Mutation("seals are not checked", shard_file, {"sealed_rows": _serve_unchecked}, flipped_rows),
+    Mutation("a seal is not over the key", shard_file, {"seal_rows": _seal_without_key}, flipped_rows),
     Mutation("a checkpoint has no checksum", checkpoint, {"_checksum": lambda tensors, text: ""}, flipped_checkpoint),
 ]
 

@@ -34,4 +34,6 @@ except ImportError:
         return lambda test: test
 
 
-__all__ = ["HealthCheck", "given", "settings", "st"]
+quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+__all__ = ["HealthCheck", "given", "quick", "settings", "st"]

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from gait_latents.common import hardware
 from gait_latents.common.errors import UserError
 from gait_latents.images.reading import BadImage
+from gait_latents.latents import cache as latent_cache
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.latents.space import Space
@@ -331,7 +332,7 @@ def test_a_read_only_cache_serves_its_hits_and_keeps_misses_in_memory(tmp_path):
 
 
 def test_a_disk_that_fills_up_is_told_once_and_the_run_goes_on_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("latent_cache.SHARD_SECONDS", 0.0)  # publish at every put
+    monkeypatch.setattr(latent_cache, "SHARD_SECONDS", 0.0)  # publish at every put
     told: list[OSError] = []
     encoder = Encoder()
     dataset = open_dataset(tmp_path, list(range(1, 9)), encoder=encoder, batch_size=2, on_store_error=told.append)

@@ -111,7 +111,9 @@ def test_equal_images_are_encoded_once_and_not_said_to_be_cached(world, encoder,
         shutil.copy(world / "data" / "ID_1" / "walk_0.jpg", world / "data" / "ID_1" / f"{name}.jpg")
     assert preprocess(world, images_per_user="all") == 0
     said = capsys.readouterr().out
-    assert "24 images (train): 0 cached, 22 to encode" in said and "2 more have the very content of another" in said
+    assert (
+        "24 images (train): 0 cached, 22 to encode" in said and "2 more have the same content as one of these" in said
+    )
     assert "newly encoded   22\nalready cached  0\nfailed          0\n" in said and encoder.num_images == 22
     assert preprocess(world, images_per_user="all") == 0
     assert account(capsys) == (0, 22, 0)
@@ -280,7 +282,8 @@ def test_a_class_without_one_good_image_is_an_error(world, capsys):
 def test_ctrl_c_keeps_what_is_encoded_and_the_same_command_goes_on(world, encoder, capsys):
     tiny.make_images(world / "data", {"ID_3": 60}, seed=1)
     settings = {"num_users": 4, "images_per_user": "all", "encode_batch_size": 1}
-    code = "import sys, script; script._LOG_SECONDS = 0; import preprocess_latents as p; sys.exit(p.main(None))"
+    code = "import sys; from gait_latents.common import console; console.LOG_SECONDS = 0; "
+    code += "import preprocess_latents as p; sys.exit(p.main(None))"
     words = [*tiny.preprocess_flags(world, image_size=16, **settings)]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words],

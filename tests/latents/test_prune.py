@@ -130,7 +130,7 @@ def crowded(cached: Path, trained: Path) -> Path:
     assert pipeline.preprocess(cached, image_size=32) == 0
     tiny.make_images(cached / "data", {"ID_2": 8}, seed=1)  # eight others under the same names
     assert pipeline.preprocess(cached) == 0
-    (folder / f"{files.TEMPORARY_PREFIX}{files._host()}-999999999-a").write_bytes(b"x" * 100)
+    (folder / f"{files.TEMPORARY_PREFIX}{files.host_digest()}-999999999-a").write_bytes(b"x" * 100)
     shutil.copytree(trained / "results", cached / "results")  # of the eight before
     return cached
 

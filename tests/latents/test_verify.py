@@ -123,9 +123,9 @@ def test_the_picture_tells_of_each_channel_what_lies_outside(monkeypatch):
 
 def test_no_more_rows_than_needed_are_measured(cached, monkeypatch):
     cache = pipeline.open_cache(cached / "latents_cache")
-    assert len(verify.measured_rows(cache, cache.keys())) == 15
+    assert len(verify.read_rows_to_measure(cache, cache.keys())) == 15
     monkeypatch.setattr(verify, "MAX_ROWS_MEASURED", 4)
-    moments = verify.measured_rows(cache, cache.keys())
+    moments = verify.read_rows_to_measure(cache, cache.keys())
     expected, _ = cache.read([cache.keys()[i] for i in (0, 4, 9, 14)])
     np.testing.assert_array_equal(moments, expected)
 

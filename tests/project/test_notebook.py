@@ -267,7 +267,7 @@ def test_an_interrupted_cell_lets_the_script_save(root, first, tmp_path):
     saved = tmp_path / "run" / "results"
     with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"train_latent_cfg\.py ended with exit code 130"):
         execute(notebook, tmp_path / "run", lambda: any(saved.glob("metrics.jsonl")) and any(saved.glob("state-*")))
-    said = re.search(r"stopped by signal at step ([\d,]+); saved", text_of(notebook, "train"))
+    said = re.search(r"stopped by Ctrl-C at step ([\d,]+); saved", text_of(notebook, "train"))
     assert said is not None
     assert (saved / f"state-{int(said[1].replace(',', '')):08d}.safetensors").is_file()
 

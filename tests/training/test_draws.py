@@ -7,7 +7,7 @@ import pytest
 import torch
 from properties import given, settings, st
 
-from gait_latents.common.seeds import sample_generator, visited
+from gait_latents.common.seeds import draw_positions, sample_generator
 from gait_latents.training.draws import StepDraws, draw_step
 
 SHAPE = (4, 8, 8)
@@ -89,7 +89,7 @@ def test_the_two_noises_are_not_one():
 def test_the_global_generator_is_left_alone():
     before = torch.get_rng_state()
     draw(1)
-    visited(1, 0, 5, 100)
+    draw_positions(1, 0, 5, 100)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(123)
     other = draw(1)
@@ -130,26 +130,29 @@ def test_every_epoch_visits_every_item_once_and_steps_cross_the_seam():
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 40), st.integers(0, 300), st.integers(0, 120), st.integers(0, 120))
 def test_any_stretch_of_the_order_is_the_same_stretch(size, start, first, second):
-    whole = visited(3, start, first + second, size)
+    whole = draw_positions(3, start, first + second, size)
     assert whole.dtype == torch.int64
-    assert whole.tolist() == visited(3, start, first, size).tolist() + visited(3, start + first, second, size).tolist()
+    assert (
+        whole.tolist()
+        == draw_positions(3, start, first, size).tolist() + draw_positions(3, start + first, second, size).tolist()
+    )
 
 
 def test_the_order_is_the_documented_one():
     permutation = torch.randperm(30, generator=sample_generator(9, "order", 2))
-    assert torch.equal(visited(9, 60, 30, 30), permutation)
+    assert torch.equal(draw_positions(9, 60, 30, 30), permutation)
 
 
 def test_changing_what_was_returned_does_not_change_the_order():
-    first = visited(1, 0, 10, 10)
+    first = draw_positions(1, 0, 10, 10)
     expected = first.clone()
     first.zero_()
-    assert torch.equal(visited(1, 0, 10, 10), expected)
+    assert torch.equal(draw_positions(1, 0, 10, 10), expected)
 
 
 def test_an_empty_data_set_has_no_order():
     with pytest.raises(ValueError, match="empty"):
-        visited(1, 0, 1, 0)
+        draw_positions(1, 0, 1, 0)
 
 
 def test_a_step_of_a_large_data_set_does_not_permute_it_again(monkeypatch):

@@ -31,13 +31,13 @@ from pipeline import (
 )
 
 import train_latent_cfg
-from gait_latents import settings
 from gait_latents.common import charts, cli, hardware, pictures, process
-from gait_latents.diffusion.model import moved
+from gait_latents.diffusion.model import shift_along_width
 from gait_latents.images.split import read_split
 from gait_latents.settings import TrainSettings
 from gait_latents.training import checkpoint, run_folder
 from gait_latents.training import plan as training_plan
+from gait_latents.training import trainer as trainer_module
 from gait_latents.training.loop import Clock
 from gait_latents.training.plan import pass_size
 from gait_latents.training.trainer import Trainer
@@ -70,7 +70,7 @@ def test_equal_images_are_not_said_to_be_cached_before_they_are(world, encoder, 
     assert train(world, **asked, train_num_steps=HALF) == 0
     said = capsys.readouterr().out
     assert "24 images asked, 0 cached, 22 to encode when first needed" in said
-    assert "2 more have the very content of another, and share its latent" in said
+    assert "2 more have the same content as one of these, and share its latent" in said
     num_encoded = encoder.num_images
     assert 0 < num_encoded < 22  # four steps see 16 images
     assert train(world, **asked) == 0
@@ -163,7 +163,7 @@ def test_a_joined_pass_is_the_larger_batch_bit_for_bit(cached, trained):
 
 @needs_compiler
 def test_a_compiled_network_trains_alike_and_a_run_goes_on_as_it_began(cached, trained, monkeypatch, capsys):
-    monkeypatch.setattr(hardware, "_COMPILED_STEPS", STEPS)  # so that a longer run would choose otherwise
+    monkeypatch.setattr(hardware, "COMPILED_STEPS", STEPS)  # so that a longer run would choose otherwise
     assert train(cached, compile="auto", results_folder=cached / "whole") == 0
     assert "compiled, which takes a minute" in capsys.readouterr().out
     expected = list(losses(trained / "results").values())
@@ -171,14 +171,14 @@ def test_a_compiled_network_trains_alike_and_a_run_goes_on_as_it_began(cached, t
     with monkeypatch.context() as patch:
         at_step(patch, HALF, signal_self(signal.SIGTERM))
         assert train(cached, compile="auto") == 143
-    monkeypatch.setattr(hardware, "_COMPILED_STEPS", STEPS + 1)
+    monkeypatch.setattr(hardware, "COMPILED_STEPS", STEPS + 1)
     assert train(cached, compile="auto") == 0
     assert state_digests(cached / "results") == state_digests(cached / "whole")
 
 
 def test_without_a_compiler_auto_does_without_and_true_is_refused(cached, trained, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(hardware, "_COMPILED_STEPS", 1)
+    monkeypatch.setattr(hardware, "COMPILED_STEPS", 1)
     assert train(cached, compile="auto") == 0
     assert "not compiled (there is no C++ compiler)" in capsys.readouterr().out
     assert_same_run(cached, trained)
@@ -195,7 +195,7 @@ def test_a_network_that_cannot_be_compiled_trains_without(cached, trained, monke
 
     BackendCompilerFailed.__module__ = "torch._dynamo.exc"
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
-    monkeypatch.setattr(hardware, "_COMPILED_STEPS", 1)
+    monkeypatch.setattr(hardware, "COMPILED_STEPS", 1)
     assert train(cached, compile="auto") == 0
     assert capsys.readouterr().err.count("cannot be compiled, and trains without (no such header)") == 1
     assert_same_run(cached, trained)
@@ -397,7 +397,8 @@ def test_the_length_of_the_run_is_told_once_and_without_its_slow_first_steps(mon
 
 
 def test_auto_sees_each_image_as_often_whatever_their_number(cached, monkeypatch, capsys):
-    monkeypatch.setattr(settings, "AUTO_PASSES", 2)
+    for module in (training_plan, trainer_module):  # one counts the steps, the other tells of them
+        monkeypatch.setattr(module, "AUTO_PASSES", 2)
     assert train(cached, train_num_steps="auto", num_samples=0) == 0
     told = "batch 4, 8 steps (2 passes over the images)"  # 15 images
     assert told in capsys.readouterr().out
@@ -428,7 +429,7 @@ def test_the_network_sees_moved_latents(cached, monkeypatch):
         latents, labels = take(self, part)
         plain, _ = self.dataset.batch(part.positions, part.posterior_noise)
         assert self.largest_shift == round(plain.shape[3] / 4) and part.shifts.abs().max() <= self.largest_shift
-        assert torch.equal(latents, moved(plain, part.shifts))
+        assert torch.equal(latents, shift_along_width(plain, part.shifts))
         changed.append(not torch.equal(latents, plain))
         return latents, labels
 
