@@ -85,7 +85,7 @@ def test_every_way_to_end_has_its_exit_code_and_at_most_one_line(capsys, error, 
 
 
 def test_a_script_that_ends_well_keeps_its_exit_code():
-    assert run_script(Settings, ["--number", "2"], "Counts.", len) == 2
+    assert run_script(Settings, ["--number", "2"], "Counts.", lambda argv: len(argv or ())) == 2
 
 
 def test_a_mistake_in_the_flags_ends_a_script_before_its_work(capsys):

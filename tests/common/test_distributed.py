@@ -380,6 +380,8 @@ def test_a_process_speaks_for_itself_where_the_first_does_not(tmp_path, monkeypa
 
     def work(_argv: object) -> int:
         with distributed.join_ranks() as company:
+            company.tell("joined")  # else rank 0 might still be looking for the other when that has gone
+            company.await_end("joined", lambda: None)
             if company.rank:
                 raise errors.Failed("the disk is full")
             time.sleep(2)
