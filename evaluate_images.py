@@ -7,10 +7,13 @@ The first compares the images of a folder, the second samples at several guidanc
 print a short table and keep evaluation/report.html and report.json. Running it again does only what is missing.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
 sys.path.append(str(Path(__file__).resolve().parent))  # which python -I and PYTHONSAFEPATH=1 leave out
 
 from gait_latents.common.script import imports, run_script

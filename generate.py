@@ -8,10 +8,13 @@ An image depends on the checkpoint, the settings, its class and its number alone
 missing.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
 sys.path.append(str(Path(__file__).resolve().parent))  # which python -I and PYTHONSAFEPATH=1 leave out
 
 from gait_latents.common.script import imports, run_script

@@ -7,10 +7,13 @@ It reads the cache that preprocess_latents.py made, and encodes and caches what 
 needed. The same command goes on with a run that was stopped.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
 sys.path.append(str(Path(__file__).resolve().parent))  # which python -I and PYTHONSAFEPATH=1 leave out
 
 from gait_latents.common.script import imports, run_script

@@ -24,8 +24,6 @@ from gait_latents.common.cli import Spec
 
 PAGES = {"en": ROOT / "docs" / "settings.md", "zh": ROOT / "docs" / "zh-CN" / "settings.md"}
 BEGIN, END = "<!-- settings: begin (python docs/settings_table.py --write) -->", "<!-- settings: end -->"
-# How a command is typed, where that is not the name of its script.
-_TYPED: dict[type, str] = {settings.ExportSettings: "python -m gait_latents.export"}
 
 _HEADS = {"en": ("setting", "default", "takes", "what it does"), "zh": ("设置", "默认值", "取值", "作用")}
 _KINDS = {
@@ -193,7 +191,7 @@ def help_texts() -> set[str]:
 
 def title(script: str) -> str:
     """Returns the heading above the table of a script."""
-    return f"## `{_TYPED.get(settings.SCRIPTS[script], script)}`"
+    return f"## `{script}`"
 
 
 def tables(language: str) -> str:

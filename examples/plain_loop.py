@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gait_latents.latents.dataset import LatentDataset
-from gait_latents.latents.opening import open_cache
+from gait_latents import LatentDataset, open_cache
 
 
 def main(folder: str, num_epochs: int = 3) -> list[float]:

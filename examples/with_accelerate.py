@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gait_latents.latents.dataset import LatentDataset
+from gait_latents import LatentDataset
 
 
 def main(folder: str, num_epochs: int = 3) -> list[float]:

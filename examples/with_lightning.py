@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gait_latents.latents.dataset import LatentDataset
+from gait_latents import LatentDataset
 
 
 class Classifier(lightning.LightningModule):

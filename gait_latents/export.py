@@ -6,115 +6,36 @@ Two files are written: model.safetensors, the weights under the names of denoisi
 all that is needed to build that U-Net and to sample from it. docs/python.md has the program that does so.
 """
 
-import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
-import torch
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` begins, Ctrl-C ends without a traceback
 
-from gait_latents.common import cli, files, process
-from gait_latents.common.console import say
-from gait_latents.common.errors import DONE, UserError
-from gait_latents.common.layout import CONFIG_NAME, WEIGHTS_NAME
-from gait_latents.common.script import run_script
-from gait_latents.diffusion.library import LIBRARY, library_version
-from gait_latents.diffusion.model import LatentDiffusion, unet_arguments
-from gait_latents.images import selection
+from gait_latents.common import cli
+from gait_latents.common.errors import DONE
+from gait_latents.common.process import rank
+from gait_latents.common.script import imports, run_script
 from gait_latents.settings import ExportSettings
-from gait_latents.training import run_folder
-from gait_latents.training.run_folder import SavedState
-from gait_latents.training.trained_model import averaged_diffusion
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exports a model; returns the exit code. Of several processes, as torchrun starts them, the first does it all."""
-    return DONE if process.rank() else run_script(ExportSettings, argv, __doc__, _read_and_export)
+    return DONE if rank() else run_script(ExportSettings, argv, __doc__, read_and_export)
 
 
-def _read_and_export(argv: Sequence[str] | None) -> int:
+def read_and_export(argv: Sequence[str] | None) -> int:
+    """Settings, averaged weights, files: the whole way from a run to an exported model."""
+    with imports():
+        from gait_latents.training import exported_model, run_folder
+
     layers = cli.Layers(ExportSettings, argv, description=__doc__)
     state = run_folder.read_averages(Path(layers.settings.checkpoint))
     layers.add(f"run {state.path.parent}", state.meta.chosen_settings("cond_scale", "guidance_interval"))
-    _export(layers.resolve().settings, state)
+    exported_model.export(layers.resolve().settings, state)
     return DONE
-
-
-def _export(settings: ExportSettings, state: SavedState) -> None:
-    """Publishes the two files, the weights first: a folder with config.json is whole."""
-    diffusion = averaged_diffusion(state)
-    weights = safetensors.torch.save(diffusion.model.state_dict(), {"format": "pt"})
-    facts = _to_json(
-        describe(
-            state,
-            diffusion,
-            cond_scale=settings.cond_scale,
-            guidance_interval=settings.guidance_interval,
-            ddim_steps=settings.ddim_steps,
-        )
-    )
-    folder = Path(settings.output_folder)
-    selection.refuse_to_be_a_class(folder, state.meta.settings.get("data_path"))
-    files.check_writable(folder, "output_folder")
-    contents = {folder / WEIGHTS_NAME: weights, folder / CONFIG_NAME: facts}
-    for path, data in contents.items():
-        _refuse_to_replace(path, data)
-    for path, data in contents.items():
-        files.publish(path, data)
-    millions = sum(parameter.numel() for parameter in diffusion.model.parameters()) / 1e6
-    say(f"{state.path} (step {state.step:,}): a U-Net of {millions:.2f} M parameters, in {folder}")
-
-
-def describe(
-    state: SavedState,
-    diffusion: LatentDiffusion,
-    *,
-    cond_scale: float,
-    guidance_interval: Sequence[float],
-    ddim_steps: int,
-) -> dict[str, Any]:
-    """Returns the content of config.json; docs/python.md says what each entry is."""
-    meta = state.meta
-    facts = meta.network_facts
-    levels = diffusion.levels(min(ddim_steps, diffusion.num_timesteps))
-    return {
-        "step": state.step,
-        "class_names": list(meta.classes),
-        "unet": unet_arguments(**facts),
-        "timesteps": facts["timesteps"],
-        "objective": facts["objective"],
-        "beta_schedule": facts["beta_schedule"],
-        "noise_shift": facts["noise_shift"],
-        "latent_shape": list(meta.latent_shape),
-        "latent_norm": meta.latent_norm.to_json(),
-        "guidance": diffusion.guidance(levels, cond_scale, guidance_interval),
-        "levels": [list(level) for level in levels],
-        "image_size": meta.image_size,
-        "vae": {
-            "path": meta.settings.get("vae_path"),
-            "scale_factor": meta.scale_factor,
-            "shift_factor": meta.shift_factor,
-        },
-        "versions": {
-            LIBRARY: library_version(),
-            "torch": torch.__version__,
-            "safetensors": safetensors.__version__,
-        },
-    }
-
-
-def _to_json(facts: dict[str, Any]) -> bytes:
-    """Writes one entry to a line."""
-    lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items())
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-
-
-def _refuse_to_replace(path: Path, data: bytes) -> None:
-    """Raises UserError when another file has that name: neither an earlier export nor a stranger's file is lost."""
-    if path.exists() and not (path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data):
-        raise UserError(f"{path} is there already and differs; remove it, or give another --output_folder")
 
 
 if __name__ == "__main__":

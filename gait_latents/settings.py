@@ -469,7 +469,7 @@ def _as_in(cls: type, name: str) -> Any:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Settings of export_model.py."""
+    """Settings of `python -m gait_latents.export`."""
 
     checkpoint: str = _as_in(GenerateSettings, "checkpoint")
     cond_scale: float = _as_in(GenerateSettings, "cond_scale")
@@ -485,7 +485,7 @@ SCRIPTS: dict[str, type] = {
     "train_latent_cfg.py": TrainSettings,
     "generate.py": GenerateSettings,
     "evaluate_images.py": EvaluateSettings,
-    "export_model.py": ExportSettings,
+    "python -m gait_latents.export": ExportSettings,
 }
 # The cache folder has two names: in preprocess_latents.py it is what comes out.
 _OTHER_NAMES = {

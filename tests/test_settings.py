@@ -1,8 +1,10 @@
 """Settings: one home for each fact, the same parser for flags and files, and the order of precedence."""
 
+import io
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
@@ -87,8 +89,9 @@ def test_settings_of_earlier_versions_break_neither_files_nor_runs(tmp_path):
         read(TrainSettings, "--config", str(path))
 
 
-def test_flag_wins_over_file_over_run_over_manifest_over_default(tmp_path):
-    path = tmp_path / "run.yaml"
+def test_flag_wins_over_file_over_run_over_manifest_over_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("run.yaml")  # short: the folder of a test may be so long that a line with it is broken
     path.write_text("dim: 16\ntimesteps: 20\n")
     layers = cli.read_command_line(TrainSettings, ["--config", str(path), "--dim", "8"], description="")
     layers.append(cli.stored_layer(TrainSettings, "run x", {"dim": 32, "timesteps": 30, "seed": 3}))
@@ -115,7 +118,7 @@ def test_the_manifest_speaks_only_of_the_cache():
     ("argv", "message"),
     [
         (["--train_lrr", "1"], "there is no setting --train_lrr; did you mean --train_lr?"),
-        (["--train-lr", "1"], "there is no setting --train-lr; did you mean --train_lr?"),
+        (["--train-lrr", "1"], "there is no setting --train_lrr; did you mean --train_lr?"),
         (["--dim", "many"], "dim is 'many' in --dim; it takes a whole number"),
         (["--dim", "1.5"], "dim is '1.5' in --dim; it takes a whole number"),
         (["--dim", "2"], "dim is 2 in --dim; the smallest allowed is 4"),
@@ -123,8 +126,8 @@ def test_the_manifest_speaks_only_of_the_cache():
         (["--train_lr", "nan"], "train_lr is 'nan' in --train_lr; it takes a number"),
         (["--objective", "pred_y"], "objective is 'pred_y' in --objective; it is one of pred_v, pred_noise, pred_x0"),
         (
-            ["--dim_mults", "1,2"],
-            "dim_mults is '1,2' in --dim_mults; it takes a whole number, or several as separate words",
+            ["--dim_mults", "1;2"],
+            "dim_mults is '1;2' in --dim_mults; it takes a whole number, or several as separate words",
         ),
         (["--seed", str(2**63)], f"seed is {2**63} in --seed; the largest allowed is 9.22337e+18"),
         (["--num_users", "none"], "num_users is 'none' in --num_users; it takes a whole number or all"),
@@ -135,7 +138,8 @@ def test_the_manifest_speaks_only_of_the_cache():
         (["--output_folder", "x"], "there is no setting --output_folder; did you mean --latents_cache_folder?"),
         (
             ["--checkpoint", "x"],
-            "there is no setting --checkpoint; it is one of generate.py and evaluate_images.py and export_model.py",
+            "there is no setting --checkpoint; it is one of generate.py and evaluate_images.py and "
+            "python -m gait_latents.export",
         ),
         (["--lr", "1"], "there is no setting --lr; did you mean --train_lr?"),
         (["--num_steps", "1"], "there is no setting --num_steps; did you mean --train_num_steps?"),
@@ -214,17 +218,88 @@ def test_a_home_folder_is_understood_in_a_file_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_does_not_import_torch(script):
+    name = script.removeprefix("python -m ").removesuffix(".py")
     source = (
         f"import sys; sys.argv = ['{script}', '--help']\n"
         "import runpy\n"
-        f"try: runpy.run_path('{script}', run_name='__main__')\n"
+        f"try: runpy.run_module('{name}', run_name='__main__')\n"
         "except SystemExit as end: assert end.code in (None, 0), end.code\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    name, default = next(iter(cli.defaults(SCRIPTS[script]).items()))
-    assert f"--{name} " in done.stdout and f"(default: {default})" in done.stdout
+    everyday = getattr(SCRIPTS[script], "EVERYDAY", cli.specs(SCRIPTS[script]))
+    for name in everyday:
+        assert f"--{name} " in done.stdout
+    assert "(default: " in done.stdout
+
+
+def help_of(cls: type, *words: str) -> str:
+    """Returns what --help prints."""
+    with redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as end:
+        cli.read_command_line(cls, words, description="A script.")
+    assert end.value.code == 0
+    return printed.getvalue()
+
+
+def settings_in(text: str) -> list[str]:
+    """Lists the settings that a help text has an entry for."""
+    return re.findall(r"^  --(\w+) ", text.replace("  --config ", ""), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_help_shows_what_people_change_and_help_all_every_setting(cls):
+    short, whole = help_of(cls, "--help"), help_of(cls, "--help", "all")
+    assert 4 <= len(settings_in(short)) <= 15
+    assert set(settings_in(short)) <= set(settings_in(whole))
+    assert sorted(settings_in(whole)) == sorted(cli.specs(cls))
+    assert "--help all lists the other settings." not in whole
+    is_part = len(settings_in(short)) < len(cli.specs(cls))
+    assert ("--help all lists the other settings." in short) == is_part
+    assert help_of(cls, "-h") == short
+    for words in (["-h", "all"], ["--help=all"], ["-hall"], ["--seed", "1", "--help", "all"]):
+        assert help_of(cls, *words) == whole
+
+
+def test_a_value_that_is_all_does_not_make_the_help_longer():
+    assert help_of(TrainSettings, "--num_users", "all", "--help") == help_of(TrainSettings, "--help")
+
+
+def test_help_goes_before_a_mistake_in_the_other_flags():
+    assert help_of(TrainSettings, "--dimm", "8", "--help") == help_of(TrainSettings, "--help")
+
+
+def test_the_name_of_a_flag_may_have_hyphens_but_its_value_is_left_as_it_is():
+    hyphens = read(PreprocessSettings, "--data-path", "my-images", "--vae-path=--my-vae.pt", "--image-size", "64")
+    plain = read(PreprocessSettings, "--data_path", "my-images", "--vae_path=--my-vae.pt", "--image_size", "64")
+    assert hyphens.settings == plain.settings and hyphens.sources == plain.sources
+    assert (plain.settings.data_path, plain.settings.vae_path) == ("my-images", "--my-vae.pt")
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "words", "value"),
+    [
+        (TrainSettings, "dim_mults", ["1,2,4"], (1, 2, 4)),
+        (TrainSettings, "dim_mults", ["1,2", "4"], (1, 2, 4)),
+        (TrainSettings, "guidance_interval", ["0.25,0.75"], (0.25, 0.75)),
+        (PreprocessSettings, "splits", ["train,test"], ("train", "test")),
+    ],
+)
+def test_a_list_is_separated_by_spaces_or_commas(cls, name, words, value, tmp_path):
+    assert getattr(read(cls, f"--{name}", *words).settings, name) == value
+    separate = [word for text in words for word in text.split(",")]
+    assert getattr(read(cls, f"--{name}", *separate).settings, name) == value
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{name}: {','.join(words)}\n")
+    assert getattr(read(cls, "--config", str(path)).settings, name) == value
+
+
+def test_a_comma_in_a_name_separates_nothing():
+    assert read(GenerateSettings, "--classes", "Doe, Jane", "b,c").settings.classes == ("Doe, Jane", "b,c")
+
+
+def test_a_comma_between_thousands_separates_nothing_either():
+    assert read(TrainSettings, "--train_num_steps", "20,000").settings.train_num_steps == 20_000
 
 
 def test_a_mistake_in_a_flag_ends_with_one_line_and_exit_code_2():

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gait_latents.common.console import say
-from gait_latents.common.errors import UserError
+from gait_latents.common.errors import UserError, missing_package
 
 if TYPE_CHECKING:
     import yaml
@@ -82,6 +82,8 @@ class Catalogue:
 
 
 CATALOGUE = Catalogue()
+
+
 # --- text to value and back ---------------------------------------------------------------------------------
 
 _SWITCH = {
@@ -260,8 +262,9 @@ def read_command_line(cls: type, argv: Sequence[str] | None, *, description: str
         UserError: for an unknown flag or key (the nearest known one is named) or a value of the wrong type.
     """
     words = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
-    if not {"-h", "--help"}.isdisjoint(words):
-        _parser(cls, description, all_settings="all" in words).print_help()
+    if asks_for_help(words):
+        wants_all = re.search(r"(?:^| )(?:-h|--help)[ =]?all(?: |$)", " ".join(words))
+        _parser(cls, description, all_settings=wants_all is not None).print_help()
         sys.exit(0)
     typed, unknown = _parser(cls, description).parse_known_args(words)
     if unknown:
@@ -271,6 +274,11 @@ def read_command_line(cls: type, argv: Sequence[str] | None, *, description: str
     values = {name: parse(name, own, specs(cls)[name], f"--{name}") for name, own in texts.items()}
     layers = [Layer(_FLAG, values)]
     return layers if config_file is None else [*layers, read_file(cls, config_file)]
+
+
+def asks_for_help(words: Sequence[str]) -> bool:
+    """Says whether a command line asks for --help, which goes before everything else in it."""
+    return any(re.match(r"-h|--help(?:=|$)", word) for word in words)
 
 
 def _with_underscores(word: str) -> str:
@@ -352,7 +360,7 @@ def _yaml() -> Any:
     try:
         import yaml
     except ImportError as error:
-        raise UserError(f"{error}; pip install -r requirements.txt") from error
+        raise missing_package(error) from error
     return yaml
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from gait_latents.common.errors import missing_package
 from gait_latents.common.process import rank
 
 _KERNEL_MARK = "JPY_PARENT_PID"  # Jupyter sets it for its kernels, and so for the commands in their cells
@@ -33,9 +34,15 @@ def harmless(text: str) -> str:
 
 
 def _tqdm() -> Any:
-    """Returns tqdm's class, imported when the first line is printed: --help does without it."""
-    from tqdm.auto import tqdm
+    """Returns tqdm's class, imported when the first line is printed: --help does without it.
 
+    Raises:
+        UserError: with the command that installs it, when it is missing.
+    """
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise missing_package(error) from error
     return tqdm
 
 

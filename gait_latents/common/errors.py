@@ -42,6 +42,11 @@ class Told(Exception):
         self.exit_code = exit_code
 
 
+def missing_package(error: ImportError) -> UserError:
+    """Returns what to tell when a package is missing or broken: its name and the command that installs it."""
+    return UserError(f"{error}; pip install -r requirements.txt")
+
+
 def explain(error: Exception) -> tuple[str, int]:
     """Returns the sentence and the exit code of a UserError, Failed, OSError or Stopped."""
     if isinstance(error, Stopped):

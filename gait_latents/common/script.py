@@ -1,7 +1,8 @@
 """How a script begins and ends: flags are checked before torch is imported, and every end is an exit code and one line.
 
 A script is a module with `main(argv)`, which calls `run_script`, and a function that does the work. That function
-begins with its imports, held by `imports()`.
+begins with its imports, held by `imports()`. Until `main` begins, the first lines of a script leave Ctrl-C to the
+system, which ends the process without a traceback.
 """
 
 import atexit
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 
 from gait_latents.common import cli
 from gait_latents.common.console import harmless, print_error
-from gait_latents.common.errors import DONE, SIGNALLED, Failed, Stopped, Told, UserError, explain
+from gait_latents.common.errors import DONE, SIGNALLED, Failed, Stopped, Told, UserError, explain, missing_package
 from gait_latents.common.process import num_ranks, rank
 
 
@@ -35,11 +36,13 @@ def run_script(
         description: what --help says first.
         work: does what the script is for, given `argv`; returns the exit code.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the first lines of a script have left it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if argv is None:
         atexit.register(gc.freeze)  # else the end takes a second, in which Python collects all that torch has made
     words = sys.argv[1:] if argv is None else argv
     try:
-        asks_for_help = not {"-h", "--help"}.isdisjoint(words)
+        asks_for_help = cli.asks_for_help(words)
         if asks_for_help and rank():
             return DONE
         if asks_for_help or num_ranks() == 1:
@@ -73,7 +76,7 @@ def imports() -> Iterator[None]:
     except ImportError as error:
         if (error.name or "").partition(".")[0] == "gait_latents":
             raise  # a defect of this project, and no missing package
-        raise UserError(f"{error}; pip install -r requirements.txt") from error
+        raise missing_package(error) from error
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise

@@ -4,26 +4,31 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import termios
 import threading
 import time
+import tomllib
 import venv
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+import gait_latents
 from gait_latents.common import cli, console, hardware
 from gait_latents.common.errors import Failed, Stopped, UserError
 from gait_latents.common.process import StopSignals
 from gait_latents.common.script import imports, run_script
-from gait_latents.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("preprocess_latents.py", "train_latent_cfg.py", "generate.py", "evaluate_images.py")
+EXPORT = "gait_latents.export"
 
 
 # --- the next command ---------------------------------------------------------------------------------------
@@ -51,6 +56,13 @@ def test_the_next_command_starts_the_python_of_this_one(tmp_path):
 # --- how a script ends -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a script that is made up."""
+
+    number: int = cli.setting(1, int, "numbers", "a number")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -67,18 +79,18 @@ def test_every_way_to_end_has_its_exit_code_and_at_most_one_line(capsys, error, 
     def work(argv):
         raise error
 
-    assert run_script(TrainSettings, [], "Trains.", work) == code
+    assert run_script(Settings, [], "Fails.", work) == code
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", line)
 
 
-def test_a_script_that_ends_well_keeps_its_exit_code_and_gets_its_flags():
-    assert run_script(TrainSettings, ["--dim", "8"], "Trains.", lambda argv: len(argv or ())) == 2
+def test_a_script_that_ends_well_keeps_its_exit_code():
+    assert run_script(Settings, ["--number", "2"], "Counts.", len) == 2
 
 
-def test_a_mistake_in_the_flags_is_told_before_any_work(capsys):
-    assert run_script(TrainSettings, ["--dum", "8"], "Trains.", lambda argv: pytest.fail("worked")) == 2
-    assert capsys.readouterr().err == "error: there is no setting --dum; did you mean --dim?\n"
+def test_a_mistake_in_the_flags_ends_a_script_before_its_work(capsys):
+    assert run_script(Settings, ["--numbr", "2"], "Never begins.", lambda argv: pytest.fail("it began")) == 2
+    assert capsys.readouterr().err == "error: there is no setting --numbr; did you mean --number?\n"
 
 
 def test_a_mistake_of_ours_is_not_hidden():
@@ -86,36 +98,7 @@ def test_a_mistake_of_ours_is_not_hidden():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run_script(TrainSettings, [], "Trains.", work)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_comes_before_torch_is_imported(name):
-    code = f"import runpy, sys; sys.argv = ['{name}', '--help']; sys.modules['torch'] = None; "
-    code += f"runpy.run_path('{name}', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.startswith("usage: ") and "--config FILE" in done.stdout and " PATH " in done.stdout
-
-
-def test_python_looks_for_no_garbage_at_the_end_of_a_script():
-    """It would go through all that torch has made, several times."""
-    program = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"  # runs last
-    program += "from gait_latents.common.script import run_script; from gait_latents.settings import TrainSettings\n"
-    program += "run_script(TrainSettings, None, 'Trains.', lambda argv: 0)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("package", ["torch", "yaml", "tqdm", "safetensors"])
-def test_a_package_that_is_missing_is_one_line_with_the_command_that_installs_it(package, script):
-    code = f"import runpy, sys; sys.argv = ['{script}']; sys.modules['{package}'] = None; "
-    code += f"runpy.run_path('{script}', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and package in done.stderr
-    assert done.stderr.endswith("; pip install -r requirements.txt\n")
+        run_script(Settings, [], "Fails.", work)
 
 
 @pytest.mark.parametrize(
@@ -139,75 +122,194 @@ def test_a_defect_of_ours_in_the_imports_is_not_taken_for_a_missing_package(erro
         raise error
 
 
-def test_flags_may_be_written_with_hyphens_and_lists_with_commas():
-    def read(*words):
-        return cli.resolve(TrainSettings, cli.read_command_line(TrainSettings, words, description="")).settings
-
-    assert read("--data-path", "x", "--dim-mults=1,2,4") == read("--data_path", "x", "--dim_mults", "1", "2", "4")
-    assert read("--dim_mults", "1,2,4").dim_mults == (1, 2, 4)
-    assert read("--train_num_steps", "1,000").train_num_steps == 1000  # of one number, they mark thousands
-    assert read("--data-path", "a-b").data_path == "a-b"
+def as_main(name: str, *words: str) -> str:
+    """Returns the end of a program, which starts a script, or the export, as a user does."""
+    run = f"run_module({name!r}, run_name='__main__', alter_sys=True)"
+    if name != EXPORT:
+        run = f"run_path({name!r}, run_name='__main__')"
+    return f"import runpy, sys; sys.argv = {[name, *words]!r}; runpy.{run}"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_shows_what_people_change_and_help_all_the_rest(name, capsys):
-    cls = cli.CATALOGUE.scripts[name]
-    shown = []
-    for words in (["--help"], ["--help", "all"]):
-        with pytest.raises(SystemExit) as end:
-            cli.read_command_line(cls, words, description="Does it.")
-        assert end.value.code == 0
-        shown.append(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M))
-    assert len(shown[0]) <= 15 + 1 and set(shown[0]) <= set(shown[1])  # --config is no setting
-    assert sorted(shown[1]) == sorted([*cli.specs(cls), "config"])
-
-
-@pytest.mark.parametrize("how", [["-I"], [], ["-P"]])
-def test_modules_of_a_user_and_a_python_that_is_told_to_be_safe_break_nothing(how, tmp_path):
-    for name in ("config", "images", "vae", "script", "report"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported the user's own')")
-    command = [sys.executable, *how, str(ROOT / "generate.py"), "--checkpoint", "nowhere"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert (
-        done.stderr == "error: --checkpoint nowhere is neither a checkpoint nor a folder of a run that has saved one\n"
+def start(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Starts this Python with words and variables of the environment; returns how it ended."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
-def test_the_public_names_are_imported_when_they_are_used():
-    code = """
-import sys, gait_latents
-assert "torch" not in sys.modules
-from gait_latents import LatentDataset, load_vae, open_cache
-assert {"LatentDataset", "load_vae", "open_cache"} == set(gait_latents.__all__) <= set(dir(gait_latents))
-try:
-    gait_latents.nothing
-except AttributeError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "module 'gait_latents' has no attribute 'nothing'\n"), done.stderr
+@pytest.mark.parametrize("name", [*SCRIPTS, EXPORT])
+def test_help_comes_before_torch_is_imported(name):
+    done = start("-c", f"import sys; sys.modules['torch'] = None; {as_main(name, '--help')}")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("usage: ") and "--config FILE" in done.stdout and "(default: " in done.stdout
+
+
+def test_what_each_script_imports_before_it_reads_its_flags_is_light():
+    """Even with what is small, for a missing package is to be told in one line."""
+    heavy = ("torch", "numpy", "tqdm", "yaml", "PIL", "matplotlib", "safetensors")
+    names = f"gait_latents, {EXPORT}, {', '.join(name.removesuffix('.py') for name in SCRIPTS)}"
+    done = start("-c", f"import sys, {names}; print([name for name in {heavy} if name in sys.modules])")
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+PACKAGES = ("torch", "yaml", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tqdm", "safetensors")))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("name", [*SCRIPTS, EXPORT])
+def test_a_missing_package_is_one_line_with_the_command_that_installs_it(name, package, tmp_path, trained):
+    line = one_line_without(package, name, tmp_path, trained)
+    assert package in line and line.endswith("; pip install -r requirements.txt")
+
+
+@pytest.mark.slow
+def test_an_evaluation_says_that_it_needs_matplotlib(tmp_path, trained):
+    line = one_line_without("matplotlib", "evaluate_images.py", tmp_path, trained)
+    assert line == "error: charts need the package matplotlib; pip install matplotlib"
+
+
+def one_line_without(package: str, name: str, folder: Path, trained: Path) -> str:
+    """Starts a script, or the export, where a package is missing; returns the only line that it prints to stderr."""
+    config, made = folder / "settings.yaml", folder / "made"
+    config.write_text("seed: 1\n")
+    words = ["--config", str(config)]
+    if name in ("generate.py", "evaluate_images.py", EXPORT):
+        words += ["--checkpoint", str(trained / "results")]
+    if name == "evaluate_images.py":
+        words += ["--synthetic_path", str(trained / "data")]
+    words += ["--results_folder" if name == "train_latent_cfg.py" else "--output_folder", str(made)]
+    done = start("-c", f"import sys; sys.modules['{package}'] = None; {as_main(name, *words)}", OMP_NUM_THREADS="1")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: ") and not made.exists()
+    return line
+
+
+def test_python_looks_for_no_garbage_at_the_end_of_a_script():
+    """It would go through all that torch has made, several times."""
+    program = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"  # runs last
+    program += "from gait_latents.common.script import run_script\nfrom gait_latents.settings import TrainSettings\n"
+    program += "run_script(TrainSettings, None, 'Trains.', lambda argv: 0)"
+    done = start("-c", program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+# --- where a script is started -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_finds_the_package_however_python_is_started(name, tmp_path):
+    path, mistake = str(ROOT / name), ["--dimm", "8"]
+    for words, variables in (([path], {}), (["-I", path], {}), (["-P", path], {}), ([path], {"PYTHONSAFEPATH": "1"})):
+        done = start(*words, *mistake, cwd=tmp_path, PYTHONPATH="", **variables)
+        assert done.returncode == 2 and done.stderr.startswith("error: there is no setting --dimm"), done.stderr
+
+
+@pytest.mark.slow
+def test_modules_of_a_user_in_the_current_folder_do_not_get_in_the_way(tmp_path, trained):
+    for name in ("config", "images", "vae", "script", "settings", "common", "latents", "training", "latent_dataset"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('this module is of the user')\n")
+    words = ["--checkpoint", str(trained / "results"), "--output_folder", str(tmp_path / "made"), "--device", "cpu"]
+    words += ["--images_per_class", "1", "--sampling_timesteps", "1"]
+    done = start("-m", "generate", *words, cwd=tmp_path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "made").glob("*/*.jpg"))) == 3
+    for module in ("preprocess_latents", "train_latent_cfg", "evaluate_images", EXPORT):
+        done = start("-m", module, "--help", cwd=tmp_path, PYTHONPATH=str(ROOT))
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_importing_the_package_imports_no_torch_until_a_public_name_is_used():
+    program = "import sys, gait_latents\n"
+    program += "print(sorted(set(dir(gait_latents)) & {'LatentDataset', 'open_cache', 'load_vae'}))\n"
+    program += "print('torch' in sys.modules)\n"
+    program += "from gait_latents import LatentDataset, open_cache, load_vae\n"
+    program += "print('torch' in sys.modules, LatentDataset.__name__, open_cache.__name__, load_vae.__name__)\n"
+    done = start("-c", program)
+    names = "['LatentDataset', 'load_vae', 'open_cache']"
+    assert done.stdout == f"{names}\nFalse\nTrue LatentDataset open_cache load_vae\n", done.stderr
+    with pytest.raises(AttributeError, match="module 'gait_latents' has no attribute 'LatentDatasets'"):
+        gait_latents.LatentDatasets  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_what_pip_names_as_a_command_is_there_to_be_called():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert len(project["scripts"]) == len(SCRIPTS)
+    for command, target in project["scripts"].items():
+        module, _, function = target.partition(":")
+        called = (
+            f"import sys; sys.argv = ['{command}', '--help']; from {module} import {function}; sys.exit({function}())"
+        )
+        done = start("-c", called)
+        assert done.returncode == 0 and done.stdout.startswith(f"usage: {command} "), done.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_package_its_data_and_the_commands(tmp_path):
+    setuptools = pytest.importorskip("setuptools", "70.1")  # which builds a wheel by itself
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "gait_latents", source / "gait_latents", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.toml"), *ROOT.glob("*.txt"), *ROOT.glob("*.md"), ROOT / "LICENSE"]:
+        shutil.copy(path, source)
+    build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    done = start(*build, PIP_NO_INDEX="1")
+    assert done.returncode == 0, f"{setuptools.__version__}: {done.stderr}"
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (entry_points,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+        archive.extractall(tmp_path / "installed")
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "gait_latents").rglob("*") if path.is_file()}
+    assert {name for name in modules if not name.endswith(".pyc")} <= names and set(SCRIPTS) <= names
+    assert not {name for name in names if name.startswith("tests/")} | {"vae.py", "latent_dataset.py"} & names
+    for command in ("preprocess-latents", "train-latent-cfg", "generate-latents", "evaluate-latents"):
+        assert f"{command} = " in entry_points
+    done = start("-m", "train_latent_cfg", "--help", cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))
+    assert done.returncode == 0 and "--config FILE" in done.stdout, done.stderr
 
 
 # --- signals -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("module", ["gait_latents.common.distributed", "numpy", "torch"])
+@pytest.mark.parametrize("name", [*SCRIPTS, EXPORT])
+@pytest.mark.parametrize("module", ["gait_latents.common.script", "gait_latents.settings", "torch"])
 def test_ctrl_c_during_the_imports_ends_without_a_word(name, module):
     program = f"""
-import os, runpy, signal, sys
+import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it from the start
 class Finder:
     def find_spec(self, wanted, path=None, target=None):
         if wanted == "{module}":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder())
-sys.argv = ["{name}", "--config", "configs/demo.yaml"]
-runpy.run_path("{name}", run_name="__main__")
+{as_main(name)}
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = start("-c", program)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize("before", [signal.SIG_IGN, signal.default_int_handler])
+def test_the_imports_of_a_script_leave_ctrl_c_as_it_was(before):
+    own = signal.signal(signal.SIGINT, before)
+    try:
+        with imports():
+            assert signal.getsignal(signal.SIGINT) is (signal.SIG_IGN if before is signal.SIG_IGN else signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, own)
+
+
+def test_ctrl_c_is_a_sentence_once_a_script_has_begun(capsys):
+    own = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the first lines of a script leave it
+    try:
+        assert run_script(Settings, [], "Is stopped.", lambda argv: os.kill(os.getpid(), signal.SIGINT) or 0) == 130
+    finally:
+        signal.signal(signal.SIGINT, own)
+    assert capsys.readouterr().err == "\nstopped by Ctrl-C\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

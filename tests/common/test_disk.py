@@ -8,7 +8,7 @@ import pipeline
 import pytest
 
 import generate as generate_script
-from gait_latents.common import console, files, pictures
+from gait_latents.common import console, distributed, files, pictures
 from gait_latents.diffusion import build
 from gait_latents.training import grids, optimizer_state, plan, run_folder
 
@@ -139,7 +139,7 @@ def test_the_files_of_a_run_have_the_size_that_is_expected(trained):
 
 def test_a_grid_counts_every_picture_in_it(trained):
     grid = grids.GridMaker.__new__(grids.GridMaker)
-    settings = plan.make_plan(pipeline.train_flags(trained, num_samples=5)).settings
+    settings = plan.make_plan(pipeline.train_flags(trained, num_samples=5), None, distributed.ALONE).settings
     grid.settings, grid.names = settings, ["a", "b"]
     assert grid.expected_bytes() == 2 * 5 * pipeline.SIZE**2 * pictures.BYTES_PER_PIXEL[".png"]
 

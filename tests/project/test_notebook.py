@@ -24,7 +24,7 @@ nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
 ROOT = Path(__file__).parents[2]
-FILE = ROOT / "notebooks" / "kaggle.ipynb"
+FILE = ROOT / "examples" / "kaggle.ipynb"
 TINY = {
     "image_size": 64,
     "dim": 8,
@@ -123,6 +123,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "code").mkdir()
     for path in [*ROOT.glob("*.py"), ROOT / "requirements.txt"]:
         shutil.copy(path, root / "code")
+    shutil.copytree(ROOT / "gait_latents", root / "code" / "gait_latents", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("ID_1", "ID_2"):
         (root / "data" / name).mkdir(parents=True)
         for path in sorted((ROOT / "demo" / "walkers" / name).iterdir())[:5]:
