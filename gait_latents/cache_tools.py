@@ -1,4 +1,7 @@
-"""What preprocess_latents.py does besides encoding: it checks a cache, or prunes it."""
+"""What preprocess_latents.py does besides encoding: checking a cache (--verify) and pruning it (--prune).
+
+Pruning keeps what runs need, so this module looks into run folders and stands above `latents` and `training`.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ from gait_latents.latents.verify import CacheReport
 from gait_latents.settings import PreprocessSettings
 from gait_latents.training import run_folder
 
-_NUM_LISTED = 20  # names shown of a longer list
+_NUM_LISTED = 20  # of a longer list, so many names are shown
 
 
 # --- a check -----------------------------------------------------------------------------------------------
@@ -27,18 +30,26 @@ _NUM_LISTED = 20  # names shown of a longer list
 
 @dataclass(frozen=True)
 class Finished:
-    """A cache that preprocessing has finished: it has a manifest and a split; and whether its images are there."""
+    """A cache that has a manifest and a split.
+
+    Attributes:
+        folder: the cache folder.
+        manifest: its manifest.
+        stored: its split, as written.
+        split: the split with the content keys of the images as they are now, where the images are at hand.
+        images_at_hand: whether they are.
+    """
 
     folder: Path
     manifest: Manifest
-    stored: Split  # as it is in the cache
-    split: Split  # the same with the content keys that the images have now, where they are at hand
+    stored: Split
+    split: Split
     images_at_hand: bool
 
     @property
     def parts(self) -> dict[str, tuple[Entry, ...]]:
         """The entries that were to be encoded, under "train" and "test"."""
-        # A cache that training made is of its images alone, and names no splits.
+        # The manifest of a cache that training made names no splits: it holds training images alone.
         named = {"splits": self.manifest.settings.get("splits", ["train"])}
         parts = cli.stored_layer(PreprocessSettings, "manifest", named).values["splits"]
         return {name: getattr(self.split, name) for name in parts}
@@ -167,7 +178,7 @@ def _decode_some(settings: PreprocessSettings, found: Finished, cache: LatentCac
 def prune(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     """Lists what nobody needs in a cache and, with --yes, removes it; returns the exit code."""
     found = _open_finished(settings, sources)
-    if settings.yes:  # not by making a file: pruning must work on a full disk
+    if settings.yes:  # asked of the permissions and not tried: pruning is for full disks, on which no file can be made
         files.check_writable(found.folder, "output_folder", by_trying=False)
     used = found.manifest.space
     needed = _needed_keys(settings, sources, found)
@@ -214,7 +225,7 @@ def _needed_keys(settings: PreprocessSettings, sources: dict[str, str], found: F
             if cli.is_explicit(sources, "keep_for"):
                 raise UserError(f"--keep_for {place} is no run folder: it has no {SPLIT_NAME}")
             continue
-        state = run_folder.newest_averages(place)  # its full states may be deleted
+        state = run_folder.newest_averages(place)  # not a full state: those may have been deleted
         space = used if state is None else state.meta.space.id
         needed.setdefault(space, set()).update(split.keys().values())
     return needed

@@ -200,7 +200,7 @@ class LatentDiffusion(GaussianDiffusion):
     def levels(self, sampling_timesteps: int) -> list[NoiseLevel]:
         """Returns the levels that sampling visits: from START_LAMBDA on, spread as TIME_SHARE says, each once.
 
-        There are `sampling_timesteps` of them before the clean one, or as many as the schedule has if those are fewer.
+        There are `sampling_timesteps` of them before the clean one, or all that the schedule has from there on.
 
         Raises:
             UserError: when more steps are asked for than there are timesteps.

@@ -45,7 +45,7 @@ UNREADABLE = (
 
 
 def read_weights(path: Path) -> tuple[Any, dict[str, str]]:
-    """Returns what a checkpoint holds, its tensors not yet checked (`check_tensor`), and the metadata of its header."""
+    """Returns what a checkpoint holds, its tensors not yet checked (`check_tensor`), and safetensors' metadata."""
     kind = kind_of(path)
     if kind == "safetensors":
         return _read_safetensors(path)
