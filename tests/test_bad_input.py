@@ -685,6 +685,7 @@ def test_a_damaged_image_in_the_folder_is_named_and_made_again_once_it_is_gone(r
 # --- before a script runs ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_older_diffusion_library_on_the_path_is_named_by_version_and_place(tmp_path):
     old = tmp_path / "denoising_diffusion_pytorch"
     old.mkdir()

@@ -73,6 +73,7 @@ def run_elsewhere(program: str, folder: Path) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_the_documented_program_gives_our_samples_without_our_modules(trained, tmp_path):
     assert export(trained, tmp_path / "exported", cond_scale=3) == 0
     proof = (

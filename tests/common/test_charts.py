@@ -186,6 +186,7 @@ def test_a_confusion_matrix_is_deeper_where_the_share_of_its_row_is_larger(num_c
     assert charts.confusion([[0, 0], [0, 0]], ["a", "b"], label="x")  # no images at all
 
 
+@pytest.mark.slow
 def test_the_same_figures_give_the_same_chart_whatever_is_set_elsewhere():
     code = (
         "import sys; sys.path[:0] = ['.', 'tests/common', 'tests/helpers']; import matplotlib, test_charts\n"

@@ -228,6 +228,7 @@ def test_a_process_with_another_disk_that_takes_no_files_encodes_for_itself(worl
     assert len(stored_moments(world / "latents_cache")) == 15
 
 
+@pytest.mark.slow
 def test_a_process_that_lacks_nothing_waits_for_one_that_does_however_long_it_takes(world, trained, monkeypatch):
     """The exchange after the encoding has a limit of time; the encoding has none."""
     monkeypatch.setattr(distributed, "_ANSWER_SECONDS", 2.0)
@@ -391,6 +392,7 @@ def test_a_process_speaks_for_itself_where_the_first_does_not(tmp_path, monkeypa
     assert codes[1] == 1 and told[1] == "error: process 1: the disk is full\n"
 
 
+@pytest.mark.slow
 def test_torch_tells_nothing_of_a_store_that_goes_with_the_first_process(cached, monkeypatch, capfd):
     monkeypatch.setattr(distributed, "_LOOK_SECONDS", 3.0)  # on a busy machine
     codes, told = Company(cached, lambda rank: train(cached, seed=rank)).end()
@@ -444,6 +446,7 @@ class SlowGrid:
         monkeypatch.setattr(GridMaker, "make", make_slowly)
 
 
+@pytest.mark.slow
 def test_the_others_wait_for_a_grid_however_long_it_takes(cached, trained, monkeypatch):
     """The exchange after it has a limit of time; the grid has none."""
     SlowGrid(monkeypatch)
@@ -700,6 +703,7 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_first_process_has_the_last_word_although_torchrun_ends_all_when_one_fails(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
@@ -733,6 +737,7 @@ def test_each_attempt_of_a_torchrun_on_one_machine_has_keys_of_its_own(monkeypat
     assert distributed._attempt() == "attempt 0"
 
 
+@pytest.mark.slow
 def test_torchrun_starts_them_and_again_after_a_kill_and_the_run_ends_in_the_same_bits(cached, on_two):
     name, program = ROOT / "train_latent_cfg.py", cached / "program.py"
     program.write_text(

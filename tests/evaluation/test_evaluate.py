@@ -598,6 +598,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return noted
 
 
+@pytest.mark.slow
 def test_classifiers_of_a_sweep_see_what_generate_writes(trained, generated, evaluated, tmp_path, trainings, capsys):
     asked = {**CLASSIFIERS, "sweep_images": PER_CLASS, "sweep_checkpoints": STEPS}
     assert sweep(trained, tmp_path / "swept", 1.5, 3, **asked) == 0
@@ -621,6 +622,7 @@ def test_classifiers_of_a_sweep_see_what_generate_writes(trained, generated, eva
     assert head.endswith("alone  with real") and rows[0][-1] == figures.format_figure(same["with_real"])
 
 
+@pytest.mark.slow
 def test_classifiers_of_a_sweep_go_on_where_they_were_stopped(trained, evaluated, trainings, monkeypatch):
     train = classifier.train_and_test
 
@@ -648,6 +650,7 @@ def test_classifiers_of_a_sweep_go_on_where_they_were_stopped(trained, evaluated
     assert "classifier" not in part["points"][0] and part["points"][1]["classifier"]["num_steps"] == 1
 
 
+@pytest.mark.slow
 def test_more_seeds_train_only_what_is_missing(trained, evaluated, trainings):
     asked = {**CLASSIFIERS, "sweep_checkpoints": STEPS}
     assert sweep(trained, evaluated, 1, **asked) == 0

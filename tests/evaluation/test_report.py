@@ -264,6 +264,7 @@ def test_any_name_is_text_and_nothing_else(name):
     assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in plain.tags]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(name=st.text(min_size=1, max_size=40))
 def test_texts_of_every_kind_keep_the_page_whole(name):

@@ -96,6 +96,7 @@ class Company:
         assert not names
 
 
+@pytest.mark.slow
 def test_four_encoders_and_a_trainer_that_are_killed_fill_one_cache(world, encoder, account, is_long):
     assert preprocess(world, **ALL) == 0
     assert train(world, **ALL, num_samples=0) == 0

@@ -399,6 +399,7 @@ def wrong_after(copy: Path, truth: Truth) -> int:
     return wrong + (code == 0 and stored_moments(copy / "latents_cache") != truth.moments)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_file_of_a_cache_and_a_run_gives_no_wrong_data_and_no_traceback(
     trained: Path, tmp_path: Path, account: Account, is_long: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

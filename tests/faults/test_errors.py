@@ -186,6 +186,7 @@ def other_writer_at_each_call(root: Path) -> Tally:
 
 # --- the scripts -------------------------------------------------------------------------------------------
 
+SLOW = pytest.mark.slow
 ROW_BYTES = 2 * 8 * 8 * 8
 
 
@@ -278,7 +279,7 @@ def _places(script: Script, world: Path, is_long: bool) -> list[int]:
     return places if is_long else places[:: len(places) // (10 if script is ENCODE else 5)]
 
 
-@pytest.mark.parametrize("script", [ENCODE, TRAIN], ids=["encode", "train"])
+@pytest.mark.parametrize("script", [pytest.param(ENCODE, id="encode"), pytest.param(TRAIN, id="train", marks=SLOW)])
 def test_an_error_at_each_call_of_a_script(world, account, is_long, script):
     """Training goes on without its cache."""
     like, tally = undisturbed(script, world), Tally()
@@ -292,7 +293,7 @@ def test_an_error_at_each_call_of_a_script(world, account, is_long, script):
     account.add(f"errors while {script.name}", "at calls of the script", **vars(tally))
 
 
-@pytest.mark.parametrize("script", [ENCODE, TRAIN], ids=["encode", "train"])
+@pytest.mark.parametrize("script", [pytest.param(ENCODE, id="encode"), pytest.param(TRAIN, id="train", marks=SLOW)])
 def test_a_disk_that_is_full_from_each_call_of_a_script_on(world, account, is_long, script):
     like, tally = undisturbed(script, world), Tally()
     for place in _places(script, world, is_long):
@@ -301,6 +302,7 @@ def test_a_disk_that_is_full_from_each_call_of_a_script_on(world, account, is_lo
     account.add(f"disk full while {script.name}", "from calls of the script on", **vars(tally))
 
 
+@pytest.mark.slow
 def test_a_fault_at_each_call_of_generating(trained, tmp_path, account, is_long):
     """Each image is whole or not there, and is made once; labels.csv is right in the end."""
     folder = tmp_path / "synthetic"
@@ -475,6 +477,7 @@ def test_a_small_disk_while_encoding(world, account, is_long):
     account.add("full disk", "1 MiB tmpfs while encoding", **vars(in_child(work)))
 
 
+@pytest.mark.slow
 def test_a_small_disk_for_the_cache_while_training(world, account, is_long):
     """Training goes on from memory and says so once, whatever there is room for."""
     like = undisturbed(TRAIN, world)
@@ -502,6 +505,7 @@ def test_a_small_disk_for_the_cache_while_training(world, account, is_long):
     account.add("full disk", "1 MiB tmpfs under the cache while training", **vars(in_child(work)))
 
 
+@pytest.mark.slow
 def test_a_small_disk_for_the_results(world, account, is_long):
     """A checkpoint that cannot be written is an error; those before are whole, and the run goes on from them."""
     like = undisturbed(TRAIN, world)

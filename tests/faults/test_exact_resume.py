@@ -65,6 +65,7 @@ KINDS: dict[str, dict[str, object]] = {
     "float16 and its loss scaler": {"precision": "float16"},
     "damage to the newest save": {},
 }
+ALWAYS_RUN = ("float16 and its loss scaler", "damage to the newest save")
 ALWAYS_CALLED: dict[str, tuple[object, str]] = {
     "step": (Trainer, "train_step"),
     "batch": (LatentDataset, "batch"),
@@ -281,7 +282,9 @@ def assert_exercised(kind: str, results: Path) -> None:
     assert not scaler or (0 < scaler["scale"] != FIRST_SCALE and scaler["_growth_tracker"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ALWAYS_RUN else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_a_run_killed_anywhere_again_and_again_is_the_uninterrupted_one(cached, account, is_long, kind):
     if "skipped" in kind:
         (cached / "data" / "ID_2" / "walk_0.jpg").write_bytes(b"no image")

@@ -472,6 +472,7 @@ def test_config_files(tmp_path: Path, account: Account, is_long: bool) -> None:
     fuzz(account, "--config", "bytes, values", attempt, is_long=is_long)
 
 
+@pytest.mark.slow
 def test_metrics(tmp_path: Path, account: Account, is_long: bool) -> None:
     rows = [{"step": step, "loss": 0.5, "lr": 1e-4, "hours": 0.1} for step in range(1, 6)]
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -267,6 +267,7 @@ def _encode(root: Path, tell: Tell) -> None:
         assert pipeline.preprocess(root, encode_batch_size=1) == 0
 
 
+@pytest.mark.slow
 def test_kills_at_random_while_encoding(world, account, is_long):
     command = _quick(functools.partial(_encode, world), is_long)
     seconds, told = _timed(command)
@@ -320,6 +321,7 @@ def reference(_pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Refe
     return Reference(pipeline.open_cache(folder).space, pipeline.stored_moments(folder), told.saved)
 
 
+@pytest.mark.slow
 def test_kills_at_random_while_training(world, reference, account, is_long):
     command = _quick(functools.partial(_train, world, 2), is_long)
     seconds, _ = _timed(command)
@@ -341,6 +343,7 @@ def test_kills_at_random_while_training(world, reference, account, is_long):
     account.add("SIGKILL while training", "at random times", **vars(tally))
 
 
+@pytest.mark.slow
 def test_kills_while_a_run_saves(world, reference, account, is_long):
     """Whichever file of a save is the last, the run ends with the same files as if undisturbed."""
     _train(world, HALF, lambda line: None)

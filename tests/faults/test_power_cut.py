@@ -161,6 +161,7 @@ def _train(world: Path, folder: Path, tell: Tell) -> None:
         assert pipeline.train(world, **flags) == 0
 
 
+@pytest.mark.slow
 def test_a_power_cut_while_training(world, account, is_long):
     """The figures of metrics.jsonl are not synced: those of the last seconds may be lost."""
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,6 +18,7 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
     return run("bench_train", "--small", "--threads", "1", "--steps", "1", *words)
 
 
+@pytest.mark.slow
 def test_a_benchmark_prints_a_table_and_ends_in_a_line_of_json():
     done = bench("--rounds", "2", "--only", "float32")
     assert done.returncode == 0, done.stderr
@@ -30,11 +32,13 @@ def test_a_benchmark_prints_a_table_and_ends_in_a_line_of_json():
     assert 0 < result["variants"]["float32"]["share of data and draws"] < 1
 
 
+@pytest.mark.slow
 def test_a_variant_that_fails_ends_the_benchmark():
     done = bench("--rounds", "1", "--only", "no such variant")
     assert done.returncode == 1 and "the variant 'no such variant' ended with an error" in done.stderr
 
 
+@pytest.mark.slow
 def test_samplers_are_compared_with_the_library_by_their_passes_and_their_distance(tmp_path):
     asked = ["dpm++ 4 1.5 0 1", "dpm++ 4 1.5 0 0.5"]
     picture = tmp_path / "picture.png"
@@ -61,6 +65,7 @@ def test_samplers_are_compared_with_the_library_by_their_passes_and_their_distan
     assert {(190, 60, 40), (31, 90, 180)} <= colours  # a mark of the library, and one of ours
 
 
+@pytest.mark.slow
 def test_the_rows_of_the_library_are_as_many_as_asked():
     for asked, expected in (("baseline", ["library ddim 4, guidance 6, clamped"]), ("none", [])):
         done = run("bench_sample", "--small", "--seeds", "1", "--library", asked, "--variants", "ddim 2 1 0 1")
@@ -69,6 +74,7 @@ def test_the_rows_of_the_library_are_as_many_as_asked():
         assert not any({"alone", "gain"} & set(figures) for figures in found.values())
 
 
+@pytest.mark.slow
 def test_what_is_no_variant_is_told():
     for text in ("dpm++ 4", "euler 4 1 0 1", "ddim 4 1 0.5 0.2", "ddim x 1 0 1"):
         done = run("bench_sample", "--small", "--variants", text)

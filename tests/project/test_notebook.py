@@ -149,6 +149,7 @@ def first(root: Path) -> Notebook:
 # --- two sessions ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_first_session_runs_from_top_to_bottom(root, first):
     assert "the code is in " in text_of(first, "code")
     assert text_of(first, "packages") == "to install: nothing\n"
@@ -161,6 +162,7 @@ def test_the_first_session_runs_from_top_to_bottom(root, first):
     assert set(kinds) == {"stream", "display_data"} and kinds["display_data"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell_id", "paths"),
     [
@@ -176,6 +178,7 @@ def test_pictures_stand_in_the_notebook(first, cell_id, paths):
     assert [line for line in text_of(first, cell_id).splitlines() if line.endswith(".png")][-len(paths) :] == paths
 
 
+@pytest.mark.slow
 def test_the_saved_notebook_is_no_endless_log(first):
     text = text_of(first)
     counts = Counter(line for line in text.splitlines() if line.strip())
@@ -184,6 +187,7 @@ def test_the_saved_notebook_is_no_endless_log(first):
     assert len(text.splitlines()) < 120
 
 
+@pytest.mark.slow
 def test_the_archive_holds_what_is_worth_keeping(root, first):
     folder = root / "first" / "gait-latents"
     with zipfile.ZipFile(folder / "gait-latents.zip") as archive:
@@ -218,6 +222,7 @@ def second(root: Path, first: Notebook) -> Notebook:
         return execute(with_settings(**settings), root / "second")
 
 
+@pytest.mark.slow
 def test_the_second_session_goes_on_where_the_first_one_stopped(root, first, second):
     assert text_of(second, "code").startswith("the code is here already")
     said = text_of(second, "train")
@@ -230,6 +235,7 @@ def test_the_second_session_goes_on_where_the_first_one_stopped(root, first, sec
     assert text_of(second, "evaluate") == "the images are not attached, so there is nothing to compare with\n"
 
 
+@pytest.mark.slow
 def test_the_output_of_the_session_before_is_left_as_it_was(root, first, second):
     with zipfile.ZipFile(root / "first" / "gait-latents" / "gait-latents.zip") as archive:
         assert digests(root / "input") == {
@@ -237,6 +243,7 @@ def test_the_output_of_the_session_before_is_left_as_it_was(root, first, second)
         }
 
 
+@pytest.mark.slow
 def test_a_session_after_the_last_step_still_has_its_run(root, second):
     notebook = with_settings(**settings_of(root, RESUME_FROM=str(root / "second")))
     last = [cell.id for cell in notebook.cells].index("pictures")
@@ -257,6 +264,7 @@ def test_a_script_that_fails_stops_the_notebook_and_its_reason_is_shown(root, tm
     assert all(not cell.outputs for cell in notebook.cells if cell.id in ("train", "generate", "pack"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_cell_lets_the_script_save(root, first, tmp_path):
     endless = {**TINY, "train_num_steps": 10**6, "save_and_sample_every": 10**6}
     notebook = with_settings(**settings_of(root, MAX_HOURS=1, MORE_SETTINGS=endless))

@@ -161,6 +161,7 @@ def test_a_joined_pass_is_the_larger_batch_bit_for_bit(cached, trained):
     assert_same_run(cached, trained)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compiled_network_trains_alike_and_a_run_goes_on_as_it_began(cached, trained, monkeypatch, capsys):
     monkeypatch.setattr(hardware, "COMPILED_STEPS", STEPS)  # so that a longer run would choose otherwise
