@@ -193,10 +193,15 @@ def test_golden_data_are_never_overwritten(monkeypatch):
         make_golden.main()
 
 
-def test_the_files_of_an_imported_cache_are_there():
-    cache = GOLDEN / "imported_cache"
-    assert "imported" in manifest(cache)["spec"]["vae"]
-    assert len(rows(cache)) == 4 and (cache / "split.json").is_file()
+def test_an_imported_cache_is_told_in_one_line_and_its_images_are_encoded_beside_it(tree, capsys):
+    cache = tree / "imported_cache"
+    assert "imported" in manifest(cache)["spec"]["vae"] and len(rows(cache)) == 4
+    before = {path: path.read_bytes() for path in cache.rglob("*.safetensors")}
+    output = run_script(preprocess_latents.main, make_golden.preprocess_flags(tree, "imported_cache"), capsys)
+    (line,) = (line for line in output.splitlines() if "from another program" in line)
+    assert "encoded again" in line
+    assert "newly encoded   15" in output and "imported" not in manifest(cache)["spec"]["vae"]
+    assert {path: path.read_bytes() for path in before} == before
 
 
 # --- caches ------------------------------------------------------------------------------------------------
