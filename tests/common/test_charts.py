@@ -210,6 +210,7 @@ def test_a_chart_of_the_same_figures_is_drawn_once(monkeypatch):
 # --- where matplotlib is absent ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_script_imports_matplotlib_before_something_is_drawn_and_none_needs_pyplot():
     code = (
         "import sys\n"

@@ -145,6 +145,7 @@ def test_a_run_goes_on_with_another_number_of_processes(cached, trained):
     assert_alike(cached, trained)
 
 
+@pytest.mark.slow
 def test_accumulating_on_two_is_the_same_training_too_and_so_is_one_without_a_bad_image(world, tmp_path):
     (world / "data" / "ID_2" / "walk_0.jpg").write_bytes(b"no image")
     (world / "data" / "ID_2" / "walk_1.jpg").write_bytes(b"nor this one")
@@ -217,6 +218,7 @@ def test_what_is_deterministic_is_so_from_the_first_encoded_image_on(world, monk
     assert [(world / f"found-{rank}").read_text() for rank in range(2)] == ["(True, ':4096:8')"] * 2
 
 
+@pytest.mark.slow
 def test_a_process_with_another_disk_that_takes_no_files_encodes_for_itself(world, trained):
     def work(rank: int) -> int:
         elsewhere = {"latents_cache_folder": "/proc/nowhere"} if rank else {}
@@ -503,6 +505,7 @@ def test_what_cannot_be_compiled_in_one_process_is_not_compiled_in_any(cached, t
         assert_alike(cached, trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("module", ["torch._inductor.exc", "torch"])
 def test_a_compiled_network_that_fails_later_in_one_process_ends_all(cached, on_two, monkeypatch, failing, module):
@@ -584,6 +587,7 @@ def test_processes_that_do_not_fit_together_end_with_one_sentence(cached, change
     assert not (cached / "results").exists()
 
 
+@pytest.mark.slow
 def test_processes_that_go_on_from_other_states_of_one_step_end_with_one_sentence(cached, trained):
     shutil.copytree(trained / "results", cached / "results")
     assert train(cached, results_folder=cached / "others", num_samples=0, train_num_steps=HALF) == 0
@@ -639,6 +643,7 @@ def test_the_first_of_several_processes_draws_the_strip(trained, tmp_path):
     assert generate(trained, **strip) == 0 and (tmp_path / "strip" / "strip.png").read_bytes() == drawn
 
 
+@pytest.mark.slow
 def test_a_process_that_finds_no_other_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "_JOIN_SECONDS", 1.0)
 

@@ -56,6 +56,7 @@ def test_classes_that_differ_are_learnt_and_the_counts_are_in_label_order():
     assert len(steps) == 12
 
 
+@pytest.mark.slow
 def test_labels_that_mean_nothing_give_chance_and_the_seed_alone_decides():
     torch.manual_seed(11)
     before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
@@ -130,6 +131,7 @@ def run(done: dict[str, Any], saved: list[dict[str, Any]], progress: Any = None,
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_and_ends_like_an_uninterrupted_one():
     saved: list[dict[str, Any]] = []
     whole = run({}, saved)

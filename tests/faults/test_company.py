@@ -203,6 +203,7 @@ def test_writers_on_one_folder_lose_nothing_and_readers_see_whole_rows(tmp_path,
     account.add("three writers and a reader", how, cases=num_looks, lost=lost)
 
 
+@pytest.mark.slow
 def test_merges_killed_beside_a_reader_lose_nothing(tmp_path, account, is_long):
     generator, old, kills, lost = random.Random(2), reader(tmp_path), 0, 0
     count = 60 if is_long else 12

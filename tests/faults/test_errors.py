@@ -293,6 +293,7 @@ def test_an_error_at_each_call_of_a_script(world, account, is_long, script):
     account.add(f"errors while {script.name}", "at calls of the script", **vars(tally))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [pytest.param(ENCODE, id="encode"), pytest.param(TRAIN, id="train", marks=SLOW)])
 def test_a_disk_that_is_full_from_each_call_of_a_script_on(world, account, is_long, script):
     like, tally = undisturbed(script, world), Tally()

@@ -139,6 +139,7 @@ def hostile_headers(good: dict[str, Any]) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_hostile_headers_of_a_shard_are_reported_misses(tmp_path: Path, account: Account) -> None:
     path = stored(tmp_path, [0])
     data = path.read_bytes()
@@ -474,6 +475,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_sealed_checkpoint_of_nonsense_is_refused_and_writes_nothing(
     finished: Path, account: Account, capsys: pytest.CaptureFixture[str], is_long: bool
 ) -> None:

@@ -199,6 +199,7 @@ def many_scans() -> bytes:
 READABLE = {"20,000 frames", "rows beyond the end", "a profile in 255 parts"}  # odd, and read at no cost
 
 
+@pytest.mark.slow
 def test_bombs_cost_little_memory(account: Account) -> None:
     files = bombs()
     assert outcome(SAMPLES["WEBP"]) is not None  # what Pillow loads once is not their cost
@@ -212,6 +213,7 @@ def test_bombs_cost_little_memory(account: Account) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_largest_picture_that_is_read_costs_what_its_pixels_do() -> None:
     data = encoded(Image.new("RGB", (8_192, 8_192)), "PNG")
     taken, memory = in_child(lambda: outcome(data) is not None)

@@ -23,7 +23,7 @@ import pytest
 import tiny
 from os_faults import BARS, Child, Tally, Tell, fault_at, killing, nothing_synced
 from pipeline import HALF, STEPS
-from publishings import WORKS, Work, done_again, temporaries, verdict
+from publishings import MERGE, PRUNE, WORKS, Work, done_again, temporaries, verdict
 from torch import Tensor
 
 from gait_latents.common import files as disk_files
@@ -42,7 +42,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # --- at each call ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("work", WORKS, ids=str)
+@pytest.mark.parametrize(
+    "work", [pytest.param(work, marks=pytest.mark.slow) if work in (MERGE, PRUNE) else work for work in WORKS], ids=str
+)
 def test_a_kill_at_each_call(work, tmp_path, account, is_long):
     tally = kills_at_each_call(work, tmp_path, sides=(True, False) if is_long else (True,))
     assert tally.cases >= 12
