@@ -223,6 +223,7 @@ def test_modules_of_a_user_in_the_current_folder_do_not_get_in_the_way(tmp_path,
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_torch_until_a_public_name_is_used():
     program = "import sys, gait_latents\n"
     program += "print(sorted(set(dir(gait_latents)) & {'LatentDataset', 'open_cache', 'load_vae'}))\n"

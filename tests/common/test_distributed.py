@@ -319,6 +319,7 @@ def test_a_process_that_cannot_encode_its_share_ends_all_at_once(world, monkeypa
     assert left is not None and 7 <= int(left[1]) < 15  # the share of the other, and what was in memory is kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_signal_after_the_last_image_is_not_lost(world, monkeypatch, count):
     close = LatentDataset.close_encoder
@@ -457,6 +458,7 @@ def test_the_others_wait_for_a_grid_however_long_it_takes(cached, trained, monke
     assert_alike(cached, trained)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_cuts_the_grid_of_rank_0_short(cached, monkeypatch):
     SlowGrid(monkeypatch)
     wait = Ranks.while_main_works
@@ -635,6 +637,7 @@ def test_an_evaluation_by_several_processes_is_refused_by_one_sentence_and_write
     assert not (tmp_path / "evaluation").exists()
 
 
+@pytest.mark.slow
 def test_the_first_of_several_processes_draws_the_strip(trained, tmp_path):
     strip: dict[str, object] = {"strip": [1, 2], "output_folder": tmp_path / "strip"}
     codes, told = Company(tmp_path, lambda rank: generate(trained, **strip)).end()

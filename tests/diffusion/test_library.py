@@ -75,6 +75,7 @@ def test_an_absent_library_is_told(tmp_path, monkeypatch):
         check_library()
 
 
+@pytest.mark.slow
 def test_a_fork_in_the_working_directory_stops_the_import_of_our_module(tmp_path, monkeypatch):
     package = place_library(tmp_path, monkeypatch, "__version__ = '2.0.1'\n")
     program = (

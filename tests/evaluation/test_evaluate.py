@@ -384,6 +384,7 @@ def test_inception_weights_that_are_absent_are_named(trained, generated, evaluat
     assert "--inception_weights absent.pth does not exist" in one_error_of(capsys)
 
 
+@pytest.mark.slow
 def test_classifiers_are_trained_once_and_go_on_where_they_were_stopped(
     trained, generated, evaluated, monkeypatch, capsys
 ):

@@ -46,6 +46,7 @@ def images(count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, 20, 20, 3), generator=generator, dtype=torch.uint8)
 
 
+@pytest.mark.slow
 def test_the_features_are_those_of_the_package(weights, monkeypatch):
     network = inception.load_network(inception.find_weights(str(weights)), CPU)
     counts: list[int] = []

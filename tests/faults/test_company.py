@@ -129,6 +129,7 @@ def with_clock(offset: float, work: Callable[[], int]) -> Callable[[], None]:
     return child
 
 
+@pytest.mark.slow
 def test_clocks_that_are_ten_years_off_change_nothing(world, trained, account, is_long):
     ten_years, folder = 10 * 365.25 * 86400, world / "latents_cache"
     for offset in (ten_years, -ten_years) if is_long else (-ten_years,):

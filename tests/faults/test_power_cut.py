@@ -145,6 +145,7 @@ def _encode(world: Path, folder: Path, tell: Tell) -> None:
         assert pipeline.preprocess(world, output_folder=folder / "latents_cache") == 0
 
 
+@pytest.mark.slow
 def test_a_power_cut_while_encoding(world, account, is_long):
     def end(folder: Path) -> tuple:
         return pipeline.stored_moments(folder / "latents_cache"), read_split(folder / "latents_cache")
