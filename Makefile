@@ -1,7 +1,7 @@
 # Each line that begins with "## " is printed by `make` alone.
 ## make demo      install, then preprocess, train and generate on the data in demo/ (CPU, about three minutes)
 ## make test      the tests that every change runs (two minutes on two idle cores)
-## make test-all  all tests: also the slow ones, and the long forms of the fault tests
+## make test-all  all tests, the slow ones too
 ## make check     lint and types
 ## make format    format the code, and mend what the linter can
 
@@ -10,7 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RUN := demo_run
 
-.PHONY: help demo test test-all check format bench audit clean
+.PHONY: help demo test test-all faults check format bench audit clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -25,6 +25,10 @@ test: $(VENV)/installed-dev
 
 test-all: $(VENV)/installed-dev
 	$(PY) -m pytest --all
+
+# The fault tests with many more cases, which takes about twenty minutes.
+faults: $(VENV)/installed-dev
+	$(PY) -m pytest -n 2 tests/faults --all --long
 
 check: $(VENV)/installed-dev
 	$(PY) -m ruff format --check .

@@ -18,8 +18,9 @@ NUM_PROCESSES = 2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds --all."""
-    parser.addoption("--all", action="store_true", help="run the slow tests too, and the long form of tests/faults")
+    """Adds --all and --long."""
+    parser.addoption("--all", action="store_true", help="run the slow tests too")
+    parser.addoption("--long", action="store_true", help="run the long form of tests/faults")
 
 
 @pytest.hookimpl(tryfirst=True)
