@@ -6,7 +6,7 @@ In this order: `read_settings`, `open_work` (which images, which VAE, what is mi
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -222,8 +222,16 @@ def _say_account(work: Work) -> None:
     for position, reason in work.bad:
         say(f"    {show_name(dataset.names[position])}: {reason}")
     say(f"time            {console.duration(seconds)}{pace}; peak memory {hardware.peak_memory(dataset.device)}")
-    on_disk = sum(path.stat().st_size for path in dataset.cache.shard_paths())
-    say(f"cache           {work.settings.output_folder} ({console.size(on_disk)})")
+    say(f"cache           {work.settings.output_folder} ({console.size(_bytes_on_disk(dataset.cache))})")
+
+
+def _bytes_on_disk(cache: LatentCache) -> int:
+    """Adds up the sizes of the shards; one that another process joins with others meanwhile is left out."""
+    num_bytes = 0
+    for path in cache.shard_paths():
+        with suppress(FileNotFoundError):
+            num_bytes += path.stat().st_size
+    return num_bytes
 
 
 def say_next(settings: PreprocessSettings) -> None:

@@ -162,7 +162,11 @@ def _read_settings(settings: Any) -> dict[str, Any]:
     specs = cli.specs(TrainSettings)
     for name, value in parsed.items():  # "8" is a number in a file of settings, and none for the network
         stored = settings[name]
-        if stored != (list(value) if isinstance(value, tuple) else value) and not specs[name].path:
+        if specs[name].path:  # which may differ from what was stored by its home folder, but is a text
+            is_same = all(isinstance(item, str | None) for item in (stored if isinstance(stored, list) else [stored]))
+        else:
+            is_same = stored == (list(value) if isinstance(value, tuple) else value)
+        if not is_same:
             raise ValueError(f"{name} in its settings is {stored!r:.100}")
     return settings
 

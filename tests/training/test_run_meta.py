@@ -117,6 +117,13 @@ def test_what_training_would_not_have_stored_is_refused_and_the_file_named(store
     assert stored == before
 
 
+@pytest.mark.parametrize("value", [1.5, True, 7])
+def test_a_stored_path_that_is_no_text_is_refused(stored, value):
+    settings = {**stored["settings"], "data_path": value}
+    with pytest.raises(UserError, match="data_path in its settings is"):
+        RunMeta.from_json({**stored, "settings": settings}, PATH)
+
+
 def test_every_fact_that_has_no_default_of_older_runs_is_needed(stored):
     optional = {"auto_steps", "compiled", "torch", "training"}
     for name in stored.keys() - optional:
