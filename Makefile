@@ -1,6 +1,6 @@
 # Each line that begins with "## " is printed by `make` alone.
 ## make demo      install, then preprocess, train and generate on the data in demo/ (CPU, about three minutes)
-## make test      the tests that every change runs (two minutes on two idle cores)
+## make test      the tests that every change runs (about two minutes on two idle cores)
 ## make test-all  all tests, the slow ones too
 ## make check     lint and types
 ## make format    format the code, and mend what the linter can
@@ -26,7 +26,7 @@ test: $(VENV)/installed-dev
 test-all: $(VENV)/installed-dev
 	$(PY) -m pytest --all
 
-# The fault tests with many more cases, which takes about twenty minutes.
+# The fault tests with many more cases: of a run of all tests with them, 23 minutes, they were most.
 faults: $(VENV)/installed-dev
 	$(PY) -m pytest -n 2 tests/faults --all --long
 
