@@ -10,7 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RUN := demo_run
 
-.PHONY: help demo test test-all faults check format bench audit clean
+.PHONY: help demo test test-all check format bench audit clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -26,9 +26,9 @@ test: $(VENV)/installed-dev
 test-all: $(VENV)/installed-dev
 	$(PY) -m pytest --all
 
-# The fault tests with many more cases: of a run of all tests with them, 23 minutes, they were most.
-faults: $(VENV)/installed-dev
-	$(PY) -m pytest -n 2 tests/faults --all --long
+# make test with the versions that users have: test-kaggle, test-colab, test-lowest, each in an environment of its own.
+test-%: .venv-%/installed
+	.venv-$*/bin/python -m pytest
 
 check: $(VENV)/installed-dev
 	$(PY) -m ruff format --check .
@@ -59,5 +59,10 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(PY) -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
 
+.venv-%/installed: constraints/%.txt requirements.txt requirements-dev.txt
+	python=$$(.ci/find_python $$(sed -n 's/^# Python //p' $<)) && $$python -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt -c $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(RUN)
+	rm -rf $(VENV) .venv-* $(RUN)

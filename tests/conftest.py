@@ -5,6 +5,7 @@ A whole run uses two processes where pytest-xdist is installed, and leaves the s
 
 import os
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts that tests start, too
@@ -17,10 +18,25 @@ torch.set_num_threads(1)
 NUM_PROCESSES = 2
 
 
+def is_pinned_set() -> bool:
+    """Says whether the packages are those of constraints.txt, whose warnings are known."""
+    lines = (Path(__file__).parents[1] / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    names = ("torch", "torchvision", "numpy", "pillow")
+    return all(metadata.version(name).partition("+")[0] == pins[name] for name in names)  # 2.14.1+cpu is 2.14.1
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes a warning an error in the pinned set; other versions warn of other things, and that is no defect of ours."""
+    if is_pinned_set():
+        config.addinivalue_line("filterwarnings", "error")
+        for line in list(config.getini("filterwarnings")[:-1]):
+            config.addinivalue_line("filterwarnings", line)  # the last line that fits counts
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds --all and --long."""
-    parser.addoption("--all", action="store_true", help="run the slow tests too")
-    parser.addoption("--long", action="store_true", help="run the long form of tests/faults")
+    """Adds --all."""
+    parser.addoption("--all", action="store_true", help="run the slow tests too, and tests/faults in its long form")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -16,8 +16,8 @@ def account(request: pytest.FixtureRequest) -> Account:
 
 @pytest.fixture
 def is_long(request: pytest.FixtureRequest) -> bool:
-    """Says whether the long form was asked for (--long)."""
-    return bool(request.config.getoption("--long"))
+    """Says whether the long form was asked for (--all)."""
+    return bool(request.config.getoption("--all"))
 
 
 @pytest.hookimpl(trylast=True)

@@ -579,7 +579,7 @@ def test_an_image_that_vanishes_from_a_lazy_run_ends_it_in_one_line(world, capsy
 
 def test_real_processes_killed_and_stopped_at_any_time_are_one_run(cached, is_long, account):
     if not is_long:
-        pytest.skip("starts real processes; --long does")
+        pytest.skip("starts real processes; --all does")
     num_steps, generator, ends = 1500, random.Random(5), []
     command = [sys.executable, "train_latent_cfg.py"]
     command += pipeline.train_flags(cached, train_num_steps=num_steps, save_and_sample_every=25, num_samples=0)
