@@ -145,7 +145,10 @@ def check_torchrun(words: list[str]) -> None:
 
 
 def check_make(words: list[str]) -> None:
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
+    assert "\ntest-%: .venv-%/installed\n" in makefile
+    targets += [f"test-{path.stem}" for path in (ROOT / "constraints").glob("*.txt")]
     assert words and set(words) <= set(targets), f"the Makefile has no {' '.join(words)}"
 
 

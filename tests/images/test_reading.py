@@ -131,7 +131,11 @@ def gradient() -> np.ndarray:
 )
 def test_colours_without_alpha_are_what_pillow_converts(kind, mode, options):
     data = encoded(smooth(20, 20).convert("RGB").convert(mode), kind, **options)
-    np.testing.assert_array_equal(decode(data, image_size=20), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    try:
+        converted = Image.open(io.BytesIO(data)).convert("RGB")
+    except OSError as error:  # as for YCbCr in a TIFF up to Pillow 11
+        pytest.skip(f"this Pillow cannot read what it has written: {error}")
+    np.testing.assert_array_equal(decode(data, image_size=20), np.asarray(converted))
     assert np.ptp(decode(data, image_size=20)) > 100
 
 
