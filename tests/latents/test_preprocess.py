@@ -294,7 +294,8 @@ def test_ctrl_c_keeps_what_is_encoded_and_the_same_command_goes_on(world, encode
         text=True,
     )
     assert process.stdout is not None and process.stderr is not None
-    assert "encode" in process.stderr.readline()  # a line of progress: the first image is encoded
+    while "encode" not in (line := process.stderr.readline()):  # a line of progress: the first image is encoded
+        assert "Warning" in line or line.startswith(" "), line  # of an old torch
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
