@@ -27,7 +27,7 @@ def is_pinned_set() -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes a warning an error in the pinned set; other versions warn of other things, and that is no defect of ours."""
+    """Makes a warning an error in the pinned set; other versions warn of other things, which is no defect of ours."""
     if is_pinned_set():
         config.addinivalue_line("filterwarnings", "error")
         for line in list(config.getini("filterwarnings")[:-1]):

@@ -31,6 +31,12 @@ def grey16(white: int = 65535) -> np.ndarray:
     return np.linspace(0, white, 400).round().astype(np.uint16).reshape(20, 20)
 
 
+def pgm16(pixels: np.ndarray) -> bytes:
+    """Returns a PGM of 16-bit greys, which Pillow writes from 11 on."""
+    height, width = pixels.shape
+    return f"P5\n{width} {height}\n65535\n".encode() + pixels.astype(">u2").tobytes()
+
+
 def tiff(
     pixels: np.ndarray, *, photometric: int, bits: int, sample_format: int = 1, order: str = "<", data: bytes = b""
 ) -> bytes:
@@ -76,7 +82,7 @@ SAMPLES = {
     "BMP": encoded(smooth(), "BMP"),
     "GIF": encoded(smooth(), "GIF"),
     "PPM": encoded(smooth(), "PPM"),
-    "16-bit PGM": encoded(Image.fromarray(grey16()), "PPM"),
+    "16-bit PGM": pgm16(grey16()),
     "TIFF": encoded(smooth(), "TIFF"),
     "deflated TIFF": encoded(smooth(), "TIFF", compression="tiff_adobe_deflate"),
     "WEBP": encoded(smooth(), "WEBP"),
