@@ -32,6 +32,7 @@ _KINDS = {
 }
 _PATHS = {"en": "path", "zh": "路径"}
 _SEVERAL = {"en": "one or more: {}", "zh": "一个或多个：{}"}
+_BY_NAME = {"en": "whole number, or words `NAME=NUMBER`", "zh": "整数，或若干个 `名称=数`"}
 _PAIRS = {"en": "two numbers", "zh": "两个数"}
 _OR = {"en": " or ", "zh": "或 "}
 _FREE_NOTES = {"en": "\\* may change when a run goes on.", "zh": "\\* 续训时可以更改。"}
@@ -221,6 +222,8 @@ def _takes(spec: Spec, language: str) -> str:
     if spec.choices:
         listed = ", ".join(f"`{choice}`" for choice in spec.choices)
         return _SEVERAL[language].format(listed) if spec.many else listed
+    if spec.by_name:
+        return _BY_NAME[language]
     if spec.pair:
         return _PAIRS[language]
     kind = _PATHS[language] if spec.path else _KINDS[language][spec.kind]

@@ -15,6 +15,7 @@ from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import Failed, UserError
 from gait_latents.diffusion.sampling import num_solver_steps
 from gait_latents.images import selection
+from gait_latents.images.changes import tell_changes_of_run
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import read_split
 from gait_latents.latents.manifest import Manifest, manifest_of_images
@@ -93,6 +94,8 @@ def _has_all_steps(plan: TrainingPlan) -> bool:
     own_split = None if plan.state is None or plan.origin is None else read_split(plan.origin)
     if plan.state is None or own_split is None or plan.state.step < num_steps(plan.settings, len(own_split.train)):
         return False
+    if Path(plan.settings.data_path).is_dir():
+        tell_changes_of_run(own_split, plan.settings.data_path)
     say(f"the run in {plan.origin} is finished ({plan.state.step:,} steps); a larger --train_num_steps goes further")
     return True
 

@@ -10,7 +10,7 @@ from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import Failed, UserError
 from gait_latents.common.layout import SPLIT_NAME
 from gait_latents.common.process import StopSignals
-from gait_latents.images import reading, selection
+from gait_latents.images import changes, reading, selection
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import Split, read_split
 from gait_latents.latents import filling, opening, vae_fit
@@ -98,10 +98,16 @@ def _run_split(plan: TrainingPlan, at_hand: bool) -> Split:
     Where the images are at hand, the content keys of the entries are computed from them, so that changes show.
     """
     own = None if plan.origin is None else read_split(plan.origin)
+    if own is not None and not at_hand:
+        return own
     if own is not None:
-        return selection.with_fresh_keys(own, plan.settings.data_path) if at_hand else own
+        fresh = selection.with_fresh_keys(own, plan.settings.data_path)
+        changes.tell_changes_of_run(own, plan.settings.data_path, fresh=fresh)
+        return fresh
     stored = read_split(plan.cache_folder)
     split = selection.choose_images(plan.settings, at_hand=at_hand, stored=stored, where=str(plan.cache_folder))
+    if at_hand and stored is not None and plan.manifest is not None:
+        changes.tell_changes_of_cache(stored, split, plan.settings.data_path, plan.cache_folder)
     if plan.settings.skip_bad_images and stored is not None:
         split = split.without(stored.skipped)
     return split
