@@ -412,7 +412,11 @@ def _node_words(name: str, node: "yaml.Node", path: str, may_map: bool) -> list[
     for item in node.value if isinstance(node, yaml.SequenceNode) else [node]:
         pairs = item.value if may_map and isinstance(item, yaml.MappingNode) else [(item,)]
         if not all(isinstance(part, yaml.ScalarNode) for pair in pairs for part in pair):
-            form = "a value, a list of values or lines of the form 'name: value'" if may_map else "a value or a list of values"
+            form = (
+                "a value, a list of values or lines of the form 'name: value'"
+                if may_map
+                else "a value or a list of values"
+            )
             raise UserError(f"{name} in {path} (line {node.start_mark.line + 1}) must be {form}")
         words += ["=".join(part.value for part in pair) for pair in pairs]
     return words

@@ -56,7 +56,9 @@ def list_made(folder: Path, class_name: str, suffix: str) -> list[str]:
     """
     ours = re.compile(re.escape(class_name) + r"_([0-9]{6,18})" + re.escape(suffix))
     found = {path.name: ours.fullmatch(path.name) for path in folder.glob(f"*{suffix}") if path.is_file()}
-    return sorted(name for name, match in found.items() if match and name == file_name(class_name, int(match[1]), suffix))
+    return sorted(
+        name for name, match in found.items() if match and name == file_name(class_name, int(match[1]), suffix)
+    )
 
 
 def list_missing(cells: Sequence[Cell]) -> list[Cell]:

@@ -300,7 +300,9 @@ def _choose_counts(settings: GenerateSettings, state: SavedState, chosen: Sequen
         _check_known(name, state.meta.classes, "images_per_class")
         if name not in chosen:
             raise UserError(f"--images_per_class names {name}, which --classes leaves out; leave it out here, too")
-    return counts_as_asked(chosen, named, cli.defaults(GenerateSettings)["images_per_class"] if others is None else others)
+    return counts_as_asked(
+        chosen, named, cli.defaults(GenerateSettings)["images_per_class"] if others is None else others
+    )
 
 
 def _training_images(state: SavedState) -> Counter[str]:

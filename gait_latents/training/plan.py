@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from gait_latents.images.split import read_split
 from gait_latents.latents.manifest import Manifest, manifest_of_images
 from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings, differences_on_resume
 from gait_latents.training import checkpoint, run_folder, trackers
+from gait_latents.training.beginning import Beginning, check_settings, read_beginning
 from gait_latents.training.run_folder import SavedState
 
 # Passes of a step are computed as one while an activation of the first level has no more values than this, which is
@@ -39,6 +40,7 @@ class TrainingPlan:
     state: SavedState | None
     manifest: Manifest | None
     newest_save: tuple[str, str] | None  # the newest state in the results folder, from `run_folder.newest_stamp`
+    beginning: Beginning | None  # the run whose weights a new run begins with; none for one that goes on
 
     @property
     def results(self) -> Path:
@@ -77,11 +79,27 @@ def _read_plan(argv: Sequence[str] | None, description: str | None) -> TrainingP
     folder = layers.settings.latents_cache_folder
     manifest = manifest_of_images(folder)
     layers.add(f"manifest of {folder}", {} if manifest is None else manifest.settings, only_about_cache=True)
+    beginning = read_beginning(typed.init_from) if state is None and typed.init_from is not None else None
+    layers.add("the run in --init_from", {} if beginning is None else beginning.inherited)
     resolved = layers.resolve()
-    _refuse_changes(stored, resolved.settings, origin)
-    trackers.choose(resolved.settings.trackers)  # before anything else is done
-    _refuse_impossible(resolved.settings)
-    return TrainingPlan(resolved.settings, resolved.sources, origin, state, manifest, newest_save)
+    settings = resolved.settings
+    if beginning is not None:
+        check_settings(beginning, settings)
+    if state is not None:
+        settings = replace(settings, init_from=_began_with(typed.init_from, stored.get("init_from"), origin))
+    _refuse_changes(stored, settings, origin)
+    trackers.choose(settings.trackers)  # before anything else is done
+    _refuse_impossible(settings)
+    return TrainingPlan(settings, resolved.sources, origin, state, manifest, newest_save, beginning)
+
+
+def _began_with(asked: str | None, stored: str | None, origin: Path | None) -> str | None:
+    """Returns what the run that goes on began with; says so where another beginning, or the same, is asked for."""
+    if asked is not None:
+        is_same = stored is not None and cli.absolute_path(asked) == stored
+        what = "was used when it began" if is_same else "is not used"
+        say(f"the run in {origin} goes on; --init_from {asked} {what}")
+    return stored
 
 
 def is_finished(plan: TrainingPlan, ranks: Ranks) -> bool:
@@ -170,7 +188,13 @@ def _facts(plan: TrainingPlan) -> dict[str, object]:
     }
     state = plan.state
     step, digest = ("none", "none") if state is None else (state.step, checkpoint.stamp(state.path)[:16])
-    return {"a run at step": step, "a saved state of the digest": digest, **settings}
+    first = "none" if plan.beginning is None else checkpoint.stamp(plan.beginning.state.path)[:16]
+    return {
+        "a run at step": step,
+        "a saved state of the digest": digest,
+        "a checkpoint for --init_from of the digest": first,
+        **settings,
+    }
 
 
 def pick_device(plan: TrainingPlan, ranks: Ranks) -> torch.device:

@@ -155,6 +155,9 @@ def _check_same_space(plan: TrainingPlan, chosen: ChosenSpace) -> None:
     if plan.state is not None:
         of_run, run = plan.state.meta.space, str(plan.origin)
         vae_fit.check_vae_of_run(chosen.space, of_run, vae_path=plan.settings.vae_path, run=run)
+    if plan.beginning is not None:
+        of_weights, place = plan.beginning.state.meta.space, plan.beginning.place
+        vae_fit.check_vae_of_weights(chosen.space, of_weights, vae_path=plan.settings.vae_path, place=place)
 
 
 def _check_same_data(plan: TrainingPlan, meta: RunMeta, split: Split, dataset: LatentDataset) -> None:
