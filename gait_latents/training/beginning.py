@@ -19,6 +19,7 @@ from gait_latents.common.console import say, warn
 from gait_latents.common.errors import UserError
 from gait_latents.diffusion.model import LatentDiffusion
 from gait_latents.images.folders import name_list
+from gait_latents.images.split import Split, read_split
 from gait_latents.settings import TrainSettings
 from gait_latents.training import checkpoint, run_folder
 from gait_latents.training.run_folder import SavedState
@@ -98,6 +99,22 @@ def check_settings(beginning: Beginning, settings: TrainSettings) -> None:
                 "leave --init_from out"
             )
         warn(f"{differs}: a timestep is then another amount of noise than its weights have learnt, and they learn anew")
+
+
+def warn_of_seen_tests(beginning: Beginning, split: Split) -> None:
+    """Warns when test images of the new run were training images of the other one, as far as its folder lists them."""
+    try:
+        other = read_split(beginning.state.path.parent)
+    except UserError as error:
+        warn(f"which images the run in --init_from {beginning.place} was trained on is not known: {error}")
+        return
+    seen = {entry.key for entry in other.train if entry.key} if other is not None else set()
+    count = sum(entry.key in seen for entry in split.test)
+    if count:
+        warn(
+            f"{count:,} of {len(split.test):,} test images were training images of the run in --init_from "
+            f"{beginning.place}; scores on them will look too good"
+        )
 
 
 def begin(beginning: Beginning, diffusion: LatentDiffusion, average: LatentDiffusion, classes: Sequence[str]) -> None:

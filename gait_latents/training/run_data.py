@@ -17,6 +17,7 @@ from gait_latents.latents import filling, opening, vae_fit
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.latents.vae_fit import ChosenSpace
+from gait_latents.training.beginning import warn_of_seen_tests
 from gait_latents.training.plan import TrainingPlan, plain_errors
 from gait_latents.training.run_meta import RunMeta
 
@@ -62,6 +63,8 @@ def _open(plan: TrainingPlan, device: torch.device, ranks: Ranks) -> Data:
     chosen = vae_fit.choose_space(settings, plan.sources, known, may_lack=goes_on)
     selection.warn_of_shared_content(split)
     _check_same_space(plan, chosen)
+    if plan.beginning is not None:
+        warn_of_seen_tests(plan.beginning, split)
     reason = files.why_not_writable(folder)
     if reason is not None:
         say(f"cannot write to {folder} ({reason}); new latents stay in memory")

@@ -161,13 +161,27 @@ def test_a_checkpoint_says_where_its_run_began(other, trained, state):
     assert "began_from" not in state.meta.to_json()
 
 
+def test_test_images_that_the_other_run_was_trained_on_are_told(cached, trained, capsys):
+    start(cached, init_from=trained / "results")
+    assert "test images were training images" not in capsys.readouterr().err
+    start(cached, init_from=trained / "results", images_per_user=3)  # two more of each class are for testing
+    told = f"warning: 6 of 15 test images were training images of the run in --init_from {trained / 'results'}; scores"
+    assert told in capsys.readouterr().err
+    base = shutil.copytree(trained / "results", cached / "base")
+    (base / "split.json").write_text("{}")
+    start(cached, init_from=base, images_per_user=3)
+    told = f"warning: which images the run in --init_from {base} was trained on is not known: {base}/split.json is"
+    assert told in capsys.readouterr().err
+
+
 # --- which settings ----------------------------------------------------------------------------------------
 
-SIZES: dict[str, object] = dict.fromkeys(("dim", "dim_mults", "attn_heads", "attn_dim_head", "image_size", "vae_path"))
+SIZES = ("dim", "dim_mults", "attn_heads", "attn_dim_head", "image_size", "vae_path")
 
 
 def test_what_decides_what_weights_mean_is_taken_from_the_other_run_unless_given(trained, other, capsys):
-    plan = plan_of(other, init_from=trained / "results", **SIZES, train_lr=0.01, latents_cache_folder=other / "none")
+    changes = {**dict.fromkeys(SIZES), "train_lr": 0.01, "latents_cache_folder": other / "none"}
+    plan = plan_of(other, init_from=trained / "results", **changes)
     found = plan.settings
     assert (found.dim, found.dim_mults, found.attn_heads, found.attn_dim_head, found.image_size) == (8, (1,), 2, 8, 16)
     assert (found.vae_path, found.train_lr, found.latent_norm_images) == (str(trained / "vae.pt"), 0.01, 6)
