@@ -3,13 +3,13 @@
 Only names are compared, which takes one listing of the folder, and content keys where they are at hand anyway.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from gait_latents.common.console import say, show_name
 from gait_latents.common.errors import UserError
 from gait_latents.images.folders import list_images, name_list
-from gait_latents.images.split import Split
+from gait_latents.images.split import Entry, Split
 
 _MOST_LISTED = 5  # names of classes in a line
 
@@ -27,7 +27,8 @@ def tell_changes_of_run(split: Split, data_path: str, *, fresh: Split | None = N
     except (UserError, OSError) as error:
         say(f"the images of this run were not compared with what is in its folder now: {error}")
         return
-    found = describe_changes(split, index, who="this run", num_edited=0 if fresh is None else _num_edited(split, fresh))
+    edited = 0 if fresh is None else _num_edited(split.test, fresh)  # an edited training image ends the run
+    found = describe_changes(split, index, who="this run", edited=_count(edited, "test image"))
     if found:
         say(
             f"{show_name(data_path)} {found}; the split of a run is fixed when it begins, and another "
@@ -46,13 +47,16 @@ def tell_changes_of_cache(stored: Split, drawn: Split, data_path: str, cache: Pa
     """
     is_same_rule = stored.rule["num_users"] == drawn.rule["num_users"]
     who = f"the split in {show_name(cache)}"
-    found = describe_changes(stored, drawn.index(), who=who, only_common=not is_same_rule)
+    edited = _num_edited([*stored.train, *stored.test, *stored.gap], drawn)
+    found = describe_changes(
+        stored, drawn.index(), who=who, only_common=not is_same_rule, edited=_count(edited, "image")
+    )
     if found:
         say(f"{show_name(data_path)} {found}; the split is drawn anew from what is there now")
 
 
 def describe_changes(
-    split: Split, index: Mapping[str, Sequence[str]], *, who: str, only_common: bool = False, num_edited: int = 0
+    split: Split, index: Mapping[str, Sequence[str]], *, who: str, only_common: bool = False, edited: str = ""
 ) -> str | None:
     """Says how the images of a folder differ from those that a split was drawn from; None where they do not.
 
@@ -61,7 +65,7 @@ def describe_changes(
         index: class -> file names in the folder, as `list_images` returns them.
         who: whose split this is, such as "this run".
         only_common: compare the images of those classes only that both have.
-        num_edited: how many of the test images have another content than then.
+        edited: how many images of the split have another content now, in words.
     """
     then, limit = split.index(), split.rule["num_users"]
     now = {name: names for name, names in index.items() if names}
@@ -76,7 +80,7 @@ def describe_changes(
         for verb, relation, what in (
             ("has", f"that {who} does not know", _list(came, new)),
             ("lacks", f"that {who} knows", _list(went, gone)),
-            ("has", "edited since then", f"{num_edited:,} test {_plural(num_edited, 'image')}" if num_edited else ""),
+            ("has", "edited since then", edited),
         )
         if what
     ]
@@ -86,15 +90,17 @@ def describe_changes(
 def _list(counts: Mapping[str, int], classes: Sequence[str]) -> str:
     """Names images by their number and classes by their names."""
     total, owners = sum(counts.values()), [name for name, count in counts.items() if count]
-    texts = [f"{total:,} {_plural(total, 'image')} of {name_list(owners, _MOST_LISTED)}"] if total else []
+    texts = [f"{_count(total, 'image')} of {name_list(owners, _MOST_LISTED)}"] if total else []
     texts += [f"the class{'es' * (len(classes) > 1)} {name_list(classes, _MOST_LISTED)}"] if classes else []
     return " and ".join(texts)
 
 
-def _plural(count: int, word: str) -> str:
-    return word if count == 1 else f"{word}s"
+def _count(number: int, word: str) -> str:
+    """Returns such as "1 image" and "2 images"; nothing for none."""
+    return f"{number:,} {word}{'s' * (number > 1)}" if number else ""
 
 
-def _num_edited(split: Split, fresh: Split) -> int:
-    """Counts the test images whose content is another; one of the training images does not let the run go on."""
-    return sum(bool(then.key) and then.key != now.key for then, now in zip(split.test, fresh.test, strict=True))
+def _num_edited(entries: Iterable[Entry], now: Split) -> int:
+    """Counts the images of which a split knows another content key, where both are known."""
+    keys = now.keys()
+    return sum(bool(e.key) and keys.get((e.class_name, e.name), e.key) != e.key for e in entries)

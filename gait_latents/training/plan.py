@@ -96,8 +96,8 @@ def _read_plan(argv: Sequence[str] | None, description: str | None) -> TrainingP
 def _began_with(asked: str | None, stored: str | None, origin: Path | None) -> str | None:
     """Returns what the run that goes on began with; says so where another beginning, or the same, is asked for."""
     if asked is not None:
-        is_same = stored is not None and cli.absolute_path(asked) == stored
-        what = "was used when it began" if is_same else "is not used"
+        is_same = str(Path(asked).absolute()) == stored  # it need not exist any more
+        what = "was used when it began" if is_same else "is for a new run, with another --results_folder"
         say(f"the run in {origin} goes on; --init_from {asked} {what}")
     return stored
 

@@ -100,5 +100,9 @@ def test_the_split_of_a_cache_is_compared_with_the_one_drawn_now(tmp_path, monke
     stored = split_of(THEN, images_per_user=1, num_users="all")
     tell_changes_of_cache(stored, split_of(now, images_per_user=1, num_users=num_users), "images", tmp_path / "cache")
     tell_changes_of_cache(stored, stored, "images", tmp_path / "cache")
+    hashed = stored.with_keys({("a", "1"): "1" * 64, ("b", "1"): "2" * 64})
+    edited = stored.with_keys({("a", "1"): "1" * 64, ("b", "1"): "3" * 64, ("b", "2"): "4" * 64})
+    tell_changes_of_cache(hashed, edited, "images", tmp_path / "cache")
     said = capsys.readouterr().out.replace(f"{tmp_path}/", "")
-    assert said == f"images {told} from what is there now\n"
+    lines = [f"images {told} from what is there now", "images has 1 image edited since then; the split is drawn anew"]
+    assert said == f"{lines[0]}\n{lines[1]} from what is there now\n"

@@ -58,13 +58,13 @@ def shard(root: Path) -> Path:
 def test_a_folder_that_has_changed_since_its_split_is_told(cached, capsys):
     assert preprocess(cached) == 0
     assert "the split is drawn anew" not in capsys.readouterr().out
-    tiny.make_images(cached / "data", {"ID_1": 9, "ID_3": 8}, seed=2)
+    tiny.make_images(cached / "data", {"ID_1": 9, "ID_3": 8}, seed=2)  # eight of ID_1 are other pictures now
     (cached / "data" / "ID_10" / "walk_0.jpg").unlink()
     assert preprocess(cached) == 0
     who = f"the split in {cached / 'latents_cache'}"
     told = (
         f"{cached / 'data'} has 1 image of ID_1 and the class ID_3 that {who} does not know, and lacks 1 image of "
-        f"ID_10 that {who} knows; the split is drawn anew from what is there now\n"
+        f"ID_10 that {who} knows, and has 8 images edited since then; the split is drawn anew from what is there now\n"
     )
     assert told in capsys.readouterr().out
     assert preprocess(cached) == 0

@@ -323,7 +323,7 @@ def test_a_run_that_goes_on_keeps_its_beginning_and_says_so(other, trained, caps
     told = f"the run in {other / 'results'} goes on; --init_from "
     for place, line in (
         (base, f"{told}{base} was used when it began\n"),
-        (other / "else", f"{told}{other / 'else'} is not used\n"),
+        (other / "else", f"{told}{other / 'else'} is for a new run, with another --results_folder\n"),
         (None, ""),
     ):
         capsys.readouterr()
@@ -337,6 +337,7 @@ def test_a_run_that_began_with_new_weights_stays_one(cached, trained, capsys):
     shutil.copytree(trained / "results", cached / "results")
     plan = plan_of(cached, init_from=trained / "results", train_num_steps=STEPS + 1)
     assert plan.settings.init_from is None and plan.beginning is None
-    assert f"goes on; --init_from {trained / 'results'} is not used\n" in capsys.readouterr().out
+    told = f"goes on; --init_from {trained / 'results'} is for a new run, with another --results_folder\n"
+    assert told in capsys.readouterr().out
     plan = plan_of(cached, init_from="nowhere", resume_from=trained / "results", results_folder=cached / "new")
     assert plan.state is not None and plan.beginning is None
