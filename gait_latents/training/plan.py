@@ -86,7 +86,8 @@ def _read_plan(argv: Sequence[str] | None, description: str | None) -> TrainingP
     if beginning is not None:
         check_settings(beginning, settings)
     if state is not None:
-        settings = replace(settings, init_from=_began_with(typed.init_from, stored.get("init_from"), origin))
+        began = cli.stored_layer(TrainSettings, f"run {origin}", stored).values.get("init_from")
+        settings = replace(settings, init_from=_began_with(typed.init_from, began, origin))
     _refuse_changes(stored, settings, origin)
     trackers.choose(settings.trackers)  # before anything else is done
     _refuse_impossible(settings)
