@@ -32,6 +32,7 @@ _KINDS = {
 }
 _PATHS = {"en": "path", "zh": "路径"}
 _SEVERAL = {"en": "one or more: {}", "zh": "一个或多个：{}"}
+_BY_NAME = {"en": "whole number, or words `NAME=NUMBER`", "zh": "整数，或若干个 `名称=数`"}
 _PAIRS = {"en": "two numbers", "zh": "两个数"}
 _OR = {"en": " or ", "zh": "或 "}
 _FREE_NOTES = {"en": "\\* may change when a run goes on.", "zh": "\\* 续训时可以更改。"}
@@ -103,6 +104,9 @@ HELP_ZH = {
     "run folder or checkpoint file to go on from, when results_folder is empty; may be read-only": (
         "results_folder 为空时，从这个训练文件夹或检查点文件继续；可以是只读的"
     ),
+    "run folder or checkpoint file whose weights a new run begins with; its classes may be others": (
+        "新的训练从这个训练文件夹或检查点文件的权重开始；两者的类别可以不同"
+    ),
     "moments: per-channel shift and scale measured on training images; scale_factor: the VAE's own constant": (
         "moments：在训练图像上逐通道测得的平移与缩放；scale_factor：VAE 自带的常数"
     ),
@@ -153,7 +157,12 @@ HELP_ZH = {
     ),
     "run folder, or one checkpoint file in it": "训练文件夹，或其中的一个检查点文件",
     "class names, or all": "类别名，或 all",
-    "images per class": "每个类别生成的图像数",
+    "images per class; ID_3=100 ID_4=20 50 is 100 of ID_3, 20 of ID_4 and 50 of each other class": (
+        "每个类别生成的图像数；ID_3=100 ID_4=20 50 表示 ID_3 生成 100 张，ID_4 生成 20 张，其余类别各 50 张"
+    ),
+    "as many images of each class as make this number together with its training images": (
+        "每个类别生成的图像数，使其与该类别的训练图像合计达到这个数"
+    ),
     "the VAE that decodes; none takes the run's own": "用于解码的 VAE；none 表示用训练时的那个",
     "where the images go": "存放生成图像的文件夹",
     "auto is the format of the training images": "auto 表示与训练图像的格式相同",
@@ -221,6 +230,8 @@ def _takes(spec: Spec, language: str) -> str:
     if spec.choices:
         listed = ", ".join(f"`{choice}`" for choice in spec.choices)
         return _SEVERAL[language].format(listed) if spec.many else listed
+    if spec.by_name:
+        return _BY_NAME[language]
     if spec.pair:
         return _PAIRS[language]
     kind = _PATHS[language] if spec.path else _KINDS[language][spec.kind]

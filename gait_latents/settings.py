@@ -248,6 +248,14 @@ class TrainSettings(SamplingSettings, ImageSettings):
         path=True,
         free=True,
     )
+    init_from: str | None = setting(
+        None,
+        str,
+        SAVING,
+        "run folder or checkpoint file whose weights a new run begins with; its classes may be others",
+        words=("none",),
+        path=True,
+    )
     latent_norm: str = setting(
         "moments",
         str,
@@ -372,7 +380,25 @@ class GenerateSettings(SamplingSettings):
 
     checkpoint: str = setting("./results", str, OUTPUT, "run folder, or one checkpoint file in it", path=True)
     classes: tuple[str, ...] = setting(("all",), str, OUTPUT, "class names, or all", many=True)
-    images_per_class: int = setting(50, int, OUTPUT, "images per class", low=1, unit="images")
+    images_per_class: int | tuple[int | str, ...] = setting(
+        50,
+        int,
+        OUTPUT,
+        "images per class; ID_3=100 ID_4=20 50 is 100 of ID_3, 20 of ID_4 and 50 of each other class",
+        low=1,
+        unit="images",
+        many=True,
+        by_name=True,
+    )
+    fill_up_to: int | None = setting(
+        None,
+        int,
+        OUTPUT,
+        "as many images of each class as make this number together with its training images",
+        low=1,
+        words=("none",),
+        unit="images",
+    )
     vae_path: str | None = setting(
         None, str, CACHE, "the VAE that decodes; none takes the run's own", words=("none",), path=True
     )

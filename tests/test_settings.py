@@ -166,6 +166,7 @@ def test_a_wrong_flag_is_told_in_one_line(argv, message):
         ("? [dim]\n: 8\n", "--config {path} must hold lines of the form 'name: value'"),
         ("[" * 2000, "--config {path} is not valid YAML"),
         ("dim: [8\n", "--config {path} is not valid YAML"),
+        ("images_per_class: {a: {b: 1}}\n", "images_per_class in {path} (line 1) must be a value, a list of values or"),
         ("images_per_class: zero\n", "images_per_class is 'zero' in {path}; it takes a whole number"),
     ],
 )
@@ -292,6 +293,66 @@ def test_a_list_is_separated_by_spaces_or_commas(cls, name, words, value, tmp_pa
     path = tmp_path / "run.yaml"
     path.write_text(f"{name}: {','.join(words)}\n")
     assert getattr(read(cls, "--config", str(path)).settings, name) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "value", "counts"),
+    [
+        (["50"], 50, ({}, 50)),
+        (["1,000"], 1000, ({}, 1000)),
+        (["ID_3=100", "ID_4=20", "50"], ("ID_3=100", "ID_4=20", 50), ({"ID_3": 100, "ID_4": 20}, 50)),
+        (["50", "ID_3=100"], (50, "ID_3=100"), ({"ID_3": 100}, 50)),
+        (["ID_3=100"], ("ID_3=100",), ({"ID_3": 100}, None)),
+        (["a=1,b=2", "3"], ("a=1", "b=2", 3), ({"a": 1, "b": 2}, 3)),
+        (["a=1,000"], ("a=1000",), ({"a": 1000}, None)),
+        (["Doe, Jane=5"], ("Doe, Jane=5",), ({"Doe, Jane": 5}, None)),
+        (["x=y=5"], ("x=y=5",), ({"x=y": 5}, None)),
+    ],
+)
+def test_a_number_may_differ_by_name(words, value, counts, tmp_path):
+    settings = read(GenerateSettings, "--images_per_class", *words).settings
+    assert settings.images_per_class == value and cli.counts_by_name(value) == counts
+    assert cli.parse("n", cli.to_words(value), cli.specs(GenerateSettings)["images_per_class"], "a test") == value
+    path = tmp_path / "settings.yaml"
+    path.write_text(cli.to_yaml(settings))
+    assert read(GenerateSettings, "--config", str(path)).settings.images_per_class == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("50", 50),
+        ("{ID_3: 100, 4: 20}", ("ID_3=100", "4=20")),
+        ("\n  ID_3: 100\n  ID_4: 20", ("ID_3=100", "ID_4=20")),
+        ("[ID_3: 100, ID_4: 20, 50]", ("ID_3=100", "ID_4=20", 50)),
+        ("[ID_3=100, ID_4=20, 50]", ("ID_3=100", "ID_4=20", 50)),
+        ("\n- ID_3: 100\n- 50", ("ID_3=100", 50)),
+    ],
+)
+def test_in_a_file_numbers_by_name_are_a_mapping_or_a_list(text, value, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"images_per_class: {text}\n")
+    assert read(GenerateSettings, "--config", str(path)).settings.images_per_class == value
+    assert read(TrainSettings, "--config", str(path)).settings == read(TrainSettings).settings
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ID_3"], "is 'ID_3' in --images_per_class; it takes a whole number, or words of the form NAME=NUMBER"),
+        (["ID_3=x"], "of ID_3 is 'x' in --images_per_class; it takes a whole number, or words"),
+        (["ID_3="], "of ID_3 is '' in --images_per_class; it takes a whole number, or words"),
+        (["ID_3=0"], "of ID_3 is 0 in --images_per_class; the smallest allowed is 1"),
+        (["=3"], "is '=3' in --images_per_class; a name stands before the ="),
+        (["a=1", "2", "a=3"], "in --images_per_class names a 2 times"),
+        (["1", "a=2", "3"], "is 1 a=2 3 in --images_per_class; one number alone is for all other names"),
+        ([], "in --images_per_class needs at least one value"),
+    ],
+)
+def test_a_wrong_number_by_name_is_told_in_one_line(words, message):
+    with pytest.raises(UserError) as error:
+        read(GenerateSettings, "--images_per_class", *words)
+    assert str(error.value).startswith(f"images_per_class {message}")
 
 
 def test_a_comma_in_a_name_separates_nothing():

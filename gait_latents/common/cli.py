@@ -14,7 +14,7 @@ import re
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -44,6 +44,7 @@ class Spec:
     many: bool = False  # a list, as separate words on the command line
     needed: bool = True  # where it is a list: it must not be empty
     pair: bool = False  # it is a list of two numbers, the first no larger than the second
+    by_name: bool = False  # numbers as words NAME=NUMBER; a number alone, at most one, is for all other names
     path: bool = False  # it names a file or folder
     free: bool = False  # it may change when a run is resumed
     about_cache: bool = False  # the manifest of the cache supplies the default of scripts that read that cache
@@ -106,6 +107,8 @@ def parse(name: str, texts: Sequence[str], spec: Spec, where: str) -> Any:
         texts = [item for text in texts for item in _split_list(text, spec)]
         if not texts and spec.needed:
             raise UserError(f"{name} in {where} needs at least one value")
+        if spec.by_name:
+            return _parse_by_name(name, texts, spec, where)
         values = tuple(_parse_word(name, text, spec, where) for text in texts)
         if spec.pair and (len(values) != 2 or values[0] > values[1]):
             raise UserError(f"{name} is {' '.join(texts)} in {where}; it takes two numbers, the smaller one first")
@@ -117,8 +120,43 @@ def parse(name: str, texts: Sequence[str], spec: Spec, where: str) -> Any:
 
 def _split_list(text: str, spec: Spec) -> list[str]:
     """Splits a word such as 1,2,4 of a list of numbers or choices; a text may hold commas of its own."""
+    if spec.by_name and "=" in text:  # a name may hold commas, too
+        pieces = text.split(",")
+        is_list = all(re.fullmatch(r"(.+=)?[0-9]+", piece.strip()) for piece in pieces)
+        return pieces if is_list and not _THOUSANDS.fullmatch(text.rpartition("=")[2].strip()) else [text]
     is_number = spec.kind is not str and not _THOUSANDS.fullmatch(text.strip())
     return text.split(",") if is_number or spec.choices else [text]
+
+
+def _parse_by_name(name: str, texts: Sequence[str], spec: Spec, where: str) -> Any:
+    """Reads words such as ID_3=100 and 50: to ("ID_3=100", 50), or to 50 where that is all."""
+    values: list[Any] = []
+    owners: Counter[str] = Counter()
+    for text in texts:
+        owner, equals, word = (part.strip() for part in text.rpartition("="))
+        if equals and not owner:
+            raise UserError(f"{name} is {text!r} in {where}; a name stands before the =")
+        value = _parse_word(f"{name} of {owner}" if owner else name, word, spec, where)
+        owners[owner] += 1
+        values.append(f"{owner}={value}" if owner else value)
+    if owners[""] > 1:
+        raise UserError(f"{name} is {' '.join(texts)} in {where}; one number alone is for all other names")
+    twice = [owner for owner, count in owners.items() if count > 1]
+    if twice:
+        raise UserError(f"{name} in {where} names {twice[0]} {owners[twice[0]]} times")
+    return values[0] if len(values) == owners[""] else tuple(values)
+
+
+def counts_by_name(value: int | tuple[int | str, ...]) -> tuple[dict[str, int], int | None]:
+    """Takes the value of a setting of whole numbers apart that may differ by name.
+
+    Returns:
+        The number of each name that has one of its own, and that of all other names; None where none was given.
+    """
+    items = value if isinstance(value, tuple) else (value,)
+    pairs = (item.rpartition("=") for item in items if isinstance(item, str))
+    others = [item for item in items if isinstance(item, int)]
+    return {name: int(number) for name, _, number in pairs}, others[0] if others else None
 
 
 def _parse_word(name: str, text: str, spec: Spec, where: str) -> Any:
@@ -131,7 +169,9 @@ def _parse_word(name: str, text: str, spec: Spec, where: str) -> Any:
         return str(_SWITCH[word.lower()]).lower()
     value = _convert(word, spec.kind)
     if value is None or (spec.kind is str and not word):
-        wanted = " or ".join([_KIND_NAMES[spec.kind], *spec.words]) + (", or several as separate words" * spec.many)
+        wanted = " or ".join([_KIND_NAMES[spec.kind], *spec.words])
+        if spec.many:
+            wanted += ", or words of the form NAME=NUMBER" if spec.by_name else ", or several as separate words"
         raise UserError(f"{name} is {text!r} in {where}; it takes {wanted}")
     if spec.choices and value not in spec.choices:
         raise UserError(f"{name} is {text!r} in {where}; it is one of {', '.join(spec.choices)}")
@@ -325,7 +365,8 @@ def read_file(cls: type, path: str) -> Layer:
     """
     known = {name: spec for other in CATALOGUE.scripts.values() for name, spec in specs(other).items()}
     values = {}
-    for name, texts in _read_pairs(path):
+    named = {name for name, spec in known.items() if spec.by_name}
+    for name, texts in _read_pairs(path, named):
         if name in CATALOGUE.gone and texts == [CATALOGUE.gone[name][0]]:
             continue
         if name not in known:
@@ -336,7 +377,8 @@ def read_file(cls: type, path: str) -> Layer:
     return Layer(f"--config {path}", values)
 
 
-def _read_pairs(path: str) -> list[tuple[str, list[str]]]:
+def _read_pairs(path: str, named: Container[str]) -> list[tuple[str, list[str]]]:
+    """Returns (name, words) of each line; the settings in `named` may hold mappings, which give words NAME=NUMBER."""
     yaml = _yaml()
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
@@ -348,7 +390,7 @@ def _read_pairs(path: str) -> list[tuple[str, list[str]]]:
         return []
     if not isinstance(root, yaml.MappingNode) or not all(isinstance(key, yaml.ScalarNode) for key, _ in root.value):
         raise UserError(f"--config {path} must hold lines of the form 'name: value'")
-    pairs = [(key.value, _node_words(key.value, node, path)) for key, node in root.value]
+    pairs = [(key.value, _node_words(key.value, node, path, key.value in named)) for key, node in root.value]
     for name, count in Counter(name for name, _ in pairs).items():
         if count > 1:
             raise UserError(f"{name} stands {count} times in {path}")
@@ -364,12 +406,20 @@ def _yaml() -> Any:
     return yaml
 
 
-def _node_words(name: str, node: "yaml.Node", path: str) -> list[str]:
+def _node_words(name: str, node: "yaml.Node", path: str, may_map: bool) -> list[str]:
     yaml = _yaml()
-    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    if not all(isinstance(item, yaml.ScalarNode) for item in items):
-        raise UserError(f"{name} in {path} (line {node.start_mark.line + 1}) must be a value or a list of values")
-    return [item.value for item in items]
+    words = []
+    for item in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+        pairs = item.value if may_map and isinstance(item, yaml.MappingNode) else [(item,)]
+        if not all(isinstance(part, yaml.ScalarNode) for pair in pairs for part in pair):
+            form = (
+                "a value, a list of values or lines of the form 'name: value'"
+                if may_map
+                else "a value or a list of values"
+            )
+            raise UserError(f"{name} in {path} (line {node.start_mark.line + 1}) must be {form}")
+        words += ["=".join(part.value for part in pair) for pair in pairs]
+    return words
 
 
 def _unknown_message(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -443,7 +493,8 @@ def can_resume(cls: type) -> bool:
 def metavar(spec: Spec) -> str:
     """Names what a setting takes, such as STEPS|auto or cosine|linear."""
     kind = spec.unit.upper() or ("PATH" if spec.path else _METAVARS[spec.kind])
-    return "|".join(spec.choices or (kind, *spec.words))
+    named = (f"NAME={kind}",) if spec.by_name else ()
+    return "|".join(spec.choices or (kind, *named, *spec.words))
 
 
 _METAVARS = {int: "INT", float: "NUMBER", bool: "true|false", str: "TEXT"}
@@ -475,6 +526,11 @@ def absolute_path(text: str) -> str:
 def to_yaml(settings: Any) -> str:
     """Returns the settings as a YAML text that is itself a valid --config file."""
     return _yaml().safe_dump(to_dict(settings), sort_keys=False, default_flow_style=None, allow_unicode=True)
+
+
+def is_flag(sources: Mapping[str, str], name: str) -> bool:
+    """Says whether the user typed this setting, rather than gave it in a file."""
+    return sources[name] == _FLAG
 
 
 def is_explicit(sources: Mapping[str, str], name: str) -> bool:

@@ -18,21 +18,26 @@ class EMA(Generic[Model]):
         model: the model to average.
         decay: the largest decay.
         update_every: steps between updates.
+
+    Attributes:
+        copied_steps: for so many steps the average is a copy of the model, since early weights are soon worthless; 0
+            where model and average begin with trained weights.
     """
 
-    WARMUP_STEPS = 100  # in which the average is a copy of the model: early weights are soon worthless
+    WARMUP_STEPS = 100
 
     def __init__(self, model: Model, *, decay: float, update_every: int):
         """Starts from a copy of the model, in eval mode and without gradients."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.update_every = update_every
+        self.copied_steps = self.WARMUP_STEPS
 
     def decay_at(self, step: int) -> float:
-        """Returns the decay of this step: 0 for the first WARMUP_STEPS, then rising to `self.decay`."""
-        if step < self.WARMUP_STEPS:
+        """Returns the decay of this step: 0 for the first `copied_steps`, then rising to `self.decay`."""
+        if step < self.copied_steps:
             return 0.0
-        return min(self.decay, 1.0 - (1 + step - self.WARMUP_STEPS) ** (-2 / 3))
+        return min(self.decay, 1.0 - (1 + step - self.copied_steps) ** (-2 / 3))
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

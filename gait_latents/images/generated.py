@@ -4,6 +4,7 @@ The record, settings.json, says how the images were made; `training/generation.p
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,23 @@ class Cell:
     class_name: str
     index: int
     path: Path
+
+
+def file_name(class_name: str, index: int, suffix: str) -> str:
+    """Names the file of image number `index` of a class."""
+    return f"{class_name}_{index:06d}{suffix}"
+
+
+def list_made(folder: Path, class_name: str, suffix: str) -> list[str]:
+    """Lists the files in the folder of a class that have names as `file_name` gives them; strange files are left out.
+
+    The folder need not exist.
+    """
+    ours = re.compile(re.escape(class_name) + r"_([0-9]{6,18})" + re.escape(suffix))
+    found = {path.name: ours.fullmatch(path.name) for path in folder.glob(f"*{suffix}") if path.is_file()}
+    return sorted(
+        name for name, match in found.items() if match and name == file_name(class_name, int(match[1]), suffix)
+    )
 
 
 def list_missing(cells: Sequence[Cell]) -> list[Cell]:

@@ -18,8 +18,8 @@ from gait_latents.common.distributed import Ranks
 from gait_latents.common.errors import DONE, FAILED, Failed, UserError
 from gait_latents.common.layout import PREVIEW_NAME, SPLIT_NAME
 from gait_latents.common.process import StopSignals
-from gait_latents.images import reading, selection
-from gait_latents.images.split import Entry, Split
+from gait_latents.images import changes, reading, selection
+from gait_latents.images.split import Entry, Split, read_split
 from gait_latents.latents import filling, opening, vae_fit
 from gait_latents.latents import shard as shard_file
 from gait_latents.latents.cache import LatentCache
@@ -133,6 +133,8 @@ def _open(settings: PreprocessSettings, sources: dict[str, str], device: torch.d
     if not selection.images_at_hand(settings, sources, may_lack=False):
         raise UserError(selection.no_images_message(settings.data_path))
     split = selection.choose_images(settings, at_hand=True, stored=None, where=str(folder))
+    if manifest is not None:
+        _tell_changes(split, settings)
     selection.warn_of_shared_content(split)
     chosen = vae_fit.choose_space(settings, sources, manifest and vae_fit.space_of_manifest(manifest), may_lack=False)
     cache = LatentCache(folder, chosen.space, writable=True)
@@ -164,6 +166,18 @@ def _open(settings: PreprocessSettings, sources: dict[str, str], device: torch.d
         remedy="give another --output_folder",
     )
     return Work(settings, split, entries, chosen, dataset, missing)
+
+
+def _tell_changes(split: Split, settings: PreprocessSettings) -> None:
+    """Says how the image folder differs from the one that the split in the cache was drawn from."""
+    folder = Path(settings.output_folder)
+    try:
+        stored = read_split(folder)
+    except UserError as error:
+        say(f"the images were not compared with those of earlier, and their split is written again: {error}")
+        return
+    if stored is not None:
+        changes.tell_changes_of_cache(stored, split, settings.data_path, folder)
 
 
 def _fill(dataset: LatentDataset, num_missing: int, ranks: Ranks) -> list[tuple[int, str]]:

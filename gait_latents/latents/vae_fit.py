@@ -7,6 +7,7 @@ latents from elsewhere asks here:
 - `choose_space`: which space do the settings mean, with a VAE or without one?
 - `check_vae_of_cache`: would this VAE encode what a cache lacks like the latents that are there?
 - `check_vae_of_run`: are the latents of the settings those that a run which goes on was started with?
+- `check_vae_of_weights`: do the weights that a new run begins with know latents of this VAE?
 - `check_vae_of_model`: can this VAE decode what a trained model samples?
 """
 
@@ -134,6 +135,24 @@ def check_vae_of_run(chosen: Space, of_run: Space, *, vae_path: str, run: str) -
             f"--vae_path {vae_path} makes other latents than the run in {run} was started with "
             f"({_differences(chosen, of_run)}); give the VAE of that run, or start another run with another "
             "--results_folder"
+        )
+
+
+def check_vae_of_weights(chosen: Space, of_weights: Space, *, vae_path: str, place: str) -> None:
+    """Raises UserError unless weights know such latents as a new run is to be trained on.
+
+    How images are read may differ: that makes other latents of an image, but not another kind.
+
+    Args:
+        chosen: the space that `choose_space` gave.
+        of_weights: the space of the latents that the weights were trained on.
+        vae_path: the VAE of the settings, for the message.
+        place: where the weights come from, for the message.
+    """
+    if any(chosen.spec[name] != of_weights.spec[name] for name in ("vae", "image_size", "moments_shape")):
+        raise UserError(
+            f"--vae_path {vae_path} makes other latents than those that the run in --init_from {place} was trained on "
+            f"({_differences(chosen, of_weights)}); give the VAE of that run, or leave --init_from out"
         )
 
 

@@ -5,7 +5,9 @@ import difflib
 import io
 import json
 import shlex
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from gait_latents.common import cli, console, files, hardware, pictures
 from gait_latents.common.console import Progress, say
 from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import DONE, UserError
-from gait_latents.common.layout import LABELS_NAME, OVERVIEW_NAME, RECORD_NAME, STRIP_NAME
+from gait_latents.common.layout import LABELS_NAME, OVERVIEW_NAME, RECORD_NAME, SPLIT_NAME, STRIP_NAME
 from gait_latents.common.process import StopSignals
 from gait_latents.diffusion.sampling import BATCH_SIZE
 from gait_latents.images import folders, selection
-from gait_latents.images.generated import Cell, list_missing, read_made, read_record
+from gait_latents.images.counts import counts_as_asked, counts_to_fill, describe_counts
+from gait_latents.images.generated import Cell, file_name, list_made, list_missing, read_made, read_record
+from gait_latents.images.split import read_split
 from gait_latents.images.write_behind import WriteBehind
 from gait_latents.settings import GenerateSettings
 from gait_latents.training import run_folder
@@ -39,7 +43,7 @@ def open_generator(argv: Sequence[str] | None, description: str | None = None, r
         layers = cli.Layers(GenerateSettings, argv, description=description)
         state = run_folder.read_averages(Path(layers.settings.checkpoint))
         layers.add(f"run {state.path.parent}", state.meta.chosen_settings(*FROM_RUN))
-        settings: GenerateSettings = layers.resolve().settings
+        settings = _one_number(layers.resolve())
         selection.refuse_to_be_a_class(Path(settings.output_folder), state.meta.settings.get("data_path"))
         device = hardware.pick_device(ranks.device_name(settings.device))
         ranks.say_unused(settings.device, "generate.py")
@@ -56,6 +60,7 @@ class Generator(TrainedModel):
         self, settings: GenerateSettings, state: SavedState, device: torch.device, ranks: Ranks = ALONE
     ) -> None:
         self.classes = _choose_classes(settings.classes, state.meta.classes)  # a misspelt name is told at once
+        self.counts = _choose_counts(settings, state, list(self.classes.values()))
         super().__init__(settings, state, device)
         self.ranks = ranks
         self.folder = Path(settings.output_folder)
@@ -67,6 +72,10 @@ class Generator(TrainedModel):
             f"{settings.cond_scale:g}{where}, {self.steps} steps of {settings.sampler} ({passes} network passes), "
             f"{str(self.dtype).removeprefix('torch.')} ({self.precision_reason}) on {hardware.describe(device)}"
         )
+        if not settings.strip:
+            goal = settings.fill_up_to
+            fill = "" if goal is None else f" fill the classes up to {goal:,}, the training images counted"
+            self.description += f"\n{sum(self.counts.values()):,} images{fill}: {describe_counts(self.counts)}"
 
     # --- one folder per class ---
 
@@ -85,7 +94,7 @@ class Generator(TrainedModel):
         self.ranks.check_same({"the decoder in": self.decoder.dtype}, "give --precision float32")
         with self.ranks.together():
             self._check_output_folder()
-        there = len(self.classes) * self.settings.images_per_class - len(cells)
+        there = sum(self.counts.values()) - len(cells)
         if there:
             say(f"{there:,} of the images are already there")
         self._tell_disk(len(cells))
@@ -147,7 +156,7 @@ class Generator(TrainedModel):
         console.tell(num_bytes, f"{count:,} images", self.folder, remedy="give another --output_folder")
 
     def _draw_overview(self) -> Path:
-        names = list(self.classes.values())[:_OVERVIEW_ROWS]
+        names = [name for name, count in self.counts.items() if count][:_OVERVIEW_ROWS]
         shown = [cell for cell in self._cells() if cell.index < _OVERVIEW_COLUMNS]
         side = self.meta.image_size
         rows = [[read_made(cell.path, side) for cell in shown if cell.class_name == name] for name in names]
@@ -165,9 +174,9 @@ class Generator(TrainedModel):
 
     def _cells(self) -> list[Cell]:
         return [
-            Cell(label, name, index, self.folder / name / f"{name}_{index:06d}{self.suffix}")
+            Cell(label, name, index, self.folder / name / file_name(name, index, self.suffix))
             for label, name in self.classes.items()
-            for index in range(self.settings.images_per_class)
+            for index in range(self.counts[name])
         ]
 
     def _check_output_folder(self) -> None:
@@ -209,17 +218,17 @@ class Generator(TrainedModel):
 
     def facts(self) -> dict[str, object]:
         """Returns what must be the same on all processes."""
-        asked = {name: getattr(self.settings, name) for name in ("classes", "images_per_class", "strip")}
+        asked = {name: getattr(self.settings, name) for name in ("classes", "images_per_class", "fill_up_to", "strip")}
         return {**self._record(), **{f"--{name}": cli.show(value) for name, value in asked.items()}}
 
     def _write_labels(self) -> None:
-        """Lists every image of the folder with its class and label."""
+        """Lists every image of the folder that has a name as we give them, with its class and label."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(["file", "class", "label"])
         for label, name in enumerate(self.all_classes):
-            for path in sorted((self.folder / name).glob(f"*{self.suffix}")):
-                writer.writerow([f"{name}/{path.name}", name, label])
+            for file in list_made(self.folder / name, name, self.suffix):
+                writer.writerow([f"{name}/{file}", name, label])
         files.publish(self.folder / LABELS_NAME, buffer.getvalue().encode("utf-8", "surrogateescape"))
 
     # --- a picture to choose the guidance by ---
@@ -253,9 +262,57 @@ def _choose_classes(asked: Sequence[str], known: Sequence[str]) -> dict[int, str
     if tuple(asked) == ("all",):
         return dict(enumerate(known))
     for name in asked:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            guess = f"did you mean {near[0]}? " if near else ""
-            all_names = folders.name_list(known, limit=_MOST_LISTED)
-            raise UserError(f"--classes: the model has no class {name}; {guess}it knows {all_names}")
+        _check_known(name, known, "classes")
     return {label: name for label, name in enumerate(known) if name in asked}
+
+
+def _check_known(name: str, known: Sequence[str], setting: str) -> None:
+    """Raises UserError, which lists the classes, for a name that is none of them."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        guess = f"did you mean {near[0]}? " if near else ""
+        all_names = folders.name_list(known, limit=_MOST_LISTED)
+        raise UserError(f"--{setting}: the model has no class {name}; {guess}it knows {all_names}")
+
+
+def _one_number(resolved: cli.Resolved) -> GenerateSettings:
+    """Returns the settings with one of the two that say how many images to make: a flag wins over a file.
+
+    Raises:
+        UserError: when both come from the same place.
+    """
+    settings, sources = resolved.settings, resolved.sources
+    if settings.fill_up_to is None or not cli.is_explicit(sources, "images_per_class"):
+        return settings
+    if sources["fill_up_to"] == sources["images_per_class"]:
+        raise UserError("--images_per_class and --fill_up_to both say how many images to make; give one of them")
+    return replace(settings, fill_up_to=None) if cli.is_flag(sources, "images_per_class") else settings
+
+
+def _choose_counts(settings: GenerateSettings, state: SavedState, chosen: Sequence[str]) -> dict[str, int]:
+    """Returns how many images to make of each of these classes."""
+    if settings.strip:  # which has one of each
+        return dict.fromkeys(chosen, 1)
+    if settings.fill_up_to is not None:
+        return counts_to_fill(chosen, settings.fill_up_to, _training_images(state))
+    named, others = cli.counts_by_name(settings.images_per_class)
+    for name in named:
+        _check_known(name, state.meta.classes, "images_per_class")
+        if name not in chosen:
+            raise UserError(f"--images_per_class names {name}, which --classes leaves out; leave it out here, too")
+    return counts_as_asked(
+        chosen, named, cli.defaults(GenerateSettings)["images_per_class"] if others is None else others
+    )
+
+
+def _training_images(state: SavedState) -> Counter[str]:
+    """Counts the training images of each class of a run; raises UserError where its folder does not list them."""
+    folder = state.path.parent
+    split = read_split(folder)
+    if split is None or split.classes != state.meta.classes:
+        found = f"there is no {SPLIT_NAME}" if split is None else f"{SPLIT_NAME} is of another run"
+        raise UserError(
+            f"--fill_up_to needs the list of the training images, but in {folder} {found}; say how many images to make "
+            "with --images_per_class, such as ID_3=63 50"
+        )
+    return Counter(entry.class_name for entry in split.train)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import Failed, UserError
 from gait_latents.diffusion.sampling import num_solver_steps
 from gait_latents.images import selection
+from gait_latents.images.changes import tell_changes_of_run
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import read_split
 from gait_latents.latents.manifest import Manifest, manifest_of_images
 from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings, differences_on_resume
 from gait_latents.training import checkpoint, run_folder, trackers
+from gait_latents.training.beginning import Beginning, check_settings, read_beginning
 from gait_latents.training.run_folder import SavedState
 
 # Passes of a step are computed as one while an activation of the first level has no more values than this, which is
@@ -38,6 +40,7 @@ class TrainingPlan:
     state: SavedState | None
     manifest: Manifest | None
     newest_save: tuple[str, str] | None  # the newest state in the results folder, from `run_folder.newest_stamp`
+    beginning: Beginning | None  # the run whose weights a new run begins with; none for one that goes on
 
     @property
     def results(self) -> Path:
@@ -76,11 +79,28 @@ def _read_plan(argv: Sequence[str] | None, description: str | None) -> TrainingP
     folder = layers.settings.latents_cache_folder
     manifest = manifest_of_images(folder)
     layers.add(f"manifest of {folder}", {} if manifest is None else manifest.settings, only_about_cache=True)
+    beginning = read_beginning(typed.init_from) if state is None and typed.init_from is not None else None
+    layers.add("the run in --init_from", {} if beginning is None else beginning.inherited)
     resolved = layers.resolve()
-    _refuse_changes(stored, resolved.settings, origin)
-    trackers.choose(resolved.settings.trackers)  # before anything else is done
-    _refuse_impossible(resolved.settings)
-    return TrainingPlan(resolved.settings, resolved.sources, origin, state, manifest, newest_save)
+    settings = resolved.settings
+    if beginning is not None:
+        check_settings(beginning, settings)
+    if state is not None:
+        began = cli.stored_layer(TrainSettings, f"run {origin}", stored).values.get("init_from")
+        settings = replace(settings, init_from=_began_with(typed.init_from, began, origin))
+    _refuse_changes(stored, settings, origin)
+    trackers.choose(settings.trackers)  # before anything else is done
+    _refuse_impossible(settings)
+    return TrainingPlan(settings, resolved.sources, origin, state, manifest, newest_save, beginning)
+
+
+def _began_with(asked: str | None, stored: str | None, origin: Path | None) -> str | None:
+    """Returns what the run that goes on began with; says so where another beginning, or the same, is asked for."""
+    if asked is not None:
+        is_same = str(Path(asked).absolute()) == stored  # it need not exist any more
+        what = "was used when it began" if is_same else "is for a new run, with another --results_folder"
+        say(f"the run in {origin} goes on; --init_from {asked} {what}")
+    return stored
 
 
 def is_finished(plan: TrainingPlan, ranks: Ranks) -> bool:
@@ -93,6 +113,8 @@ def _has_all_steps(plan: TrainingPlan) -> bool:
     own_split = None if plan.state is None or plan.origin is None else read_split(plan.origin)
     if plan.state is None or own_split is None or plan.state.step < num_steps(plan.settings, len(own_split.train)):
         return False
+    if Path(plan.settings.data_path).is_dir():
+        tell_changes_of_run(own_split, plan.settings.data_path)
     say(f"the run in {plan.origin} is finished ({plan.state.step:,} steps); a larger --train_num_steps goes further")
     return True
 
@@ -167,7 +189,13 @@ def _facts(plan: TrainingPlan) -> dict[str, object]:
     }
     state = plan.state
     step, digest = ("none", "none") if state is None else (state.step, checkpoint.stamp(state.path)[:16])
-    return {"a run at step": step, "a saved state of the digest": digest, **settings}
+    first = "none" if plan.beginning is None else checkpoint.stamp(plan.beginning.state.path)[:16]
+    return {
+        "a run at step": step,
+        "a saved state of the digest": digest,
+        "a checkpoint for --init_from of the digest": first,
+        **settings,
+    }
 
 
 def pick_device(plan: TrainingPlan, ranks: Ranks) -> torch.device:

@@ -10,13 +10,14 @@ from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import Failed, UserError
 from gait_latents.common.layout import SPLIT_NAME
 from gait_latents.common.process import StopSignals
-from gait_latents.images import reading, selection
+from gait_latents.images import changes, reading, selection
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import Split, read_split
 from gait_latents.latents import filling, opening, vae_fit
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.latents.vae_fit import ChosenSpace
+from gait_latents.training.beginning import warn_of_seen_tests
 from gait_latents.training.plan import TrainingPlan, plain_errors
 from gait_latents.training.run_meta import RunMeta
 
@@ -62,6 +63,8 @@ def _open(plan: TrainingPlan, device: torch.device, ranks: Ranks) -> Data:
     chosen = vae_fit.choose_space(settings, plan.sources, known, may_lack=goes_on)
     selection.warn_of_shared_content(split)
     _check_same_space(plan, chosen)
+    if plan.beginning is not None:
+        warn_of_seen_tests(plan.beginning, split)
     reason = files.why_not_writable(folder)
     if reason is not None:
         say(f"cannot write to {folder} ({reason}); new latents stay in memory")
@@ -98,10 +101,16 @@ def _run_split(plan: TrainingPlan, at_hand: bool) -> Split:
     Where the images are at hand, the content keys of the entries are computed from them, so that changes show.
     """
     own = None if plan.origin is None else read_split(plan.origin)
+    if own is not None and not at_hand:
+        return own
     if own is not None:
-        return selection.with_fresh_keys(own, plan.settings.data_path) if at_hand else own
+        fresh = selection.with_fresh_keys(own, plan.settings.data_path)
+        changes.tell_changes_of_run(own, plan.settings.data_path, fresh=fresh)
+        return fresh
     stored = read_split(plan.cache_folder)
     split = selection.choose_images(plan.settings, at_hand=at_hand, stored=stored, where=str(plan.cache_folder))
+    if at_hand and stored is not None and plan.manifest is not None:
+        changes.tell_changes_of_cache(stored, split, plan.settings.data_path, plan.cache_folder)
     if plan.settings.skip_bad_images and stored is not None:
         split = split.without(stored.skipped)
     return split
@@ -149,6 +158,9 @@ def _check_same_space(plan: TrainingPlan, chosen: ChosenSpace) -> None:
     if plan.state is not None:
         of_run, run = plan.state.meta.space, str(plan.origin)
         vae_fit.check_vae_of_run(chosen.space, of_run, vae_path=plan.settings.vae_path, run=run)
+    if plan.beginning is not None:
+        of_weights, place = plan.beginning.state.meta.space, plan.beginning.place
+        vae_fit.check_vae_of_weights(chosen.space, of_weights, vae_path=plan.settings.vae_path, place=place)
 
 
 def _check_same_data(plan: TrainingPlan, meta: RunMeta, split: Split, dataset: LatentDataset) -> None:

@@ -169,7 +169,15 @@ class SavedState:
     @property
     def averages(self) -> dict[str, Tensor]:
         """The averaged weights, by their names in a `LatentDiffusion`."""
-        return {name.removeprefix("ema."): t for name, t in self.tensors.items() if name.startswith("ema.")}
+        return self._part("ema.")
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that training goes on from, by their names in a `LatentDiffusion`; only a full state has them."""
+        return self._part("model.")
+
+    def _part(self, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
 
 def _saved_state(file: WholeFile) -> SavedState:

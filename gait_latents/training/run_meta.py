@@ -38,6 +38,8 @@ class RunMeta:
         compiled: whether the network was compiled.
         torch: the version that trained.
         training: the values that training goes on from; None beside averaged weights alone.
+        began_from: the run whose weights this one began with: "place", as it was given, "step", and "digest" of the
+            file's header; None for a run that began with new weights.
     """
 
     step: int
@@ -54,6 +56,7 @@ class RunMeta:
     compiled: bool
     torch: str
     training: Mapping[str, Any] | None = None
+    began_from: Mapping[str, Any] | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -75,7 +78,7 @@ class RunMeta:
         return {name: self.settings[name] for name in names if name in self.settings}
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values that `from_json` reads back; an entry for training only where there is one."""
+        """Returns plain values that `from_json` reads back; training and began_from only where there are any."""
         plain = {
             "step": self.step,
             "settings": dict(self.settings),
@@ -92,7 +95,8 @@ class RunMeta:
             "compiled": self.compiled,
             "torch": self.torch,
         }
-        return plain if self.training is None else {**plain, "training": self.training}
+        others = {"training": self.training, "began_from": self.began_from}
+        return plain | {name: value for name, value in others.items() if value is not None}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any], path: Path) -> "RunMeta":
@@ -134,6 +138,7 @@ class RunMeta:
             compiled=bool(plain.get("compiled", False)),
             torch=str(plain.get("torch", "")),
             training=plain.get("training"),
+            began_from=_read_began_from(plain.get("began_from")),
         )
 
 
@@ -169,6 +174,15 @@ def _read_settings(settings: Any) -> dict[str, Any]:
         if not is_same:
             raise ValueError(f"{name} in its settings is {stored!r:.100}")
     return settings
+
+
+def _read_began_from(began_from: Any) -> dict[str, Any] | None:
+    if began_from is None:
+        return None
+    place, step, digest = (began_from[name] for name in ("place", "step", "digest"))
+    if not (isinstance(place, str) and type(step) is int and isinstance(digest, str)):
+        raise ValueError("its began_from names no run")
+    return {"place": place, "step": step, "digest": digest}
 
 
 def _read_auto_steps(auto_steps: Any) -> dict[str, int]:

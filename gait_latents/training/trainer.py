@@ -1,6 +1,6 @@
 """The state of a training run (network, average, optimizer): how a step changes it, how it is saved and restored."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from gait_latents.diffusion.model import LatentDiffusion, shift_along_width
 from gait_latents.images import selection
 from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings
 from gait_latents.training import checkpoint, optimizer_state, run_folder
+from gait_latents.training.beginning import Beginning, begin
 from gait_latents.training.draws import StepDraws, draw_step
 from gait_latents.training.plan import TrainingPlan, batch_size, num_steps, pass_size, plain_errors
 from gait_latents.training.run_data import Data, fill, write_cache_defaults
@@ -68,6 +69,7 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.auto_steps = AUTO_STEPS
+        self.began_from: Mapping[str, Any] | None = None
         self.finished_steps = 0
         self.saved_step = -1
         # Stamps that the newest state in the results folder may have without being the save of another run.
@@ -78,12 +80,14 @@ class Trainer:
         self.first_bad_step = torch.full((), -1, device=device)
 
     def start(self, plan: TrainingPlan) -> None:
-        """Restores the saved state, or measures the normalisation of a new run; writes down settings and split."""
+        """Restores the saved state, or begins a new run; writes down settings and split."""
         self.known_saves.add(plan.newest_save)
-        if plan.state is None:
-            self._fit_norm()
-        else:
+        if plan.state is not None:
             self._restore(plan.state)
+        elif plan.beginning is not None:
+            self._begin(plan.beginning)
+        else:
+            self._fit_norm()
         compiled = self.choose_network(None if plan.state is None else plan.state.meta.compiled)
         if self.ranks.is_main:
             run_folder.write_plan(plan.results, cli.to_yaml(self.settings), self.data.split)
@@ -127,6 +131,17 @@ class Trainer:
         if self.is_compiled:
             self.losses_of = torch.compile(self.diffusion, dynamic=False)
         return told
+
+    def _begin(self, beginning: Beginning) -> None:
+        """Begins with the weights of another run, which know latents as they were normalised there."""
+        begin(beginning, self.diffusion, self.ema.model, self.data.split.classes)
+        self.dataset.set_norm(beginning.state.meta.latent_norm)
+        self._note_beginning(beginning.to_json())
+
+    def _note_beginning(self, began_from: Mapping[str, Any] | None) -> None:
+        self.began_from = began_from
+        if began_from is not None:
+            self.ema.copied_steps = 0
 
     def _fit_norm(self) -> None:
         settings, chosen = self.settings, self.data.chosen
@@ -343,6 +358,7 @@ class Trainer:
             auto_steps=self.auto_steps,
             compiled=self.is_compiled,
             torch=torch.__version__,
+            began_from=self.began_from,
         )
 
     def _restore(self, state: SavedState) -> None:
@@ -364,5 +380,6 @@ class Trainer:
         )
         self.losses = list(losses.to(self.device))
         self.sample_losses = [(times.to(self.device), by_sample.to(self.device))] if len(times) else []
+        self._note_beginning(state.meta.began_from)
         self.auto_steps = state.meta.auto_steps
         self.finished_steps = state.step

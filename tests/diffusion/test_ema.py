@@ -26,6 +26,13 @@ def test_the_decay_warms_up_and_ends_at_its_setting():
     assert decays == sorted(decays)
 
 
+def test_an_average_of_trained_weights_is_no_copy_at_the_first_step():
+    ema = EMA(nn.Linear(1, 1), decay=0.9995, update_every=1)
+    ema.copied_steps = 0
+    assert ema.decay_at(7) == pytest.approx(0.75) and ema.decay_at(999) == pytest.approx(0.99)
+    assert ema.decay_at(1) > 0 and ema.decay_at(10_000_000) == 0.9995
+
+
 def test_the_average_is_that_of_a_plain_loop():
     model = nn.Linear(3, 2)
     ema = EMA(model, decay=0.97, update_every=10)

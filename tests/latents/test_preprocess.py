@@ -55,6 +55,32 @@ def shard(root: Path) -> Path:
     return path
 
 
+def test_a_folder_that_has_changed_since_its_split_is_told(cached, capsys):
+    assert preprocess(cached) == 0
+    assert "the split is drawn anew" not in capsys.readouterr().out
+    tiny.make_images(cached / "data", {"ID_1": 9, "ID_3": 8}, seed=2)  # eight of ID_1 are other pictures now
+    (cached / "data" / "ID_10" / "walk_0.jpg").unlink()
+    assert preprocess(cached) == 0
+    who = f"the split in {cached / 'latents_cache'}"
+    told = (
+        f"{cached / 'data'} has 1 image of ID_1 and the class ID_3 that {who} does not know, and lacks 1 image of "
+        f"ID_10 that {who} knows, and has 8 images edited since then; the split is drawn anew from what is there now\n"
+    )
+    assert told in capsys.readouterr().out
+    assert preprocess(cached) == 0
+    assert "the split is drawn anew" not in capsys.readouterr().out
+
+
+def test_a_split_that_cannot_be_read_is_told_and_written_again(cached, capsys):
+    path = cached / "latents_cache" / "split.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    assert preprocess(cached) == 0
+    told = "the images were not compared with those of earlier, and their split is written again: "
+    assert f"{told}{path} is damaged or was edited" in capsys.readouterr().out
+    assert path.read_bytes() == whole
+
+
 # --- one run, and another ----------------------------------------------------------------------------------
 
 

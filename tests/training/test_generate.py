@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from gait_latents.diffusion import build, model
 from gait_latents.diffusion.sampling import BATCH_SIZE, nearest_class, num_solver_steps, sample_padded
 from gait_latents.evaluation import plan as evaluation_plan
 from gait_latents.evaluation import sweep
+from gait_latents.images.split import read_split
 from gait_latents.training import checkpoint, generation, run_folder, trained_model
 from gait_latents.training import plan as training_plan
 from gait_latents.vae import load
@@ -90,6 +92,114 @@ def test_an_image_does_not_depend_on_what_else_is_asked_for(make, tmp_path):
     assert chosen.items() < whole.items()
     assert labels_of(tmp_path / "grown") == labels_of(tmp_path / "whole")
     assert [row[2] for row in labels_of(tmp_path / "chosen")[1:]] == ["1"] * 3 + ["2"] * 3
+
+
+def test_a_class_has_as_many_images_as_are_asked_for_and_each_is_the_same_as_ever(make, tmp_path, capsys):
+    assert make("whole", images_per_class=4) == 0
+    capsys.readouterr()
+    assert make("some", images_per_class=["ID_10=4", "ID_1=1", "2"]) == 0
+    assert "\n7 images: 1 of ID_1, 2 of ID_2, 4 of ID_10\n" in capsys.readouterr().out
+    some = image_files(tmp_path / "some")
+    asked = {"ID_1": 1, "ID_2": 2, "ID_10": 4}
+    assert set(some) == {f"{name}/{name}_{i:06d}.jpg" for name, count in asked.items() for i in range(count)}
+    assert some.items() < image_files(tmp_path / "whole").items()
+    assert make("some", images_per_class=["ID_2=3", "1"]) == 0  # which keeps what is there
+    assert "\n4 of the images are already there\n" in (said := capsys.readouterr().out) and "1 images made in" in said
+    assert len(labels_of(tmp_path / "some")) == 1 + 8
+    assert image_files(tmp_path / "some").items() < image_files(tmp_path / "whole").items()
+
+
+def test_a_class_without_a_number_of_its_own_gets_the_default(trained, tmp_path):
+    flags = {"checkpoint": trained / "results", "output_folder": tmp_path / "out", "device": "cpu"}
+    generator = generation.open_generator(tiny.flags({**flags, "images_per_class": "ID_1=3"}))
+    assert generator.counts == {"ID_1": 3, "ID_2": 50, "ID_10": 50}
+
+
+def test_classes_are_filled_up_to_a_number_with_their_training_images_counted(trained, make, tmp_path, capsys):
+    results = shutil.copytree(trained / "results", tmp_path / "results")
+    split = read_split(results)
+    assert split is not None and len(split.train) == 15 and len(split.test) == 9
+    train = tuple(e for e in split.train if e.class_name != "ID_2" or e.name == "walk_0.jpg")
+    fewer = len([entry for entry in train if entry.class_name == "ID_2"])
+    (results / "split.json").write_bytes(replace(split, train=train).to_bytes())
+    assert make(checkpoint=results, images_per_class=None, fill_up_to=5) == 0
+    told = f"{5 - fewer} images fill the classes up to 5, the training images counted: {5 - fewer} of ID_2, none of"
+    assert told in capsys.readouterr().out
+    assert set(image_files(tmp_path / "synthetic")) == {f"ID_2/ID_2_{i:06d}.jpg" for i in range(5 - fewer)}
+    assert make(checkpoint=results, images_per_class=None, fill_up_to=6) == 0
+    assert f"{8 - fewer} images fill the classes up to 6" in (said := capsys.readouterr().out)
+    assert f"{5 - fewer} of the images are already there" in said
+    assert len(image_files(tmp_path / "synthetic")) == 8 - fewer
+
+
+def test_of_two_numbers_of_images_a_flag_wins_over_a_file(trained, tmp_path, monkeypatch):
+    path = tmp_path / "settings.yaml"
+    flags = {"checkpoint": trained / "results", "output_folder": tmp_path / "out", "device": "cpu", "config": path}
+    for text, typed, count in (
+        ("images_per_class: 4", {"fill_up_to": 7}, 2),
+        ("fill_up_to: 7", {"images_per_class": 4}, 4),
+        ("fill_up_to: 7", {}, 2),
+    ):
+        path.write_text(text)
+        generator = generation.open_generator(tiny.flags({**flags, **typed}))
+        assert generator.counts == dict.fromkeys(CLASSES, count)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"images_per_class": ["ID_9=5", "2"]},
+            "--images_per_class: the model has no class ID_9; did you mean ID_2? it knows ID_1, ID_2, ID_10",
+        ),
+        (
+            {"images_per_class": "ID_1=5", "classes": ["ID_2", "ID_10"]},
+            "--images_per_class names ID_1, which --classes leaves out; leave it out here, too",
+        ),
+        ({"images_per_class": 2, "fill_up_to": 9}, "--images_per_class and --fill_up_to both say how many images"),
+        ({"images_per_class": None, "fill_up_to": 5}, "--fill_up_to is 5, but each of these classes has 5 or more"),
+    ],
+)
+def test_numbers_of_images_that_cannot_be_are_refused_before_anything_is_written(make, tmp_path, capsys, changes, told):
+    assert make(**changes) == 2
+    assert told in pipeline.one_error(capsys) and not (tmp_path / "synthetic").exists()
+
+
+def test_without_the_list_of_training_images_classes_are_not_filled_up(trained, make, tmp_path, capsys):
+    place = shutil.copy(trained / "results" / run_folder.ema_name(STEPS), tmp_path)
+    assert make(checkpoint=place, images_per_class=None, fill_up_to=9) == 2
+    told = f"--fill_up_to needs the list of the training images, but in {tmp_path} there is no split.json; say how many"
+    assert told in pipeline.one_error(capsys)
+    split = read_split(trained / "results")
+    assert split is not None
+    other = replace(split, classes=("ID_1", "ID_2", "ID_10", "ID_11"))
+    (tmp_path / "split.json").write_bytes(other.to_bytes())
+    assert make(checkpoint=place, images_per_class=None, fill_up_to=9) == 2
+    assert f"but in {tmp_path} split.json is of another run; say how many" in pipeline.one_error(capsys)
+
+
+def test_the_labels_list_the_images_that_were_made_and_no_strange_file(make, tmp_path):
+    assert make(images_per_class=1) == 0
+    folder = tmp_path / "synthetic" / "ID_1"
+    before = labels_of(tmp_path / "synthetic")
+    for name in (
+        "other.jpg",
+        "ID_1_5.jpg",
+        "ID_1_0000005.jpg",
+        "ID_2_000005.jpg",
+        "ID_1_00000a.jpg",
+        "ID_1_000005.png",
+    ):
+        shutil.copy(folder / "ID_1_000000.jpg", folder / name)
+    (folder / "ID_1_000007.jpg").mkdir()
+    assert make(images_per_class=1) == 0
+    assert labels_of(tmp_path / "synthetic") == before
+    shutil.copy(folder / "ID_1_000000.jpg", folder / "ID_1_1234567.jpg")  # as the image of this number is called
+    assert make(images_per_class=1) == 0
+    assert [row[0] for row in labels_of(tmp_path / "synthetic")][1:3] == [
+        "ID_1/ID_1_000000.jpg",
+        "ID_1/ID_1_1234567.jpg",
+    ]
 
 
 @pytest.mark.parametrize("place", ["", "synthetic", "ID_1", "../data/more"])

@@ -37,7 +37,8 @@ def test_each_fact_is_stored_under_its_own_name(stored):
     digests = {"data_digest": "a" * 64, "moments_digest": "b" * 64, "image_suffix": ".webp", "torch": "2.6.0"}
     others = {"step": 77, "classes": ["x", "y"], "scale_factor": 0.5, "shift_factor": 0.125, "latent_norm": norm}
     others |= {**digests, "auto_steps": {"ddim": 9}, "compiled": True, "training": {"scaler": {}}}
-    assert all(stored[name] != value for name, value in others.items())
+    others |= {"began_from": {"place": "./other", "step": 5, "digest": "c" * 64}}
+    assert all(stored.get(name) != value for name, value in others.items())
     assert RunMeta.from_json({**stored, **others}, PATH).to_json() == {**stored, **others}
 
 
@@ -107,6 +108,10 @@ def test_what_follows_from_the_facts_is_what_training_had(stored):
         ({"settings": []}, "its settings are no table"),
         ({"auto_steps": {"dpm++": 0}}, "its auto_steps are no numbers of steps"),
         ({"space": {}}, "it does not describe a space"),
+        ({"began_from": "a run"}, "TypeError: "),
+        ({"began_from": {"place": "a"}}, "KeyError: "),
+        ({"began_from": {"place": 1, "step": 1, "digest": "a"}}, "its began_from names no run"),
+        ({"began_from": {"place": "a", "step": "1", "digest": "a"}}, "its began_from names no run"),
     ],
 )
 def test_what_training_would_not_have_stored_is_refused_and_the_file_named(stored, change, told):

@@ -265,6 +265,39 @@ def test_moved_images_are_the_same_images(world, trained):
 # --- saving ------------------------------------------------------------------------------------------------
 
 
+def test_a_folder_that_has_changed_since_the_run_began_is_told_and_the_run_goes_on_as_it_was(cached, trained, capsys):
+    assert train(cached, train_num_steps=HALF) == 0
+    assert "the split of a run is fixed" not in capsys.readouterr().out
+    tiny.make_images(cached / "data", {"ID_2": 12, "ID_3": 8}, seed=2)  # eight of ID_2 would be others, too
+    for number in range(8):
+        shutil.copy(trained / "data" / "ID_2" / f"walk_{number}.jpg", cached / "data" / "ID_2")
+    split = read_split(cached / "results")
+    assert split is not None
+    place = cached / "data" / "ID_10" / split.test[-1].name
+    place.write_bytes((cached / "data" / "ID_3" / "walk_0.jpg").read_bytes())
+    told = (
+        f"{cached / 'data'} has 4 images of ID_2 and the class ID_3 that this run does not know, and has 1 test image "
+        "edited since then; the split of a run is fixed when it begins, and another --results_folder trains on what "
+        "is there now\n"
+    )
+    assert train(cached) == 0
+    assert told in capsys.readouterr().out
+    assert_same_run(cached, trained)
+    assert read_split(cached / "results").classes == CLASSES  # pyright: ignore[reportOptionalMemberAccess]
+    shutil.rmtree(cached / "data" / "ID_1")
+    assert train(cached) == 0  # which is finished
+    said = capsys.readouterr().out
+    assert "and lacks the class ID_1 that this run knows; the split of a run is fixed" in said and "is finished" in said
+
+
+def test_a_new_run_says_that_the_folder_is_not_as_the_cache_knows_it(cached, capsys):
+    tiny.make_images(cached / "data", {"ID_3": 8})
+    assert train(cached, train_num_steps=1, num_samples=0) == 0
+    who = f"the split in {cached / 'latents_cache'}"
+    told = f"{cached / 'data'} has the class ID_3 that {who} does not know; the split is drawn anew"
+    assert told in capsys.readouterr().out
+
+
 def test_two_full_states_and_every_average_are_kept(cached):
     assert train(cached, save_and_sample_every=3, num_samples=0) == 0
     names = sorted(path.name for path in (cached / "results").iterdir())
