@@ -195,7 +195,8 @@ def test_only_settings_that_define_the_run_are_fixed_on_resume():
 
 
 def test_a_run_that_is_older_than_resize_counts_as_cropped_and_is_told_of_another_value():
-    stored = with_later_settings({"image_size": 256})
+    older = {name: value for name, value in cli.to_dict(TrainSettings()).items() if name != "resize"}
+    stored = with_later_settings(older)
     assert differences_on_resume(stored, read(TrainSettings).settings) == []
     squashed = read(TrainSettings, "--resize", "squash").settings
     assert differences_on_resume(stored, squashed) == [("resize", "crop", "squash")]
