@@ -80,12 +80,12 @@ def windows_warning(split: Split, data_path: str, *, resize: str) -> str | None:
         data_path: the image folder; where it is not there, nothing is known.
         resize: how images are made square, as the setting says: only what is left of them counts.
     """
-    kind, own_gap = split.rule.get("split"), int(split.rule.get("split_gap", 0))
+    kind, own_gap = split.rule["split"], split.rule["split_gap"]
     is_at_hand = data_path != "" and Path(data_path).is_dir()
     if not split.test or not is_at_hand or kind not in ("random", "contiguous"):
         return None
     found = find_windows(_some_classes(split), data_path, resize=resize)
-    if found is None or (kind == "contiguous" and own_gap >= found.gap):
+    if found is None or (kind == "contiguous" and isinstance(own_gap, int) and own_gap >= found.gap):
         return None
     what = (
         f"neighbouring images of a class overlap by about {found.overlap:.0%}: they look like windows of one recording"
@@ -96,7 +96,7 @@ def windows_warning(split: Split, data_path: str, *, resize: str) -> str | None:
             f"every score will be too good; give --split_gap {found.gap}"
         )
     return (
-        f"{what}, and in a random split a test image shares most of its content with a training image, so that every "
+        f"{what}, and in a random split a test image shares much of its content with a training image, so that every "
         f"score will be too good; give --split contiguous --split_gap {found.gap}"
     )
 

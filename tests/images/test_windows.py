@@ -207,7 +207,7 @@ def test_a_random_split_is_warned_of_with_the_flags_that_mend_it(tmp_path):
     save_recordings(tmp_path, 0.75)
     assert windows_warning(split_of(tmp_path), str(tmp_path), resize="crop") == (
         "neighbouring images of a class overlap by about 75%: they look like windows of one recording, and in a random "
-        "split a test image shares most of its content with a training image, so that every score will be too good; "
+        "split a test image shares much of its content with a training image, so that every score will be too good; "
         "give --split contiguous --split_gap 3"
     )
 
