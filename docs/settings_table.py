@@ -59,6 +59,9 @@ HELP_ZH = {
     ),
     "folder with one sub-folder of images per class": "数据文件夹，其中每个类别一个子文件夹",
     "side of the square images, in pixels": "正方形图像的边长（像素）",
+    "how an image becomes a square: crop cuts the centre out, squash keeps all but the aspect, pad adds black bars": (
+        "如何把图像变成正方形：crop 截取中央，squash 保留全部内容但改变宽高比，pad 用黑边补齐"
+    ),
     "number of classes, in natural order": "类别数，按自然顺序取前几个",
     "training images per class": "每个类别的训练图像数",
     "how training images are chosen in a class; contiguous suits overlapping windows of one recording": (

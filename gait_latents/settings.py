@@ -64,6 +64,14 @@ class ImageSettings(MachineSettings):
     image_size: int = setting(
         256, int, DATA, "side of the square images, in pixels", low=8, high=4096, about_cache=True, unit="pixels"
     )
+    resize: str = setting(
+        "crop",
+        str,
+        DATA,
+        "how an image becomes a square: crop cuts the centre out, squash keeps all but the aspect, pad adds black bars",
+        choices=("crop", "squash", "pad"),
+        about_cache=True,
+    )
     num_users: int | str = setting(
         "all", int, DATA, "number of classes, in natural order", low=1, words=("all",), about_cache=True, unit="classes"
     )
@@ -539,7 +547,7 @@ vars(CATALOGUE).update(scripts=SCRIPTS, groups=GROUPS, other_names=_OTHER_NAMES,
 
 AUTO_STEPS_BEFORE = {"dpm++": 20, "ddim": 250}  # of runs that do not store theirs
 # Values that older runs and images count as having, whatever today's defaults: what was done before these settings.
-_BEFORE = {"guidance_interval": [0.0, 1.0], "time_shift": 0.0, "noise_shift": 0.0}
+_BEFORE = {"guidance_interval": [0.0, 1.0], "time_shift": 0.0, "noise_shift": 0.0, "resize": "crop"}
 
 
 def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -500,6 +500,7 @@ def go_on(root: Path, **changes: object) -> int:
         ({"dim_mults": [1, 1]}, ["--dim_mults is 1 1", "started with 1;"]),
         ({"seed": 7}, ["--seed is 7", "started with 42"]),
         ({"image_size": 32}, ["--image_size is 32", "started with 16"]),
+        ({"resize": "squash"}, ["--resize is squash", "started with crop"]),
         ({"images_per_user": 4}, ["--images_per_user is 4", "started with 5"]),
         ({"train_batch_size": 3}, ["--train_batch_size is 3", "started with "]),
         ({"objective": "pred_x0"}, ["--objective is pred_x0", "started with pred_v"]),

@@ -21,6 +21,7 @@ from gait_latents.settings import (
     PreprocessSettings,
     TrainSettings,
     differences_on_resume,
+    with_later_settings,
 )
 
 ALL = list(SCRIPTS.values())
@@ -192,6 +193,14 @@ def test_only_settings_that_define_the_run_are_fixed_on_resume():
     assert differences_on_resume(stored, free.settings) == []
     fixed = read(TrainSettings, "--dim", "64", "--train_lr", "1")
     assert differences_on_resume(stored, fixed.settings) == [("dim", 48, 64), ("train_lr", 4e-4, 1.0)]
+
+
+def test_a_run_that_is_older_than_resize_counts_as_cropped_and_is_told_of_another_value():
+    older = {name: value for name, value in cli.to_dict(TrainSettings()).items() if name != "resize"}
+    stored = with_later_settings(older)
+    assert differences_on_resume(stored, read(TrainSettings).settings) == []
+    squashed = read(TrainSettings, "--resize", "squash").settings
+    assert differences_on_resume(stored, squashed) == [("resize", "crop", "squash")]
 
 
 def test_the_batch_is_fixed_as_a_whole():

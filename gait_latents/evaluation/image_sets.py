@@ -19,7 +19,7 @@ from gait_latents.common.errors import Failed, Stopped, UserError
 from gait_latents.common.process import StopSignals
 from gait_latents.evaluation.figures import Points
 from gait_latents.evaluation.plan import EvaluationPlan
-from gait_latents.images import folders, reading, selection
+from gait_latents.images import folders, reading, selection, windows
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import Entry, Split
 from gait_latents.latents import filling, opening
@@ -41,6 +41,7 @@ class ImageSet:
     folder: Path
     entries: tuple[Entry, ...]
     image_size: int
+    resize: str  # how the run makes an image square; a generated one is square already
     latents: Points  # normalised means of the posterior [N C h w]
 
     def __len__(self) -> int:
@@ -70,7 +71,11 @@ class ImageSet:
             entry = self.entries[position]
             try:
                 return reading.read_image(
-                    str(self.folder), entry, image_size=self.image_size, if_edited=_edited_remedy(self.name)
+                    str(self.folder),
+                    entry,
+                    image_size=self.image_size,
+                    resize=self.resize,
+                    if_edited=_edited_remedy(self.name),
                 )
             except BadImage as error:
                 raise Failed(f"{self.folder / entry.class_name / entry.name}: {error}") from error
@@ -123,10 +128,10 @@ def open_real(plan: EvaluationPlan) -> RealImages:
     points = encode(plan, plan.split, entries, folder, "real")
     count = len(plan.split.train)
     training, test = points.take(torch.arange(count)), points.take(torch.arange(count, len(entries)))
-    size = plan.images.image_size
+    how = plan.images.image_size, plan.images.resize
     return RealImages(
-        ImageSet("training", folder, plan.split.train, size, training),
-        ImageSet("test", folder, plan.split.test, size, test),
+        ImageSet("training", folder, plan.split.train, *how, training),
+        ImageSet("test", folder, plan.split.test, *how, test),
     )
 
 
@@ -135,7 +140,7 @@ def open_synthetic(plan: EvaluationPlan) -> ImageSet:
     split = _list_synthetic(plan)
     folder = Path(plan.settings.synthetic_path)
     points = encode(plan, split, list(split.train), folder, _SYNTHETIC)
-    return ImageSet(_SYNTHETIC, folder, split.train, plan.images.image_size, points)
+    return ImageSet(_SYNTHETIC, folder, split.train, plan.images.image_size, plan.images.resize, points)
 
 
 def _list_synthetic(plan: EvaluationPlan) -> Split:
@@ -240,7 +245,7 @@ def made_of_real(plan: EvaluationPlan, real: RealImages) -> dict[str, Any]:
 
 def warnings_of_run(plan: EvaluationPlan) -> list[str]:
     """Returns a sentence for each property of the split that makes figures look too good or leaves classes out."""
-    found = [_RANDOM_SPLIT] if plan.split.rule["split"] == "random" else []
+    found = windows.split_warnings(plan.split, plan.images.data_path, resize=plan.images.resize)
     tested = {entry.class_name for entry in plan.split.test}
     untested = [name for name in plan.classes if name not in tested]
     if tested and untested:
@@ -250,7 +255,3 @@ def warnings_of_run(plan: EvaluationPlan) -> list[str]:
 
 
 NO_TEST_IMAGES = "the run has no test images: all were for training"
-_RANDOM_SPLIT = (
-    "the split is random: if images are overlapping windows of one recording, test images are nearly the same as "
-    "training images, and the figures look too good; train with --split contiguous"
-)

@@ -1,7 +1,8 @@
-"""Reads one image file as uint8 pixels [S S 3], S being image_size: upright, in RGB, cut to a square.
+"""Reads one image file as uint8 pixels [S S 3], S being image_size: upright, in RGB, made square as --resize says.
 
-The pixels are exactly those that torchvision's Resize(S) and CenterCrop(S) give on a PIL image. `RECIPE` names this way
-of reading; it is part of the space of latents. Files that are damaged, cut short, or unreasonably large are refused.
+Cropped, the pixels are exactly those that torchvision's Resize(S) and CenterCrop(S) give on a PIL image. `recipe` names
+this way of reading; it is part of the space of latents. Files that are damaged, cut short, or unreasonably large are
+refused.
 """
 
 import hashlib
@@ -33,6 +34,16 @@ RECIPE: dict[str, object] = {
     "resize": "Pillow bilinear with antialiasing, shorter side to image_size, longer side rounded down",
     "crop": "centre",
 }
+_RECIPES = {  # by the value of --resize; the first is the recipe of all latents that are older than the setting
+    "crop": RECIPE,
+    "squash": RECIPE
+    | {"resize": "squash: Pillow bilinear with antialiasing, both sides to image_size", "crop": "none"},
+    "pad": RECIPE
+    | {
+        "resize": "pad: Pillow bilinear with antialiasing, longer side to image_size, shorter side rounded down",
+        "crop": "none, black bars of equal width, an odd pixel at the right or below",
+    },
+}
 MAX_FILE_BYTES = 2**29 + 2**24  # more than MAX_PIXELS pixels take uncompressed with 16-bit colours and alpha
 MAX_SCANS = 100  # of a JPEG; a progressive one has about ten
 MAX_PIXELS = 2**26  # in the file, as it claims, and in the resized image before it is cropped: 256 MiB in memory
@@ -40,6 +51,16 @@ MAX_PIXELS = 2**26  # in the file, as it claims, and in the resized image before
 
 class BadImage(Exception):
     """An image that cannot be used; `str()` is the reason, in one line."""
+
+
+def recipe(resize: str) -> dict[str, object]:
+    """Returns what the identity of latents says of how their images are read, for a value of --resize."""
+    return _RECIPES[resize]
+
+
+def resize_of(stored: object) -> str | None:
+    """Returns the value of --resize that a stored recipe was made with; None where this version has no such recipe."""
+    return next((resize for resize, known in _RECIPES.items() if known == stored), None)
 
 
 # --- reading one -------------------------------------------------------------------------------------------
@@ -55,11 +76,18 @@ def image_key(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def decode(data: bytes, *, image_size: int) -> np.ndarray:
+def decode(data: bytes, *, image_size: int, resize: str = "crop", exact: bool = True) -> np.ndarray:
     """Turns the bytes of an image file into uint8 [S S 3]; of a file with several frames, it takes the first.
 
-    The pixels equal those of torchvision's Resize(S) and CenterCrop(S) on the upright RGB image, bit for bit.
+    Cropped, the pixels equal those of torchvision's Resize(S) and CenterCrop(S) on the upright RGB image, bit for bit.
     Any number of threads may decode at once.
+
+    Args:
+        data: the whole file.
+        image_size: S, in pixels.
+        resize: how the image is made square: crop cuts the centre out, squash scales both sides to S whatever the
+            aspect, pad scales the longer side to S and puts black bars beside the shorter.
+        exact: False lets a large JPEG be decoded smaller than it is, which is faster and gives other pixels.
 
     Raises:
         BadImage: with the reason, for whatever is not a whole image of a reasonable size.
@@ -71,8 +99,10 @@ def decode(data: bytes, *, image_size: int) -> np.ndarray:
         try:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_depth(image, data)
+                if not exact:
+                    image.draft(image.mode, (2 * image_size, 2 * image_size))
                 image.load()
-                return _square(_upright(_to_rgb(image), _orientation(image)), image_size)
+                return _SQUARE[resize](_upright(_to_rgb(image), _orientation(image)), image_size)
         except _PILLOW_ERRORS as error:
             raise BadImage(_reason(error)) from error
 
@@ -234,7 +264,7 @@ def _upright(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _square(image: Image.Image, image_size: int) -> np.ndarray:
+def _crop(image: Image.Image, image_size: int) -> np.ndarray:
     """Resizes the shorter side to image_size and cuts out the centre: uint8 [S S 3]."""
     width, height = image.size
     shorter = min(width, height)
@@ -247,12 +277,32 @@ def _square(image: Image.Image, image_size: int) -> np.ndarray:
     return np.array(resized.crop((left, top, left + image_size, top + image_size)))
 
 
-def find_bad_images(entries: Iterable[Entry], *, data_path: str, image_size: int) -> tuple[Skipped, ...]:
+def _squash(image: Image.Image, image_size: int) -> np.ndarray:
+    """Resizes both sides to image_size, so that all of the image is kept and its aspect is not: uint8 [S S 3]."""
+    return np.array(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
+
+
+def _pad(image: Image.Image, image_size: int) -> np.ndarray:
+    """Resizes the longer side to image_size and puts the image in the middle of a black square: uint8 [S S 3]."""
+    longer = max(image.size)
+    width, height = (max(1, image_size * side // longer) for side in image.size)
+    square = Image.new("RGB", (image_size, image_size))
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    square.paste(resized, ((image_size - width) // 2, (image_size - height) // 2))
+    return np.array(square)
+
+
+_SQUARE = {"crop": _crop, "squash": _squash, "pad": _pad}
+
+
+def find_bad_images(
+    entries: Iterable[Entry], *, data_path: str, image_size: int, resize: str = "crop"
+) -> tuple[Skipped, ...]:
     """Reads each image once and returns those that cannot be used, each with the reason."""
 
     def reason(entry: Entry) -> str | None:
         try:
-            read_image(data_path, entry, image_size=image_size)
+            read_image(data_path, entry, image_size=image_size, resize=resize)
         except BadImage as error:
             return str(error)
         return None
@@ -275,13 +325,16 @@ EDITED_BEFORE = (
 )
 
 
-def read_image(data_path: str, entry: Entry, *, image_size: int, if_edited: str = EDITED_MEANWHILE) -> Any:
+def read_image(
+    data_path: str, entry: Entry, *, image_size: int, resize: str = "crop", if_edited: str = EDITED_MEANWHILE
+) -> Any:
     """Reads one image as uint8 [S S 3].
 
     Args:
         data_path: the image folder.
         entry: the image; where it has a content key, the file must still have that content.
         image_size: S, in pixels.
+        resize: how the image is made square, as `decode` takes it.
         if_edited: the reason to give when it has another content.
 
     Raises:
@@ -293,7 +346,7 @@ def read_image(data_path: str, entry: Entry, *, image_size: int, if_edited: str 
         raise BadImage(f"cannot be read: {error.strerror or error}") from error
     if entry.key and image_key(data) != entry.key:
         raise BadImage(if_edited)
-    return decode(data, image_size=image_size)
+    return decode(data, image_size=image_size, resize=resize)
 
 
 def read_file(data_path: str, entry: Entry) -> bytes:

@@ -8,6 +8,7 @@ goes with an open cache is here, too: joining its shards, writing its manifest, 
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gait_latents.common import cli, files, hardware
@@ -79,6 +80,11 @@ def open_dataset(
         if_edited: the reason with which an image is refused whose content is no longer that of its key.
     """
     hardware.allow_tf32()
+
+    def read_one(position: int) -> np.ndarray:
+        how = {"image_size": settings.image_size, "resize": settings.resize, "if_edited": if_edited}
+        return read_image(settings.data_path, entries[position], **how)
+
     encoder = BatchEncoder(
         lambda: load.load_vae(settings.vae_path, device, parts="encoder", memory_format=torch.channels_last),
         device=device,
@@ -91,11 +97,7 @@ def open_dataset(
         split.labels(entries),
         [f"{entry.class_name}/{entry.name}" for entry in entries],
         encode=encoder if vae_at_hand else None,
-        read_image=(
-            lambda i: read_image(settings.data_path, entries[i], image_size=settings.image_size, if_edited=if_edited)
-        )
-        if images_at_hand
-        else None,
+        read_image=read_one if images_at_hand else None,
         encode_batch_size=settings.encode_batch_size,
         device=device,
         on_store_error=on_store_error,

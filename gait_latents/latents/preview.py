@@ -81,7 +81,7 @@ def draw_preview(
 def _read_or_none(settings: PreprocessSettings, entry: Entry) -> np.ndarray | None:
     """Reads an image as uint8 [S S 3]; None where it cannot be used."""
     try:
-        return reading.read_image(settings.data_path, entry, image_size=settings.image_size)
+        return reading.read_image(settings.data_path, entry, image_size=settings.image_size, resize=settings.resize)
     except BadImage:  # the image was removed or edited since, and its latent is still in the cache
         return None
 

@@ -1,7 +1,7 @@
 """Finds and removes what a cache holds besides the latents that are needed.
 
-That is rows of images that no split in use names, rows of other spaces (of another VAE or image size), and temporary
-files of processes that were killed.
+That is rows of images that no split in use names, rows of other spaces (of another VAE, image_size or resize), and
+temporary files of processes that were killed.
 """
 
 from collections.abc import Collection, Mapping

@@ -37,7 +37,7 @@ class Space:
         Args:
             fingerprint: names the encoder, as `VAEIdentity.fingerprint` does.
             image_size: side of the square images in pixels.
-            recipe: how an image is read, as `reading.RECIPE` says.
+            recipe: how an image is read, as `reading.recipe` says.
             moments_shape: (2C, h, w) of one image.
         """
         spec = {

@@ -67,11 +67,11 @@ def choose_space(
     _check_image_size(settings, identity)
     side = settings.image_size // identity.downsampling
     shape = (2 * identity.latent_channels, side, side)
-    space = Space.of(identity.fingerprint, settings.image_size, reading.RECIPE, shape)
+    space = Space.of(identity.fingerprint, settings.image_size, reading.recipe(settings.resize), shape)
     if known is not None and known.space.id != space.id:
         say(
-            f"this cache was made with another VAE or image size ({_differences(space, known.space)}): its latents are "
-            "left alone and the images are encoded again"
+            f"this cache was made with another VAE, image_size or resize ({_differences(space, known.space)}): its "
+            "latents are left alone and the images are encoded again"
         )
     return ChosenSpace(space, identity.scale_factor, identity.shift_factor, vae_at_hand=True)
 
@@ -88,12 +88,15 @@ def _check_image_size(settings: ImageSettings, identity: VAEIdentity) -> None:
 
 
 def _without_vae(settings: ImageSettings, known: ChosenSpace) -> ChosenSpace:
-    """Returns the known space where the settings ask for images of its size."""
-    size = known.space.spec["image_size"]
-    if settings.image_size != size:
+    """Returns the known space where the settings ask for images of its size, made square in its way."""
+    size, resize = known.space.spec["image_size"], reading.resize_of(known.space.spec["recipe"])
+    asked = f"--image_size is {settings.image_size}", f"of {size}"
+    if settings.image_size == size:
+        asked = f"--resize is {settings.resize}", f"read with {resize}"
+    if settings.image_size != size or resize not in (None, settings.resize):
         raise UserError(
-            f"--image_size is {settings.image_size}, but the cached latents are of images of {size}, and the VAE "
-            f"{settings.vae_path} that could encode them again is not at hand"
+            f"{asked[0]}, but the cached latents are of images {asked[1]}, and the VAE {settings.vae_path} that could "
+            "encode them again is not at hand"
         )
     return known
 
@@ -113,7 +116,8 @@ def _factor(value: object) -> float:
 
 def check_vae_of_cache(cached: Space, vae_path: str) -> None:
     """Raises UserError unless this VAE can be read and makes latents of the space of a cache."""
-    space = _space_like(load.read_identity(vae_path), cached)
+    how = reading.recipe(reading.resize_of(cached.spec["recipe"]) or "crop")
+    space = _space_like(load.read_identity(vae_path), cached, how)
     if space.id != cached.id:
         raise UserError(
             f"{vae_path} makes other latents than those of the cache ({_differences(space, cached)}); give the VAE "
@@ -176,7 +180,7 @@ def check_vae_of_model(trained: Space, vae_path: str | None) -> str:
     if trained.is_imported:
         _check_channels(vae_path, identity.latent_channels, trained.moments_shape[0] // 2)
         return vae_path
-    space = _space_like(identity, trained)
+    space = _space_like(identity, trained, trained.spec["recipe"])
     if space.spec["vae"] != trained.spec["vae"]:
         raise UserError(
             f"--vae_path {vae_path} is not the VAE that the model was trained with: {_differences(space, trained)}"
@@ -189,9 +193,9 @@ def _check_channels(vae_path: str, decoded: int, given: int) -> None:
         raise UserError(f"--vae_path {vae_path} decodes latents of {decoded} channels, and these have {given}")
 
 
-def _space_like(identity: VAEIdentity, other: Space) -> Space:
+def _space_like(identity: VAEIdentity, other: Space, recipe: Mapping) -> Space:
     """Returns the space of latents of a VAE that are of images of the same size, and as large, as those of another."""
-    return Space.of(identity.fingerprint, other.spec["image_size"], reading.RECIPE, other.moments_shape)
+    return Space.of(identity.fingerprint, other.spec["image_size"], recipe, other.moments_shape)
 
 
 def _differences(here: Space, there: Space) -> str:

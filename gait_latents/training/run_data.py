@@ -10,7 +10,7 @@ from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import Failed, UserError
 from gait_latents.common.layout import SPLIT_NAME
 from gait_latents.common.process import StopSignals
-from gait_latents.images import changes, reading, selection
+from gait_latents.images import changes, reading, selection, windows
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import Split, read_split
 from gait_latents.latents import filling, opening, vae_fit
@@ -62,6 +62,8 @@ def _open(plan: TrainingPlan, device: torch.device, ranks: Ranks) -> Data:
     split = _run_split(plan, at_hand)
     chosen = vae_fit.choose_space(settings, plan.sources, known, may_lack=goes_on)
     selection.warn_of_shared_content(split)
+    if plan.state is None and at_hand:
+        windows.warn_of_windows(split, settings.data_path, resize=settings.resize)
     _check_same_space(plan, chosen)
     if plan.beginning is not None:
         warn_of_seen_tests(plan.beginning, split)
@@ -127,7 +129,12 @@ def _known_space(plan: TrainingPlan) -> ChosenSpace | None:
 def _leave_out_bad_images(plan: TrainingPlan, split: Split, dataset: LatentDataset) -> Split:
     missing = {dataset.keys[position] for position in dataset.missing()}
     entries = [entry for entry in split.train if entry.key in missing]
-    bad = reading.find_bad_images(entries, data_path=plan.settings.data_path, image_size=plan.settings.image_size)
+    bad = reading.find_bad_images(
+        entries,
+        data_path=plan.settings.data_path,
+        image_size=plan.settings.image_size,
+        resize=plan.settings.resize,
+    )
     if not bad:
         return split
     for skipped in bad:

@@ -187,7 +187,9 @@ def test_another_vae_or_image_size_never_hits_and_says_which_field_differs(world
     capsys.readouterr()
     check(account, world, encoder, "another VAE", "a miss", misses=24)
     said = capsys.readouterr().out
-    assert re.search(r"made with another VAE or image size \(vae\.weights: \"?[0-9a-f]+\"? vs \"?[0-9a-f]+", said)
+    assert re.search(
+        r"made with another VAE, image_size or resize \(vae\.weights: \"?[0-9a-f]+\"? vs \"?[0-9a-f]+", said
+    )
     check(account, world, encoder, "another image size", "a miss", misses=24, image_size=32)
     assert "image_size: 32 vs 16" in capsys.readouterr().out
     assert path.read_bytes() == kept

@@ -148,11 +148,12 @@ def space_of(root: Path, known: vae_fit.ChosenSpace | None = None, sources: dict
     return vae_fit.choose_space(settings_of(root, **changes), sources, known, may_lack=False)
 
 
-def test_the_space_follows_encoder_and_image_size_and_nothing_else(world):
+def test_the_space_follows_encoder_image_size_and_resize_and_nothing_else(world):
     chosen = space_of(world)
     assert chosen.vae_at_hand and chosen.space.moments_shape == (8, 8, 8)
     assert space_of(world, seed=1, images_per_user="all", encode_precision="float16").space == chosen.space
     assert space_of(world, image_size=32).space.id != chosen.space.id
+    assert len({space_of(world, resize=how).space.id for how in ("crop", "squash", "pad")} | {chosen.space.id}) == 3
     tiny_vae.save_tiny_vae(world / "other.pt", seed=1)
     assert space_of(world, vae_path=str(world / "other.pt")).space.id != chosen.space.id
     tiny_vae.save_tiny_vae(world / "same.safetensors", wrapped=True)
