@@ -54,7 +54,9 @@ class VAEIdentity:
         low, high = self.fingerprint["pixel_range"]
         factors = describe_factors(self.scale_factor, self.shift_factor, are_assumed=self.factors_are_assumed)
         family, *rest = self.kind.split("; ")
-        facts = f"{self.latent_channels} channels, {self.downsampling}x smaller, pixels in [{low:g}, {high:g}], {factors}"
+        facts = (
+            f"{self.latent_channels} channels, {self.downsampling}x smaller, pixels in [{low:g}, {high:g}], {factors}"
+        )
         return "; ".join([f"{family}, {facts}", *rest])
 
 

@@ -111,8 +111,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {printable(error)}") from error
     name = config.get("_class_name") if isinstance(config, dict) else None
     if not isinstance(name, str) or name not in DIFFUSERS_CLASSES:
+        what = f"the class {printable(name)}" if name else "a model of unknown class"
         raise UserError(
-            f"{folder} holds {f'the class {printable(name)}' if name else 'a model of unknown class'}, which has no posterior for single "
+            f"{folder} holds {what}, which has no posterior for single "
             f"images; classes that do: {', '.join(DIFFUSERS_CLASSES)}"
         )
     if not all(_is_setting(value) for value in config.values()):
@@ -155,6 +156,9 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in (*WEIGHT_FILES, *OTHER_WEIGHT_FILES):
         if (folder / name).exists():
             return _shards(folder / name) if ".index." in name else [folder / name]
+    variants = [path for path in folder.glob("diffusion_pytorch_model.*.safetensors") if "-of-" not in path.name]
+    if len(variants) == 1:
+        return variants
     raise UserError(f"{folder} has no {WEIGHT_FILES[0]}; save the model again with save_pretrained")
 
 
@@ -169,7 +173,9 @@ def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in sorted(names)]
     lost = [file for file in files if not file.exists()]
     if lost:
-        raise UserError(f"{index} names {printable(lost[0].name)}, which is not there; copy or download the folder again")
+        raise UserError(
+            f"{index} names {printable(lost[0].name)}, which is not there; copy or download the folder again"
+        )
     return files
 
 
@@ -290,7 +296,9 @@ def _check_architecture(folder: Path, model: Any, tensors: Mapping[str, Tensor],
     """Raises UserError, naming a tensor, where the network and the weights of these halves differ."""
     prefixes = tuple(prefix for half in HALVES for prefix in HALVES[half] if half in halves)
     others = tuple(prefix for half in HALVES for prefix in HALVES[half] if half not in halves)
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items() if not (others and name.startswith(others))}
+    wanted = {
+        name: tuple(t.shape) for name, t in model.state_dict().items() if not (others and name.startswith(others))
+    }
     lost = [name for name in wanted if name not in tensors]
     if lost:
         raise UserError(f"{folder} lacks {len(lost)} weights of its model, such as {lost[0]}")

@@ -47,8 +47,7 @@ def _inside(path: Path) -> Path:
         revisions = [folder for folder in revisions if folder.name == newest.read_text(errors="replace").strip()]
     if len(revisions) != 1:
         raise UserError(
-            f"{snapshots} holds {len(revisions) or 'no'} revisions of a model; give the folder of one of them, with its "
-            "config.json"
+            f"{snapshots} holds {len(revisions) or 'no'} revisions of a model; give the folder of one of them"
         )
     return revisions[0]
 

@@ -85,7 +85,7 @@ def mappings(
 
 
 def find_sets(tree: Any) -> list[WeightSet]:
-    """Returns the sets of weights in what a file holds, in the order of the module's text; averages are not preferred."""
+    """Returns the sets of weights in what a file holds, in the order of the keys and prefixes (see the module)."""
     trees = list(mappings(tree)) if isinstance(tree, Mapping) else []
     found: list[WeightSet] = []
     for key, mapping in trees:
@@ -98,7 +98,9 @@ def find_sets(tree: Any) -> list[WeightSet]:
 def _sets_of_names(key: str, state: dict[str, tuple[str, Any]], mapping: Mapping[Any, Any]) -> Iterator[WeightSet]:
     """Yields the sets in one mapping {name: (name in the file, value)}."""
     prefixes = {n.removesuffix(LANDMARK) for n in state if n == LANDMARK or n.endswith("." + LANDMARK)}
-    for prefix in sorted(prefixes, key=lambda prefix: (prefix != "first_stage_model.", len(prefix), prefix))[:_MOST_SETS]:
+    for prefix in sorted(prefixes, key=lambda prefix: (prefix != "first_stage_model.", len(prefix), prefix))[
+        :_MOST_SETS
+    ]:
         in_file = state[prefix + LANDMARK][0]
         inside = {name.removeprefix(prefix): name for name in state if name.startswith(prefix)}
         shown = in_file.removesuffix(LANDMARK) if in_file.endswith(LANDMARK) else prefix
