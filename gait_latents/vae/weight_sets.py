@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from gait_latents.vae.base import HALVES
-from gait_latents.vae.tensor_names import LANDMARK, are_of_diffusers, to_ldm, unwrapped, with_dots
+from gait_latents.vae.tensor_names import LANDMARK, WRAPPERS, are_of_diffusers, to_ldm, unwrapped, with_dots
 from gait_latents.vae.weight_files import printable
 
 # Under these keys training checkpoints keep weights.
@@ -59,7 +59,7 @@ class WeightSet:
     @property
     def is_first_stage(self) -> bool:
         """Says whether it is one model of several, as in a full LDM or Stable Diffusion checkpoint."""
-        return self.prefix.endswith("first_stage_model.")
+        return ".".join(word for word in self.prefix.split(".") if word not in WRAPPERS) == "first_stage_model."
 
     @property
     def place(self) -> str:
@@ -88,11 +88,15 @@ def find_sets(tree: Any) -> list[WeightSet]:
     """Returns the sets of weights in what a file holds, in the order of the keys and prefixes (see the module)."""
     trees = list(mappings(tree)) if isinstance(tree, Mapping) else []
     found: list[WeightSet] = []
+    without_dots: list[WeightSet] = []
     for key, mapping in trees:
-        found += _sets_of_names(key, unwrapped(mapping), mapping)
+        state = unwrapped(mapping)
+        found += _sets_of_names(key, state, mapping)
+        without_dots += _averages_of_ldm(key, state, mapping)
         if len(found) >= _MOST_SETS:
             break
-    return [*found, *_shadows(trees, found)][:_MOST_SETS]
+    # These come last: the first versions did not know them, and what those took must come first.
+    return [*found, *without_dots, *_shadows(trees, found)][:_MOST_SETS]
 
 
 def _sets_of_names(key: str, state: dict[str, tuple[str, Any]], mapping: Mapping[Any, Any]) -> Iterator[WeightSet]:
@@ -105,8 +109,12 @@ def _sets_of_names(key: str, state: dict[str, tuple[str, Any]], mapping: Mapping
         inside = {name.removeprefix(prefix): name for name in state if name.startswith(prefix)}
         shown = in_file.removesuffix(LANDMARK) if in_file.endswith(LANDMARK) else prefix
         yield _set(key, shown, inside, state, mapping)
+
+
+def _averages_of_ldm(key: str, state: dict[str, tuple[str, Any]], mapping: Mapping[Any, Any]) -> Iterator[WeightSet]:
+    """Yields the averages that LDM keeps beside the weights, in whose names the dots are missing."""
     dotted = {with_dots(name.removeprefix("model_ema.")): name for name in state if name.startswith("model_ema.")}
-    if LANDMARK in dotted:  # the averages of LDM, in whose names the dots are missing
+    if LANDMARK in dotted:
         yield _set(key, "model_ema.", {name: there for name, there in dotted.items() if name}, state, mapping)
 
 
