@@ -57,13 +57,11 @@ HELP_ZH = {
         "KL-VAE：.pt、.pth 或 .safetensors 文件，diffusers 文件夹，或 Hugging Face hub 上的名称"
     ),
     "folder with one sub-folder of images per class": "数据文件夹，其中每个类别一个子文件夹",
-    "normalises latents with latent_norm scale_factor: (z - shift_factor) * scale_factor; none takes what the VAE's"
-    " file names, or what is usual for its kind": (
-        "latent_norm 为 scale_factor 时用于归一化潜变量：(z - shift_factor) * scale_factor；"
-        "none 表示取 VAE 文件中给出的值，没有则取该类 VAE 的常用值"
+    "scale of the VAE's own normalisation, (z - shift) times scale; none takes that of its file, or the usual one": (
+        "VAE 自带归一化的缩放，即（z 减平移）乘以缩放；none 表示取 VAE 文件中给出的值，没有则取常用值"
     ),
-    "see scale_factor; none takes what the VAE's file names, or what is usual for its kind": (
-        "见 scale_factor；none 表示取 VAE 文件中给出的值，没有则取该类 VAE 的常用值"
+    "shift of the VAE's own normalisation; none takes that of its file, or the usual one": (
+        "VAE 自带归一化的平移；none 表示取 VAE 文件中给出的值，没有则取常用值"
     ),
     "side of the square images, in pixels": "正方形图像的边长（像素）",
     "number of classes, in natural order": "类别数，按自然顺序取前几个",

@@ -56,8 +56,7 @@ class ImageSettings(MachineSettings):
         None,
         float,
         CACHE,
-        "normalises latents with latent_norm scale_factor: (z - shift_factor) * scale_factor; none takes what the VAE's"
-        " file names, or what is usual for its kind",
+        "scale of the VAE's own normalisation, (z - shift) times scale; none takes that of its file, or the usual one",
         low=1e-6,
         high=1e6,
         words=("none",),
@@ -67,7 +66,7 @@ class ImageSettings(MachineSettings):
         None,
         float,
         CACHE,
-        "see scale_factor; none takes what the VAE's file names, or what is usual for its kind",
+        "shift of the VAE's own normalisation; none takes that of its file, or the usual one",
         low=-1e6,
         high=1e6,
         words=("none",),
