@@ -225,7 +225,7 @@ def identify_diffusers(folder: Path, halves: Sequence[str]) -> tuple[VAEIdentity
         downsampling,
         check_positive(folder / "config.json", "scaling_factor", config.get("scaling_factor") or default),
         check_number(folder / "config.json", "shift_factor", config.get("shift_factor") or 0.0),
-        kind="; ".join([f"diffusers {class_name}", *(f"its {name} is not used" for name in by_channel)]),
+        kind=f"diffusers {class_name}" + (f"; not used: its {' and '.join(by_channel)}" if by_channel else ""),
         factors_are_assumed=not config.get("scaling_factor"),
     )
     return identity, tensors

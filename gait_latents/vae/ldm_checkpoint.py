@@ -4,6 +4,7 @@ The file may hold the state dict itself, a training checkpoint around it, or a w
 VAE is one part. The architecture is read from the shapes of the tensors.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +20,10 @@ from gait_latents.vae.base import (
     LDM_SCALE_FACTOR,
     Parts,
     VAEIdentity,
-    check_number,
     check_positive,
     leave_out,
     split_halves,
+    to_number,
 )
 from gait_latents.vae.network import KLVAE, NORM_GROUPS, Style
 from gait_latents.vae.tensor_names import LANDMARK, unwrapped
@@ -149,18 +150,24 @@ def _refuse_other_vaes(path: Path, weights: WeightSet) -> None:
 
 
 def _factors(path: Path, contents: Contents, weights: WeightSet) -> Factors:
-    """Returns the normalisation that the file names, else that of the family, which is then assumed."""
+    """Returns the normalisation that the file names, else that of the family, which is then assumed.
+
+    Of these names the first versions knew `scale_factor` alone. What the others hold counts where it is a number; else
+    it stays without effect, as it was.
+    """
     state = unwrapped(weights.mapping)
     inside = {name: state[there][1] for name, there in weights.beside.items()}
     whole = contents.tree if isinstance(contents.tree, Mapping) else {}
     places = (contents.metadata, whole, weights.mapping, inside)
     named = {name: place[name] for place in reversed(places) for name in _FACTOR_NAMES if name in place}
-    scale = named.get("scale_factor", named.get("scaling_factor") or ...)
-    shift = named.get("shift_factor") or 0.0
-    if scale is ...:
-        scale, usual_shift = _usual_factors(contents, weights)
-        return Factors(scale, check_number(path, "shift_factor", shift) or usual_shift, are_assumed=True)
-    return Factors(check_positive(path, "scale_factor", scale), check_number(path, "shift_factor", shift), False)
+    shift = to_number(named.get("shift_factor"))
+    scale = to_number(named.get("scaling_factor"))
+    if "scale_factor" in named:
+        scale = check_positive(path, "scale_factor", named["scale_factor"])
+    if not (math.isfinite(scale) and scale > 0):
+        usual_scale, usual_shift = _usual_factors(contents, weights)
+        return Factors(usual_scale, shift if math.isfinite(shift) else usual_shift, are_assumed=True)
+    return Factors(scale, shift if math.isfinite(shift) else 0.0, are_assumed=False)
 
 
 _FACTOR_NAMES = ("scale_factor", "scaling_factor", "shift_factor")  # the second is the name that diffusers uses

@@ -74,9 +74,10 @@ def test_constants_in_the_file_win_over_those_of_the_family(tmp_path):
     for name in ("a.safetensors", "a.pt"):
         found = read_identity(tmp_path / name)
         assert (found.scale_factor, found.shift_factor, found.factors_are_assumed) == (0.7, 0.2, False)
-    torch.save({"state_dict": state_of(FLUX_RAW), "shift_factor": "x"}, tmp_path / "b.pt")
-    with pytest.raises(UserError, match=r"shift_factor is 'x'; it must be a number"):
-        read_identity(tmp_path / "b.pt")
+    for senseless in ("x", torch.ones(16), None, [1], float("nan")):  # which earlier versions did not look at
+        torch.save({"vae": state_of(RAW), "scaling_factor": senseless, "shift_factor": senseless}, tmp_path / "b.pt")
+        found = read_identity(tmp_path / "b.pt")
+        assert (found.scale_factor, found.shift_factor, found.factors_are_assumed) == (0.18215, 0.0, True)
 
 
 @pytest.mark.parametrize(("multipliers", "levels"), [((1, 2, 2), (2,)), ((1, 1), (0, 1)), ((1, 2, 2), ())])
