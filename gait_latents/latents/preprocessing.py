@@ -228,8 +228,8 @@ def _say_account(work: Work) -> None:
 
 def _say_doubt(work: Work) -> None:
     """Says so where the constants of the VAE do not bring its latents to about unit variance."""
-    lost = set(work.dataset.missing())
-    present = torch.tensor([position for position in range(len(work.dataset)) if position not in lost])
+    lost = {work.dataset.keys[position] for position in work.dataset.missing()}
+    present = torch.tensor([position for position, key in enumerate(work.dataset.keys) if key not in lost])
     if not len(present):
         return
     some = present[torch.linspace(0, len(present) - 1, min(_NUM_MEASURED, len(present))).long()]

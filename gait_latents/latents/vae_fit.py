@@ -13,7 +13,7 @@ latents from elsewhere asks here:
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -45,7 +45,7 @@ class ChosenSpace:
     scale_factor: float
     shift_factor: float
     vae_at_hand: bool
-    factors_are_assumed: bool = False
+    factors_are_assumed: bool = field(default=False, compare=False)
 
 
 def choose_space(
