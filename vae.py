@@ -2,6 +2,6 @@
 
 from gait_latents.vae.base import VAE, VAEIdentity
 from gait_latents.vae.load import load_vae, read_identity
-from gait_latents.vae.network import KLVAE
+from gait_latents.vae.network import KLVAE, Attention
 
-__all__ = ["KLVAE", "VAE", "VAEIdentity", "load_vae", "read_identity"]
+__all__ = ["KLVAE", "VAE", "Attention", "VAEIdentity", "load_vae", "read_identity"]

@@ -58,6 +58,12 @@ HELP_ZH = {
         "KL-VAE：.pt、.pth 或 .safetensors 文件，diffusers 文件夹，或 Hugging Face hub 上的名称"
     ),
     "folder with one sub-folder of images per class": "数据文件夹，其中每个类别一个子文件夹",
+    "scale of the VAE's own normalisation, (z - shift) times scale; none takes that of its file, or the usual one": (
+        "VAE 自带归一化的缩放，即（z 减平移）乘以缩放；none 表示取 VAE 文件中给出的值，没有则取常用值"
+    ),
+    "shift of the VAE's own normalisation; none takes that of its file, or the usual one": (
+        "VAE 自带归一化的平移；none 表示取 VAE 文件中给出的值，没有则取常用值"
+    ),
     "side of the square images, in pixels": "正方形图像的边长（像素）",
     "how an image becomes a square: crop cuts the centre out, squash keeps all but the aspect, pad adds black bars": (
         "如何把图像变成正方形：crop 截取中央，squash 保留全部内容但改变宽高比，pad 用黑边补齐"

@@ -77,7 +77,7 @@ def verify(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     """
     found = _open_finished(settings, sources)
     if cli.is_explicit(sources, "vae_path"):
-        vae_fit.check_vae_of_cache(found.manifest.space, settings.vae_path)
+        vae_fit.say_vae(settings.vae_path, vae_fit.check_vae_of_cache(found.manifest.space, settings.vae_path))
     cache = LatentCache(found.folder, found.manifest.space, writable=False)
     entries = [entry for part in found.parts.values() for entry in part]
     report = cache_verify.verify(cache, [entry.key for entry in entries])

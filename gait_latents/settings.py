@@ -52,6 +52,26 @@ class ImageSettings(MachineSettings):
         free=True,
         about_cache=True,
     )
+    scale_factor: float | None = setting(
+        None,
+        float,
+        CACHE,
+        "scale of the VAE's own normalisation, (z - shift) times scale; none takes that of its file, or the usual one",
+        low=1e-6,
+        high=1e6,
+        words=("none",),
+        about_cache=True,
+    )
+    shift_factor: float | None = setting(
+        None,
+        float,
+        CACHE,
+        "shift of the VAE's own normalisation; none takes that of its file, or the usual one",
+        low=-1e6,
+        high=1e6,
+        words=("none",),
+        about_cache=True,
+    )
     data_path: str = setting(
         "/kaggle/input/organized-gait-dataset/Normal_line",
         str,
@@ -548,11 +568,18 @@ vars(CATALOGUE).update(scripts=SCRIPTS, groups=GROUPS, other_names=_OTHER_NAMES,
 AUTO_STEPS_BEFORE = {"dpm++": 20, "ddim": 250}  # of runs that do not store theirs
 # Values that older runs and images count as having, whatever today's defaults: what was done before these settings.
 _BEFORE = {"guidance_interval": [0.0, 1.0], "time_shift": 0.0, "noise_shift": 0.0, "resize": "crop"}
+# The same of settings that images do not record.
+_BEFORE_IN_RUNS = {"scale_factor": None, "shift_factor": None}
 
 
 def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the stored settings of a run or of images, with the values of settings that are newer than it added."""
     return {**_BEFORE, **stored}
+
+
+def with_later_settings_of_runs(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the stored settings of a run, with the values of settings that are newer than it added."""
+    return {**_BEFORE_IN_RUNS, **with_later_settings(stored)}
 
 
 def differences_on_resume(stored: Mapping[str, Any], settings: Any) -> list[tuple[str, Any, Any]]:

@@ -72,7 +72,7 @@ def load_network(path: Path, device: torch.device) -> nn.Module:
     Raises:
         UserError: when the file does not hold the weights of this network.
     """
-    state, _ = weight_files.read_weights(path)
+    state = weight_files.read_weights(path).tree
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path} holds no state dict of InceptionV3")
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}

@@ -194,10 +194,14 @@ class LatentDataset(Dataset):
 
     def fit_norm(self, *, seed: int, num_images: int) -> LatentNorm:
         """Measures the normalisation on `num_images` images chosen by the seed, sets it, and returns it."""
-        order = torch.randperm(len(self), generator=sample_generator(seed, "latent norm"))
-        norm = LatentNorm.from_moments(self.moments(order[:num_images].sort().values).cpu())
+        norm = LatentNorm.from_moments(self.sample_moments(seed=seed, num_images=num_images))
         self.set_norm(norm)
         return norm
+
+    def sample_moments(self, *, seed: int, num_images: int) -> Tensor:
+        """Returns the moments [N 2C h w] of `num_images` images chosen by the seed, on the CPU."""
+        order = torch.randperm(len(self), generator=sample_generator(seed, "latent norm"))
+        return self.moments(order[:num_images].sort().values).cpu()
 
     # --- filling ---
 

@@ -112,6 +112,7 @@ def account(work: Work, ranks: Ranks) -> int:
     with ranks.together():  # so that no process ends, for bad images, before rank 0 has told of them
         if ranks.is_main:
             _say_account(work)
+            _say_doubt(work)
             path = Path(settings.output_folder) / PREVIEW_NAME
             draw_preview(settings, dataset, work.entries, dataset.device, path, fresh=bool(work.missing))
     if work.bad and not settings.skip_bad_images:
@@ -238,6 +239,21 @@ def _say_account(work: Work) -> None:
         say(f"    {show_name(dataset.names[position])}: {reason}")
     say(f"time            {console.duration(seconds)}{pace}; peak memory {hardware.peak_memory(dataset.device)}")
     say(f"cache           {work.settings.output_folder} ({console.size(_bytes_on_disk(dataset.cache))})")
+
+
+def _say_doubt(work: Work) -> None:
+    """Says so where the constants of the VAE do not bring its latents to about unit variance."""
+    lost = {work.dataset.keys[position] for position in work.dataset.missing()}
+    present = torch.tensor([position for position, key in enumerate(work.dataset.keys) if key not in lost])
+    if not len(present):
+        return
+    some = present[torch.linspace(0, len(present) - 1, min(_NUM_MEASURED, len(present))).long()]
+    doubt = vae_fit.doubt_of_factors(work.dataset.moments(some).cpu(), work.chosen)
+    if doubt:
+        say(f"scale_factor    {doubt} (it matters with --latent_norm scale_factor alone)")
+
+
+_NUM_MEASURED = 64  # images whose latents are looked at for the spread
 
 
 def _bytes_on_disk(cache: LatentCache) -> int:

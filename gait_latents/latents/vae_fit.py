@@ -9,20 +9,26 @@ latents from elsewhere asks here:
 - `check_vae_of_run`: are the latents of the settings those that a run which goes on was started with?
 - `check_vae_of_weights`: do the weights that a new run begins with know latents of this VAE?
 - `check_vae_of_model`: can this VAE decode what a trained model samples?
+- `doubt_of_factors`: do the constants of the VAE bring its latents to about unit variance?
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
 
 from gait_latents.common.cli import is_explicit
-from gait_latents.common.console import say
+from gait_latents.common.console import say, show_name
 from gait_latents.common.errors import UserError
 from gait_latents.images import reading
 from gait_latents.latents.manifest import Manifest
 from gait_latents.latents.space import Space
 from gait_latents.settings import ImageSettings
 from gait_latents.vae import load
-from gait_latents.vae.base import VAEIdentity
+from gait_latents.vae.base import VAEIdentity, describe_factors
+from gait_latents.vae.norm import spread
 
 
 @dataclass(frozen=True)
@@ -31,14 +37,16 @@ class ChosenSpace:
 
     Attributes:
         space: the space.
-        scale_factor, shift_factor: the constants that the makers of the VAE gave it: latent = (z - shift) * scale.
+        scale_factor, shift_factor: latent = (z - shift) * scale, by the settings or as the makers of the VAE say.
         vae_at_hand: whether the VAE can be read here, so that missing images can be encoded.
+        factors_are_assumed: whether neither the settings nor the VAE's file name a scale factor.
     """
 
     space: Space
     scale_factor: float
     shift_factor: float
     vae_at_hand: bool
+    factors_are_assumed: bool = field(default=False, compare=False)
 
 
 def choose_space(
@@ -64,6 +72,12 @@ def choose_space(
             raise
         say(f"no VAE at hand ({error}); taking the latents that the cache holds")
         return _without_vae(settings, known)
+    identity = replace(
+        identity,
+        **_given_factors(settings),
+        factors_are_assumed=identity.factors_are_assumed and settings.scale_factor is None,
+    )
+    say_vae(settings.vae_path, identity)
     _check_image_size(settings, identity)
     side = settings.image_size // identity.downsampling
     shape = (2 * identity.latent_channels, side, side)
@@ -73,7 +87,24 @@ def choose_space(
             f"this cache was made with another VAE, image_size or resize ({_differences(space, known.space)}): its "
             "latents are left alone and the images are encoded again"
         )
-    return ChosenSpace(space, identity.scale_factor, identity.shift_factor, vae_at_hand=True)
+    return ChosenSpace(
+        space,
+        identity.scale_factor,
+        identity.shift_factor,
+        vae_at_hand=True,
+        factors_are_assumed=identity.factors_are_assumed,
+    )
+
+
+def _given_factors(settings: ImageSettings) -> dict[str, float]:
+    """Returns the scale factor and the shift factor of the settings, those that are given."""
+    given = {name: getattr(settings, name) for name in ("scale_factor", "shift_factor")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def say_vae(vae_path: str, identity: VAEIdentity) -> None:
+    """Says in one line how the file of a VAE was understood."""
+    say(f"VAE {show_name(Path(vae_path).name)}: {identity.describe()}")
 
 
 def _check_image_size(settings: ImageSettings, identity: VAEIdentity) -> None:
@@ -98,7 +129,7 @@ def _without_vae(settings: ImageSettings, known: ChosenSpace) -> ChosenSpace:
             f"{asked[0]}, but the cached latents are of images {asked[1]}, and the VAE {settings.vae_path} that could "
             "encode them again is not at hand"
         )
-    return known
+    return replace(known, **_given_factors(settings))
 
 
 def space_of_manifest(manifest: Manifest) -> ChosenSpace:
@@ -114,15 +145,16 @@ def _factor(value: object) -> float:
     raise UserError("the manifest of the cache names no scale_factor and shift_factor; run preprocess_latents.py")
 
 
-def check_vae_of_cache(cached: Space, vae_path: str) -> None:
-    """Raises UserError unless this VAE can be read and makes latents of the space of a cache."""
-    how = reading.recipe(reading.resize_of(cached.spec["recipe"]) or "crop")
-    space = _space_like(load.read_identity(vae_path), cached, how)
+def check_vae_of_cache(cached: Space, vae_path: str) -> VAEIdentity:
+    """Returns the identity of a VAE; raises UserError unless it makes latents of the space of a cache."""
+    identity = load.read_identity(vae_path)
+    space = _space_like(identity, cached, reading.recipe(reading.resize_of(cached.spec["recipe"]) or "crop"))
     if space.id != cached.id:
         raise UserError(
             f"{vae_path} makes other latents than those of the cache ({_differences(space, cached)}); give the VAE "
             "that the cache was made with"
         )
+    return identity
 
 
 def check_vae_of_run(chosen: Space, of_run: Space, *, vae_path: str, run: str) -> None:
@@ -177,6 +209,7 @@ def check_vae_of_model(trained: Space, vae_path: str | None) -> str:
     if vae_path is None:
         raise UserError("--vae_path is needed: the checkpoint does not name a VAE")
     identity = load.read_identity(vae_path)
+    say_vae(vae_path, identity)
     if trained.is_imported:
         _check_channels(vae_path, identity.latent_channels, trained.moments_shape[0] // 2)
         return vae_path
@@ -200,3 +233,24 @@ def _space_like(identity: VAEIdentity, other: Space, recipe: Mapping) -> Space:
 
 def _differences(here: Space, there: Space) -> str:
     return "; ".join(here.differing_fields(there))
+
+
+def doubt_of_factors(moments: Tensor, chosen: ChosenSpace) -> str:
+    """Says so where latents have a spread far from 1 after the constants of their VAE; else returns an empty text.
+
+    Args:
+        moments: [N 2C h w] of some images.
+        chosen: the constants.
+    """
+    unscaled = spread(moments)
+    scaled = unscaled * chosen.scale_factor
+    if not (math.isfinite(scaled) and unscaled > 0) or _USUAL_SPREAD[0] <= scaled <= _USUAL_SPREAD[1]:
+        return ""
+    factors = describe_factors(chosen.scale_factor, chosen.shift_factor, are_assumed=chosen.factors_are_assumed)
+    return (
+        f"the latents have a standard deviation of {scaled:.2g} after {factors}, and it should be about 1: "
+        f"--scale_factor {1 / unscaled:.4g} makes it so"
+    )
+
+
+_USUAL_SPREAD = (0.5, 2.0)  # between these, the noise of every timestep is about as strong as it is meant to be

@@ -14,7 +14,7 @@ from gait_latents.common.errors import UserError
 from gait_latents.diffusion import build
 from gait_latents.images.split import is_file_name
 from gait_latents.latents.space import Space
-from gait_latents.settings import AUTO_STEPS_BEFORE, TrainSettings, with_later_settings
+from gait_latents.settings import AUTO_STEPS_BEFORE, TrainSettings, with_later_settings_of_runs
 from gait_latents.training.metrics_log import is_number
 from gait_latents.vae.norm import LatentNorm
 
@@ -26,7 +26,7 @@ class RunMeta:
     Attributes:
         step: number of finished steps.
         settings: of training, by name, as `cli.to_dict` gives them; settings that are newer than the run have
-            the values that it counts as having (`with_later_settings`).
+            the values that it counts as having (`with_later_settings_of_runs`).
         classes: the class names, in label order.
         latent_norm: how the latents were normalised.
         space: what the latents are.
@@ -159,7 +159,7 @@ def _read_classes(classes: Any) -> tuple[str, ...]:
 def _read_settings(settings: Any) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError("its settings are no table")
-    settings = with_later_settings(settings)
+    settings = with_later_settings_of_runs(settings)
     parsed = cli.stored_layer(TrainSettings, "its settings", settings).values
     for name in (*build.NETWORK_SETTINGS, "image_size"):
         if name not in parsed:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gait_latents.common import cli, hardware
-from gait_latents.common.console import say
+from gait_latents.common.console import say, warn
 from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import Failed, UserError
 from gait_latents.common.seeds import draw_positions
@@ -17,6 +17,7 @@ from gait_latents.diffusion import build
 from gait_latents.diffusion.ema import EMA
 from gait_latents.diffusion.model import LatentDiffusion, shift_along_width
 from gait_latents.images import selection
+from gait_latents.latents import vae_fit
 from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings
 from gait_latents.training import checkpoint, optimizer_state, run_folder
 from gait_latents.training.beginning import Beginning, begin
@@ -148,8 +149,15 @@ class Trainer:
         if settings.latent_norm == "scale_factor":
             channels = self.dataset.latent_shape[0]
             self.dataset.set_norm(LatentNorm.from_scale_factor(channels, chosen.scale_factor, chosen.shift_factor))
-        else:
-            self.dataset.fit_norm(seed=settings.seed, num_images=settings.latent_norm_images)
+            doubt = vae_fit.doubt_of_factors(
+                self.dataset.sample_moments(seed=settings.seed, num_images=settings.latent_norm_images), chosen
+            )
+            if doubt:
+                warn(f"{doubt}, and so does --latent_norm moments")
+            return
+        self.dataset.fit_norm(seed=settings.seed, num_images=settings.latent_norm_images)
+        if settings.scale_factor is not None or settings.shift_factor is not None:
+            say("scale_factor and shift_factor are not used, as --latent_norm moments measures the latents instead")
 
     def train_step(self) -> None:
         """Takes one optimiser step on one effective batch; leaves its loss on the device."""

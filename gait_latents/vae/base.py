@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,8 @@ class VAEIdentity:
         latent_channels: C.
         downsampling: how many times smaller a latent is than the image, along each side.
         scale_factor, shift_factor: the makers' normalisation: latent = (z - shift_factor) * scale_factor.
+        kind: what kind of VAE this is, where in its file it was found, and what was left out there; for people to read.
+        factors_are_assumed: whether the file names no scale_factor, so that the usual one of its family is taken.
     """
 
     fingerprint: dict[str, Any]
@@ -44,6 +46,24 @@ class VAEIdentity:
     downsampling: int
     scale_factor: float
     shift_factor: float
+    kind: str = field(default="KL-VAE", compare=False)
+    factors_are_assumed: bool = field(default=False, compare=False)
+
+    def describe(self) -> str:
+        """Returns one line that says how the VAE was understood."""
+        low, high = self.fingerprint["pixel_range"]
+        factors = describe_factors(self.scale_factor, self.shift_factor, are_assumed=self.factors_are_assumed)
+        family, *rest = self.kind.split("; ")
+        facts = (
+            f"{self.latent_channels} channels, {self.downsampling}x smaller, pixels in [{low:g}, {high:g}], {factors}"
+        )
+        return "; ".join([f"{family}, {facts}", *rest])
+
+
+def describe_factors(scale_factor: float, shift_factor: float, *, are_assumed: bool) -> str:
+    """Returns the normalisation of a VAE in words, such as "scale_factor 0.3611 and shift_factor 0.1159"."""
+    shift = f" and shift_factor {shift_factor:g}" if shift_factor else ""
+    return f"scale_factor {scale_factor:g}{shift}{' (assumed, as the file names none)' if are_assumed else ''}"
 
 
 class VAE(nn.Module):
@@ -181,6 +201,14 @@ def check_positive(path: Path, name: str, value: Any) -> float:
         shown = printable(repr(value)) if isinstance(value, (float, str)) else f"a {type(value).__name__}"
         shown = str(value) if isinstance(value, int) and math.isfinite(number) else shown
         raise UserError(f"{path}: {name} is {shown}; it must be a number above 0")
+    return number
+
+
+def check_number(path: Path, name: str, value: Any) -> float:
+    """Returns a value out of a file as a finite number; raises UserError, naming file and value, for others."""
+    number = to_number(value)
+    if not math.isfinite(number):
+        raise UserError(f"{path}: {name} is {printable(repr(value))}; it must be a number")
     return number
 
 

@@ -1,10 +1,10 @@
-"""Reads a VAE out of a folder in the format of diffusers: config.json and the weights as safetensors.
+"""Reads a VAE out of a folder in the format of diffusers: config.json and the weights.
 
-Its identity is read without diffusers, which is only needed to load it.
+Its identity is read without diffusers, which is only needed to build the network. The weights are read here and given
+to the network: what was looked at is what is used.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,18 +22,24 @@ from gait_latents.vae.base import (
     VAE,
     Parts,
     VAEIdentity,
+    check_number,
     check_positive,
     fingerprint_of,
     first_line,
     leave_out,
     split_halves,
-    to_number,
-    weights_digest,
 )
 from gait_latents.vae.ldm_checkpoint import MOST_LEVELS
 from gait_latents.vae.weight_files import SUFFIXES, check_finite, check_tensor, kind_of, printable, read_weights
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+# What else may hold the weights, in the order in which it is taken; an index names the files that share them.
+OTHER_WEIGHT_FILES = (
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors.index.fp16.json",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.fp16.bin",
+)
 # The classes that can be used: `encode` gives a normal distribution over latents [B C h w], and `decode` needs nothing
 # but such latents. For each, how its settings tell (latent channels, downsampling).
 DIFFUSERS_CLASSES: dict[str, Callable[[Mapping[str, Any]], tuple[int, int]]] = {
@@ -105,8 +111,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {printable(error)}") from error
     name = config.get("_class_name") if isinstance(config, dict) else None
     if not isinstance(name, str) or name not in DIFFUSERS_CLASSES:
+        what = f"the class {printable(name)}" if name else "a model of unknown class"
         raise UserError(
-            f"{folder} holds a {printable(name or 'model of unknown class')}, which has no posterior for single "
+            f"{folder} holds {what}, which has no posterior for single "
             f"images; classes that do: {', '.join(DIFFUSERS_CLASSES)}"
         )
     if not all(_is_setting(value) for value in config.values()):
@@ -144,29 +151,59 @@ def _what_a_folder_is(folder: Path) -> str:
     return "so not a diffusers model"
 
 
-def _weight_file(folder: Path) -> Path:
-    """Returns the file of the weights; raises UserError where there is none."""
-    there = [folder / name for name in WEIGHT_FILES if (folder / name).exists()]
-    if not there:
-        raise UserError(f"{folder} has no {WEIGHT_FILES[0]}; save the model again with save_pretrained")
-    return there[0]
+def _weight_files(folder: Path) -> list[Path]:
+    """Returns the files of the weights; raises UserError where there are none."""
+    for name in (*WEIGHT_FILES, *OTHER_WEIGHT_FILES):
+        if (folder / name).exists():
+            return _shards(folder / name) if ".index." in name else [folder / name]
+    variants = [path for path in folder.glob("diffusion_pytorch_model.*.safetensors") if "-of-" not in path.name]
+    if len(variants) == 1:
+        return variants
+    raise UserError(f"{folder} has no {WEIGHT_FILES[0]}; save the model again with save_pretrained")
 
 
-def _diffusers_tensors(path: Path, halves: Sequence[str]) -> dict[str, Tensor]:
-    """Reads and checks the tensors of the halves, under the names of today's diffusers; raises UserError."""
-    if kind_of(path) != "safetensors":
-        raise UserError(f"{path} does not hold safetensors; save the model again with save_pretrained")
-    prefixes = tuple(prefix for half in halves for prefix in HALVES[half])
-    stored = {name: t for name, t in read_weights(path)[0].items() if name.startswith(prefixes)}
-    for name, tensor in stored.items():
-        check_tensor(path, name, tensor)
-    check_finite(path, stored)
+def _shards(index: Path) -> list[Path]:
+    """Returns the files that an index of shards names; raises UserError where it is damaged or one is missing."""
+    try:
+        names = set(json.loads(disk_files.read_whole(index, at_most=MAX_CONFIG_BYTES))["weight_map"].values())
+        if not names or not all(name == Path(name).name and name.endswith(".safetensors") for name in names):
+            raise ValueError("it names no files beside it")
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} cannot be read: {printable(error)}") from error
+    files = [index.parent / name for name in sorted(names)]
+    lost = [file for file in files if not file.exists()]
+    if lost:
+        raise UserError(
+            f"{index} names {printable(lost[0].name)}, which is not there; copy or download the folder again"
+        )
+    return files
+
+
+def _read_tensors(folder: Path, halves: Sequence[str]) -> dict[str, Tensor]:
+    """Reads all tensors under the names of today's diffusers, and checks those of the halves; raises UserError."""
     pattern = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
-    return {pattern.sub(lambda m: OLD_ATTENTION_NAMES[m[0]], name): t for name, t in stored.items()}
+    prefixes = tuple(prefix for half in halves for prefix in HALVES[half])
+    found: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        if (kind_of(path) == "safetensors") == (path.suffix == ".bin"):
+            raise UserError(f"{path} does not hold safetensors; save the model again with save_pretrained")
+        contents = read_weights(path)
+        if not isinstance(contents.tree, Mapping):
+            raise UserError(f"{path} is no state dict; save the model again with save_pretrained")
+        stored = {name: t for name, t in contents.tree.items() if isinstance(name, str)}
+        own = {name: t for name, t in stored.items() if name.startswith(prefixes)}
+        for name, tensor in own.items():
+            check_tensor(path, name, tensor)
+        check_finite(path, own)
+        found |= {pattern.sub(lambda m: OLD_ATTENTION_NAMES[m[0]], name): t for name, t in stored.items()}
+    return found
 
 
-def identify_diffusers(folder: Path, halves: Sequence[str]) -> VAEIdentity:
-    """Reads which latents the VAE in a folder makes, and checks the tensors of the halves; raises UserError."""
+def identify_diffusers(folder: Path, halves: Sequence[str]) -> tuple[VAEIdentity, dict[str, Tensor]]:
+    """Returns which latents the VAE in a folder makes, and its tensors; raises UserError.
+
+    The tensors of the halves are checked. They are mapped from the file.
+    """
     config = _read_config(folder)
     class_name = config["_class_name"]
     try:
@@ -176,25 +213,22 @@ def identify_diffusers(folder: Path, halves: Sequence[str]) -> VAEIdentity:
         raise UserError(f"{folder / 'config.json'} does not say how its {class_name} is built: {error}") from error
     if (config.get("in_channels", 3), config.get("out_channels", 3)) != (3, 3):
         raise UserError(f"the {class_name} in {folder} is not for images of 3 channels")
-    tensors = _diffusers_tensors(_weight_file(folder), halves)
+    tensors = _read_tensors(folder, halves)
     of_encoder = {k: v for k, v in config.items() if not k.startswith("_") and k not in NOT_OF_THE_ENCODER}
     architecture = {"family": "diffusers", "class": class_name, **of_encoder}
     # AutoencoderKL had this constant before its config named it; the other classes are unscaled where theirs does not.
     default = LDM_SCALE_FACTOR if class_name == "AutoencoderKL" else 1.0
-    return VAEIdentity(
+    by_channel = [name for name in ("latents_mean", "latents_std") if config.get(name) is not None]
+    identity = VAEIdentity(
         fingerprint_of(tensors, architecture, PIXEL_RANGES["ldm"]),
         channels,
         downsampling,
         check_positive(folder / "config.json", "scaling_factor", config.get("scaling_factor") or default),
-        _shift_factor(folder / "config.json", config.get("shift_factor") or 0.0),
+        check_number(folder / "config.json", "shift_factor", config.get("shift_factor") or 0.0),
+        kind=f"diffusers {class_name}" + (f"; not used: its {' and '.join(by_channel)}" if by_channel else ""),
+        factors_are_assumed=not config.get("scaling_factor"),
     )
-
-
-def _shift_factor(path: Path, value: Any) -> float:
-    number = to_number(value)
-    if not math.isfinite(number):
-        raise UserError(f"{path}: shift_factor is {printable(value)}; it must be a number")
-    return number
+    return identity, tensors
 
 
 def _check_counts(config: Mapping[str, Any], channels: Any, downsampling: Any) -> None:
@@ -226,17 +260,25 @@ def _diffusers_class(folder: Path) -> Any:
 def load_diffusers(folder: Path, device: torch.device | str, parts: Parts) -> DiffusersVAE:
     """Loads the VAE of a folder, or half of it, in float32; raises UserError."""
     halves = split_halves(parts)
-    identity = identify_diffusers(folder, sorted({"encoder", *halves}))
-    file = _weight_file(folder)
+    checked = sorted({"encoder", *halves})
+    identity, tensors = identify_diffusers(folder, checked)
+    model = _empty_model(folder)
+    _check_architecture(folder, model, tensors, checked)
+    leave_out(model, halves)
+    # Copied, because the tensors are mapped from the file, which may be replaced while this runs.
+    copies = {name: tensors[name].detach().to(device, copy=True) for name in model.state_dict() if name in tensors}
+    model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in copies.items()}, assign=True)
+    return DiffusersVAE(model, identity)
+
+
+def _empty_model(folder: Path) -> Any:
+    """Builds the network that config.json describes, on the meta device: without memory for weights."""
+    config = _read_config(folder)
+    if config.get("quantization_config") is not None:
+        raise UserError(f"{folder} cannot be built by diffusers: its weights are quantised")
     try:
-        model, report = _diffusers_class(folder).from_pretrained(
-            folder,
-            variant="fp16" if file.name == WEIGHT_FILES[1] else None,
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with torch.device("meta"):
+            return _diffusers_class(folder).from_config(config)
     except (
         ArithmeticError,
         AttributeError,
@@ -248,17 +290,23 @@ def load_diffusers(folder: Path, device: torch.device | str, parts: Parts) -> Di
         ValueError,
     ) as error:
         raise UserError(f"{folder} cannot be built by diffusers: {first_line(error)}") from error
-    missing = [k for k in report["missing_keys"] if k.startswith(HALVES["encoder"] + HALVES["decoder"])]
-    if missing:
-        raise UserError(f"{file} lacks {len(missing)} weights of its model, such as {missing[0]}")
-    encoder = {name: t for name, t in model.state_dict().items() if name.startswith(HALVES["encoder"])}
-    if (
-        weights_digest(encoder) != identity.fingerprint["weights"]
-    ):  # as when an index file beside the weights names other files
-        raise UserError(f"diffusers took other weights from {folder} than those in {file.name}; keep these alone")
-    leave_out(model, halves)
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.to(
-            device, copy=True
-        )  # copied: diffusers leaves them mapped from the file, which may be replaced
-    return DiffusersVAE(model, identity)
+
+
+def _check_architecture(folder: Path, model: Any, tensors: Mapping[str, Tensor], halves: Sequence[str]) -> None:
+    """Raises UserError, naming a tensor, where the network and the weights of these halves differ."""
+    prefixes = tuple(prefix for half in HALVES for prefix in HALVES[half] if half in halves)
+    others = tuple(prefix for half in HALVES for prefix in HALVES[half] if half not in halves)
+    wanted = {
+        name: tuple(t.shape) for name, t in model.state_dict().items() if not (others and name.startswith(others))
+    }
+    lost = [name for name in wanted if name not in tensors]
+    if lost:
+        raise UserError(f"{folder} lacks {len(lost)} weights of its model, such as {lost[0]}")
+    problems = [
+        f"{name} is {tuple(tensors[name].shape)}, not {shape}"
+        for name, shape in wanted.items()
+        if tuple(tensors[name].shape) != shape
+    ]
+    problems += [f"{printable(n)} has no place" for n in tensors if n.startswith(prefixes) and n not in wanted]
+    if problems:
+        raise UserError(f"{folder / 'config.json'} does not describe the weights beside it: {problems[0]}")

@@ -1,12 +1,13 @@
-"""Reads a KL-VAE out of a checkpoint file with the tensor names of latent diffusion (LDM).
+"""Reads a KL-VAE out of one file with the tensor names of latent diffusion (LDM) or of diffusers.
 
 The file may hold the state dict itself, a training checkpoint around it, or a whole latent diffusion model of which the
 VAE is one part. The architecture is read from the shapes of the tensors.
 """
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,42 @@ import torch
 from torch import Tensor
 
 from gait_latents.common.errors import UserError
-from gait_latents.vae.base import HALVES, LDM_SCALE_FACTOR, Parts, check_positive, leave_out, split_halves
+from gait_latents.vae.base import (
+    HALVES,
+    LDM_SCALE_FACTOR,
+    Parts,
+    VAEIdentity,
+    check_positive,
+    leave_out,
+    split_halves,
+    to_number,
+)
 from gait_latents.vae.network import KLVAE, NORM_GROUPS, Style
-from gait_latents.vae.weight_files import check_finite, check_tensor, printable, read_weights
+from gait_latents.vae.tensor_names import LANDMARK, unwrapped
+from gait_latents.vae.weight_files import (
+    Contents,
+    check_finite,
+    check_tensor,
+    holds_no_weight,
+    printable,
+    read_weights,
+)
+from gait_latents.vae.weight_sets import WeightSet, find_sets, left_out, mappings
 
-# Under these keys training checkpoints keep weights; of several, the first that holds a VAE is taken.
-WEIGHT_KEYS = ("model_state_dict", "vae_state_dict", "state_dict", "vae", "model", "ema_state_dict", "ema")
-WRAPPERS = ("module", "_orig_mod")  # what DistributedDataParallel and torch.compile put into the names of tensors
-LANDMARK = "encoder.conv_in.weight"  # where a tensor of this name is, there is a VAE
 MOST_LEVELS = 32  # and at most as many blocks in each; usual are four levels of two blocks
+BOTH = ("encoder", "decoder")
+# The makers' constants of VAEs of 16 channels without quant_conv, which no tensor tells apart.
+FLUX_FACTORS = (0.3611, 0.1159)
+SD3_FACTORS = (1.5305, 0.0609)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The makers' normalisation of a VAE: latent = (z - shift) * scale; `are_assumed` where the file names none."""
+
+    scale: float
+    shift: float
+    are_assumed: bool
 
 
 @dataclass(frozen=True)
@@ -31,17 +59,20 @@ class CheckpointVAE:
 
     Attributes:
         path: the checkpoint.
-        tensors: its tensors, under the names that `KLVAE` gives them.
-        scale_factor: the constant of its makers; that of latent diffusion where the checkpoint names none.
-        is_ldm_checkpoint: whether it was one model of several, as in a full LDM or Stable Diffusion checkpoint.
-        ignored: first words of names beside its tensors that are no part of it, such as "loss".
+        weights: the set of weights that was taken.
+        factors: the normalisation of its makers.
+        left_out: what else is in the file, in words.
     """
 
     path: Path
-    tensors: dict[str, Tensor]
-    scale_factor: float
-    is_ldm_checkpoint: bool
-    ignored: tuple[str, ...]
+    weights: WeightSet
+    factors: Factors
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, under the names that `KLVAE` gives them."""
+        return self.weights.tensors
 
     def half(self, half: str) -> dict[str, Tensor]:
         """Returns the tensors of "encoder" or "decoder", including `quant_conv` or `post_quant_conv`."""
@@ -55,90 +86,120 @@ class CheckpointVAE:
             raise UserError(f"{self.path} is not a KL-VAE of the known architecture: {name} {there}")
         return tensor.shape[axis]
 
+    def levels_with_attention(self, prefix: str) -> list[int]:
+        """Returns the numbers of the levels under a prefix that have attention."""
+        names = (re.match(rf"{re.escape(prefix)}(\d{{1,4}})\.attn\.", name) for name in self.tensors)
+        return sorted({int(match[1]) for match in names if match})
+
     def count(self, prefix: str) -> int:
         """Returns how many different words follow a prefix in the tensors' names: the number of levels or blocks."""
         return len({name[len(prefix) :].split(".")[0] for name in self.tensors if name.startswith(prefix)})
 
 
-def _state_dicts(tree: Mapping[Any, Any], depth: int = 2, seen: set[int] | None = None) -> Iterator[Mapping[Any, Any]]:
-    """Yields a mapping and the mappings in it, those under the usual names first, each once.
-
-    Each once, because a small pickle can hold the same mapping a million times, which then holds another so often.
-    """
-    seen = set() if seen is None else seen
-    seen.add(id(tree))
-    yield tree
-    by_rank = sorted(tree, key=lambda key: WEIGHT_KEYS.index(key) if key in WEIGHT_KEYS else len(WEIGHT_KEYS))
-    for key in by_rank if depth else ():
-        if isinstance(tree[key], Mapping) and id(tree[key]) not in seen:
-            yield from _state_dicts(tree[key], depth - 1, seen)
-
-
-def _unwrap_names(state: Mapping[Any, Any]) -> dict[str, Any]:
-    """Returns a state dict without what DistributedDataParallel and torch.compile put into its names."""
-    named = ((printable(key).split("."), value) for key, value in state.items() if isinstance(key, str))
-    return {".".join(word for word in words if word not in WRAPPERS): value for words, value in named}
-
-
-def _vae_prefix(names: Sequence[str]) -> str | None:
-    """Returns what stands before the names of a VAE's tensors; None where there is no VAE."""
-    prefixes = {n.removesuffix(LANDMARK) for n in names if n == LANDMARK or n.endswith("." + LANDMARK)}
-    if "first_stage_model." in prefixes:
-        return "first_stage_model."
-    return min(prefixes, key=lambda prefix: (len(prefix), prefix), default=None)
-
-
-def _find_vae(path: Path, checkpoint: Any, metadata: Mapping[str, Any]) -> CheckpointVAE:
+def _find_vae(path: Path, contents: Contents) -> CheckpointVAE:
     """Finds the KL-VAE in what a checkpoint holds; other models are ignored. Raises UserError where there is none."""
-    trees = list(_state_dicts(checkpoint)) if isinstance(checkpoint, Mapping) else []
-    for tree in trees:
-        state = _unwrap_names(tree)
-        prefix = _vae_prefix(list(state))
-        if prefix is not None:
-            inside = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-            _refuse_other_vaes(path, inside)
-            tensors = {k: t for k, t in inside.items() if k.startswith(HALVES["encoder"] + HALVES["decoder"])}
-            for name, tensor in tensors.items():
-                check_tensor(path, name, tensor)
-            return CheckpointVAE(
-                path,
-                tensors,
-                _scale_factor(path, (metadata, *trees[:1], tree, inside)),
-                is_ldm_checkpoint=prefix == "first_stage_model.",
-                ignored=tuple(sorted({name.split(".")[0] for name in inside.keys() - tensors.keys()})),
-            )
-    names = [printable(key) for tree in trees for key, value in tree.items() if isinstance(value, Tensor)]
-    there = f"; it has {len(names)} others, such as {', '.join(names[:3])}" if names else ""
-    raise UserError(f"{path} is not a KL-VAE: it has no tensor {LANDMARK}{there}")
+    found = find_sets(contents.tree)
+    if not found:
+        if contents.foreign:
+            raise UserError(holds_no_weight(path, contents.foreign[0]))
+        trees = mappings(contents.tree) if isinstance(contents.tree, Mapping) else ()
+        names = [printable(key) for _, tree in trees for key, value in tree.items() if isinstance(value, Tensor)]
+        there = f"; it has {len(names)} others, such as {', '.join(names[:3])}" if names else ""
+        raise UserError(f"{path} is not a KL-VAE: it has no tensor {LANDMARK}{there}")
+    taken = _choose(path, found)
+    _refuse_other_vaes(path, taken)
+    for name, tensor in taken.tensors.items():
+        check_tensor(path, name, tensor)
+    told = left_out(found, taken)
+    if contents.foreign:
+        told.append(f"objects of other programs, such as {printable(contents.foreign[0])}")
+    return CheckpointVAE(path, taken, _factors(path, contents, taken), tuple(told))
 
 
-def _refuse_other_vaes(path: Path, names: Iterable[str]) -> None:
-    """Raises UserError for VAEs of other kinds, which have a tensor of the name LANDMARK, too."""
-    for name in names:
-        if name.startswith("encoder.down_blocks."):
-            raise UserError(f"{path} is from diffusers; give the folder that holds it and its config.json")
+def _choose(path: Path, found: Sequence[WeightSet]) -> WeightSet:
+    """Returns the set of weights to take, by the rule that `weight_sets.py` states."""
+    if len(found) == 1 or _is_complete(path, found[0], ("encoder",), first_layout=True):
+        return found[0]
+    for halves in (BOTH, ("encoder",)):
+        complete = [weights for weights in found if _is_complete(path, weights, halves)]
+        if complete:
+            return next((weights for weights in complete if weights.is_average), complete[0])
+    return found[0]
+
+
+def _is_complete(path: Path, weights: WeightSet, halves: Sequence[str], *, first_layout: bool = False) -> bool:
+    """Says whether a set of weights has all tensors of these halves; of the first layout, if that is asked."""
+    candidate = CheckpointVAE(path, weights, Factors(1.0, 0.0, True))
+    try:
+        _refuse_other_vaes(path, weights)
+        for name, tensor in weights.tensors.items():
+            check_tensor(path, name, tensor)
+        network = _empty_vae(candidate)
+        _check_architecture(candidate, network, halves)
+    except UserError:
+        return False
+    is_first = network.quant_conv is not None and not network.attention and not weights.has_diffusers_names
+    return is_first or not first_layout
+
+
+def _refuse_other_vaes(path: Path, weights: WeightSet) -> None:
+    """Raises UserError for a vector-quantised VAE, which has a tensor of the name LANDMARK, too."""
+    for name in weights.beside:
         if name.startswith("quantize."):
             raise UserError(f"{path} is a vector-quantised VAE (it has {name}), so it has no moments")
 
 
-def _scale_factor(path: Path, places: Iterable[Mapping[Any, Any]]) -> float:
-    """Returns the scale factor that the first of the places names, else that of latent diffusion."""
-    values = [place["scale_factor"] for place in places if "scale_factor" in place]
-    return check_positive(path, "scale_factor", values[0] if values else LDM_SCALE_FACTOR)
+def _factors(path: Path, contents: Contents, weights: WeightSet) -> Factors:
+    """Returns the normalisation that the file names, else that of the family, which is then assumed.
+
+    Of these names the first versions knew `scale_factor` alone. What the others hold counts where it is a number; else
+    it stays without effect, as it was.
+    """
+    state = unwrapped(weights.mapping)
+    inside = {name: state[there][1] for name, there in weights.beside.items()}
+    whole = contents.tree if isinstance(contents.tree, Mapping) else {}
+    places = (contents.metadata, whole, weights.mapping, inside)
+    named = {name: place[name] for place in reversed(places) for name in _FACTOR_NAMES if name in place}
+    shift = to_number(named.get("shift_factor"))
+    scale = to_number(named.get("scaling_factor"))
+    if "scale_factor" in named:
+        scale = check_positive(path, "scale_factor", named["scale_factor"])
+    if not (math.isfinite(scale) and scale > 0):
+        usual_scale, usual_shift = _usual_factors(contents, weights)
+        return Factors(usual_scale, shift if math.isfinite(shift) else usual_shift, are_assumed=True)
+    return Factors(scale, shift if math.isfinite(shift) else 0.0, are_assumed=False)
+
+
+_FACTOR_NAMES = ("scale_factor", "scaling_factor", "shift_factor")  # the second is the name that diffusers uses
+
+
+def _usual_factors(contents: Contents, weights: WeightSet) -> tuple[float, float]:
+    """Returns the normalisation of the family that the layout, and what is beside the VAE in the file, point to."""
+    out = weights.tensors.get("encoder.conv_out.weight")
+    if _has_quant_conv(weights.tensors) or not isinstance(out, Tensor) or len(out) != 32:
+        return LDM_SCALE_FACTOR, 0.0
+    is_sd3 = any(isinstance(name, str) and ".joint_blocks." in name for name in weights.mapping)
+    is_sd3 |= any("stable-diffusion-v3" in text for text in contents.metadata.values())
+    return SD3_FACTORS if is_sd3 else FLUX_FACTORS
+
+
+def _has_quant_conv(tensors: Mapping[str, Any]) -> bool:
+    """Says whether a VAE has `quant_conv` and `post_quant_conv`; where one is there, the other must be."""
+    return any(name.startswith(("quant_conv.", "post_quant_conv.")) for name in tensors)
 
 
 def _style(found: CheckpointVAE) -> Style:
     """Returns the style, which the names of the layers between the resolutions show."""
     plain = any(re.search(r"\.(down|up)sample\.weight$", name) for name in found.tensors)
     nested = any(re.search(r"\.(down|up)sample\.conv\.weight$", name) for name in found.tensors)
-    return "ldm" if nested or (found.is_ldm_checkpoint and not plain) else "kl"
+    weights = found.weights
+    return "ldm" if nested or ((weights.is_first_stage or weights.has_diffusers_names) and not plain) else "kl"
 
 
 def _empty_vae(found: CheckpointVAE) -> KLVAE:
     """Returns the network to which the shapes of the tensors belong, on the meta device: without memory for weights."""
     stem, z_channels = found.size(LANDMARK), found.size("encoder.conv_out.weight") // 2
-    has_quant_conv = "quant_conv.weight" in found.tensors
-    embed_dim = found.size("quant_conv.weight") // 2 if has_quant_conv else z_channels
+    embed_dim = found.size("quant_conv.weight") // 2 if "quant_conv.weight" in found.tensors else z_channels
     levels, num_blocks = range(found.count("encoder.down.")), found.count("encoder.down.0.block.")
     if max(len(levels), num_blocks) > MOST_LEVELS:  # their product could be more than the memory holds
         raise UserError(
@@ -159,7 +220,11 @@ def _empty_vae(found: CheckpointVAE) -> KLVAE:
             embed_dim=embed_dim,
             z_channels=z_channels,
             style=_style(found),
-            scale_factor=found.scale_factor,
+            scale_factor=found.factors.scale,
+            shift_factor=found.factors.shift,
+            attention=found.levels_with_attention("encoder.down."),
+            decoder_attention=found.levels_with_attention("decoder.up."),
+            has_quant_conv=_has_quant_conv(found.tensors),
         )
 
 
@@ -184,12 +249,36 @@ def _check_architecture(found: CheckpointVAE, network: KLVAE, halves: Sequence[s
 
 def open_checkpoint(path: Path, halves: Sequence[str]) -> tuple[CheckpointVAE, KLVAE]:
     """Returns the VAE in a checkpoint file, its halves checked, and the network for it, on the meta device."""
-    found = _find_vae(path, *read_weights(path))
+    found = _find_vae(path, read_weights(path))
     network = _empty_vae(found)
+    network.ignored = tuple(sorted({name.split(".")[0] for name in found.weights.beside}))
     _check_architecture(found, network, halves)
     for half in halves:
         check_finite(path, found.half(half))
     return found, network
+
+
+def identify_checkpoint(found: CheckpointVAE, network: KLVAE) -> VAEIdentity:
+    """Returns which latents the VAE in a file makes, and how its file was understood."""
+    place = found.weights.place
+    if found.weights.is_average:
+        place = f"averaged weights{f' under {place}' if place else ''}"
+    parts = [_family(found, network), *([f"taken from {place}"] if place else [])]
+    parts += [f"left out: {', '.join(found.left_out)}"] if found.left_out else []
+    return replace(
+        network.identity_of(found.tensors), kind="; ".join(parts), factors_are_assumed=found.factors.are_assumed
+    )
+
+
+def _family(found: CheckpointVAE, network: KLVAE) -> str:
+    """Says which family of VAEs a file belongs to."""
+    if network.style == "kl":
+        return "KL-VAE with plain convolutions between its levels"
+    names = "names of diffusers" if found.weights.has_diffusers_names else "names of LDM"
+    if network.quant_conv is None:
+        kind = "KL-VAE as in FLUX and SD3" if network.latent_channels == 16 else "KL-VAE without quant_conv"
+        return f"{kind} ({names})"
+    return f"KL-VAE as in Stable Diffusion ({names})"
 
 
 def _fill(network: KLVAE, tensors: Mapping[str, Tensor], device: torch.device | str) -> None:
@@ -203,7 +292,7 @@ def load_checkpoint(path: Path, device: torch.device | str, parts: Parts) -> KLV
     """Loads the KL-VAE of a checkpoint file, or half of it, in float32; raises UserError."""
     halves = split_halves(parts)
     found, network = open_checkpoint(path, sorted({"encoder", *halves}))
-    network.known_identity, network.ignored = network.identity_of(found.tensors), found.ignored
+    network.known_identity = identify_checkpoint(found, network)
     leave_out(network, halves)
     _fill(network, {name: t for half in halves for name, t in found.half(half).items()}, device)
     return network

@@ -10,8 +10,8 @@ import torch
 
 from gait_latents.common.errors import UserError
 from gait_latents.vae.base import VAE, Parts, VAEIdentity, first_line
-from gait_latents.vae.diffusers_vae import WEIGHT_FILES, identify_diffusers, load_diffusers
-from gait_latents.vae.ldm_checkpoint import load_checkpoint, open_checkpoint
+from gait_latents.vae.diffusers_vae import OTHER_WEIGHT_FILES, WEIGHT_FILES, identify_diffusers, load_diffusers
+from gait_latents.vae.ldm_checkpoint import identify_checkpoint, load_checkpoint, open_checkpoint
 from gait_latents.vae.weight_files import SUFFIXES
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w-]+)?")
@@ -21,13 +21,35 @@ def _locate(path_or_id: str | Path) -> Path:
     """Returns the file or folder; one that a hub id names is downloaded first."""
     path = Path(path_or_id).expanduser()
     if path.exists():
-        return path
+        return _inside(path)
     text = str(path_or_id)
     looks_like_file = path.suffix.lower() in SUFFIXES
     if looks_like_file or not HUB_ID.fullmatch(text):
         place = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise UserError(f"the VAE {text} does not exist{place}; give --vae_path a checkpoint, a folder or a hub id")
     return _download(text)
+
+
+def _inside(path: Path) -> Path:
+    """Returns where the VAE lies that somebody names by a folder around it, or by the weights beside a config.json.
+
+    The hub keeps a model as models--owner--name/snapshots/REVISION. Raises UserError where there are several revisions
+    and none is the newest.
+    """
+    if path.name in (*WEIGHT_FILES, *OTHER_WEIGHT_FILES) and (path.parent / "config.json").exists():
+        return path.parent
+    snapshots = path if path.name == "snapshots" else path / "snapshots"
+    if not snapshots.is_dir() or (path / "config.json").exists():
+        return path
+    revisions = sorted(folder for folder in snapshots.iterdir() if folder.is_dir())
+    newest = snapshots.parent / "refs" / "main"
+    if len(revisions) > 1 and newest.is_file():
+        revisions = [folder for folder in revisions if folder.name == newest.read_text(errors="replace").strip()]
+    if len(revisions) != 1:
+        raise UserError(
+            f"{snapshots} holds {len(revisions) or 'no'} revisions of a model; give the folder of one of them"
+        )
+    return revisions[0]
 
 
 def _download(hub_id: str) -> Path:
@@ -82,9 +104,9 @@ def read_identity(path_or_id: str | Path) -> VAEIdentity:
     """
     path = _locate(path_or_id)
     if path.is_dir():
-        return identify_diffusers(path, ["encoder"])
+        return identify_diffusers(path, ["encoder"])[0]
     found, network = open_checkpoint(path, ["encoder"])
-    return network.identity_of(found.tensors)
+    return identify_checkpoint(found, network)
 
 
 def load_vae(

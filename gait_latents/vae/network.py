@@ -6,7 +6,7 @@ styles, "ldm" is the original; "kl" has plain layers between the resolutions and
 Shapes: c channels inside the network, z channels between encoder and `quant_conv`, C latent channels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -93,18 +93,23 @@ def _upsample(channels: int, style: Style) -> nn.Module:
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, then the change to the next resolution where there is one."""
+    """One resolution: residual blocks, each with attention after it where the level has attention, then the change to
+    the next resolution where there is one.
+    """
 
-    def __init__(self, channels_in: int, channels_out: int, num_blocks: int):
+    def __init__(self, channels_in: int, channels_out: int, num_blocks: int, *, has_attention: bool):
         super().__init__()
         widths = [channels_in] + [channels_out] * num_blocks
         self.block = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(Attention(channels_out) for _ in range(num_blocks if has_attention else 0))
         self.downsample: nn.Module | None = None
         self.upsample: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
+        for number, block in enumerate(self.block):
             x = block(x)
+            if self.attn:
+                x = self.attn[number](x)
         for resample in (self.downsample, self.upsample):
             x = x if resample is None else resample(x)
         return x
@@ -126,11 +131,22 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Maps images `[B 3 S S]` to `[B 2z h w]`, before `quant_conv`."""
 
-    def __init__(self, stem: int, widths: Sequence[int], num_blocks: int, z_channels: int, style: Style):
+    def __init__(
+        self,
+        stem: int,
+        widths: Sequence[int],
+        num_blocks: int,
+        z_channels: int,
+        style: Style,
+        attention: Collection[int] = (),
+    ):
         super().__init__()
         self.conv_in = nn.Conv2d(3, stem, 3, padding=1)
         inputs = [stem, *widths[:-1]]
-        self.down = nn.ModuleList(Level(a, b, num_blocks) for a, b in zip(inputs, widths, strict=True))
+        self.down = nn.ModuleList(
+            Level(a, b, num_blocks, has_attention=i in attention)
+            for i, (a, b) in enumerate(zip(inputs, widths, strict=True))
+        )
         for level, channels in zip(self.down[:-1], widths[:-1], strict=True):
             level.downsample = _downsample(channels, style)
         self.mid = Middle(widths[-1])
@@ -148,12 +164,22 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Maps `[B z h w]` after `post_quant_conv` to `[B 3 S S]`; levels are numbered from the finest."""
 
-    def __init__(self, widths: Sequence[int], num_blocks: int, z_channels: int, style: Style):
+    def __init__(
+        self,
+        widths: Sequence[int],
+        num_blocks: int,
+        z_channels: int,
+        style: Style,
+        attention: Collection[int] = (),
+    ):
         super().__init__()
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
         inputs = [*widths[1:], widths[-1]]
-        self.up = nn.ModuleList(Level(a, b, num_blocks + 1) for a, b in zip(inputs, widths, strict=True))
+        self.up = nn.ModuleList(
+            Level(a, b, num_blocks + 1, has_attention=i in attention)
+            for i, (a, b) in enumerate(zip(inputs, widths, strict=True))
+        )
         for level, channels in zip(self.up[1:], widths[1:], strict=True):
             level.upsample = _upsample(channels, style)
         self.norm_out = _norm(widths[0])
@@ -167,7 +193,19 @@ class Decoder(nn.Module):
 
 
 class KLVAE(VAE):
-    """A convolutional VAE with the tensor names of LDM, in the plain ("kl") or the original ("ldm") style."""
+    """A convolutional VAE with the tensor names of LDM, in the plain ("kl") or the original ("ldm") style.
+
+    Args:
+        width: channels of the first layer.
+        multipliers: the width of each level, in multiples of `width`.
+        num_blocks: residual blocks in each level of the encoder; the decoder has one more.
+        embed_dim: C.
+        z_channels: z; None is C.
+        style: see the module.
+        scale_factor, shift_factor: see `VAEIdentity`.
+        attention, decoder_attention: numbers of the levels of each half that have attention, besides the middle.
+        has_quant_conv: whether there are `quant_conv` and `post_quant_conv`; FLUX and SD3 have none.
+    """
 
     def __init__(
         self,
@@ -179,6 +217,10 @@ class KLVAE(VAE):
         z_channels: int | None = None,
         style: Style,
         scale_factor: float,
+        shift_factor: float = 0.0,
+        attention: Collection[int] = (),
+        decoder_attention: Collection[int] = (),
+        has_quant_conv: bool = True,
     ):
         super().__init__()
         z_channels = embed_dim if z_channels is None else z_channels
@@ -187,20 +229,22 @@ class KLVAE(VAE):
         self.style: Style = style
         self.ignored: tuple[str, ...] = ()
         self.pixel_range = PIXEL_RANGES[style]
-        self.scale_factor, self.shift_factor = scale_factor, 0.0
+        self.scale_factor, self.shift_factor = scale_factor, shift_factor
+        self.attention = sorted(attention)
         self.latent_channels, self.downsampling = embed_dim, 2 ** (len(widths) - 1)
-        self.encoder = Encoder(width, widths, num_blocks, z_channels, style)
-        self.decoder = Decoder(widths, num_blocks, z_channels, style)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.encoder = Encoder(width, widths, num_blocks, z_channels, style, attention)
+        self.decoder = Decoder(widths, num_blocks, z_channels, style, decoder_attention)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1) if has_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1) if has_quant_conv else None
 
     def moments(self, pixels: Tensor) -> Tensor:
         """Returns mean and log-variance `[B 2C h w]`, the log-variance not yet clamped."""
-        return self.quant_conv(self.encoder(pixels))
+        moments = self.encoder(pixels)  # B 2z h w
+        return moments if self.quant_conv is None else self.quant_conv(moments)
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Returns `[B 3 S S]` about `pixel_range`."""
-        return self.decoder(self.post_quant_conv(latents))
+        return self.decoder(latents if self.post_quant_conv is None else self.post_quant_conv(latents))
 
     def name_for_log(self) -> str:
         """Returns the style, the widths and the depth."""
@@ -224,6 +268,11 @@ class KLVAE(VAE):
             "latent_channels": self.latent_channels,
             "downsampling": self.downsampling,
         }
+        # What the first kinds of files could not have is named only where it is so: their spaces stay as they are.
+        if self.attention:
+            architecture["attention_levels"] = self.attention
+        if self.quant_conv is None:
+            architecture["quant_conv"] = False
         return VAEIdentity(
             fingerprint_of(tensors, architecture, self.pixel_range),
             self.latent_channels,

@@ -122,6 +122,15 @@ class LatentNorm:
             raise ValueError(f"expected {channels} channels in dimension -3, got shape {list(tensor.shape)}")
 
 
+def spread(moments: Tensor) -> float:
+    """Returns the standard deviation of draws from moments `[N 2C h w]`, over all images, channels and positions.
+
+    A scale factor of 1 / spread gives unit variance, as latent diffusion measures it.
+    """
+    mean, logvar = moments.double().chunk(2, dim=1)  # each N C h w
+    return float((mean.var(correction=0) + logvar.exp().mean()).sqrt())
+
+
 def _check_channel(channel: int, center: float, spread: float) -> None:
     if not (math.isfinite(center) and math.isfinite(spread)):
         raise UserError(f"channel {channel} of the moments is not finite (mean {center}, deviation {spread})")

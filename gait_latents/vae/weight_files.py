@@ -1,19 +1,22 @@
 """Opens weight files of unknown origin without running what is in them.
 
-A pickle can run any code when it is loaded, so it goes through torch's restricted unpickler. The tensors of pickles
-and of safetensors are mapped from the file, so that only those that are used are read. Whatever is wrong with a file
-becomes a UserError that names it.
+A pickle can run any code when it is loaded, so it goes through torch's restricted unpickler. Classes of other programs
+in it (callbacks, settings) are neither imported nor called: an inert stand-in takes the place of each. The tensors of
+pickles and of safetensors are mapped from the file, so that only those that are used are read. Whatever is wrong with a
+file becomes a UserError that names it.
 """
 
 import pickle
 import re
 import stat
 import struct
+import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,12 +47,27 @@ UNREADABLE = (
 )
 
 
-def read_weights(path: Path) -> tuple[Any, dict[str, str]]:
-    """Returns what a checkpoint holds, its tensors not yet checked (`check_tensor`), and safetensors' metadata."""
+class Contents(NamedTuple):
+    """What a weight file holds.
+
+    Attributes:
+        tree: the object in it, its tensors not yet checked (`check_tensor`).
+        metadata: the texts that safetensors keeps beside the tensors.
+        foreign: names of classes in a pickle in whose place `tree` has stand-ins.
+    """
+
+    tree: Any
+    metadata: dict[str, str]
+    foreign: tuple[str, ...]
+
+
+def read_weights(path: Path) -> Contents:
+    """Returns what a weight file holds; raises UserError where it cannot be read without running something."""
     kind = kind_of(path)
     if kind == "safetensors":
-        return _read_safetensors(path)
-    return _read_pickle(path, is_zip=kind == "zip"), {}
+        return Contents(*_read_safetensors(path), ())
+    tree, foreign = _read_pickle(path, is_zip=kind == "zip")
+    return Contents(tree, {}, foreign)
 
 
 def kind_of(path: Path) -> str:
@@ -104,17 +122,21 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 # --- pickles -----------------------------------------------------------------------------------------------
 
 
-def _read_pickle(path: Path, *, is_zip: bool) -> Any:
+def _read_pickle(path: Path, *, is_zip: bool) -> tuple[Any, tuple[str, ...]]:
+    """Returns the object in a pickle, and the names of the classes that stand-ins take the place of."""
     _check_torch_version(path)
     if is_zip:
         _check_zip(path)
-    try:
-        with torch.serialization.safe_globals(_stand_ins()), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch warns of unusual pickle protocols, which are harmless
-            # Explicit, because TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 defeats the default but not the argument.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except UNREADABLE as error:
-        raise UserError(_why_unreadable(path, error)) from error
+    foreign = ForeignClasses()
+    while True:
+        try:
+            with torch.serialization.safe_globals(_stand_ins() + foreign.stand_ins()), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torch warns of unusual protocols, which are harmless
+                # Explicit, because TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 defeats the default but not the argument.
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip), foreign.names
+        except UNREADABLE as error:
+            if not foreign.learn(str(error)):
+                raise UserError(_why_unreadable(path, error)) from error
 
 
 def _check_torch_version(path: Path) -> None:
@@ -147,12 +169,9 @@ def _check_zip(path: Path) -> None:
 
 def _why_unreadable(path: Path, error: BaseException) -> str:
     """Says why torch refused or could not read a pickle, and what to do."""
-    refused = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
+    refused = _REFUSED.search(str(error))
     if refused:
-        return (
-            f"{path} holds {printable(refused[1])}, which is no weight and could run code, so it was not opened; "
-            "where it was made, save the weights alone: torch.save(model.state_dict(), 'vae.pt')"
-        )
+        return holds_no_weight(path, refused[1])
     unpickler = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
     if unpickler or str(error).startswith(
         "Weights only load failed"
@@ -164,6 +183,14 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
         )
     reason = printable((str(error).splitlines() or [""])[0])
     return f"{path} cannot be read as a PyTorch checkpoint ({type(error).__name__}: {reason})"
+
+
+def holds_no_weight(path: Path, name: str) -> str:
+    """Says that a class in a file is no weight, and what to do."""
+    return (
+        f"{path} holds {printable(name)}, which is no weight and could run code, so it was not opened; "
+        "where it was made, save the weights alone: torch.save(model.state_dict(), 'vae.pt')"
+    )
 
 
 def printable(text: Any) -> str:
@@ -192,6 +219,16 @@ def _plain_dict(*_factory: Any) -> dict[Any, Any]:
     return {}
 
 
+def _plain_list(*_: Any) -> list[Any]:
+    """Stands in the place of collections.deque."""
+    return []
+
+
+def _inert_class(*_: Any) -> type[Inert]:
+    """Stands in the place of getattr, by which pickles name members of enums and classes in classes."""
+    return Inert
+
+
 def _number(dtype: Any, data: Any) -> Any:
     """Returns the number in a pickled numpy scalar, or its bytes where it is of another type."""
     code = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
@@ -202,21 +239,101 @@ def _number(dtype: Any, data: Any) -> Any:
     return struct.unpack((">" if big_endian else "<") + formats[code], data)[0]
 
 
+# What training checkpoints often hold of Python's own library. None of it is given to the unpickler, a stand-in is.
+_INERT_OF_PYTHON = (
+    "argparse.Namespace",
+    "builtins.bool",
+    "builtins.bytes",
+    "builtins.frozenset",
+    "builtins.object",
+    "builtins.range",
+    "builtins.slice",
+    "builtins.str",
+    "builtins.tuple",
+    "builtins.type",
+    "copyreg._reconstructor",
+    "datetime.date",
+    "datetime.datetime",
+    "datetime.timedelta",
+    "datetime.timezone",
+    "decimal.Decimal",
+    "functools.partial",
+    "logging.getLogger",
+    "re._compile",
+    "types.SimpleNamespace",
+    "typing.Any",
+    "typing.Optional",
+    "typing.Union",
+    "uuid.UUID",
+)
+
+
 def _stand_ins() -> list[Any]:
     """Returns (stand-in, name) for types besides tensors that training checkpoints often hold.
 
     The unpickler is not given the real numpy types: they were not made to be restored from hostile bytes, and only
     single numbers are needed from them.
     """
-    inert = ["argparse.Namespace", "numpy.dtype", "numpy.ndarray"]
+    inert = ["numpy.dtype", "numpy.ndarray", *_INERT_OF_PYTHON]
     for module in ("pathlib", "pathlib._local"):
         for kind in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"):
             inert.append(f"{module}.{kind}")
     pairs: list[Any] = [(Inert, name) for name in inert]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         pairs += [(Inert, f"{module}._reconstruct"), (_number, f"{module}.scalar")]
-    pairs.append((_plain_dict, "collections.defaultdict"))
+    pairs += [(_plain_dict, "collections.defaultdict"), (_plain_list, "collections.deque")]
+    pairs.append((_inert_class, "builtins.getattr"))
     return pairs + [(kind, f"builtins.{kind.__name__}") for kind in (list, dict, int, float)]
+
+
+_REFUSED = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")
+_MOST_FOREIGN = 100  # each costs one more pass over the pickle
+
+
+class ForeignClasses:
+    """Stand-ins for classes of other programs, found one by one from what torch refuses.
+
+    A stand-in keeps what it is given and does nothing. Of Python's own library only the names listed above are taken:
+    a checkpoint needs no others, and those that run code are there.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, Any] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the classes, in the order in which they were met."""
+        return tuple(self._kinds)
+
+    def stand_ins(self) -> list[Any]:
+        """Returns (stand-in, name) for each class met so far."""
+        return [(kind, name) for name, kind in self._kinds.items()]
+
+    def learn(self, error: str) -> bool:
+        """Takes up the class that an error of torch is about; False where it is about none, or about none to be had."""
+        misfit = re.search(r"_StandIn(\d+)\b", error)
+        name = self.names[int(misfit[1])] if misfit and int(misfit[1]) < len(self._kinds) else ""
+        if misfit and issubclass(self._kinds.get(name, int), Inert):  # it got items, as a subclass of dict or list does
+            self._kinds[name] = _items_stand_in(list if "append" in error else OrderedDict)
+            return True
+        refused = _REFUSED.search(error)
+        name = refused[1] if refused else ""
+        module, dot, _ = name.partition(".")
+        is_of_python = not dot or module in sys.stdlib_module_names  # torch names builtins without their module
+        if is_of_python or name in self._kinds or len(self._kinds) >= _MOST_FOREIGN:
+            return False
+        self._kinds[name] = type(f"_StandIn{len(self._kinds)}", (Inert,), {})
+        return True
+
+
+def _items_stand_in(container: type) -> type:
+    """Returns a stand-in whose instances are plain containers, which take items."""
+
+    class Items:
+        def __new__(cls, *_: Any) -> Any:
+            return container()
+
+    return Items
 
 
 # --- the tensors -------------------------------------------------------------------------------------------

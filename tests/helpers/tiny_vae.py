@@ -20,8 +20,12 @@ def tiny_vae(
     embed_dim: int = 4,
     z_channels: int | None = None,
     scale_factor: float = 0.18215,
+    **layout: Any,
 ) -> KLVAE:
-    """Returns a small KL-VAE in eval mode whose every weight is random, the normalisations included."""
+    """Returns a small KL-VAE in eval mode whose every weight is random, the normalisations included.
+
+    `layout` is further arguments of `KLVAE`: attention, decoder_attention, has_quant_conv.
+    """
     network = KLVAE(
         width=32,  # the normalisation has 32 groups
         multipliers=multipliers,
@@ -30,6 +34,7 @@ def tiny_vae(
         z_channels=z_channels,
         style=style,
         scale_factor=scale_factor,
+        **layout,
     )
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():

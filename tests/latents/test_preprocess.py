@@ -26,6 +26,7 @@ from gait_latents.images import reading
 from gait_latents.images.split import Split, read_split
 from gait_latents.latents import preview as preview_module
 from gait_latents.latents.dataset import LatentDataset
+from gait_latents.latents.manifest import read_manifest
 from gait_latents.vae import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,28 @@ def test_a_split_that_cannot_be_read_is_told_and_written_again(cached, capsys):
     told = "the images were not compared with those of earlier, and their split is written again: "
     assert f"{told}{path} is damaged or was edited" in capsys.readouterr().out
     assert path.read_bytes() == whole
+
+
+# --- which VAE, and its constants --------------------------------------------------------------------------
+
+
+def test_the_constants_of_a_vae_are_told_and_are_no_part_of_the_latents(world, capsys):
+    assert preprocess(world) == 0
+    said = capsys.readouterr().out
+    assert "scale_factor 0.18215 (assumed, as the file names none)" in said and "should be about 1" not in said
+    assert preprocess(world, scale_factor=0.01) == 0
+    said = capsys.readouterr().out
+    told = re.search(r"^scale_factor    the latents have .* --scale_factor (\S+) makes it so", said, re.MULTILINE)
+    assert told is not None
+    before = cache_files(world)
+    assert preprocess(world, scale_factor=told[1], shift_factor=-0.5) == 0
+    said = capsys.readouterr().out
+    assert f"scale_factor {float(told[1]):g} and shift_factor -0.5\n" in said and "it should be about 1" not in said
+    after = cache_files(world)
+    assert after.keys() == before.keys() and all(after[path] == before[path] for path in before if ".json" not in path)
+    manifest = read_manifest(world / "latents_cache")
+    assert manifest is not None and manifest.record["scale_factor"] == float(told[1])
+    assert manifest.record["shift_factor"] == -0.5
 
 
 # --- one run, and another ----------------------------------------------------------------------------------

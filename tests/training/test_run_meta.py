@@ -9,7 +9,7 @@ import pytest
 
 from gait_latents.common.errors import UserError
 from gait_latents.diffusion import build
-from gait_latents.settings import AUTO_STEPS, with_later_settings
+from gait_latents.settings import AUTO_STEPS, with_later_settings_of_runs
 from gait_latents.training import checkpoint, run_folder
 from gait_latents.training.run_meta import RunMeta
 
@@ -136,7 +136,7 @@ def test_every_fact_that_has_no_default_of_older_runs_is_needed(stored):
             RunMeta.from_json({key: value for key, value in stored.items() if key != name}, PATH)
     for name in (*build.NETWORK_SETTINGS, "image_size"):
         settings = {key: value for key, value in stored["settings"].items() if key != name}
-        if name in with_later_settings(settings):
+        if name in with_later_settings_of_runs(settings):
             continue
         with pytest.raises(UserError, match=f"its settings lack {name}"):
             RunMeta.from_json({**stored, "settings": settings}, PATH)

@@ -395,12 +395,51 @@ def test_a_checkpoint_describes_itself(trained):
     assert len(meta.data_digest) == len(meta.moments_digest or "") == 64
 
 
-def test_the_vaes_own_scale_factor_is_used_on_request(cached):
-    assert train(cached, latent_norm="scale_factor", train_num_steps=1, num_samples=0) == 0
-    state = run_folder.newest_state(cached / "results")
+def norm_of(root, results="results"):
+    state = run_folder.newest_state(root / results)
     assert state is not None
-    assert state.meta.latent_norm.shift.tolist() == [0.0] * 4
-    assert state.meta.latent_norm.scale.tolist() == pytest.approx([1 / 0.18215] * 4)
+    return state.meta.latent_norm.shift.tolist(), state.meta.latent_norm.scale.tolist()
+
+
+def test_the_vaes_own_scale_factor_is_used_on_request(cached, capsys):
+    assert train(cached, latent_norm="scale_factor", train_num_steps=1, num_samples=0) == 0
+    assert norm_of(cached) == ([0.0] * 4, pytest.approx([1 / 0.18215] * 4))
+    said = capsys.readouterr()
+    assert "VAE vae.pt: KL-VAE with plain convolutions between its levels, 4 channels, 2x smaller" in said.out
+    assert "scale_factor 0.18215 (assumed" in said.out and "should be about 1" not in said.err
+
+
+def test_a_scale_factor_that_leaves_latents_far_from_unit_spread_is_told(cached, capsys):
+    flags = {"latent_norm": "scale_factor", "train_num_steps": 1, "num_samples": 0}
+    assert train(cached, **flags, scale_factor=100, results_folder=cached / "far") == 0
+    said = capsys.readouterr().err
+    told = re.search(
+        r"after scale_factor 100, and it should be about 1: --scale_factor (\S+) makes it so, and so", said
+    )
+    assert told is not None
+    assert train(cached, **flags, scale_factor=told[1], shift_factor=0.1) == 0
+    assert "should be about 1" not in capsys.readouterr().err
+    assert norm_of(cached) == (pytest.approx([0.1] * 4), pytest.approx([1 / float(told[1])] * 4))
+
+
+def test_a_run_keeps_its_scale_factor(cached, capsys):
+    """The defaults of the cache may have changed since, as when preprocess_latents.py was given another one."""
+    flags = {"latent_norm": "scale_factor", "num_samples": 0}
+    assert train(cached, **flags, scale_factor=0.7, train_num_steps=1) == 0
+    assert preprocess(cached, scale_factor=0.9) == 0
+    capsys.readouterr()
+    assert train(cached, **flags, train_num_steps=2) == 0
+    assert norm_of(cached)[1] == pytest.approx([1 / 0.7] * 4)
+    assert train(cached, **flags, scale_factor=0.9, train_num_steps=3) == 2
+    assert "--scale_factor is 0.9, but the run in" in one_error(capsys)
+    assert train(cached, **flags, train_num_steps=1, results_folder=cached / "new") == 0
+    assert norm_of(cached, "new")[1] == pytest.approx([1 / 0.9] * 4)
+    assert "scale_factor 0.9" in capsys.readouterr().out
+
+
+def test_a_scale_factor_that_nothing_uses_is_told(cached, capsys):
+    assert train(cached, scale_factor=0.7, train_num_steps=1, num_samples=0) == 0
+    assert "are not used, as --latent_norm moments measures the latents" in capsys.readouterr().out
 
 
 def test_a_contiguous_split_is_trained_on(world, capsys):

@@ -100,6 +100,63 @@ def test_a_folder_with_only_the_half_precision_variant_loads_as_float32(tmp_path
     assert_close(loaded.encode(IMAGES), load_vae(tmp_path / "whole", "cpu").encode(IMAGES), 0.02)
 
 
+def test_a_config_with_the_mark_of_windows_is_the_same_vae(tmp_path):
+    save_tiny_diffusers_vae(tmp_path / "vae")
+    before, config = load_vae(tmp_path / "vae", "cpu"), tmp_path / "vae" / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes().replace(b"\n", b"\r\n"))
+    after = load_vae(tmp_path / "vae", "cpu")
+    assert after.identity == before.identity and torch.equal(after.encode(IMAGES), before.encode(IMAGES))
+
+
+@pytest.mark.parametrize("saving", [{"max_shard_size": "40KB"}, {"safe_serialization": False}, {"variant": "bf16"}])
+def test_weights_in_shards_in_a_pickle_or_of_a_variant_are_the_same_vae(tmp_path, saving):
+    model = save_tiny_diffusers_vae(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "vae", **saving)
+    before, after = load_vae(tmp_path / "whole", "cpu"), load_vae(tmp_path / "vae", "cpu")
+    assert not (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").exists()
+    assert after.identity == before.identity and torch.equal(after.encode(IMAGES), before.encode(IMAGES))
+    assert torch.equal(after.decode(LATENTS), before.decode(LATENTS))
+
+
+def test_a_damaged_index_of_shards_is_told(tmp_path):
+    model = save_tiny_diffusers_vae(tmp_path / "vae")
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "vae", max_shard_size="40KB")
+    index = tmp_path / "vae" / "diffusion_pytorch_model.safetensors.index.json"
+    next(index.parent.glob("*-00001-of-*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"names diffusion_pytorch_model-00001-of-\d+\.safetensors, which is not there"):
+        read_identity(tmp_path / "vae")
+    for content in ("{", "[]", '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": {"a": 1}}'):
+        index.write_text(content)
+        with pytest.raises(UserError, match=r"index\.json cannot be read"):
+            read_identity(tmp_path / "vae")
+
+
+def test_normalisation_by_channel_in_a_config_is_told_as_not_used(tmp_path):
+    save_tiny_diffusers_vae(tmp_path / "vae", latents_mean=[0.5] * 4, latents_std=[2.0] * 4)
+    assert read_identity(tmp_path / "vae").describe().endswith("not used: its latents_mean and latents_std")
+
+
+def test_a_config_that_names_no_scaling_factor_is_told_as_assumed(tmp_path):
+    save_tiny_diffusers_vae(tmp_path / "vae", scaling_factor=0.18215)
+    assert "assumed" not in read_identity(tmp_path / "vae").describe()
+    edit_config(tmp_path / "vae", scaling_factor=...)
+    assert "scale_factor 0.18215 (assumed" in read_identity(tmp_path / "vae").describe()
+
+
+def test_the_root_of_a_model_in_the_hub_cache_is_its_only_or_newest_revision(tmp_path):
+    root = tmp_path / "models--x--y"
+    save_tiny_diffusers_vae(root / "snapshots" / "abc")
+    first = read_identity(root / "snapshots" / "abc")
+    assert read_identity(root) == read_identity(root / "snapshots") == first
+    save_tiny_diffusers_vae(root / "snapshots" / "def", seed=1)
+    with pytest.raises(UserError, match="holds 2 revisions of a model; give the folder of one of them"):
+        read_identity(root)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("def")
+    assert read_identity(root) == read_identity(root / "snapshots" / "def") != first
+
+
 def tiny_of(class_name):
     diffusers = pytest.importorskip("diffusers")
 
@@ -187,7 +244,7 @@ def test_broken_diffusers_folders_are_told_in_one_line(tmp_path):
     save_file({name: t for name, t in state.items() if name != "decoder.conv_in.bias"}, file, {"format": "pt"})
     complains("lacks 1 weights of its model, such as decoder.conv_in.bias|following keys are missing")  # old diffusers
     save_file({**state, "encoder.conv_in.bias": torch.zeros(7)}, file, {"format": "pt"})
-    complains("cannot be built by diffusers")
+    complains(r"config\.json does not describe the weights beside it: encoder\.conv_in\.bias is \(7,\), not \(32,\)")
     file.unlink()
     complains("has no diffusion_pytorch_model.safetensors")
     edit_config(tmp_path / "vae", in_channels=1)

@@ -208,7 +208,7 @@ def test_an_encoder_alone_in_a_file_is_enough_to_encode(tmp_path):
 # --- files that are no such VAE ----------------------------------------------------------------------------
 
 
-def with_attention_on_another_level(state):
+def with_half_an_attention(state):
     extra = {f"encoder.down.1.attn.0.{word}.weight": torch.rand(32, 32, 1, 1) for word in "qkv"}
     return {**state, **extra}
 
@@ -224,7 +224,7 @@ def replaced(name, *shape):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (with_attention_on_another_level, r"encoder\.down\.1\.attn\.0\.q\.weight .* has no place"),
+        (with_half_an_attention, r"encoder\.down\.1\.attn\.0\.norm\.weight .* is missing"),
         (without("quant_conv."), r"quant_conv\.weight .* is missing"),
         (without("encoder.mid.attn_1.q"), r"encoder\.mid\.attn_1\.q\.weight .* is missing"),
         (without("encoder.down"), r"widths 32, then \[\]"),
@@ -233,7 +233,7 @@ def replaced(name, *shape):
         (replaced("encoder.conv_in.weight", 48, 3, 3, 3), "multiples of 32"),
         (replaced("encoder.conv_in.weight", 48), r"is \(48,\), no convolution"),
         (replaced("quantize.embedding.weight", 8, 4), "vector-quantised"),
-        (replaced("encoder.down_blocks.0.resnets.0.norm1.weight", 32), "from diffusers; give the folder"),
+        (replaced("encoder.down_blocks.0.resnets.0.norm1.weight", 32), r"norm1\.weight \(32,\) has no place"),
         (replaced("decoder.up.1.upsample.conv.weight", 32, 32, 3, 3), "has no place"),
     ],
 )

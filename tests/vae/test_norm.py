@@ -8,6 +8,7 @@ import torch
 from properties import given, settings, st
 
 from gait_latents.common.errors import UserError
+from gait_latents.vae import norm as norm_module
 from gait_latents.vae.norm import LatentNorm
 
 MEANS = (0.5, -3.0, 20.0)
@@ -135,6 +136,16 @@ def test_a_channel_that_only_its_posterior_spreads_is_no_error():
     moments = synthetic_moments()
     moments[:, 0], moments[:, 3] = 0.0, 0.0
     assert LatentNorm.from_moments(moments).scale[0] == 1
+
+
+def test_the_spread_is_that_of_draws_over_all_channels():
+    moments = synthetic_moments()
+    mean, logvar = moments.chunk(2, dim=1)
+    noise = torch.randn(200, *mean.shape, generator=torch.Generator().manual_seed(0))
+    draws = mean + torch.exp(0.5 * logvar) * noise
+    assert norm_module.spread(moments) == pytest.approx(float(draws.std()), rel=0.01)
+    centred = LatentNorm.from_scale_factor(mean.shape[1], 1 / norm_module.spread(moments), 0.3)
+    assert norm_module.spread(torch.cat([centred.mean_latent(moments), logvar - 200], dim=1)) < 1.01
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 6, 4), (0, 6, 4, 4)])
