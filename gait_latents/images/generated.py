@@ -4,6 +4,7 @@ The record, settings.json, says how the images were made; `training/generation.p
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,22 @@ def suffix(image_format: str, trained_on: str) -> str:
     if image_format != "auto":
         return f".{image_format}"
     return ".jpg" if trained_on in (".jpg", ".jpeg", ".jpe", ".jfif") else ".png"
+
+
+_LONGEST_NAME = 255  # bytes of a file name that file systems take
+
+
+def file_name(class_name: str, index: int, suffix: str) -> str:
+    """Returns the name of the file of one image: its class and its number.
+
+    The name of a class can be as long as a file name may be; what is too long of it is left out here, and the folder
+    has it whole.
+    """
+    end = f"_{index:06d}{suffix}"
+    start = class_name
+    while len(os.fsencode(start + end)) > _LONGEST_NAME:
+        start = start[:-1]
+    return start + end
 
 
 LARGEST_RECORD_BYTES = 1 << 20

@@ -1,7 +1,6 @@
 """Makes the images of a folder, or a strip over guidance scales, with the averaged network of a run."""
 
 import csv
-import difflib
 import io
 import json
 import shlex
@@ -20,8 +19,8 @@ from gait_latents.common.errors import DONE, UserError
 from gait_latents.common.layout import LABELS_NAME, OVERVIEW_NAME, RECORD_NAME, STRIP_NAME
 from gait_latents.common.process import StopSignals
 from gait_latents.diffusion.sampling import BATCH_SIZE
-from gait_latents.images import folders, selection
-from gait_latents.images.generated import Cell, list_missing, read_made, read_record
+from gait_latents.images import names, selection
+from gait_latents.images.generated import Cell, file_name, list_missing, read_made, read_record
 from gait_latents.images.write_behind import WriteBehind
 from gait_latents.settings import GenerateSettings
 from gait_latents.training import run_folder
@@ -30,7 +29,6 @@ from gait_latents.training.trained_model import FROM_RUN, TrainedModel
 
 _MOST_UNWRITTEN = 2 * BATCH_SIZE  # images that wait to be written while the next are made
 _OVERVIEW_ROWS, _OVERVIEW_COLUMNS = 16, 6
-_MOST_LISTED = 40  # classes that a message names
 
 
 def open_generator(argv: Sequence[str] | None, description: str | None = None, ranks: Ranks = ALONE) -> "Generator":
@@ -147,12 +145,12 @@ class Generator(TrainedModel):
         console.tell(num_bytes, f"{count:,} images", self.folder, remedy="give another --output_folder")
 
     def _draw_overview(self) -> Path:
-        names = list(self.classes.values())[:_OVERVIEW_ROWS]
+        shown_classes = list(self.classes.values())[:_OVERVIEW_ROWS]
         shown = [cell for cell in self._cells() if cell.index < _OVERVIEW_COLUMNS]
         side = self.meta.image_size
-        rows = [[read_made(cell.path, side) for cell in shown if cell.class_name == name] for name in names]
+        rows = [[read_made(cell.path, side) for cell in shown if cell.class_name == name] for name in shown_classes]
         path = self.folder / OVERVIEW_NAME
-        pictures.save_picture(pictures.labelled_grid(rows, names), path)
+        pictures.save_picture(pictures.labelled_grid(rows, shown_classes), path)
         return path
 
     def _make_batch(self, cells: Sequence[Cell], writer: WriteBehind) -> int:
@@ -165,7 +163,7 @@ class Generator(TrainedModel):
 
     def _cells(self) -> list[Cell]:
         return [
-            Cell(label, name, index, self.folder / name / f"{name}_{index:06d}{self.suffix}")
+            Cell(label, name, index, self.folder / name / file_name(name, index, self.suffix))
             for label, name in self.classes.items()
             for index in range(self.settings.images_per_class)
         ]
@@ -250,12 +248,7 @@ class Generator(TrainedModel):
 
 def _choose_classes(asked: Sequence[str], known: Sequence[str]) -> dict[int, str]:
     """Returns label -> name of the classes asked for, in the order of their labels."""
-    if tuple(asked) == ("all",):
-        return dict(enumerate(known))
-    for name in asked:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            guess = f"did you mean {near[0]}? " if near else ""
-            all_names = folders.name_list(known, limit=_MOST_LISTED)
-            raise UserError(f"--classes: the model has no class {name}; {guess}it knows {all_names}")
-    return {label: name for label, name in enumerate(known) if name in asked}
+    if tuple(asked) == names.ALL and names.ALL[0] in known:
+        say("--classes all is every class; --classes [a]ll is the one of that name")
+    chosen = set(names.choose_names(asked, known, setting="classes", where="the model"))
+    return {label: name for label, name in enumerate(known) if name in chosen}
