@@ -16,7 +16,7 @@ from gait_latents.images.split import Entry, Split, in_two_classes, shared_conte
 MUCH_CUT = 0.1  # of an image's area
 LITTLE_RANGE = 255 / 4  # of the 255 steps between black and white
 _FEW_CLASSES, _MOST_ENDINGS, _MOST_PAIRS = 4, 8, 3
-_LOOKED_AT, _LOOKED_AT_IN_DOUBT = 4, 40  # images whose values are looked at
+_LOOKED_AT, _LOOKED_AT_IN_DOUBT = 3, 40  # images whose values are looked at
 _OTHER_PICTURES = frozenset(
     {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".svg", ".psd", ".tga", ".ico", ".eps", ".pdf", ".dcm"}
     | {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".exr", ".hdr", ".npy", ".npz", ".mat"}
@@ -28,7 +28,7 @@ def report(
     split: Split,
     *,
     nested: Mapping[str, int],
-    shapes: Mapping[Entry, Shape | None],
+    shapes: Sequence[Shape | None],
     small_classes: Sequence[str],
 ) -> None:
     """Says what is used of an image folder, what is passed over, and what looks odd.
@@ -37,7 +37,7 @@ def report(
         listing: what lies in the folder.
         split: the images that are used.
         nested: "class/sub-folder" -> number of images in it.
-        shapes: of the images of the split.
+        shapes: of the training and then the test images; None where a header cannot be read.
         small_classes: those with fewer images than asked for.
     """
     say(_found_line(split, shapes))
@@ -49,8 +49,8 @@ def report(
         parts_warning(split.classes),
         _case_warning(listing, split.classes),
         _small_warning(split, small_classes),
-        _cut_warning(shapes),
-        _range_warning(listing, shapes),
+        _cut_warning(split, shapes),
+        _range_warning(listing, split, shapes),
     ]
     for text in warnings:
         if text:
@@ -67,7 +67,7 @@ def warn_of_equal_pictures(split: Split) -> None:
 # --- what is used ------------------------------------------------------------------------------------------
 
 
-def _found_line(split: Split, shapes: Mapping[Entry, Shape | None]) -> str:
+def _found_line(split: Split, shapes: Sequence[Shape | None]) -> str:
     entries = (*split.train, *split.test, *split.gap)
     counts = Counter(entry.class_name for entry in entries)
     fewest, most = min(counts.values()), max(counts.values())
@@ -86,12 +86,12 @@ def _class_names(classes: Sequence[str]) -> str:
     return f"{show_name(classes[0])} to {show_name(classes[-1])}"
 
 
-def _sizes(shapes: Mapping[Entry, Shape | None]) -> str:
+def _sizes(shapes: Sequence[Shape | None]) -> str:
     counts: Counter[tuple[int, int]] = Counter()
     for shape, count in _by_shape(shapes):
         counts[shape.width, shape.height] += count
     unknown = len(shapes) - counts.total()
-    also = f", {unknown:,} without a size that can be read" if unknown else ""
+    also = f", {unknown:,} of no readable size" if unknown else ""
     if not counts:
         return "no size can be read"
     (width, height), count = counts.most_common(1)[0]
@@ -102,10 +102,10 @@ def _sizes(shapes: Mapping[Entry, Shape | None]) -> str:
     return f"{low[0]} x {low[1]} to {high[0]} x {high[1]} pixels, {others:,} other than {width} x {height}{also}"
 
 
-def _by_shape(shapes: Mapping[Entry, Shape | None]) -> list[tuple[Shape, int]]:
+def _by_shape(shapes: Sequence[Shape | None]) -> list[tuple[Shape, int]]:
     """Returns the shapes that are known, most of which are one object, each with a number of images."""
-    found = {id(shape): shape for shape in shapes.values()}
-    counts = Counter(map(id, shapes.values()))
+    found = {id(shape): shape for shape in shapes}
+    counts = Counter(map(id, shapes))
     return [(shape, counts[key]) for key, shape in found.items() if shape is not None]
 
 
@@ -198,11 +198,12 @@ def _case_warning(listing: Listing, classes: Sequence[str]) -> str | None:
             same[class_name] = alike(images, _plain)
     if not same:
         return None
+    number = sum(len(group) for groups in same.values() for group in groups)
     class_name, (group, *_) = next(iter(same.items()))
+    first, second = (ascii(f"{class_name}/{name}")[1:-1] for name in group[:2])
     return (
-        f"{_plural(sum(map(len, same.values())), 'image')} beside one of the same name but for case or Unicode form, "
-        f"such as {' and '.join(ascii(f'{class_name}/{name}')[1:-1] for name in group[:2])}; on Windows and macOS "
-        "these are one file"
+        f"{number:,} images have the name of another but for case or Unicode form, such as {first} and {second}; on "
+        "Windows and macOS these are one file"
     )
 
 
@@ -219,29 +220,30 @@ def _small_warning(split: Split, small: Sequence[str]) -> str | None:
     return f"all images of {_plural(len(small), 'small class')} are for training, and none for testing: {listing}{more}"
 
 
-def _cut_warning(shapes: Mapping[Entry, Shape | None]) -> str | None:
+def _cut_warning(split: Split, shapes: Sequence[Shape | None]) -> str | None:
     known = _by_shape(shapes)
     number = sum(count for shape, count in known if shape.cut_away > MUCH_CUT)
     if not number:
         return None
     most = max((shape for shape, _ in known), key=lambda shape: shape.cut_away)
-    entry = next(entry for entry, shape in shapes.items() if shape is most)
+    entry = (*split.train, *split.test)[[shape is most for shape in shapes].index(True)]
     return (
         f"{number:,} of {_plural(len(shapes), 'image')} lose more than {MUCH_CUT:.0%} of their area, since only the "
         f"square in the centre is kept: up to {most.cut_away:.0%} ({_place(entry)}, {most})"
     )
 
 
-def _range_warning(listing: Listing, shapes: Mapping[Entry, Shape | None]) -> str | None:
+def _range_warning(listing: Listing, split: Split, shapes: Sequence[Shape | None]) -> str | None:
     """Looks at the values of a few images and, where these use little of the range, of more."""
 
     def little(entries: Sequence[Entry]) -> dict[Entry, tuple[int, int]]:
         ranges = {entry: _range_of(listing, entry) for entry in entries}
         return {entry: ends for entry, ends in ranges.items() if ends is not None and ends[1] - ends[0] < LITTLE_RANGE}
 
+    entries = (*split.train, *split.test)
     for bits in (8, 16):
         of_bits = {id(shape) for shape, _ in _by_shape(shapes) if shape.bits == bits}
-        known = [entry for entry, shape in shapes.items() if id(shape) in of_bits]
+        known = [entry for entry, shape in zip(entries, shapes, strict=True) if id(shape) in of_bits]
         if little(_spread(known, _LOOKED_AT)):
             looked_at = _spread(known, _LOOKED_AT_IN_DOUBT)
             found = little(looked_at)

@@ -260,12 +260,16 @@ def header(data: bytes) -> tuple[int, int, int] | None:
     """Returns width and height, upright, and the bits of a value, as the header says; None without a good one."""
     with _strict_pillow, suppress(*_PILLOW_ERRORS), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         bits = 16 if image.mode.startswith("I") else 8
+        width, height = image.size
+        if image.format == "TIFF":  # of which Pillow, from some version on, tells the size of the turned picture
+            width, height = (getattr(image, "tag_v2", {})[tag] for tag in _TIFF_SIZE)
         if _orientation(image) in _ON_ITS_SIDE:
-            return image.height, image.width, bits
-        return image.width, image.height, bits
+            return height, width, bits
+        return width, height, bits
     return None
 
 
+_TIFF_SIZE = (256, 257)  # tags
 _ON_ITS_SIDE = tuple(_TRANSPOSES[number] for number in (5, 6, 7, 8))
 
 

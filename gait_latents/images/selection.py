@@ -26,7 +26,7 @@ from gait_latents.images import data_report, reading
 from gait_latents.images.folders import LAYOUT_REMEDY, list_folder, missing_classes_warning, refuse_nested
 from gait_latents.images.names import ALL, choose_names, name_list, natural_key, nfc, refuse_alike
 from gait_latents.images.reading import read_file
-from gait_latents.images.shapes import Shapes
+from gait_latents.images.shapes import Shape, ShapeReader
 from gait_latents.images.split import Entry, Split, make_split, read_split
 from gait_latents.settings import ImageSettings
 
@@ -93,10 +93,9 @@ def _choose_from_folder(settings: ImageSettings, where: str) -> Split:
     index = {name: listing.classes[name].images for name in named}
     all_names = (name for class_name, names in index.items() for name in (class_name, *names))
     before = None if all(nfc(name) == name for name in all_names) else read_split(Path(where))
-    shapes = Shapes()
-    split = with_fresh_keys(_draw(settings, index, before), settings.data_path, look=shapes.look)
+    split, shapes = _look_at_files(_draw(settings, index, before), settings.data_path, ShapeReader().shape_of)
     small = [name for name in chosen if not _is_enough(len(index[name]), settings.images_per_user)]
-    data_report.report(listing, split, nested=nested, shapes=shapes.found, small_classes=small)
+    data_report.report(listing, split, nested=nested, shapes=shapes, small_classes=small)
     return split
 
 
@@ -207,27 +206,35 @@ def _check_classes_known(settings: ImageSettings, stored: Split, where: str) -> 
         raise UserError(also + no_images_message(settings.data_path))
 
 
-def with_fresh_keys(split: Split, data_path: str, *, look: Callable[[Entry, bytes], None] | None = None) -> Split:
-    """Returns the split with the content key of each file as it is now; one that cannot be read keeps its key.
+def with_fresh_keys(split: Split, data_path: str) -> Split:
+    """Returns the split with the content key of each file as it is now; one that cannot be read keeps its key."""
+    return _look_at_files(split, data_path, lambda _data: None)[0]
+
+
+def _look_at_files(
+    split: Split, data_path: str, shape_of: Callable[[bytes], Shape | None]
+) -> tuple[Split, list[Shape | None]]:
+    """Reads each file once.
 
     Args:
-        data_path: the image folder.
-        look: called with each entry and the bytes of its file, by several threads.
+        shape_of: called with the bytes of a file, by several threads.
+
+    Returns:
+        The split with fresh keys, and the shapes of its training and then its test images; of those that cannot be
+        read, None.
     """
 
-    def key_of(entry: Entry) -> str:
+    def look(entry: Entry) -> tuple[str, Shape | None]:
         try:
             data = read_file(data_path, entry)
         except OSError:
-            return entry.key or _key_of_no_content(entry.class_name, entry.name)
-        if look is not None:
-            look(entry, data)
-        return reading.image_key(data)
+            return entry.key or _key_of_no_content(entry.class_name, entry.name), None
+        return reading.image_key(data), shape_of(data)
 
-    entries = [*split.train, *split.test]
     with ThreadPoolExecutor() as pool:
-        keys = list(pool.map(key_of, entries))
-    return split.with_keys(dict(zip(_places(split), keys, strict=True)))
+        found = list(pool.map(look, [*split.train, *split.test]))
+    keys = dict(zip(_places(split), (key for key, _ in found), strict=True))
+    return split.with_keys(keys), [shape for _, shape in found]
 
 
 def _places(split: Split) -> list[tuple[str, str]]:

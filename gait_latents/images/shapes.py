@@ -1,10 +1,9 @@
 """How large images are, read from the first bytes of their files."""
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gait_latents.images import reading
-from gait_latents.images.split import Entry
 
 _NO_CONTENT = frozenset({0x01, *range(0xD0, 0xD9)})  # markers of a JPEG that stand alone
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -43,34 +42,30 @@ class _Layout:
     shape: Shape
 
 
-@dataclass
-class Shapes:
-    """The shapes of images by their entries; those whose headers cannot be read have None.
+class ShapeReader:
+    """Reads the shapes of many images; any number of threads may use it at once."""
 
-    Any number of threads may look at once.
-    """
+    def __init__(self) -> None:
+        self._layouts: tuple[_Layout, ...] = ()  # of the last JPEGs that differed
 
-    found: dict[Entry, Shape | None] = field(default_factory=dict)
-    _layouts: tuple[_Layout, ...] = ()  # of the last JPEGs that differed
-
-    def look(self, entry: Entry, data: bytes) -> None:
-        """Notes the shape of an image, given the bytes of its file."""
+    def shape_of(self, data: bytes) -> Shape | None:
+        """Returns the shape of an image, given the bytes of its file; None where its header cannot be read."""
         for layout in self._layouts:
             if data.startswith(layout.size, layout.size_at) and data.startswith(layout.turn, layout.turn_at):
-                self.found[entry] = layout.shape
-                return
-        self.found[entry] = self._read(data)
-
-    def _read(self, data: bytes) -> Shape | None:
+                return layout.shape
         if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 24:
             width, height, bits = struct.unpack_from(">IIB", data, 16)
-            return Shape(width, height, 16 if bits == 16 else 8) if width and height else None
+            return Shape(width, height, 16 if bits == 16 else 8) if _is_possible(width, height) else None
         layout = _jpeg_layout(data) if data.startswith(b"\xff\xd8") else None
         if layout is not None:
             self._layouts = (layout, *self._layouts)[:_MOST_LAYOUTS]
             return layout.shape
         size = reading.header(data)
         return None if size is None else Shape(*size)
+
+
+def _is_possible(width: int, height: int) -> bool:
+    return 0 < width * height <= reading.MAX_PIXELS
 
 
 def _jpeg_layout(data: bytes) -> _Layout | None:
@@ -80,7 +75,7 @@ def _jpeg_layout(data: bytes) -> _Layout | None:
         marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
         if marker in _START_OF_FRAME:
             height, width = struct.unpack_from(">HH", data, at + 5)
-            if not height or not width:
+            if not _is_possible(width, height):
                 return None
             shape = Shape(height, width) if turn[-1] in _ON_ITS_SIDE and turn_at else Shape(width, height)
             return _Layout(at, data[at : at + 9], turn_at, turn, shape)
