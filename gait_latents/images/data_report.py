@@ -15,7 +15,7 @@ from gait_latents.images.split import Entry, Split, in_two_classes, shared_conte
 
 MUCH_CUT = 0.1  # of an image's area
 LITTLE_RANGE = 255 / 4  # of the 255 steps between black and white
-_FEW_CLASSES, _MOST_ENDINGS, _MOST_PAIRS = 4, 8, 3
+_FEW_CLASSES, _LONG_NAME, _MOST_ENDINGS, _MOST_PAIRS = 4, 40, 8, 3
 _LOOKED_AT, _LOOKED_AT_IN_DOUBT = 3, 40  # images whose values are looked at
 _OTHER_PICTURES = frozenset(
     {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".svg", ".psd", ".tga", ".ico", ".eps", ".pdf", ".dcm"}
@@ -81,9 +81,8 @@ def _found_line(split: Split, shapes: Sequence[Shape | None]) -> str:
 
 
 def _class_names(classes: Sequence[str]) -> str:
-    if len(classes) <= _FEW_CLASSES:
-        return name_list(classes)
-    return f"{show_name(classes[0])} to {show_name(classes[-1])}"
+    names = [show_name(name if len(name) <= _LONG_NAME else f"{name[:_LONG_NAME]}…") for name in classes]
+    return ", ".join(names) if len(names) <= _FEW_CLASSES else f"{names[0]} to {names[-1]}"
 
 
 def _sizes(shapes: Sequence[Shape | None]) -> str:

@@ -249,6 +249,6 @@ class Generator(TrainedModel):
 def _choose_classes(asked: Sequence[str], known: Sequence[str]) -> dict[int, str]:
     """Returns label -> name of the classes asked for, in the order of their labels."""
     if tuple(asked) == names.ALL and names.ALL[0] in known:
-        say("--classes all is every class; --classes [a]ll is the one of that name")
+        say('--classes all is every class; --classes "[a]ll" is the one of that name')
     chosen = set(names.choose_names(asked, known, setting="classes", where="the model"))
     return {label: name for label, name in enumerate(known) if name in chosen}
