@@ -82,7 +82,7 @@ class Split:
         """Returns the split with these content keys, by (class name, file name); other entries keep theirs."""
 
         def add_keys(entries: Iterable[Entry]) -> tuple[Entry, ...]:
-            return tuple(replace(e, key=keys.get((e.class_name, e.name), e.key)) for e in entries)
+            return tuple(Entry(e.class_name, e.name, keys.get((e.class_name, e.name), e.key)) for e in entries)
 
         return replace(self, train=add_keys(self.train), test=add_keys(self.test), gap=add_keys(self.gap))
 
