@@ -63,7 +63,8 @@ def no_images_message(data_path: str, *, also: str = "") -> str:
 def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | None, where: str) -> Split:
     """Chooses training and test images: from the image folder when it is there, else from the images of a stored split.
 
-    Both give the same split when the folder has not changed. Every entry comes with its content key.
+    Both give the same split when the folder has not changed. Every entry comes with its content key. Of a folder it is
+    said what it holds (`data_report.py`).
 
     Args:
         at_hand: whether the image folder is there, as `images_at_hand` says.
@@ -71,7 +72,8 @@ def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | Non
         where: the cache folder, for messages.
 
     Raises:
-        UserError: when neither is there, a class has too few images, or the cache lies among the class folders.
+        UserError: when neither is there, a class has too few images or most of them in sub-folders, no class fits a
+            name that was given, or the cache lies among the class folders.
     """
     if at_hand:
         return _choose_from_folder(settings, where)
