@@ -33,7 +33,7 @@ from gait_latents.common import cli, console, errors, files, hardware, pictures,
 from gait_latents.common.errors import UserError
 from gait_latents.common.script import run_script
 from gait_latents.diffusion.ema import EMA
-from gait_latents.images import folders, reading, selection
+from gait_latents.images import folders, names, reading, selection
 from gait_latents.settings import ImageSettings, MachineSettings, SamplingSettings, differences_on_resume
 from gait_latents.training import checkpoint, optimizer_state, run_folder
 from gait_latents.vae.network import KLVAE
@@ -118,7 +118,7 @@ def find_images(folder: str) -> list[Path]:
         if path.suffix.lower() in folders.IMAGE_SUFFIXES
         and not any(part[0] == "." for part in path.relative_to(root).parts)
     ]
-    return [root / path for path in sorted(found, key=lambda path: [folders.natural_key(part) for part in path.parts])]
+    return [root / path for path in sorted(found, key=lambda path: [names.natural_key(part) for part in path.parts])]
 
 
 def read_images(folder: str, image_size: int) -> tuple[np.ndarray, str]:

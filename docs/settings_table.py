@@ -69,7 +69,13 @@ HELP_ZH = {
         "如何把图像变成正方形：crop 截取中央，squash 保留全部内容但改变宽高比，pad 用黑边补齐"
     ),
     "number of classes, in natural order": "类别数，按自然顺序取前几个",
+    "which classes, by name or by a pattern such as ID_*, or all; num_users takes the first of them": (
+        "使用哪些类别：类别名或通配模式（如 ID_*），或 all（全部）；num_users 再取其中前几个"
+    ),
     "training images per class": "每个类别的训练图像数",
+    "what to do where a class has fewer images than images_per_user: refuse, or take all that it has": (
+        "某个类别的图像少于 images_per_user 时：refuse 报错，take 取其全部图像"
+    ),
     "how training images are chosen in a class; contiguous suits overlapping windows of one recording": (
         "类内如何选取训练图像；contiguous（连续）适合同一段录制的重叠窗口"
     ),
@@ -165,7 +171,7 @@ HELP_ZH = {
         "Weights & Biases 中的运行名；none 表示取 results_folder 的名字"
     ),
     "run folder, or one checkpoint file in it": "训练文件夹，或其中的一个检查点文件",
-    "class names, or all": "类别名，或 all",
+    "class names, or patterns such as ID_*, or all": "类别名或通配模式（如 ID_*），或 all",
     "images per class; ID_3=100 ID_4=20 50 is 100 of ID_3, 20 of ID_4 and 50 of each other class": (
         "每个类别生成的图像数；ID_3=100 ID_4=20 50 表示 ID_3 生成 100 张，ID_4 生成 20 张，其余类别各 50 张"
     ),

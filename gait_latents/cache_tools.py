@@ -10,7 +10,7 @@ from gait_latents.common import cli, console, files, hardware
 from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.errors import DONE, FAILED, Failed, UserError
 from gait_latents.common.layout import CHANNELS_NAME, MANIFEST_NAME, PREVIEW_NAME, SPLIT_NAME
-from gait_latents.images import reading, selection
+from gait_latents.images import data_report, reading, selection
 from gait_latents.images.split import Entry, Split, read_split
 from gait_latents.latents import opening, vae_fit
 from gait_latents.latents import verify as cache_verify
@@ -83,6 +83,7 @@ def verify(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     report = cache_verify.verify(cache, [entry.key for entry in entries])
     for problem in report.problems:
         warn(problem)
+    data_report.warn_of_equal_pictures(found.split)
     _say_status(settings, found, report, entries)
     _say_contents(found, report, cache)
     if report.good:

@@ -12,6 +12,7 @@ from gait_latents.common.cli import CATALOGUE, setting, specs, to_dict
 AUTO_PASSES = 150
 # Solver steps where sampling_timesteps is auto (docs/log.md); a sampler that is not here takes every training timestep.
 AUTO_STEPS = {"dpm++": 12, "ddim": 250}
+ALL_CLASSES = ("all",)
 DOWNLOAD = "download"  # a word that stands in place of a path, for what can be fetched
 DATA, CACHE, NETWORK, DIFFUSION, TRAINING, SAVING, SAMPLING, OUTPUT, EVALUATION, MACHINE = (
     "images",
@@ -95,8 +96,24 @@ class ImageSettings(MachineSettings):
     num_users: int | str = setting(
         "all", int, DATA, "number of classes, in natural order", low=1, words=("all",), about_cache=True, unit="classes"
     )
+    class_names: tuple[str, ...] = setting(
+        ALL_CLASSES,
+        str,
+        DATA,
+        "which classes, by name or by a pattern such as ID_*, or all; num_users takes the first of them",
+        many=True,
+        about_cache=True,
+    )
     images_per_user: int | str = setting(
         50, int, DATA, "training images per class", low=1, words=("all",), about_cache=True, unit="images"
+    )
+    small_classes: str = setting(
+        "refuse",
+        str,
+        DATA,
+        "what to do where a class has fewer images than images_per_user: refuse, or take all that it has",
+        choices=("refuse", "take"),
+        about_cache=True,
     )
     split: str = setting(
         "random",
@@ -407,7 +424,9 @@ class GenerateSettings(SamplingSettings):
     """Settings of generate.py."""
 
     checkpoint: str = setting("./results", str, OUTPUT, "run folder, or one checkpoint file in it", path=True)
-    classes: tuple[str, ...] = setting(("all",), str, OUTPUT, "class names, or all", many=True)
+    classes: tuple[str, ...] = setting(
+        ALL_CLASSES, str, OUTPUT, "class names, or patterns such as ID_*, or all", many=True
+    )
     images_per_class: int | tuple[int | str, ...] = setting(
         50,
         int,
@@ -567,7 +586,14 @@ vars(CATALOGUE).update(scripts=SCRIPTS, groups=GROUPS, other_names=_OTHER_NAMES,
 
 AUTO_STEPS_BEFORE = {"dpm++": 20, "ddim": 250}  # of runs that do not store theirs
 # Values that older runs and images count as having, whatever today's defaults: what was done before these settings.
-_BEFORE = {"guidance_interval": [0.0, 1.0], "time_shift": 0.0, "noise_shift": 0.0, "resize": "crop"}
+_BEFORE = {
+    "guidance_interval": [0.0, 1.0],
+    "time_shift": 0.0,
+    "noise_shift": 0.0,
+    "resize": "crop",
+    "class_names": list(ALL_CLASSES),
+    "small_classes": "refuse",
+}
 # The same of settings that images do not record.
 _BEFORE_IN_RUNS = {"scale_factor": None, "shift_factor": None}
 

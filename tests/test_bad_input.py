@@ -182,7 +182,7 @@ def test_the_default_data_folder_is_named_where_it_is_not_there(tmp_path, monkey
 @ENCODING
 def test_fewer_images_than_asked_for_are_told_class_by_class(world, capsys, run):
     (world / "data" / "ID_2" / "walk_0.jpg").unlink()
-    told = ["images_per_user is 8", "ID_2 has 7", "lower it to 7 or add images"]
+    told = ["images_per_user is 8", "ID_2 has 7", "lower it to 7, add images, or give --small_classes take"]
     assert "ID_1 " not in refused(lambda: run(world, images_per_user=8), world, capsys, *told)
 
 
@@ -636,8 +636,11 @@ def test_a_checkpoint_of_another_format_is_refused(ready, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"classes": ["ID_1", "ID_20"]}, ["no class ID_20", "did you mean ID_2? it knows ID_1, ID_2, ID_10"]),
-        ({"classes": ["zebra"]}, ["no class zebra", "it knows ID_1, ID_2, ID_10"]),
+        (
+            {"classes": ["ID_1", "ID_20"]},
+            ["the model has no class ID_20", "did you mean ID_2? it has ID_1, ID_2, ID_10"],
+        ),
+        ({"classes": ["zebra"]}, ["no class zebra", "it has ID_1, ID_2, ID_10"]),
         ({"sampling_timesteps": 2000}, ["--sampling_timesteps is 2000", "1000 timesteps", "or auto"]),
         ({"sampling_timesteps": 2000, "strip": [1, 2]}, ["--sampling_timesteps is 2000"]),
     ],

@@ -19,7 +19,7 @@ from gait_latents.common.errors import Failed, Stopped, UserError
 from gait_latents.common.process import StopSignals
 from gait_latents.evaluation.figures import Points
 from gait_latents.evaluation.plan import EvaluationPlan
-from gait_latents.images import folders, reading, selection, windows
+from gait_latents.images import data_report, folders, names, reading, selection, windows
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import Entry, Split
 from gait_latents.latents import filling, opening
@@ -146,8 +146,11 @@ def open_synthetic(plan: EvaluationPlan) -> ImageSet:
 def _list_synthetic(plan: EvaluationPlan) -> Split:
     folder = Path(plan.settings.synthetic_path)
     index = folders.list_images(folder, setting="synthetic_path")
-    unknown = [name for name in index if name not in plan.classes]
-    found = [name for name in plan.classes if index.get(name)]
+    of_class = {names.nfc(name): files for name, files in index.items()}  # the disk may have them in another form
+    known = {names.nfc(name) for name in plan.classes}
+    unknown = [name for name in index if names.nfc(name) not in known]
+    files_of = {name: index.get(name) or of_class.get(names.nfc(name), []) for name in plan.classes}
+    found = [name for name, files in files_of.items() if files]
     if not found:
         raise UserError(
             f"synthetic_path {show_name(folder)} has images of {list_names(list(index))}, and the run knows "
@@ -155,14 +158,14 @@ def _list_synthetic(plan: EvaluationPlan) -> Split:
         )
     if unknown:
         warn(f"{folder} has folders of classes that the run does not know: {list_names(unknown)}; they are passed over")
-    entries = tuple(Entry(name, file) for name in found for file in index[name])
+    entries = tuple(Entry(name, file) for name in found for file in files_of[name])
     split = Split(plan.classes, entries, (), (), {})
     return selection.with_fresh_keys(split, str(folder))
 
 
-def list_names(names: Sequence[str]) -> str:
+def list_names(listed: Sequence[str]) -> str:
     """Returns the first names for a message, and how many more there are."""
-    return folders.name_list(names, limit=_NUM_LISTED)
+    return names.name_list(listed, limit=_NUM_LISTED)
 
 
 def encode(plan: EvaluationPlan, split: Split, entries: list[Entry], folder: Path, what: str) -> Points:
@@ -250,7 +253,7 @@ def warnings_of_run(plan: EvaluationPlan) -> list[str]:
     untested = [name for name in plan.classes if name not in tested]
     if tested and untested:
         found.append(f"there are no test images of {list_names(untested)}; what is compared with them leaves these out")
-    shared = selection.shared_content_warning(plan.split)
+    shared = data_report.shared_content_warning(plan.split)
     return found if shared is None else [*found, shared]
 
 

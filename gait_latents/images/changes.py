@@ -1,6 +1,7 @@
 """What has changed in a folder of images since a split was drawn from it: images and classes that came or went.
 
-Only names are compared, which takes one listing of the folder, and content keys where they are at hand anyway.
+Only names are compared, in one Unicode form, which takes one listing of the folder, and content keys where they are at
+hand anyway.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +9,8 @@ from pathlib import Path
 
 from gait_latents.common.console import say, show_name
 from gait_latents.common.errors import UserError
-from gait_latents.images.folders import list_images, name_list
+from gait_latents.images.folders import list_images
+from gait_latents.images.names import fitting_classes, name_list, nfc
 from gait_latents.images.split import Entry, Split
 
 _MOST_LISTED = 5  # names of classes in a line
@@ -41,11 +43,11 @@ def tell_changes_of_cache(stored: Split, drawn: Split, data_path: str, cache: Pa
 
     Args:
         stored: the split in the cache.
-        drawn: the split that is drawn now. Where it has another number of classes, only images are compared.
+        drawn: the split that is drawn now. Where it has other classes by its settings, only images are compared.
         data_path: the image folder, from which it is drawn.
         cache: the folder of the cache.
     """
-    is_same_rule = stored.rule["num_users"] == drawn.rule["num_users"]
+    is_same_rule = all(stored.rule[name] == drawn.rule[name] for name in ("num_users", "class_names"))
     who = f"the split in {show_name(cache)}"
     edited = _num_edited([*stored.train, *stored.test, *stored.gap], drawn)
     found = describe_changes(
@@ -61,20 +63,20 @@ def describe_changes(
     """Says how the images of a folder differ from those that a split was drawn from; None where they do not.
 
     Args:
-        split: the split; where it was drawn with a number of classes, so many of the folder are compared with it.
+        split: the split; where it was drawn with some classes alone, by name or number, those are compared with it.
         index: class -> file names in the folder, as `list_images` returns them.
         who: whose split this is, such as "this run".
         only_common: compare the images of those classes only that both have.
         edited: how many images of the split have another content now, in words.
     """
-    then, limit = split.index(), split.rule["num_users"]
-    now = {name: names for name, names in index.items() if names}
-    taken = list(now)[: None if limit == "all" else int(limit)]
-    both = [name for name in split.classes if name in now]
+    then, now = _in_one_form(split.index()), _in_one_form(index)
+    limit = split.rule["num_users"]
+    taken = fitting_classes(split.rule["class_names"], list(now))[: None if limit == "all" else int(limit)]
+    both = [name for name in then if name in now]
     came = {name: len(set(now[name]) - set(then[name])) for name in both}
     went = {name: len(set(then[name]) - set(now[name])) for name in both}
     new = [] if only_common else [name for name in taken if name not in then]
-    gone = [] if only_common else [name for name in split.classes if name not in now]
+    gone = [] if only_common else [name for name in then if name not in now]
     parts = [
         f"{verb} {what} {relation}"
         for verb, relation, what in (
@@ -85,6 +87,10 @@ def describe_changes(
         if what
     ]
     return ", and ".join(parts) or None
+
+
+def _in_one_form(index: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    return {nfc(name): [nfc(image) for image in images] for name, images in index.items() if images}
 
 
 def _list(counts: Mapping[str, int], classes: Sequence[str]) -> str:

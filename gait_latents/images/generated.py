@@ -4,6 +4,7 @@ The record, settings.json, says how the images were made; `training/generation.p
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,22 @@ def suffix(image_format: str, trained_on: str) -> str:
     return ".jpg" if trained_on in (".jpg", ".jpeg", ".jpe", ".jfif") else ".png"
 
 
+_LONGEST_NAME = 255  # bytes of a file name that file systems take
+
+
+def file_name(class_name: str, index: int, suffix: str) -> str:
+    """Returns the name of the file of one image: its class and its number.
+
+    The name of a class can be as long as a file name may be; what is too long of it is left out here, and the folder
+    has it whole.
+    """
+    end = f"_{index:06d}{suffix}"
+    start = class_name
+    while len(os.fsencode(start + end)) > _LONGEST_NAME:
+        start = start[:-1]
+    return start + end
+
+
 LARGEST_RECORD_BYTES = 1 << 20
 
 
@@ -44,17 +61,12 @@ class Cell:
     path: Path
 
 
-def file_name(class_name: str, index: int, suffix: str) -> str:
-    """Names the file of image number `index` of a class."""
-    return f"{class_name}_{index:06d}{suffix}"
-
-
 def list_made(folder: Path, class_name: str, suffix: str) -> list[str]:
     """Lists the files in the folder of a class that have names as `file_name` gives them; strange files are left out.
 
     The folder need not exist.
     """
-    ours = re.compile(re.escape(class_name) + r"_([0-9]{6,18})" + re.escape(suffix))
+    ours = re.compile(r".*_([0-9]{6,18})" + re.escape(suffix), re.DOTALL)
     found = {path.name: ours.fullmatch(path.name) for path in folder.glob(f"*{suffix}") if path.is_file()}
     return sorted(
         name for name, match in found.items() if match and name == file_name(class_name, int(match[1]), suffix)

@@ -7,6 +7,7 @@ refused.
 
 import hashlib
 import io
+import itertools
 import os
 import re
 import struct
@@ -24,6 +25,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from gait_latents.common import files
+from gait_latents.images import formats
+from gait_latents.images.names import nfc, nfd
 from gait_latents.images.split import Entry, Skipped, one_line
 
 # Part of the identity of every latent: when the pixels that `decode` gives change, so must something in here.
@@ -67,8 +70,15 @@ def resize_of(stored: object) -> str | None:
 
 
 def image_path(data_path: str | os.PathLike[str], entry: Entry) -> Path:
-    """Returns the path of the file of an entry."""
-    return Path(data_path) / entry.class_name / entry.name
+    """Returns the path of the file of an entry; where the disk has its name in another Unicode form, in that one."""
+    path = Path(data_path) / entry.class_name / entry.name
+    if (entry.class_name.isascii() and entry.name.isascii()) or os.path.lexists(path):
+        return path
+    for class_form, form in itertools.product((str, nfc, nfd), repeat=2):
+        other = Path(data_path) / class_form(entry.class_name) / form(entry.name)
+        if os.path.lexists(other):
+            return other
+    return path
 
 
 def image_key(data: bytes) -> str:
@@ -93,7 +103,7 @@ def decode(data: bytes, *, image_size: int, resize: str = "crop", exact: bool = 
         BadImage: with the reason, for whatever is not a whole image of a reasonable size.
     """
     _refuse_strangers(data)
-    if data.startswith(b"\xff\xd8") and _num_scans(data) > MAX_SCANS:
+    if _has_too_many_scans(data):
         raise BadImage(f"a JPEG of more than {MAX_SCANS} scans, each of which costs the time of a picture")
     with _strict_pillow:
         try:
@@ -104,10 +114,14 @@ def decode(data: bytes, *, image_size: int, resize: str = "crop", exact: bool = 
                 image.load()
                 return _SQUARE[resize](_upright(_to_rgb(image), _orientation(image)), image_size)
         except _PILLOW_ERRORS as error:
-            raise BadImage(_reason(error)) from error
+            raise BadImage(_reason(error, data)) from error
 
 
 _MARKER = re.compile(rb"\xff+[^\0\xff\xd0-\xd7]")  # within a scan, these bytes stand for anything but a marker
+
+
+def _has_too_many_scans(data: bytes) -> bool:
+    return data.startswith(b"\xff\xd8") and _num_scans(data) > MAX_SCANS
 
 
 def _num_scans(data: bytes) -> int:
@@ -129,32 +143,24 @@ _PILLOW_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError),
     *(RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error, Image.DecompressionBombError),
 )
-_STRANGERS = (
-    (b"version https://git-lfs", "a Git-LFS pointer instead of the image; run `git lfs pull`"),
-    (b"<!doctype html", "a web page, not an image; download it again"),
-    (b"<html", "a web page, not an image; download it again"),
-    (b"%!ps", "PostScript, not an image"),
-    (b"%pdf", "a PDF, not an image"),
-    (b"pk\3\4", "a zip archive, not an image"),
-)
 
 
 def _refuse_strangers(data: bytes) -> None:
     """Raises BadImage for empty files and for files of other kinds that often lie in the place of an image."""
     if not data:
         raise BadImage("the file is empty")
-    start = data[:32].lstrip().lower()
-    for beginning, reason in _STRANGERS:
-        if start.startswith(beginning):
-            raise BadImage(reason)
+    reason = formats.stranger(data)
+    if reason is not None:
+        raise BadImage(reason)
     if not data.strip(b"\0"):
         raise BadImage("the file holds nothing but zeros")
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, data: bytes) -> str:
     """Says in one line why Pillow could not read a file."""
     if isinstance(error, UnidentifiedImageError):
-        return f"not an image, or its beginning is damaged (read are {', '.join(_FORMATS)})"
+        text = formats.plain_text(data)
+        return text or f"not an image, or its beginning is damaged (read are {', '.join(_FORMATS)})"
     if isinstance(error, Image.DecompressionBombError):
         return f"it claims to have more than {MAX_PIXELS:,} pixels"
     if isinstance(error, MemoryError):
@@ -293,6 +299,42 @@ def _pad(image: Image.Image, image_size: int) -> np.ndarray:
 
 
 _SQUARE = {"crop": _crop, "squash": _squash, "pad": _pad}
+
+
+# --- what a file says of itself, and looking at it in haste ------------------------------------------------
+
+
+def header(data: bytes) -> tuple[int, int, int] | None:
+    """Returns width and height, upright, and the bits of a value, as the header says; None without a good one."""
+    with _strict_pillow, suppress(*_PILLOW_ERRORS), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        bits = 16 if image.mode.startswith("I") else 8
+        width, height = image.size
+        if image.format == "TIFF":  # of which Pillow, from some version on, tells the size of the turned picture
+            width, height = (getattr(image, "tag_v2", {})[tag] for tag in _TIFF_SIZE)
+        if _orientation(image) in _ON_ITS_SIDE:
+            return height, width, bits
+        return width, height, bits
+    return None
+
+
+_TIFF_SIZE = (256, 257)  # tags
+_ON_ITS_SIDE = tuple(_TRANSPOSES[number] for number in (5, 6, 7, 8))
+
+
+def value_range(data: bytes, *, in_haste: bool) -> tuple[int, int] | None:
+    """Returns the smallest and the largest value, 0 to 255, of the pixels of an image; None where it cannot be read.
+
+    Args:
+        in_haste: look at an eighth of a JPEG's width and height, which shortens the range of fine patterns.
+    """
+    if _has_too_many_scans(data):
+        return None
+    with _strict_pillow, suppress(BadImage, *_PILLOW_ERRORS), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        if in_haste:
+            image.draft("RGB", (image.width // 8, image.height // 8))
+        bands: Any = _to_rgb(image).getextrema()
+        return min(low for low, _ in bands), max(high for _, high in bands)
+    return None
 
 
 def find_bad_images(

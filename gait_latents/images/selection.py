@@ -6,11 +6,11 @@ complete cache the images need not exist.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gait_latents.common.cli import is_explicit
+from gait_latents.common.cli import is_explicit, show
 from gait_latents.common.console import show_name, warn
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import (
@@ -22,10 +22,12 @@ from gait_latents.common.layout import (
     SETTINGS_NAME,
     SPLIT_NAME,
 )
-from gait_latents.images import reading
-from gait_latents.images.folders import LAYOUT_REMEDY, list_images, missing_classes_warning
+from gait_latents.images import data_report, reading
+from gait_latents.images.folders import LAYOUT_REMEDY, list_folder, missing_classes_warning, refuse_nested
+from gait_latents.images.names import ALL, choose_names, name_list, natural_key, nfc, refuse_alike
 from gait_latents.images.reading import read_file
-from gait_latents.images.split import Entry, Split, make_split, shared_content
+from gait_latents.images.shapes import Shape, ShapeReader
+from gait_latents.images.split import Entry, Split, make_split, read_split
 from gait_latents.settings import ImageSettings
 
 
@@ -61,7 +63,8 @@ def no_images_message(data_path: str, *, also: str = "") -> str:
 def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | None, where: str) -> Split:
     """Chooses training and test images: from the image folder when it is there, else from the images of a stored split.
 
-    Both give the same split when the folder has not changed. Every entry comes with its content key.
+    Both give the same split when the folder has not changed. Every entry comes with its content key. Of a folder it is
+    said what it holds (`data_report.py`).
 
     Args:
         at_hand: whether the image folder is there, as `images_at_hand` says.
@@ -69,7 +72,8 @@ def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | Non
         where: the cache folder, for messages.
 
     Raises:
-        UserError: when neither is there, a class has too few images, or the cache lies among the class folders.
+        UserError: when neither is there, a class has too few images or most of them in sub-folders, no class fits a
+            name that was given, or the cache lies among the class folders.
     """
     if at_hand:
         return _choose_from_folder(settings, where)
@@ -81,30 +85,77 @@ def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | Non
 
 def _choose_from_folder(settings: ImageSettings, where: str) -> Split:
     refuse_to_be_a_class(Path(where), settings.data_path)
-    index = list_images(settings.data_path)
-    _refuse_own_outputs(settings, list(index))
-    return with_fresh_keys(_draw(settings, index), settings.data_path)
+    listing = list_folder(settings.data_path)
+    place = f"--data_path {show_name(settings.data_path)}"
+    named = _choose_classes(settings, listing.classes, place)
+    chosen = named if settings.num_users == "all" else named[: int(settings.num_users)]
+    refuse_alike(chosen, place)
+    _refuse_own_outputs(settings, chosen)
+    nested = refuse_nested(listing, chosen)
+    index = {name: listing.classes[name].images for name in named}
+    all_names = (name for class_name, names in index.items() for name in (class_name, *names))
+    before = None if all(nfc(name) == name for name in all_names) else read_split(Path(where))
+    split, shapes = _look_at_files(_draw(settings, index, before), settings.data_path, ShapeReader().shape_of)
+    small = [name for name in chosen if not _is_enough(len(index[name]), settings.images_per_user)]
+    data_report.report(listing, split, nested=nested, shapes=shapes, small_classes=small, resize=settings.resize)
+    return split
+
+
+def _is_enough(count: int, images_per_user: int | str) -> bool:
+    return images_per_user == "all" or count >= int(images_per_user)
 
 
 def _choose_from_stored(settings: ImageSettings, stored: Split, where: str) -> Split:
+    index = stored.index()
     _check_classes_known(settings, stored, where)
-    split, known = _draw(settings, stored.index()), stored.keys()
+    named = _choose_classes(settings, index, where)
+    split, known = _draw(settings, {name: index[name] for name in named}, stored), stored.keys()
     return split.with_keys({place: known.get(place, _key_of_no_content(*place)) for place in _places(split)})
 
 
-def _draw(settings: ImageSettings, index: Mapping[str, Sequence[str]]) -> Split:
-    """Draws the split of the images in an index {class: names}; warns when there are fewer classes than asked for."""
-    notice = missing_classes_warning(index, settings.num_users)
+def _choose_classes(settings: ImageSettings, names: Iterable[str], where: str) -> list[str]:
+    """Returns the classes that --class_names names, in natural order; warns when --num_users asks for more."""
+    ordered = sorted(names, key=natural_key)
+    named = choose_names(settings.class_names, ordered, setting="class_names", where=where)
+    notice = missing_classes_warning(named, settings.num_users)
     if notice:
         warn(notice)
-    return make_split(
-        index,
-        num_users=settings.num_users,
-        images_per_user=settings.images_per_user,
-        seed=settings.seed,
-        split=settings.split,
-        split_gap=settings.split_gap,
+    return named
+
+
+def _draw(settings: ImageSettings, index: Mapping[str, Sequence[str]], stored: Split | None) -> Split:
+    """Draws the split of the images in an index {class: names}.
+
+    Earlier versions drew names that are not in NFC as they stand. Where `stored` was drawn so, it stays as it was.
+    """
+
+    def draw(form: Callable[[str], str]) -> Split:
+        return make_split(
+            index,
+            num_users=settings.num_users,
+            images_per_user=settings.images_per_user,
+            seed=settings.seed,
+            split=settings.split,
+            split_gap=settings.split_gap,
+            class_names=settings.class_names,
+            small_classes=settings.small_classes,
+            form=form,
+        )
+
+    split = draw(nfc)
+    if stored is None or _is_drawn_as(stored, split):
+        return split
+    before = draw(str)
+    return before if _is_drawn_as(stored, before) else split
+
+
+def _is_drawn_as(stored: Split, split: Split) -> bool:
+    """Says whether a stored split has the classes of another, and its images but for those that were skipped."""
+    same_train, same_test = (
+        {(e.class_name, e.name) for e in mine} <= {(e.class_name, e.name) for e in other}
+        for mine, other in ((stored.train, split.train), (stored.test, split.test))
     )
+    return stored.classes == split.classes and same_train and same_test
 
 
 def refuse_to_be_a_class(folder: Path, data_path: str | None) -> None:
@@ -132,7 +183,7 @@ _OUTPUTS = {  # files that lie together in a folder of ours -> what wrote them
 
 def _refuse_own_outputs(settings: ImageSettings, folders: list[str]) -> None:
     """Raises UserError when a script wrote one of the class folders in use: its pictures are no class."""
-    for name in folders if settings.num_users == "all" else folders[: int(settings.num_users)]:
+    for name in folders:
         for files, what in _OUTPUTS.items():
             if all((Path(settings.data_path) / name / file).is_file() for file in files):
                 raise UserError(
@@ -144,28 +195,48 @@ def _refuse_own_outputs(settings: ImageSettings, folders: list[str]) -> None:
 def _check_classes_known(settings: ImageSettings, stored: Split, where: str) -> None:
     """Raises UserError when more classes are asked for than the stored split has, and there may have been more.
 
-    A split drawn with a number of classes does not say how many more there were in the folder.
+    A split drawn with a number or with names of classes does not say how many more there were in the folder.
     """
     known, asked = stored.rule["num_users"], settings.num_users
     was_cut = known == len(stored.classes)
     if was_cut and (asked == "all" or int(asked) > int(known)):
         also = f"--num_users is {asked}, but {where} knows {known} classes, and "
         raise UserError(also + no_images_message(settings.data_path))
+    names, knows_all = list(settings.class_names), stored.rule["class_names"] == list(ALL)
+    if not knows_all and names != stored.rule["class_names"] and not set(names) <= set(stored.classes):
+        also = f"--class_names is {show(names)}, but {where} knows only {name_list(stored.classes)}, and "
+        raise UserError(also + no_images_message(settings.data_path))
 
 
 def with_fresh_keys(split: Split, data_path: str) -> Split:
     """Returns the split with the content key of each file as it is now; one that cannot be read keeps its key."""
+    return _look_at_files(split, data_path, lambda _data: None)[0]
 
-    def key_of(entry: Entry) -> str:
+
+def _look_at_files(
+    split: Split, data_path: str, shape_of: Callable[[bytes], Shape | None]
+) -> tuple[Split, list[Shape | None]]:
+    """Reads each file once.
+
+    Args:
+        shape_of: called with the bytes of a file, by several threads.
+
+    Returns:
+        The split with fresh keys, and the shapes of its training and then its test images; of those that cannot be
+        read, None.
+    """
+
+    def look(entry: Entry) -> tuple[str, Shape | None]:
         try:
-            return reading.image_key(read_file(data_path, entry))
+            data = read_file(data_path, entry)
         except OSError:
-            return entry.key or _key_of_no_content(entry.class_name, entry.name)
+            return entry.key or _key_of_no_content(entry.class_name, entry.name), None
+        return reading.image_key(data), shape_of(data)
 
-    entries = [*split.train, *split.test]
     with ThreadPoolExecutor() as pool:
-        keys = list(pool.map(key_of, entries))
-    return split.with_keys(dict(zip(_places(split), keys, strict=True)))
+        found = list(pool.map(look, [*split.train, *split.test]))
+    keys = dict(zip(_places(split), (key for key, _ in found), strict=True))
+    return split.with_keys(keys), [shape for _, shape in found]
 
 
 def _places(split: Split) -> list[tuple[str, str]]:
@@ -175,25 +246,6 @@ def _places(split: Split) -> list[tuple[str, str]]:
 def _key_of_no_content(class_name: str, name: str) -> str:
     # No image has this key, so it is in no cache: the image is read when it is needed, and the error then names it.
     return reading.image_key(json.dumps(["unreadable", class_name, name]).encode())
-
-
-def warn_of_shared_content(split: Split) -> None:
-    """Warns when the same file content is in the training and the test images."""
-    notice = shared_content_warning(split)
-    if notice:
-        warn(notice)
-
-
-def shared_content_warning(split: Split) -> str | None:
-    """Returns a warning when the same file content is in the training and the test images, else None."""
-    pairs = shared_content(split)
-    if not pairs:
-        return None
-    train, test = pairs[0]
-    return (
-        f"{len(pairs)} test image(s) have the same content as a training image, such as "
-        f"{test.class_name}/{test.name} and {train.class_name}/{train.name}; scores on them will look too good"
-    )
 
 
 def common_suffix(split: Split) -> str:

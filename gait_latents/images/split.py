@@ -16,10 +16,12 @@ from gait_latents.common import files
 from gait_latents.common.console import show_name
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import SPLIT_NAME
-from gait_latents.images.folders import name_list, natural_key
+from gait_latents.images.names import ALL, choose_names, name_list, natural_key, nfc
 
 SPLIT_FORMAT = 1
 _RULE_FIELDS = ("seed", "split", "split_gap", "images_per_user", "num_users")
+# Parts of the rule that are stored where they differ from these, which is what older splits were drawn with.
+_LATER_RULE_FIELDS: dict[str, Any] = {"class_names": list(ALL), "small_classes": "refuse"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Split:
     train: tuple[Entry, ...]
     test: tuple[Entry, ...]
     skipped: tuple[Skipped, ...]
-    rule: dict[str, int | str]
+    rule: dict[str, Any]
     gap: tuple[Entry, ...] = ()
 
     def part(self, name: str) -> tuple[Entry, ...]:
@@ -80,7 +82,7 @@ class Split:
         """Returns the split with these content keys, by (class name, file name); other entries keep theirs."""
 
         def add_keys(entries: Iterable[Entry]) -> tuple[Entry, ...]:
-            return tuple(replace(e, key=keys.get((e.class_name, e.name), e.key)) for e in entries)
+            return tuple(Entry(e.class_name, e.name, keys.get((e.class_name, e.name), e.key)) for e in entries)
 
         return replace(self, train=add_keys(self.train), test=add_keys(self.test), gap=add_keys(self.gap))
 
@@ -116,7 +118,7 @@ class Split:
         """Returns the split as readable JSON, one image a line, ending in the SHA-256 of what precedes it."""
         members = [
             f'  "format": {SPLIT_FORMAT}',
-            f'  "rule": {_json(self.rule)}',
+            f'  "rule": {_json(_stored_rule(self.rule))}',
             _json_lines("classes", self.classes),
             *(
                 _json_lines(part, [{"class": e.class_name, "name": e.name, "key": e.key} for e in entries])
@@ -155,45 +157,56 @@ def make_split(
     seed: int,
     split: str,
     split_gap: int,
+    class_names: Sequence[str] = ALL,
+    small_classes: str = "refuse",
+    form: Callable[[str], str] = nfc,
 ) -> Split:
-    """Divides the listed images of the first classes into training and test images.
+    """Divides the listed images of the chosen classes into training and test images.
 
     Args:
         index: class -> file names, from `list_images` or `Split.index`.
-        num_users: how many classes, the first in natural order, or "all".
+        num_users: how many of the chosen classes, the first in natural order, or "all".
         images_per_user: training images of each class, or "all".
         seed: orders the images of a "random" split.
         split: "random", or "contiguous" for the first images in natural order.
         split_gap: images left out between training and test in a contiguous split.
+        class_names: names and patterns of the classes to choose from; `ALL` is every class.
+        small_classes: "refuse" classes with fewer images than images_per_user, or "take" all that these have.
+        form: the form in which names are compared and drawn; earlier versions took them as they stand.
 
     Raises:
-        UserError: naming each class that has too few images.
+        UserError: naming each class that has too few images, or the name that fits no class.
     """
-    classes = sorted(index, key=natural_key)[: None if num_users == "all" else int(num_users)]
-    _check_enough({name: len(index[name]) for name in classes}, images_per_user)
+    ordered = sorted(index, key=lambda name: natural_key(name, form))
+    classes = choose_names(class_names, ordered, setting="class_names", where="the image folder")
+    classes = classes[: None if num_users == "all" else int(num_users)]
+    counts = {name: len(index[name]) for name in classes}
+    if small_classes != "take" or not all(counts.values()):
+        _check_enough(counts, images_per_user)
     parts: dict[str, list[Entry]] = {"train": [], "test": [], "gap": []}
     for class_name in classes:
-        names = sorted(index[class_name], key=natural_key)
-        count = len(names) if images_per_user == "all" else int(images_per_user)
+        names = sorted(index[class_name], key=lambda name: natural_key(name, form))
+        count = len(names) if images_per_user == "all" else min(int(images_per_user), len(names))
         if split == "contiguous":
             chosen, gap = set(names[:count]), set(names[count : count + split_gap])
         elif split == "random":
-            chosen, gap = set(sorted(names, key=_draw_order(seed, class_name))[:count]), set()
+            chosen, gap = set(sorted(names, key=_draw_order(seed, class_name, form))[:count]), set()
         else:
             raise UserError(f"split is {split!r}; it is random or contiguous")
         for name in names:
             part = "train" if name in chosen else "gap" if name in gap else "test"
             parts[part].append(Entry(class_name, name))
     settings = (seed, split, split_gap, images_per_user, num_users)
-    rule: dict[str, int | str] = dict(zip(_RULE_FIELDS, settings, strict=True))
+    later = {"class_names": list(class_names), "small_classes": small_classes}
+    rule = {**dict(zip(_RULE_FIELDS, settings, strict=True)), **later}
     train, test, gap = (tuple(parts[part]) for part in ("train", "test", "gap"))
     return Split(tuple(classes), train, test, (), rule, gap)
 
 
-def _draw_order(seed: int, class_name: str) -> Callable[[str], bytes]:
+def _draw_order(seed: int, class_name: str, form: Callable[[str], str]) -> Callable[[str], bytes]:
     # The place of a file depends on its own name alone, so that files and classes that come or go do not reshuffle the
     # others. JSON keeps the three parts apart, and its escapes also stand for names that are not valid Unicode.
-    return lambda name: hashlib.sha256(json.dumps([seed, class_name, name]).encode()).digest()
+    return lambda name: hashlib.sha256(json.dumps([seed, form(class_name), form(name)]).encode()).digest()
 
 
 def _check_enough(counts: Mapping[str, int], images_per_user: int | str) -> None:
@@ -207,7 +220,7 @@ def _check_enough(counts: Mapping[str, int], images_per_user: int | str) -> None
     would_do = min((count for count in counts.values() if count), default=0)
     remedy = "add images"
     if wanted > would_do > 0:
-        remedy = f"lower it to {would_do} or add images"
+        remedy = f"lower it to {would_do}, add images, or give --small_classes take for all that such classes have"
     if any(counts[name] == 0 for name in few):
         remedy += ", and remove the folders that have none"
     raise UserError(f"--images_per_user is {images_per_user} but {listing}; {remedy}")
@@ -221,10 +234,25 @@ def shared_content(split: Split) -> list[tuple[Entry, Entry]]:
     return [(train_of[entry.key], entry) for entry in split.test if entry.key and entry.key in train_of]
 
 
+def in_two_classes(split: Split) -> list[tuple[Entry, Entry]]:
+    """Pairs each image that has the content of one of another class with the first such image."""
+    first: dict[str, Entry] = {}
+    pairs = []
+    for entry in (*split.train, *split.test):
+        other = first.setdefault(entry.key, entry)
+        if entry.key and other.class_name != entry.class_name:
+            pairs.append((other, entry))
+    return pairs
+
+
 def _json(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     # Line separators, control characters and surrogates, which stand for undecodable bytes, only survive as escapes.
     return text if text.isprintable() else json.dumps(value)
+
+
+def _stored_rule(rule: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in rule.items() if value != _LATER_RULE_FIELDS.get(name)}
 
 
 def _json_lines(name: str, rows: Sequence[object]) -> str:
@@ -252,6 +280,10 @@ def _split_of(document: dict[str, Any]) -> Split:
         raise ValueError("an image of a class that is not listed")
     rule = {name: document["rule"][name] for name in _RULE_FIELDS}
     if not all(isinstance(value, int | str) for value in rule.values()):
+        raise TypeError("the rule")
+    rule |= {name: document["rule"].get(name, before) for name, before in _LATER_RULE_FIELDS.items()}
+    names = rule["class_names"]
+    if not isinstance(names, list) or not all(isinstance(text, str) for text in (*names, rule["small_classes"])):
         raise TypeError("the rule")
     return Split(classes, parts["train"], parts["test"], skipped, rule, parts["gap"])
 

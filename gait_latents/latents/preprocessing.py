@@ -18,7 +18,7 @@ from gait_latents.common.distributed import Ranks
 from gait_latents.common.errors import DONE, FAILED, Failed, UserError
 from gait_latents.common.layout import PREVIEW_NAME, SPLIT_NAME
 from gait_latents.common.process import StopSignals
-from gait_latents.images import changes, reading, selection, windows
+from gait_latents.images import changes, data_report, reading, selection, windows
 from gait_latents.images.split import Entry, Split, read_split
 from gait_latents.latents import filling, opening, vae_fit
 from gait_latents.latents import shard as shard_file
@@ -136,7 +136,7 @@ def _open(settings: PreprocessSettings, sources: dict[str, str], device: torch.d
     split = selection.choose_images(settings, at_hand=True, stored=None, where=str(folder))
     if manifest is not None:
         _tell_changes(split, settings)
-    selection.warn_of_shared_content(split)
+    data_report.warn_of_equal_pictures(split)
     windows.warn_of_windows(split, settings.data_path, resize=settings.resize)
     chosen = vae_fit.choose_space(settings, sources, manifest and vae_fit.space_of_manifest(manifest), may_lack=False)
     cache = LatentCache(folder, chosen.space, writable=True)

@@ -1,7 +1,6 @@
 """Makes the images of a folder, or a strip over guidance scales, with the averaged network of a run."""
 
 import csv
-import difflib
 import io
 import json
 import shlex
@@ -22,7 +21,7 @@ from gait_latents.common.errors import DONE, UserError
 from gait_latents.common.layout import LABELS_NAME, OVERVIEW_NAME, RECORD_NAME, SPLIT_NAME, STRIP_NAME
 from gait_latents.common.process import StopSignals
 from gait_latents.diffusion.sampling import BATCH_SIZE
-from gait_latents.images import folders, selection
+from gait_latents.images import names, selection
 from gait_latents.images.counts import counts_as_asked, counts_to_fill, describe_counts
 from gait_latents.images.generated import Cell, file_name, list_made, list_missing, read_made, read_record
 from gait_latents.images.split import read_split
@@ -34,7 +33,6 @@ from gait_latents.training.trained_model import FROM_RUN, TrainedModel
 
 _MOST_UNWRITTEN = 2 * BATCH_SIZE  # images that wait to be written while the next are made
 _OVERVIEW_ROWS, _OVERVIEW_COLUMNS = 16, 6
-_MOST_LISTED = 40  # classes that a message names
 
 
 def open_generator(argv: Sequence[str] | None, description: str | None = None, ranks: Ranks = ALONE) -> "Generator":
@@ -156,12 +154,12 @@ class Generator(TrainedModel):
         console.tell(num_bytes, f"{count:,} images", self.folder, remedy="give another --output_folder")
 
     def _draw_overview(self) -> Path:
-        names = [name for name, count in self.counts.items() if count][:_OVERVIEW_ROWS]
+        shown_classes = [name for name, count in self.counts.items() if count][:_OVERVIEW_ROWS]
         shown = [cell for cell in self._cells() if cell.index < _OVERVIEW_COLUMNS]
         side = self.meta.image_size
-        rows = [[read_made(cell.path, side) for cell in shown if cell.class_name == name] for name in names]
+        rows = [[read_made(cell.path, side) for cell in shown if cell.class_name == name] for name in shown_classes]
         path = self.folder / OVERVIEW_NAME
-        pictures.save_picture(pictures.labelled_grid(rows, names), path)
+        pictures.save_picture(pictures.labelled_grid(rows, shown_classes), path)
         return path
 
     def _make_batch(self, cells: Sequence[Cell], writer: WriteBehind) -> int:
@@ -259,20 +257,10 @@ class Generator(TrainedModel):
 
 def _choose_classes(asked: Sequence[str], known: Sequence[str]) -> dict[int, str]:
     """Returns label -> name of the classes asked for, in the order of their labels."""
-    if tuple(asked) == ("all",):
-        return dict(enumerate(known))
-    for name in asked:
-        _check_known(name, known, "classes")
-    return {label: name for label, name in enumerate(known) if name in asked}
-
-
-def _check_known(name: str, known: Sequence[str], setting: str) -> None:
-    """Raises UserError, which lists the classes, for a name that is none of them."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        guess = f"did you mean {near[0]}? " if near else ""
-        all_names = folders.name_list(known, limit=_MOST_LISTED)
-        raise UserError(f"--{setting}: the model has no class {name}; {guess}it knows {all_names}")
+    if tuple(asked) == names.ALL and names.ALL[0] in known:
+        say('--classes all is every class; --classes "[a]ll" is the one of that name')
+    chosen = set(names.choose_names(asked, known, setting="classes", where="the model"))
+    return {label: name for label, name in enumerate(known) if name in chosen}
 
 
 def _one_number(resolved: cli.Resolved) -> GenerateSettings:
@@ -295,11 +283,13 @@ def _choose_counts(settings: GenerateSettings, state: SavedState, chosen: Sequen
         return dict.fromkeys(chosen, 1)
     if settings.fill_up_to is not None:
         return counts_to_fill(chosen, settings.fill_up_to, _training_images(state))
-    named, others = cli.counts_by_name(settings.images_per_class)
-    for name in named:
-        _check_known(name, state.meta.classes, "images_per_class")
-        if name not in chosen:
+    asked, others = cli.counts_by_name(settings.images_per_class)
+    named: dict[str, int] = {}
+    for name, count in asked.items():
+        found = names.choose_names([name], state.meta.classes, setting="images_per_class", where="the model")
+        if not set(found) <= set(chosen):
             raise UserError(f"--images_per_class names {name}, which --classes leaves out; leave it out here, too")
+        named |= dict.fromkeys(found, count)
     return counts_as_asked(
         chosen, named, cli.defaults(GenerateSettings)["images_per_class"] if others is None else others
     )

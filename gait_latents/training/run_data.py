@@ -10,7 +10,7 @@ from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import Failed, UserError
 from gait_latents.common.layout import SPLIT_NAME
 from gait_latents.common.process import StopSignals
-from gait_latents.images import changes, reading, selection, windows
+from gait_latents.images import changes, data_report, reading, selection, windows
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import Split, read_split
 from gait_latents.latents import filling, opening, vae_fit
@@ -61,7 +61,7 @@ def _open(plan: TrainingPlan, device: torch.device, ranks: Ranks) -> Data:
     at_hand = selection.images_at_hand(settings, plan.sources, may_lack=goes_on)
     split = _run_split(plan, at_hand)
     chosen = vae_fit.choose_space(settings, plan.sources, known, may_lack=goes_on)
-    selection.warn_of_shared_content(split)
+    data_report.warn_of_equal_pictures(split)
     if plan.state is None and at_hand:
         windows.warn_of_windows(split, settings.data_path, resize=settings.resize)
     _check_same_space(plan, chosen)

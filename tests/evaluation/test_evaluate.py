@@ -331,7 +331,7 @@ def test_an_image_that_cannot_be_read_is_named(trained, synthetic, tmp_path, cap
     (synthetic / "ID_2" / "ID_2_000001.jpg").write_bytes(b"no image")
     assert evaluate(trained, synthetic, tmp_path / "evaluation") == 1
     out, err = capsys.readouterr()
-    assert "    ID_2/ID_2_000001.jpg: not an image" in out
+    assert "    ID_2/ID_2_000001.jpg: a text, not an image; download it again" in out
     assert "error: 1 synthetic image(s) cannot be read" in err
 
 

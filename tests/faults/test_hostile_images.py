@@ -89,7 +89,7 @@ STRANGERS = [
     (b"text\n" * 50, "not an image"),
     (b"\x89PNG\r\n\x1a\n", "beginning is damaged"),
     (b"#!/bin/sh\ntouch trace\n", "not an image"),
-    (encoded(smooth(), "ICO"), "not an image"),
+    (encoded(smooth(), "ICO"), "an ICO picture, which is not read; convert it"),
     (encoded(smooth(), "PDF"), "PDF"),
     (encoded(smooth(), "TGA"), "not an image"),
     (encoded(smooth(20_000, 10), "PNG"), "strip"),

@@ -312,11 +312,12 @@ ODD_NAMES = (
 
 def test_odd_names_of_files_and_classes_are_just_names(tmp_path, encoder, account):
     tiny_vae.save_tiny_vae(tmp_path / "vae.pt")
-    for hue, folder in enumerate((*ODD_NAMES, "n" * 255)):
+    folders = (*ODD_NAMES[1:], "n" * 255)  # of a name in two Unicode forms, two images may have both, but not classes
+    for hue, folder in enumerate(folders):
         (tmp_path / "data" / folder).mkdir(parents=True)
         for seed, name in enumerate(ODD_NAMES):
             tiny.make_image(seed, hue=hue).save(tmp_path / "data" / folder / f"{name}.png", "PNG")
-    num_images = len(ODD_NAMES) * (len(ODD_NAMES) + 1)
+    num_images = len(ODD_NAMES) * len(folders)
     check(account, tmp_path, encoder, "odd names of files and classes", "a miss", misses=num_images)
     check(account, tmp_path, encoder, "odd names of files and classes", "then a hit", misses=0)
     encoder.forget()

@@ -106,7 +106,10 @@ def test_classes_with_too_few_images_are_listed_with_the_number_that_would_do():
     index = {"ID_1": list("abcdefghi"), "ID_2": ["a", "b"], "ID_10": ["a", "b", "c"]}
     with pytest.raises(UserError) as caught:
         split_of(index, images_per_user=5)
-    assert str(caught.value) == ("--images_per_user is 5 but ID_2 has 2, ID_10 has 3; lower it to 2 or add images")
+    assert str(caught.value) == (
+        "--images_per_user is 5 but ID_2 has 2, ID_10 has 3; lower it to 2, add images, or give "
+        "--small_classes take for all that such classes have"
+    )
     assert len(split_of(index, images_per_user=5, num_users=1).train) == 5
 
 

@@ -94,7 +94,7 @@ def test_two_series_that_take_turns_need_twice_the_gap(tmp_path):
             tmp_path / "ID_1", cut(recording(antenna, 5 * WIDTH), 0.75, 12), f"window{{}}_antenna{antenna}.jpg"
         )
     found = found_in(tmp_path)
-    assert found == Windows(0.75, 2) and found.gap == 6
+    assert found is not None and found == Windows(0.75, 2) and found.gap == 6
 
 
 def test_names_may_hold_the_time_of_day(tmp_path):

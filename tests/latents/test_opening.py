@@ -11,7 +11,7 @@ import tiny_vae
 
 from gait_latents.common import cli
 from gait_latents.common.errors import UserError
-from gait_latents.images import reading, selection
+from gait_latents.images import data_report, reading, selection
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import Entry, Skipped, Split
 from gait_latents.latents import opening, vae_fit
@@ -118,11 +118,11 @@ def test_more_classes_than_a_stored_split_knows_need_the_images(world):
 
 def test_the_same_content_in_training_and_test_is_a_warning(world, capsys):
     split = choose(world)
-    selection.warn_of_shared_content(split)
+    data_report.warn_of_equal_pictures(split)
     assert capsys.readouterr().err == ""
     train, test = split.train[0], next(entry for entry in split.test if entry.class_name == "ID_10")
     shutil.copy(reading.image_path(world / "data", train), reading.image_path(world / "data", test))
-    selection.warn_of_shared_content(choose(world))
+    data_report.warn_of_equal_pictures(choose(world))
     warning = capsys.readouterr().err
     assert warning.startswith("warning: 1 test image(s) have the same content as a training image")
     assert f"{test.class_name}/{test.name} and {train.class_name}/{train.name}" in warning
