@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from gait_latents.common import mounts
 from gait_latents.common.console import show_name
 from gait_latents.common.errors import UserError
 
@@ -44,7 +45,8 @@ def list_images(data_path: str | os.PathLike[str], *, setting: str = "data_path"
 
 def _class_folders(root: Path, setting: str) -> list[str]:
     if not root.is_dir():
-        found = "is a file, not a folder; unpack it first" if root.exists() else f"does not exist; {LAYOUT_REMEDY}"
+        remedy = mounts.why_missing(setting, root) or LAYOUT_REMEDY
+        found = "is a file, not a folder; unpack it first" if root.exists() else f"does not exist; {remedy}"
         raise UserError(f"--{setting} {show_name(root)} {found}")
     children = _visible_children(root)
     dangling = [child.name for child in children if _leads_nowhere(child)]
