@@ -223,8 +223,8 @@ def _needed_keys(settings: PreprocessSettings, sources: dict[str, str], found: F
         if split is None:
             if cli.is_explicit(sources, "keep_for"):
                 missing = mounts.why_missing("keep_for", place)
-                found = f"is no run folder: it has no {SPLIT_NAME}" if missing is None else f"does not exist; {missing}"
-                raise UserError(f"--keep_for {place} {found}")
+                wrong = f"is no run folder: it has no {SPLIT_NAME}" if missing is None else f"does not exist; {missing}"
+                raise UserError(f"--keep_for {place} {wrong}")
             continue
         state = run_folder.newest_averages(place)  # not a full state: those may have been deleted
         space = used if state is None else state.meta.space.id

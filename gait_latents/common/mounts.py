@@ -107,7 +107,7 @@ def _find(place: Path) -> list[Path]:
 
 def _same_name(place: Path) -> Iterator[tuple[_Input, Sequence[str]]]:
     """Yields the inputs that a path may mean, and what follows their name in the path."""
-    parts = place.relative_to(root()).parts
+    parts: Sequence[str] = place.relative_to(root()).parts
     readings: list[tuple[str | None, str, Sequence[str]]] = [(None, parts[0], parts[1:])]
     if parts[0] in _OWNED and len(parts) > 2:
         readings.append((parts[1], parts[2], parts[3:]))

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,6 +111,7 @@ def imports() -> Iterator[None]:
     )
     if is_ours:  # the system's default ends the process; a package might turn KeyboardInterrupt into another error
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # of torch, where numpy is missing: told below
     try:
         yield
     except ImportError as error:
