@@ -107,12 +107,12 @@ def _find(place: Path) -> list[Path]:
 
 def _same_name(place: Path) -> Iterator[tuple[_Input, Sequence[str]]]:
     """Yields the inputs that a path may mean, and what follows their name in the path."""
-    parts: Sequence[str] = place.relative_to(root()).parts
-    readings: list[tuple[str | None, str, Sequence[str]]] = [(None, parts[0], parts[1:])]
-    if parts[0] in _OWNED and len(parts) > 2:
-        readings.append((parts[1], parts[2], parts[3:]))
-    if parts[0] == _COMPETITIONS and len(parts) > 1:
-        readings.append((None, parts[1], parts[2:]))
+    first, *others = place.relative_to(root()).parts
+    readings: list[tuple[str | None, str, Sequence[str]]] = [(None, first, others)]
+    if first in _OWNED and len(others) > 1:
+        readings.append((others[0], others[1], others[2:]))
+    if first == _COMPETITIONS and others:
+        readings.append((None, others[0], others[1:]))
     for owner, name, rest in readings:
         for one in _inputs():
             if one.name == name and (owner is None or one.owner in (None, owner)):
