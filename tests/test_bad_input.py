@@ -207,7 +207,7 @@ def test_a_file_name_that_is_no_text_can_be_shown(world, capsys):
 
 @pytest.mark.parametrize("run", [preprocess, train])
 def test_a_link_that_leads_nowhere_is_a_bad_image(world, capsys, run):
-    (world / "data" / "ID_2" / "gone.jpg").symlink_to("/nowhere/gone.jpg")
+    (world / "data" / "ID_2" / "gone.jpg").symlink_to(world / "nowhere" / "gone.jpg")
     assert run(world, images_per_user="all") == 1
     assert "ID_2/gone.jpg: cannot be read: No such file or directory" in capsys.readouterr().out
     assert (

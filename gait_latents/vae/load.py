@@ -4,6 +4,7 @@ import re
 import socket
 import urllib.parse
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,7 +22,9 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w-]+)?")
 def _locate(path_or_id: str | Path) -> Path:
     """Returns the file or folder; one that a hub id names is downloaded first."""
     text = mounts.locate(str(path_or_id))
-    path = Path(text).expanduser()
+    path = Path(text)
+    with suppress(RuntimeError):  # of a ~ that leads to no known home folder: then it is no path, and told below
+        path = path.expanduser()
     if path.exists():
         return path
     looks_like_file = path.suffix.lower() in SUFFIXES

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from gait_latents import load_vae
 from gait_latents.common import cli, console
 from gait_latents.common.errors import UserError
 from gait_latents.settings import TrainSettings
@@ -176,6 +177,12 @@ def test_the_home_folder_of_a_user_who_is_not_there_is_told(tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"--config is ~no_such_user/x\.yaml in the command, and the home folder of"):
         cli.read_command_line(TrainSettings, ["--config", "~no_such_user/x.yaml"], description=None)
     assert data_path("./~no_such_user/images") == "./~no_such_user/images"
+
+
+def test_a_vae_below_the_home_folder_of_nobody_is_told_in_python_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"the VAE ~no_such_user/vae\.pt does not exist in "):
+        load_vae("~no_such_user/vae.pt", "cpu")
 
 
 @unnamed
