@@ -6,7 +6,7 @@ Pruning keeps what runs need, so this module looks into run folders and stands a
 from dataclasses import dataclass
 from pathlib import Path
 
-from gait_latents.common import cli, console, files, hardware
+from gait_latents.common import cli, console, files, hardware, mounts
 from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.errors import DONE, FAILED, Failed, UserError
 from gait_latents.common.layout import CHANNELS_NAME, MANIFEST_NAME, PREVIEW_NAME, SPLIT_NAME
@@ -59,9 +59,8 @@ def _open_finished(settings: PreprocessSettings, sources: dict[str, str]) -> Fin
     folder = Path(settings.output_folder)
     manifest, stored = read_manifest(folder), read_split(folder)
     if manifest is None or stored is None:
-        raise UserError(
-            f"{folder} holds no finished cache ({MANIFEST_NAME} and {SPLIT_NAME}); run preprocess_latents.py"
-        )
+        remedy = mounts.why_missing("output_folder", folder) or "run preprocess_latents.py"
+        raise UserError(f"{folder} holds no finished cache ({MANIFEST_NAME} and {SPLIT_NAME}); {remedy}")
     if manifest.space.is_imported:
         raise UserError(f"{folder} {HOLDS_IMPORTED}; run preprocess_latents.py, which encodes the images again")
     at_hand = selection.images_at_hand(settings, sources, may_lack=False)
@@ -224,7 +223,9 @@ def _needed_keys(settings: PreprocessSettings, sources: dict[str, str], found: F
         split = read_split(place)
         if split is None:
             if cli.is_explicit(sources, "keep_for"):
-                raise UserError(f"--keep_for {place} is no run folder: it has no {SPLIT_NAME}")
+                missing = mounts.why_missing("keep_for", place)
+                wrong = f"is no run folder: it has no {SPLIT_NAME}" if missing is None else f"does not exist; {missing}"
+                raise UserError(f"--keep_for {place} {wrong}")
             continue
         state = run_folder.newest_averages(place)  # not a full state: those may have been deleted
         space = used if state is None else state.meta.space.id

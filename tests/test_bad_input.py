@@ -24,7 +24,7 @@ import generate as generate_script
 import preprocess_latents
 import train_latent_cfg
 from gait_latents import export
-from gait_latents.common import layout
+from gait_latents.common import layout, mounts
 from gait_latents.diffusion.model import LatentDiffusion
 from gait_latents.images.split import read_split
 from gait_latents.training import checkpoint, run_folder
@@ -176,7 +176,10 @@ def test_a_data_folder_without_images_of_classes_is_refused(world, capsys, run, 
 @pytest.mark.parametrize("name", ["preprocess", "train"])
 def test_the_default_data_folder_is_named_where_it_is_not_there(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
-    refused(lambda: call(name, "--device", "cpu"), tmp_path, capsys, "--data_path /kaggle/", "; give the folder")
+    place = mounts.root() / "organized-gait-dataset" / "Normal_line"
+    refused(
+        lambda: call(name, "--device", "cpu"), tmp_path, capsys, f"--data_path {place} does not", "; give the folder"
+    )
 
 
 @ENCODING
@@ -204,7 +207,7 @@ def test_a_file_name_that_is_no_text_can_be_shown(world, capsys):
 
 @pytest.mark.parametrize("run", [preprocess, train])
 def test_a_link_that_leads_nowhere_is_a_bad_image(world, capsys, run):
-    (world / "data" / "ID_2" / "gone.jpg").symlink_to("/nowhere/gone.jpg")
+    (world / "data" / "ID_2" / "gone.jpg").symlink_to(world / "nowhere" / "gone.jpg")
     assert run(world, images_per_user="all") == 1
     assert "ID_2/gone.jpg: cannot be read: No such file or directory" in capsys.readouterr().out
     assert (

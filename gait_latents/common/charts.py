@@ -5,16 +5,22 @@ out from white and from black. matplotlib is imported when something is drawn, a
 Texts and lines of an SVG have the colour and the font of the page around it.
 """
 
+import atexit
 import functools
 import importlib.util
 import io
+import logging
 import math
+import os
 import re
+import shutil
+import tempfile
 import unicodedata
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
@@ -271,18 +277,42 @@ def _style(more: Mapping[str, Any] | None = None) -> Iterator[None]:
         UserError: where matplotlib is absent or broken.
     """
     check_installed()
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError(
-            f"matplotlib cannot be imported ({one_line(str(error))}); pip install --upgrade matplotlib"
-        ) from error
-    with matplotlib.rc_context(), warnings.catch_warnings():
+    _have_a_folder()
+    with _quiet():
+        try:
+            import matplotlib
+        except ImportError as error:
+            raise UserError(
+                f"matplotlib cannot be imported ({one_line(str(error))}); pip install --upgrade matplotlib"
+            ) from error
+    with matplotlib.rc_context(), warnings.catch_warnings(), _quiet():
         matplotlib.rcdefaults()  # not what a file of this user says
         settings: Any = _STYLE | dict(more or {})  # matplotlib types the names as literals
         matplotlib.rcParams.update(settings)
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a browser has fonts that matplotlib lacks
         yield
+
+
+def _have_a_folder() -> None:
+    """Gives matplotlib a temporary folder for its cache where the user has no home folder, without which it fails."""
+    try:
+        Path.home()
+    except RuntimeError:
+        if "MPLCONFIGDIR" not in os.environ:
+            os.environ["MPLCONFIGDIR"] = folder = tempfile.mkdtemp(prefix="matplotlib-")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lets matplotlib keep to itself where it finds no folder for its cache or no font; it has others to take."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _new(width: float, height: float) -> tuple["Figure", "Axes"]:

@@ -19,6 +19,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gait_latents.common import mounts
 from gait_latents.common.console import say
 from gait_latents.common.errors import UserError, missing_package
 
@@ -182,7 +183,21 @@ def _parse_word(name: str, text: str, spec: Spec, where: str) -> Any:
         raise UserError(f"{name} is {text} in {where}; the largest allowed is {high:g}")
     if spec.path and not _can_be_path(value):
         raise UserError(f"{name} is {text!r} in {where}; that can be no path")
-    return str(Path(value).expanduser()) if spec.path and value.startswith("~") else value
+    return _with_home(name, value, where) if spec.path else value
+
+
+def _with_home(name: str, path: str, where: str) -> str:
+    """Returns a path with the folder of the user in place of a ~ at its beginning."""
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:  # a user that the system does not know
+        user = path.partition("/")[0]
+        raise UserError(
+            f"{name} is {path} in {where}, and the home folder of {'this user' if user == '~' else user[1:]} is not "
+            f"known; write the whole path, or ./{path} for a folder called {user}"
+        ) from error
 
 
 _LARGEST_INT = 2**63 - 1  # what torch can count
@@ -235,24 +250,47 @@ class Layer:
 
     source: str
     values: dict[str, Any]
+    place: str = ""  # of a file, where it was found elsewhere than where it was asked for: the line that says so
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """The settings of one script, and for each the place that its value comes from."""
+    """The settings of one script.
+
+    Attributes:
+        settings: the settings, each path where it is in this session of Kaggle.
+        sources: for each the place that its value comes from.
+        asked: the settings as they were given.
+    """
 
     settings: Any
     sources: dict[str, str]
+    asked: Any
 
     def changes(self) -> list[str]:
         """Lists the settings that differ from their defaults, as lines "from the flags: dim 8, seed 3"."""
-        standard, found = defaults(type(self.settings)), {}
+        standard, found = defaults(type(self.asked)), {}
         for name, source in self.sources.items():
-            if getattr(self.settings, name) != standard[name]:
-                found.setdefault(source, []).append(f"{name} {show(getattr(self.settings, name))}")
+            if getattr(self.asked, name) != standard[name]:
+                found.setdefault(source, []).append(f"{name} {show(getattr(self.asked, name))}")
         return [
             line for source, texts in found.items() for line in _wrap(f"from {_PLACES.get(source, source)}: ", texts)
         ]
+
+    def places(self) -> list[str]:
+        """Lists the inputs of Kaggle that were found elsewhere than where they were asked for, one a line."""
+        pairs = [
+            (name, *pair)
+            for name in self.sources
+            for pair in zip(*(_items(getattr(some, name)) for some in (self.asked, self.settings)), strict=True)
+        ]
+        return [
+            _place_line(name, asked, found) for name, asked, found in pairs if asked != found and Path(found).exists()
+        ]
+
+
+def _place_line(name: str, asked: str, found: str) -> str:
+    return f"--{name}: {asked} is at {found}"
 
 
 _PLACES = {_FLAG: "the flags"}  # how a line names a source that is called otherwise in `Resolved.sources`
@@ -266,13 +304,24 @@ def _wrap(start: str, texts: list[str]) -> list[str]:
 
 
 def resolve(cls: type, layers: Iterable[Layer]) -> Resolved:
-    """Puts layers together, the first one that has a value winning, and the defaults last."""
+    """Puts layers together, the first one that has a value winning, and the defaults last.
+
+    A path of an input of Kaggle is looked for in all layouts that Kaggle has.
+    """
     values, sources = {}, {}
     layers = [*layers, Layer("default", defaults(cls))]
     for name in specs(cls):
         layer = next(layer for layer in layers if name in layer.values)
         values[name], sources[name] = layer.values[name], layer.source
-    return Resolved(cls(**values), sources)
+    here = {name: _locate(value) if specs(cls)[name].path else value for name, value in values.items()}
+    return Resolved(cls(**here), sources, cls(**values))
+
+
+def _locate(value: Any) -> Any:
+    """Returns where the paths of a setting are."""
+    if isinstance(value, tuple):
+        return tuple(mounts.locate(item) for item in value)
+    return None if value is None else mounts.locate(value)
 
 
 def stored_layer(cls: type, source: str, values: Mapping[str, Any], *, only_about_cache: bool = False) -> Layer:
@@ -353,7 +402,8 @@ class Layers:
     def resolve(self) -> Resolved:
         """Puts the layers together, and prints which settings differ from their defaults and where they come from."""
         found = resolve(self._class, self._layers)
-        for line in found.changes():
+        places = [layer.place for layer in self._layers if layer.place]
+        for line in [*found.changes(), *places, *found.places()]:
             say(line)
         return found
 
@@ -366,6 +416,9 @@ def read_file(cls: type, path: str) -> Layer:
     known = {name: spec for other in CATALOGUE.scripts.values() for name, spec in specs(other).items()}
     values = {}
     named = {name for name, spec in known.items() if spec.by_name}
+    asked = _with_home("--config", path, "the command")
+    path = mounts.locate(asked)
+    place = "" if path == asked else _place_line("config", asked, path)
     for name, texts in _read_pairs(path, named):
         if name in CATALOGUE.gone and texts == [CATALOGUE.gone[name][0]]:
             continue
@@ -374,7 +427,7 @@ def read_file(cls: type, path: str) -> Layer:
         value = parse(name, texts, specs(cls).get(name, known[name]), path)
         if name in specs(cls):
             values[name] = value
-    return Layer(f"--config {path}", values)
+    return Layer(f"--config {path}", values, place)
 
 
 def _read_pairs(path: str, named: Container[str]) -> list[tuple[str, list[str]]]:
@@ -383,7 +436,8 @@ def _read_pairs(path: str, named: Container[str]) -> list[tuple[str, list[str]]]
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        reason = mounts.why_missing("config", path) or getattr(error, "strerror", None) or error
+        raise UserError(f"--config {path} cannot be read: {reason}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if root is None:

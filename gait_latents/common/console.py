@@ -20,9 +20,21 @@ LOG_SECONDS, _LOG_SHARE = 60.0, 0.1
 
 
 def print_error(text: str) -> None:
-    """Prints on stderr; a closed terminal or a full disk below the log is no reason to fail."""
-    with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+    """Prints on stderr, if it is open; a closed terminal or a full disk below the log is no reason to fail."""
+    if _is_open(sys.stderr):
+        with suppress(OSError):
+            print(_as_shown(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def _is_open(stream: TextIO | None) -> bool:
+    """Says whether a stream takes text: Python has None for one that was closed when it started."""
+    return stream is not None and not getattr(stream, "closed", False)
+
+
+def _as_shown(text: str, stream: TextIO) -> str:
+    """Escapes what a stream cannot show."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
@@ -48,20 +60,19 @@ def _tqdm() -> Any:
 
 def say(text: str = "") -> None:
     """Prints one line for the user, above any progress bar; what the output cannot show is escaped. Only on rank 0."""
-    if rank():
+    if rank() or not _is_open(sys.stdout):
         return
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     with suppress(OSError):  # a closed terminal, or a full disk below the log, does not end the work
-        _tqdm().write(harmless(text).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+        _tqdm().write(_as_shown(harmless(text), sys.stdout), file=sys.stdout)
         sys.stdout.flush()
 
 
 def warn(text: str) -> None:
     """Prints one line that begins with "warning:" on stderr. Only rank 0 prints."""
-    if rank():
+    if rank() or not _is_open(sys.stderr):
         return
     with suppress(OSError):
-        _tqdm().write(f"warning: {harmless(text)}", file=sys.stderr)
+        _tqdm().write(_as_shown(f"warning: {harmless(text)}", sys.stderr), file=sys.stderr)
 
 
 class Progress:
@@ -113,12 +124,12 @@ class Progress:
         self.last_time, self.last_count = time.monotonic(), done
 
 
-def _is_live(stream: TextIO) -> bool:
+def _is_live(stream: TextIO | None) -> bool:
     """Says whether a bar can be drawn on a stream, each time over the last.
 
     A command in a notebook's cell has a terminal, too, but all that is drawn on it ends up in the saved notebook.
     """
-    return stream.isatty() and _KERNEL_MARK not in os.environ
+    return stream is not None and _is_open(stream) and stream.isatty() and _KERNEL_MARK not in os.environ
 
 
 class _Nowhere:

@@ -49,6 +49,7 @@ the reason, has to come first:
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -65,6 +66,8 @@ from gait_latents.common.process import StopSignals
 
 TIME_IS_UP = 1  # a reason to stop, as are the numbers of the signals, 2 and 15, which are larger and so win
 _JOIN_SECONDS = 300.0  # within which all processes must have started and imported torch
+# Whoever waits for others at the start says so after this time, and then each time that this has passed.
+_FIRST_NEWS_SECONDS, _NEWS_SECONDS = 3.0, 60.0
 _LAST_WORDS_SECONDS = 20.0  # that others wait for rank 0 to say why the run ends; torchrun kills 30 s after a signal
 _ANSWER_SECONDS = 1800.0  # the longest that one process waits for another in a collective
 # Between two looks into the store: this share of the time waited so far, but no more than so many seconds.
@@ -479,21 +482,77 @@ def _join() -> Ranks:
     place = f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR is not set)')}:{os.environ.get('MASTER_PORT', '?')}"
     try:
         wait = timedelta(seconds=_JOIN_SECONDS)
-        store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=wait))
+        waiting = _Waiting(rank, count, place)
+        if rank:
+            waiting.until_open()
+        # The store would wait for as many processes as it is told of, and say nothing: it is told of one.
+        store, _, _ = next(dist.rendezvous("env://", rank, 1, timeout=wait))
         store = dist.PrefixStore(_attempt(), store)
+        waiting.until_all_are_here(store)
         answer = timedelta(seconds=_ANSWER_SECONDS)
         # Joining takes its limit of time from the store; collectives take theirs from the group.
         store.set_timeout(wait)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=answer)
     except (RuntimeError, ValueError) as error:
-        raise Failed(
-            f"process {rank} of {count} does not find the others at {place} ({_first_sentence(error)}); start them "
-            "with torchrun, or leave RANK and WORLD_SIZE unset"
-        ) from error
+        raise _alone_error(rank, count, place, _first_sentence(error)) from error
     local_rank = os.environ.get("LOCAL_RANK", "")
     return Ranks(
         rank, count, int(local_rank) if local_rank.isdecimal() else rank, dist.PrefixStore("gait-latents", store)
     )
+
+
+def _alone_error(rank: int, count: int, place: str, reason: str) -> Failed:
+    return Failed(
+        f"process {rank} of {count} does not find the others at {place} ({reason}); start them with torchrun, or leave "
+        "RANK and WORLD_SIZE unset"
+    )
+
+
+class _Waiting:
+    """The time in which the processes of a run come together: who waits says for whom, and gives up in the end."""
+
+    def __init__(self, rank: int, count: int, place: str) -> None:
+        self.rank, self.count, self.place = rank, count, place
+        self.started = time.monotonic()
+        self.next_news = _FIRST_NEWS_SECONDS
+
+    def until_open(self) -> None:
+        """Waits, on another than rank 0, until the store of rank 0 or of torchrun can be reached."""
+        address = os.environ.get("MASTER_ADDR"), int(os.environ.get("MASTER_PORT", "0"))
+        while address[0] and address[1]:  # else torch says what is not set
+            try:
+                socket.create_connection(address, timeout=1.0).close()
+            except OSError as error:
+                self._look([0], error.strerror or str(error))
+            else:
+                return
+
+    def until_all_are_here(self, store: dist.Store) -> None:
+        """Waits until each process has come to the store."""
+        store.set(f"here {self.rank}", "")
+        while missing := [rank for rank in range(self.count) if not store.check([f"here {rank}"])]:
+            self._look(missing, "no sign of it" if len(missing) == 1 else "no sign of them")
+
+    def _look(self, missing: list[int], reason: str) -> None:
+        """Sleeps until the next look; the first process that waits tells of it now and then.
+
+        Raises:
+            Failed: when the time is over.
+        """
+        passed = time.monotonic() - self.started
+        names = f"process{'es' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {self.count}"
+        if passed >= _JOIN_SECONDS:
+            raise _alone_error(
+                self.rank, self.count, self.place, f"waited {console.duration(passed)} for {names}: {reason}"
+            )
+        if passed >= self.next_news and (self.rank == 0 or missing[0] == 0):
+            self.next_news += _NEWS_SECONDS
+            who = f"process {self.rank}: " if self.rank else ""
+            left = console.duration(_JOIN_SECONDS - passed)
+            console.print_error(
+                f"{who}waiting at {self.place} for {names}, {left} at most; unset WORLD_SIZE to work without others"
+            )
+        time.sleep(min(_LOOK_SECONDS, 0.01 + _LOOK_SHARE * passed))
 
 
 def _attempt() -> str:

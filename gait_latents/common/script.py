@@ -7,11 +7,15 @@ system, which ends the process without a traceback.
 
 import atexit
 import gc
+import getpass
+import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from gait_latents.common import cli
 from gait_latents.common.console import harmless, print_error
@@ -39,6 +43,9 @@ def run_script(
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the first lines of a script have left it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if argv is None:
+        _read_names_as_utf8()
+        _open_streams()
+        _name_the_user()
         atexit.register(gc.freeze)  # else the end takes a second, in which Python collects all that torch has made
     words = sys.argv[1:] if argv is None else argv
     try:
@@ -58,6 +65,39 @@ def run_script(
         return SIGNALLED + signal.SIGINT
 
 
+def _read_names_as_utf8() -> None:
+    """Starts this program anew in Python's UTF-8 mode where the locale is ASCII and Python was told to keep to it.
+
+    A class called café would have another name in such a process than in any other, and runs store the names.
+    """
+    if sys.getfilesystemencoding() == "ascii" and Path(sys.argv[0]).is_file():
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def _open_streams() -> None:
+    """Opens what was closed of stdin, stdout and stderr when this process began, with nothing behind it.
+
+    Otherwise the next file to be opened would get the stream's number, and whatever a library prints would go there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free, which is this one
+            os.set_inheritable(opened, True)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  # until the end
+
+
+def _name_the_user() -> None:
+    """Gives a user whom the system knows by number alone a name, which packages ask for to name their folders."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"user-{os.getuid()}"
+
+
 @contextmanager
 def imports() -> Iterator[None]:
     """Surrounds the imports of a script, which take seconds: Ctrl-C ends them at once and without a traceback.
@@ -71,6 +111,7 @@ def imports() -> Iterator[None]:
     )
     if is_ours:  # the system's default ends the process; a package might turn KeyboardInterrupt into another error
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # of torch, where numpy is missing: told below
     try:
         yield
     except ImportError as error:

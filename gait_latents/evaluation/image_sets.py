@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gait_latents.common import mounts
 from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.distributed import ALONE
 from gait_latents.common.errors import Failed, Stopped, UserError
@@ -178,7 +179,7 @@ def encode(plan: EvaluationPlan, split: Split, entries: list[Entry], folder: Pat
         Failed: when images cannot be read, after each was named.
     """
     cache = LatentCache(plan.folder / _CACHE_NAME, plan.space, writable=True)
-    of_run = Path(plan.state.meta.settings.get("latents_cache_folder", ""))
+    of_run = Path(mounts.locate(plan.state.meta.settings.get("latents_cache_folder", "")))
     _copy_rows(cache, of_run, [entry.key for entry in entries])
     dataset = opening.open_dataset(
         replace(plan.images, data_path=str(folder)),

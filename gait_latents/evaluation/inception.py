@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gait_latents.common import mounts
 from gait_latents.common.errors import UserError
 from gait_latents.settings import DOWNLOAD
 from gait_latents.vae import weight_files
@@ -30,9 +31,9 @@ def find_weights(path_or_word: str) -> Path:
     if path_or_word != DOWNLOAD:
         path = Path(path_or_word)
         if not path.is_file():
-            raise UserError(
-                f"--inception_weights {path} does not exist; give a file, or {DOWNLOAD} to fetch {_address()}"
-            )
+            missing = mounts.why_missing("inception_weights", path)
+            remedy = missing or f"give a file, or {DOWNLOAD} to fetch {_address()}"
+            raise UserError(f"--inception_weights {path} does not exist; {remedy}")
         return path
     path = Path(torch.hub.get_dir()) / "checkpoints" / _address().rpartition("/")[2]
     return path if path.is_file() else _download(path)

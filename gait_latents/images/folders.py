@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gait_latents.common import mounts
 from gait_latents.common.console import show_name
 from gait_latents.common.errors import UserError
 from gait_latents.images.names import ending, name_list, natural_key
@@ -82,7 +83,8 @@ def list_folder(data_path: str | os.PathLike[str], *, setting: str = "data_path"
     """
     root = Path(data_path)
     if not root.is_dir():
-        found = "is a file, not a folder; unpack it first" if root.exists() else f"does not exist; {LAYOUT_REMEDY}"
+        remedy = mounts.why_missing(setting, root) or LAYOUT_REMEDY
+        found = "is a file, not a folder; unpack it first" if root.exists() else f"does not exist; {remedy}"
         raise UserError(f"--{setting} {show_name(root)} {found}")
     children = _children(root)
     dangling = [child.name for child in children if not _is_hidden(child.name) and _leads_nowhere(child)]

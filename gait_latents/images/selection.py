@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from gait_latents.common import mounts
 from gait_latents.common.cli import is_explicit, show
 from gait_latents.common.console import show_name, warn
 from gait_latents.common.errors import UserError
@@ -57,7 +58,8 @@ def no_images_message(data_path: str, *, also: str = "") -> str:
     """
     folder = Path(data_path)
     state = "has no sub-folders" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
-    return f"--data_path {show_name(data_path)} {state}{also}; {LAYOUT_REMEDY}"
+    remedy = mounts.why_missing("data_path", data_path) or LAYOUT_REMEDY
+    return f"--data_path {show_name(data_path)} {state}{also}; {remedy}"
 
 
 def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | None, where: str) -> Split:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from gait_latents import settings
-from gait_latents.common import cli, hardware
+from gait_latents.common import cli, hardware, mounts
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import MANIFEST_NAME, SPLIT_NAME
 from gait_latents.common.seeds import sample_generator
@@ -407,7 +407,7 @@ class LatentDataset(Dataset):
         Raises:
             UserError: when the folder is no cache, the split has no such images, or rows are missing or damaged.
         """
-        folder = Path(folder)
+        folder = Path(mounts.locate(str(folder)))
         manifest = read_manifest(folder)
         if manifest is None:
             raise UserError(f"{folder} holds no latents: there is no {MANIFEST_NAME}; run preprocess_latents.py")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gait_latents.common import cli, files, hardware
+from gait_latents.common import cli, files, hardware, mounts
 from gait_latents.common.console import say, warn
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import MANIFEST_NAME, SPLIT_NAME
@@ -115,10 +115,13 @@ def check_can_encode(dataset: LatentDataset, settings: ImageSettings) -> None:
     """Raises UserError when latents are missing and cannot be encoded, for want of the VAE or of the images."""
     missing = dataset.missing()
     if missing and not dataset.can_encode:
-        what = settings.vae_path if dataset.encode is None else settings.data_path
+        name = "vae_path" if dataset.encode is None else "data_path"
+        what = getattr(settings, name)
+        reason = mounts.why_missing(name, what)
         raise UserError(
             f"{len(missing):,} of {dataset.num_different:,} images are not in {dataset.cache.folder} (the first is "
             f"{dataset.names[missing[0]]}), and {what}, which is needed to encode them, is not there"
+            + (f"; {reason}" if reason else "")
         )
 
 
@@ -137,7 +140,7 @@ def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.
         UserError: when the folder is no cache, `split` is neither "train" nor "test", or latents are missing and the
             VAE that the manifest names cannot be read or is not the one that the cache was made with.
     """
-    folder = Path(folder)
+    folder = Path(mounts.locate(str(folder)))
     manifest, stored = read_manifest(folder), read_split(folder)
     if manifest is None or stored is None:
         raise UserError(f"{folder} has no {MANIFEST_NAME} or no {SPLIT_NAME}; run preprocess_latents.py")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gait_latents.common import cli, files, hardware
+from gait_latents.common import cli, files, hardware, mounts
 from gait_latents.common.console import say, warn
 from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import Failed, UserError
@@ -89,6 +89,7 @@ def _read_plan(argv: Sequence[str] | None, description: str | None) -> TrainingP
         began = cli.stored_layer(TrainSettings, f"run {origin}", stored).values.get("init_from")
         settings = replace(settings, init_from=_began_with(typed.init_from, began, origin))
     _refuse_changes(stored, settings, origin)
+    _refuse_missing_cache(resolved)
     trackers.choose(settings.trackers)  # before anything else is done
     _refuse_impossible(settings)
     return TrainingPlan(settings, resolved.sources, origin, state, manifest, newest_save, beginning)
@@ -123,7 +124,8 @@ def find_run(results: Path, resume_from: str | None) -> tuple[Path | None, Saved
     """Finds the run to go on with: the one in the results folder, else the one that --resume_from names."""
     place = None if resume_from is None else Path(resume_from)
     if place is not None and not place.exists():
-        raise UserError(f"--resume_from {place} does not exist; give a run folder, or a state-*.safetensors in one")
+        remedy = mounts.why_missing("resume_from", place) or "give a run folder, or a state-*.safetensors in one"
+        raise UserError(f"--resume_from {place} does not exist; {remedy}")
     if run_folder.has_state(results):
         if place is not None and results.resolve() not in (place.resolve(), place.resolve().parent):
             say(f"{results} holds a run already, which goes on; --resume_from {place} is not used")
@@ -163,6 +165,17 @@ def _refuse_changes(stored: dict[str, Any], settings: TrainSettings, origin: Pat
             f"--{name} is {cli.show(new)}, but the run in {origin} was started with {cli.show(old)}; "
             f"leave it at {cli.show(old)}, or start another run with another --results_folder"
         )
+
+
+def _refuse_missing_cache(resolved: cli.Resolved) -> None:
+    """Raises UserError for a cache that was asked for among Kaggle's inputs, where none can be made, and is not there.
+
+    Without it, all images would be encoded again.
+    """
+    folder = resolved.settings.latents_cache_folder
+    reason = mounts.why_missing("latents_cache_folder", folder)
+    if reason is not None and cli.is_explicit(resolved.sources, "latents_cache_folder"):
+        raise UserError(f"--latents_cache_folder {folder} does not exist; {reason}")
 
 
 def _refuse_impossible(settings: TrainSettings) -> None:

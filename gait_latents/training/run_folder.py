@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from gait_latents.common import files
+from gait_latents.common import files, mounts
 from gait_latents.common.console import warn
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import SETTINGS_NAME, SPLIT_NAME
@@ -223,7 +223,9 @@ def read_averages(place: Path) -> SavedState:
         return read_state(place)
     state = newest_averages(place) if place.is_dir() else None
     if state is None:
-        raise UserError(f"--checkpoint {place} is neither a checkpoint nor a folder of a run that has saved one")
+        missing = mounts.why_missing("checkpoint", place)
+        found = "is neither a checkpoint nor a folder of a run that has saved one"
+        raise UserError(f"--checkpoint {place} {found if missing is None else f'does not exist; {missing}'}")
     for line in state.warnings:
         warn(line)
     return state

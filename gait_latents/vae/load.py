@@ -4,10 +4,12 @@ import re
 import socket
 import urllib.parse
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from gait_latents.common import mounts
 from gait_latents.common.errors import UserError
 from gait_latents.vae.base import VAE, Parts, VAEIdentity, first_line
 from gait_latents.vae.diffusers_vae import OTHER_WEIGHT_FILES, WEIGHT_FILES, identify_diffusers, load_diffusers
@@ -19,14 +21,17 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w-]+)?")
 
 def _locate(path_or_id: str | Path) -> Path:
     """Returns the file or folder; one that a hub id names is downloaded first."""
-    path = Path(path_or_id).expanduser()
+    text = mounts.locate(str(path_or_id))
+    path = Path(text)
+    with suppress(RuntimeError):  # of a ~ that leads to no known home folder: then it is no path, and told below
+        path = path.expanduser()
     if path.exists():
         return _inside(path)
-    text = str(path_or_id)
     looks_like_file = path.suffix.lower() in SUFFIXES
     if looks_like_file or not HUB_ID.fullmatch(text):
         place = "" if path.is_absolute() else f" in {Path.cwd()}"
-        raise UserError(f"the VAE {text} does not exist{place}; give --vae_path a checkpoint, a folder or a hub id")
+        remedy = mounts.why_missing("vae_path", text) or "give --vae_path a checkpoint, a folder or a hub id"
+        raise UserError(f"the VAE {text} does not exist{place}; {remedy}")
     return _download(text)
 
 

@@ -157,7 +157,7 @@ def test_what_each_script_imports_before_it_reads_its_flags_is_light():
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-PACKAGES = ("torch", "yaml", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tqdm", "safetensors")))
+PACKAGES = ("torch", "yaml", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tqdm", "safetensors", "numpy")))
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -646,16 +646,30 @@ def test_the_first_of_several_processes_draws_the_strip(trained, tmp_path):
     assert generate(trained, **strip) == 0 and (tmp_path / "strip" / "strip.png").read_bytes() == drawn
 
 
-@pytest.mark.slow
-def test_a_process_that_finds_no_other_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(distributed, "_JOIN_SECONDS", 1.0)
+@pytest.mark.parametrize(("waiting", "reason"), [(0, "no sign of it"), (1, "Connection refused")])
+def test_a_process_without_its_partner_says_whom_it_waits_for_and_gives_up(monkeypatch, tmp_path, waiting, reason):
+    for name, seconds in (("_JOIN_SECONDS", 1.0), ("_FIRST_NEWS_SECONDS", 0.1), ("_NEWS_SECONDS", 0.4)):
+        monkeypatch.setattr(distributed, name, seconds)
+    codes, told = Company(tmp_path, lambda rank: train(tmp_path) if rank == waiting else 0).end()
+    assert codes[waiting] == 1
+    *news, end = told[waiting].splitlines()
+    who, other = "process 1: " * waiting, 1 - waiting
+    assert 2 <= len(news) <= 3
+    for line in news:
+        assert re.fullmatch(
+            rf"{who}waiting at 127\.0\.0\.1:\d+ for process {other} of 2, 0\.\d s at most; unset WORLD_SIZE to work "
+            "without others",
+            line,
+        )
+    assert end.startswith(f"error: {who}process {waiting} of 2 does not find the others at 127.0.0.1:")
+    assert f"waited 1.0 s for process {other} of 2: {reason}); start them with torchrun" in end.replace(
+        "1.1 s", "1.0 s"
+    )
 
-    def work(rank: int) -> int:
-        return train(tmp_path) if rank else 0
 
-    codes, told = Company(tmp_path, work).end()
-    assert codes == [0, 1]
-    assert told[1].startswith("error: process 1: process 1 of 2 does not find the others at 127.0.0.1:")
+def test_processes_that_come_together_soon_say_nothing_of_waiting(on_two, tmp_path):
+    codes, told = Company(tmp_path, lambda rank: generate(on_two, output_folder=tmp_path / "made"), count=3).end()
+    assert codes == [0, 0, 0] and "waiting" not in "".join(told)
 
 
 def test_a_process_takes_the_gpu_of_its_number(monkeypatch):

@@ -194,8 +194,9 @@ def test_wide_pictures_lose_more_than_a_tenth_in_one_line(tmp_path, lines):
     put(data / "right" / "little.png", 3, size=(20, 18))  # 10 % and no more
     assert lines()[1:] == [
         "warning: 2 of 11 images lose more than 10% of their area, since only the square in the centre is kept: up to "
-        "79% (left/w.png, 48 x 10)"
+        "79% (left/w.png, 48 x 10); --resize squash and --resize pad keep all of it"
     ]
+    assert not lines(resize="pad")[1:]
 
 
 @pytest.mark.parametrize("all_dark", [True, False])

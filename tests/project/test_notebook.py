@@ -3,8 +3,12 @@
 import ast
 import asyncio
 import hashlib
+import html
+import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -14,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
-from gait_latents.common import cli
+from gait_latents.common import cli, mounts
 from gait_latents.settings import SCRIPTS, GenerateSettings, PreprocessSettings
 from gait_latents.vae import weight_files
 
@@ -63,12 +69,13 @@ def assigned(source: str) -> set[str]:
 
 
 def settings_of(root: Path, **changes: object) -> dict[str, object]:
-    """Returns the settings of a first session on the images and the code below `root`."""
+    """Returns the settings of a first session: the paths are those that stand in the notebook."""
+    names = settings_cell()
     settings = {
         "CODE": str(root / "code"),
         "WHEELS": None,
-        "DATA_PATH": str(root / "data"),
-        "VAE_PATH": str(ROOT / "demo" / "demo_vae.safetensors"),
+        "DATA_PATH": names["DATA_PATH"],
+        "VAE_PATH": names["VAE_PATH"],
         "NUM_USERS": 2,
         "IMAGES_PER_USER": 3,
         "IMAGES_PER_CLASS": 2,
@@ -78,6 +85,14 @@ def settings_of(root: Path, **changes: object) -> dict[str, object]:
     }
     assert not set(changes) - set(settings)
     return settings | changes
+
+
+def settings_cell() -> dict[str, Any]:
+    """Returns what stands in the settings cell."""
+    (cell,) = [cell for cell in read().cells if "settings" in cell.metadata.get("tags", [])]
+    names: dict[str, Any] = {}
+    exec(cell.source, names)
+    return names
 
 
 def execute(notebook: Notebook, folder: Path, interrupt_when: Callable[[], bool] | None = None) -> Notebook:
@@ -118,23 +133,29 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the code, as an attached dataset has it, and the first images of two walkers of the demo."""
+    """A folder with the code, and in `input` a tree like Kaggle's: a VAE, and images of two walkers of the demo."""
     root = tmp_path_factory.mktemp("kaggle")
     (root / "code").mkdir()
     for path in [*ROOT.glob("*.py"), ROOT / "requirements.txt"]:
         shutil.copy(path, root / "code")
     shutil.copytree(ROOT / "gait_latents", root / "code" / "gait_latents", ignore=shutil.ignore_patterns("__pycache__"))
+    datasets = root / "input" / "datasets"
     for name in ("ID_1", "ID_2"):
-        (root / "data" / name).mkdir(parents=True)
+        images = datasets / "ann" / "organized-gait-dataset" / "Normal_line" / name
+        images.mkdir(parents=True)
         for path in sorted((ROOT / "demo" / "walkers" / name).iterdir())[:5]:
-            shutil.copy(path, root / "data" / name)
+            shutil.copy(path, images)
+    (datasets / "bob" / "kl-vae-best-pt").mkdir(parents=True)
+    vae = safetensors.torch.load_file(ROOT / "demo" / "demo_vae.safetensors")
+    torch.save(vae, datasets / "bob" / "kl-vae-best-pt" / "kl_vae_best.pt")
     return root
 
 
 @pytest.fixture(autouse=True)
-def quiet_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Gives the kernel one thread, and no kernel of the user's."""
+def quiet_kernel(monkeypatch: pytest.MonkeyPatch, root: Path, tmp_path: Path) -> None:
+    """Gives the kernel one thread, the tree like Kaggle's, and no kernel of the user's."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv(mounts.ROOT_VARIABLE, str(root / "input"))
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
 
 
@@ -143,6 +164,7 @@ def first(root: Path) -> Notebook:
     """The notebook after a first session, which had no time to train to the end."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setenv(mounts.ROOT_VARIABLE, str(root / "input"))
         return execute(with_settings(**settings_of(root)), root / "first")
 
 
@@ -159,7 +181,22 @@ def test_the_first_session_runs_from_top_to_bottom(root, first):
     assert "4 images made in synthetic" in text_of(first, "generate")
     assert (root / "first" / "gait-latents" / "evaluation" / "report.html").is_file()
     kinds = Counter(output.output_type for cell in first.cells for output in cell.get("outputs", []))
-    assert set(kinds) == {"stream", "display_data"} and kinds["display_data"] == 4
+    assert set(kinds) == {"stream", "display_data"} and kinds["display_data"] == 6
+
+
+@pytest.mark.slow
+def test_the_inputs_are_found_where_kaggle_puts_them_today(root, first):
+    images, vae = "ann/organized-gait-dataset/Normal_line", "bob/kl-vae-best-pt/kl_vae_best.pt"
+    place = root / "input" / "datasets"
+    assert text_of(first, "tools") == f"images: {place}/{images}\nVAE: {place}/{vae}\n"
+
+
+@pytest.mark.slow
+def test_the_report_stands_in_the_notebook(root, first):
+    (page,) = [o.data["text/html"] for o in outputs(first, "evaluate") if "text/html" in o.get("data", {})]
+    (shown,) = re.findall(r'srcdoc="([^"]*)"', page)
+    assert html.unescape(shown) == (root / "first" / "gait-latents" / "evaluation" / "report.html").read_text()
+    assert shown.startswith("&lt;!DOCTYPE html&gt;")
 
 
 @pytest.mark.slow
@@ -169,10 +206,12 @@ def test_the_first_session_runs_from_top_to_bottom(root, first):
         ("preprocess", ["latents_cache/preview.png"]),
         ("pictures", ["results/grid-00000001.png", "results/loss.png"]),
         ("generate", ["synthetic/overview.png"]),
+        ("evaluate", ["evaluation/closest_pairs.png"]),
     ],
 )
 def test_pictures_stand_in_the_notebook(first, cell_id, paths):
-    shown = [output for output in outputs(first, cell_id) if output.output_type == "display_data"]
+    pictures = [output for output in outputs(first, cell_id) if output.output_type == "display_data"]
+    shown = [picture for picture in pictures if "text/html" not in picture.data]
     assert len(shown) == len(paths)
     assert all("image/jpeg" not in output.data and len(output.data["image/png"]) > 2000 for output in shown)
     assert [line for line in text_of(first, cell_id).splitlines() if line.endswith(".png")][-len(paths) :] == paths
@@ -212,13 +251,14 @@ def test_the_archive_holds_what_is_worth_keeping(root, first):
 def second(root: Path, first: Notebook) -> Notebook:
     """The notebook after a second session, which goes on from the archive and has no images."""
     with zipfile.ZipFile(root / "first" / "gait-latents" / "gait-latents.zip") as archive:
-        archive.extractall(root / "input")
+        archive.extractall(root / "input" / "datasets" / "ann" / "session-1")
     shutil.copytree(root / "code", root / "second")
     settings = settings_of(
-        root, MAX_HOURS=1, RESUME_FROM=str(root / "input"), CODE="ADDRESS", DATA_PATH="/kaggle/input/not-attached"
+        root, MAX_HOURS=1, RESUME_FROM="/kaggle/input/session-1", CODE="ADDRESS", DATA_PATH="/kaggle/input/not-attached"
     )
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setenv(mounts.ROOT_VARIABLE, str(root / "input"))
         return execute(with_settings(**settings), root / "second")
 
 
@@ -238,7 +278,7 @@ def test_the_second_session_goes_on_where_the_first_one_stopped(root, first, sec
 @pytest.mark.slow
 def test_the_output_of_the_session_before_is_left_as_it_was(root, first, second):
     with zipfile.ZipFile(root / "first" / "gait-latents" / "gait-latents.zip") as archive:
-        assert digests(root / "input") == {
+        assert digests(root / "input" / "datasets" / "ann" / "session-1") == {
             name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()
         }
 
@@ -262,6 +302,44 @@ def test_a_script_that_fails_stops_the_notebook_and_its_reason_is_shown(root, tm
         execute(notebook, tmp_path)
     assert "error: there is no setting train_num_stepz; did you mean train_num_steps?" in text_of(notebook)
     assert all(not cell.outputs for cell in notebook.cells if cell.id in ("train", "generate", "pack"))
+
+
+def cell_alone(cell_id: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **names: object) -> None:
+    """Runs one cell in a folder, with these names that earlier cells have made."""
+    (source,) = [cell.source for cell in read().cells if cell.id == cell_id]
+    monkeypatch.chdir(folder)
+    exec(source, {"Path": Path, "subprocess": subprocess, "sys": sys, **names})
+
+
+def test_code_that_cannot_be_fetched_is_told_in_one_line(tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="git cannot fetch ADDRESS: check CODE in the first cell"):
+        cell_alone("code", tmp_path, monkeypatch, CODE="ADDRESS")
+
+
+def test_a_package_that_cannot_be_installed_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "requirements.txt").write_text("# comment\nno-such-package-of-anybody>=1\ntorch>=2\n")
+    names = {"VAE_PATH": "vae.pt", "WHEELS": str(tmp_path)}
+    with pytest.raises(RuntimeError, match="pip cannot install these: switch the internet on"):
+        cell_alone("packages", tmp_path, monkeypatch, **names)
+    assert capsys.readouterr().out == "to install: no-such-package-of-anybody>=1\n"
+
+
+def test_an_earlier_session_that_is_not_attached_is_told_with_what_is(root, tmp_path, monkeypatch):
+    names = {"locate": mounts.locate, "why_missing": mounts.why_missing, "MORE_SETTINGS": {}}
+    names |= dict.fromkeys(("DATA_PATH", "VAE_PATH"), "/kaggle/input/x")
+    with pytest.raises(RuntimeError, match=r"RESUME_FROM: .*/walks does not exist; the inputs attached are .*/ann/"):
+        cell_alone("tools", tmp_path, monkeypatch, RESUME_FROM="/kaggle/input/walks", **names)
+
+
+def test_files_older_than_an_archive_can_date_are_packed(tmp_path, monkeypatch, capsys):
+    for name in ("results/split.json", "synthetic/ID_1/ID_1_000000.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("of 1970")
+        os.utime(tmp_path / name, (0, 0))
+    cell_alone("pack", tmp_path, monkeypatch, RESULTS=Path("results"))
+    with zipfile.ZipFile(tmp_path / "gait-latents.zip") as archive:
+        assert archive.read("results/split.json") == archive.read("synthetic/ID_1/ID_1_000000.jpg") == b"of 1970"
+    assert "gait-latents.zip: 2 files, " in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -323,9 +401,7 @@ def test_diffusers_is_installed_for_no_vae_that_is_one_file():
 
 
 def test_the_paths_of_the_settings_cell_are_the_defaults():
-    (cell,) = [cell for cell in read().cells if "settings" in cell.metadata.get("tags", [])]
-    names: dict[str, Any] = {}
-    exec(cell.source, names)
+    names = settings_cell()
     defaults = cli.defaults(PreprocessSettings)
     assert (names["DATA_PATH"], names["VAE_PATH"]) == (defaults["data_path"], defaults["vae_path"])
     assert names["IMAGES_PER_USER"] == defaults["images_per_user"]
