@@ -69,10 +69,26 @@ def choose_space(
     space = Space.of(identity.fingerprint, settings.image_size, reading.RECIPE, shape)
     if known is not None and known.space.id != space.id:
         say(
-            f"this cache was made with another VAE or image size ({_differences(space, known.space)}): its latents are "
-            "left alone and the images are encoded again"
+            f"this cache was made with another VAE or image size ({_what_differs(settings, space, known.space)}): its "
+            "latents are left alone and the images are encoded again"
         )
     return ChosenSpace(space, identity.scale_factor, identity.shift_factor, vae_at_hand=True)
+
+
+SETTINGS_OF_SPACE = ("vae_path", "image_size")  # which decide the space, and so which latents are used
+
+
+def _what_differs(settings: ImageSettings, here: Space, there: Space) -> str:
+    """Says in the names of settings why the settings mean another space than that of a cache."""
+    found = []
+    size, cached_size = here.spec["image_size"], there.spec["image_size"]
+    if size != cached_size:
+        found.append(f"--image_size {size}, the cache has {cached_size}")
+    if here.spec["vae"] != there.spec["vae"]:
+        found.append(f"--vae_path {settings.vae_path} has another encoder than the VAE of the cache")
+    if here.spec["recipe"] != there.spec["recipe"]:
+        found.append("this version reads images in another way")
+    return "; ".join(found) or _differences(here, there)
 
 
 def _check_image_size(settings: ImageSettings, identity: VAEIdentity) -> None:

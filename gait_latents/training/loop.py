@@ -60,13 +60,19 @@ class TrainingLoop:
         self._open.callback(self.trainer.dataset.close_encoder)
         self._open.callback(self.trainer.dataset.cache_flush)
         self._open.callback(self.trackers.close)
-        self.signals = self._open.enter_context(StopSignals())
+        self.signals = self._open.enter_context(StopSignals(after="this step, or the image that is being encoded"))
+        self._open.enter_context(self.trainer.dataset.watched(self._after_images))
         total, done = self.trainer.num_steps, self.trainer.finished_steps
         self.bar = self._open.enter_context(console.progress(total=total, unit="steps", label="train", initial=done))
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
+
+    def _after_images(self, _count: int) -> None:
+        """Ends the run on a signal while a step waits for latents: nothing of that step is computed by then."""
+        if self.signals.received is not None and self.ranks.count == 1:
+            self.stop(self.signals.received)
 
     def after_step(self) -> None:
         """Does what is due after a step: a line of the log, the first save, a save with its sample grid."""
@@ -96,10 +102,14 @@ class TrainingLoop:
             Stopped: when the reason is a signal.
         """
         trainer = self.trainer
+        why = f"after --max_hours {self.settings.max_hours:g}" if reason == TIME_IS_UP else f"by {name_signal(reason)}"
+        if self._is_first_step and not trainer.finished_steps:  # while the first step's images were being encoded
+            kept = "new latents are kept, and " if trainer.dataset.cache.writable else ""
+            say(f"stopped {why} before the first step; {kept}the same command begins again")
+            raise Stopped(reason)
         with self.ranks.together():  # so that no process leaves before rank 0 has saved
             if trainer.saved_step != trainer.finished_steps:
                 trainer.save(self.plan.results, with_average=False)
-        why = f"after --max_hours {self.settings.max_hours:g}" if reason == TIME_IS_UP else f"by {name_signal(reason)}"
         say(f"stopped {why} at step {trainer.finished_steps:,}; saved, and the same command goes on from there")
         if reason != TIME_IS_UP:
             raise Stopped(reason)
@@ -145,13 +155,13 @@ class TrainingLoop:
         ranks, step = self.ranks, self.trainer.finished_steps
         topic = f"drawn {step}"
 
-        def between() -> None:
+        def between(_count: int = 0) -> None:
             if ranks.is_main:
                 ranks.sign_of_life(topic)
             ranks.raise_if_stopped(self.signals)
 
         try:
-            with ranks.while_main_works(topic, between):
+            with ranks.while_main_works(topic, between), self.trainer.dataset.watched(between):
                 self.trainer.save(self.plan.results)
                 if ranks.is_main:
                     self.grids.make(step, between=between)

@@ -17,7 +17,7 @@ from gait_latents.diffusion.sampling import num_solver_steps
 from gait_latents.images import selection
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import read_split
-from gait_latents.latents.manifest import Manifest, manifest_of_images
+from gait_latents.latents.manifest import Manifest, manifest_of_images, tell_new_cache
 from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings, differences_on_resume
 from gait_latents.training import checkpoint, run_folder, trackers
 from gait_latents.training.run_folder import SavedState
@@ -75,6 +75,8 @@ def _read_plan(argv: Sequence[str] | None, description: str | None) -> TrainingP
     layers.add(f"run {origin}", stored)
     folder = layers.settings.latents_cache_folder
     manifest = manifest_of_images(folder)
+    if manifest is None and state is None:
+        tell_new_cache(folder)
     layers.add(f"manifest of {folder}", {} if manifest is None else manifest.settings, only_about_cache=True)
     resolved = layers.resolve()
     _refuse_changes(stored, resolved.settings, origin)

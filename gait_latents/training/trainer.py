@@ -21,7 +21,7 @@ from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings
 from gait_latents.training import checkpoint, optimizer_state, run_folder
 from gait_latents.training.draws import StepDraws, draw_step
 from gait_latents.training.plan import TrainingPlan, batch_size, num_steps, pass_size, plain_errors
-from gait_latents.training.run_data import Data, fill, write_cache_defaults
+from gait_latents.training.run_data import Data, fill, fit_norm, write_cache_defaults
 from gait_latents.training.run_folder import SavedState
 from gait_latents.training.run_meta import RunMeta
 from gait_latents.vae.norm import LatentNorm
@@ -134,7 +134,7 @@ class Trainer:
             channels = self.dataset.latent_shape[0]
             self.dataset.set_norm(LatentNorm.from_scale_factor(channels, chosen.scale_factor, chosen.shift_factor))
         else:
-            self.dataset.fit_norm(seed=settings.seed, num_images=settings.latent_norm_images)
+            fit_norm(self.dataset, settings)
 
     def train_step(self) -> None:
         """Takes one optimiser step on one effective batch; leaves its loss on the device."""

@@ -65,7 +65,7 @@ def test_a_run_encodes_everything_into_one_shard_and_accounts_for_it(world, enco
     assert "newly encoded   15\nalready cached  0\nfailed          0\n" in said
     assert re.search(r"time +\d.* images/s; peak memory", said)
     assert f"next: {console.python_word()} train_latent_cfg.py --latents_cache_folder {world}/latents_cache" in said
-    assert encoder.batches == [4, 4, 4, 3]
+    assert encoder.batches == [1] * 15  # on a CPU a call takes one image
     assert encoder.built == ["encoder", "decoder"]
     names = {path.name for path in (world / "latents_cache").iterdir()}
     assert names == {"manifest.json", "split.json", "preview.png", open_cache(world / "latents_cache").space.id}
