@@ -143,9 +143,7 @@ class _Nowhere:
 
 
 @contextmanager
-def progress(
-    *, total: int, unit: str, label: str, initial: int = 0, only_if_slow: bool = False
-) -> Iterator[Progress]:
+def progress(*, total: int, unit: str, label: str, initial: int = 0, only_if_slow: bool = False) -> Iterator[Progress]:
     """Shows progress over a block, and ends the bar on every way out.
 
     Args:

@@ -43,7 +43,7 @@ class StopSignals:
         after: what is still finished, such as "this image".
     """
 
-    def __init__(self, *, after: str) -> None:
+    def __init__(self, *, after: str = "what is under way") -> None:
         self.received: int | None = None
         self._after = after
         self._previous: dict[int, Any] = {}  # the handlers that were there before the block

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from gait_latents.common import cli
+from gait_latents.common import cli, cores
 from gait_latents.common.console import harmless, print_error
 from gait_latents.common.errors import DONE, SIGNALLED, Failed, Stopped, Told, UserError, explain, missing_package
 from gait_latents.common.process import num_ranks, rank
@@ -40,6 +40,7 @@ def run_script(
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if argv is None:
         atexit.register(gc.freeze)  # else the end takes a second, in which Python collects all that torch has made
+    cores.wait_briefly()
     words = sys.argv[1:] if argv is None else argv
     try:
         asks_for_help = cli.asks_for_help(words)

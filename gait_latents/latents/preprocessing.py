@@ -91,7 +91,7 @@ def read_settings(
 
 
 def _say_differences(stored: Mapping[str, Any], resolved: cli.Resolved) -> None:
-    """Says which flags differ from the settings that a cache was made with. VAE and image size have a line elsewhere."""
+    """Says which flags differ from how a cache was made; of VAE and image size `choose_space` tells."""
     asked = cli.to_dict(resolved.settings)
     names = [
         name

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from gait_latents.common import cli, console, hardware, process
-from gait_latents.common.console import say
+from gait_latents.common.console import say, warn
+from gait_latents.common.cores import CoreWatch
 from gait_latents.common.distributed import TIME_IS_UP
 from gait_latents.common.errors import DONE, Stopped, name_signal
 from gait_latents.common.process import StopSignals
@@ -53,6 +54,7 @@ class TrainingLoop:
         self.metrics.on_row, self.grids.show = self.trackers.add_row, self.trackers.add_picture
         tell_disk(trainer, self.grids, plan, num_missing=len(trainer.dataset.missing()))
         self.clock = Clock(self.settings.max_hours, trainer)
+        self.core_watch = None if trainer.num_threads is None else CoreWatch(trainer.num_threads)
         self._is_first_step = plan.state is None
         self._open = ExitStack()
 
@@ -60,10 +62,12 @@ class TrainingLoop:
         self._open.callback(self.trainer.dataset.close_encoder)
         self._open.callback(self.trainer.dataset.cache_flush)
         self._open.callback(self.trackers.close)
+        self._open.enter_context(hardware.threads(self.trainer.num_threads))
         self.signals = self._open.enter_context(StopSignals(after="this step, or the image that is being encoded"))
         self._open.enter_context(self.trainer.dataset.watched(self._after_images))
         total, done = self.trainer.num_steps, self.trainer.finished_steps
         self.bar = self._open.enter_context(console.progress(total=total, unit="steps", label="train", initial=done))
+        self._watch_step()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -77,6 +81,7 @@ class TrainingLoop:
     def after_step(self) -> None:
         """Does what is due after a step: a line of the log, the first save, a save with its sample grid."""
         trainer, settings = self.trainer, self.settings
+        self._tell_crowd()
         self.clock.forecast(trainer.num_steps)
         done = trainer.finished_steps
         with self.ranks.together():
@@ -89,6 +94,19 @@ class TrainingLoop:
                 started = time.monotonic()
                 self._save_and_sample()
                 self.clock.note_save(time.monotonic() - started)
+        self._watch_step()
+
+    def _watch_step(self) -> None:
+        if self.core_watch is not None:
+            self.core_watch.begin_step()
+
+    def _tell_crowd(self) -> None:
+        """Warns once of other programs that hold the cores which the steps need."""
+        if self.core_watch is not None:
+            self.core_watch.end_step()
+            crowd = self.core_watch.report()
+            if crowd is not None:
+                warn(crowd)
 
     def reason_to_stop(self) -> int | None:
         """Returns why the run stops before its last step: the number of a signal, TIME_IS_UP, or None."""

@@ -37,6 +37,7 @@ class RunMeta:
         auto_steps: the solver steps that auto stands for, by sampler.
         compiled: whether the network was compiled.
         torch: the version that trained.
+        threads: how many threads the steps take on a CPU; None on a GPU, and for older runs.
         training: the values that training goes on from; None beside averaged weights alone.
     """
 
@@ -53,6 +54,7 @@ class RunMeta:
     auto_steps: Mapping[str, int]
     compiled: bool
     torch: str
+    threads: int | None = None
     training: Mapping[str, Any] | None = None
 
     @property
@@ -91,6 +93,7 @@ class RunMeta:
             "auto_steps": dict(self.auto_steps),
             "compiled": self.compiled,
             "torch": self.torch,
+            "threads": self.threads,
         }
         return plain if self.training is None else {**plain, "training": self.training}
 
@@ -133,6 +136,7 @@ class RunMeta:
             auto_steps=_read_auto_steps(plain.get("auto_steps", AUTO_STEPS_BEFORE)),
             compiled=bool(plain.get("compiled", False)),
             torch=str(plain.get("torch", "")),
+            threads=_read_threads(plain.get("threads")),
             training=plain.get("training"),
         )
 
@@ -169,6 +173,12 @@ def _read_settings(settings: Any) -> dict[str, Any]:
         if not is_same:
             raise ValueError(f"{name} in its settings is {stored!r:.100}")
     return settings
+
+
+def _read_threads(threads: Any) -> int | None:
+    if threads is not None and (type(threads) is not int or not 0 < threads <= 4096):
+        raise ValueError("its threads are no number of threads")
+    return threads
 
 
 def _read_auto_steps(auto_steps: Any) -> dict[str, int]:

@@ -63,6 +63,7 @@ class Trainer:
         self.ema = EMA(self.diffusion, decay=settings.ema_decay, update_every=settings.ema_update_every)
         self.losses_of: Any = self.diffusion
         self.is_compiled = self.has_compiled = False
+        self.num_threads: int | None = None  # of the steps on a CPU
         self.optimizer = torch.optim.Adam(
             self.diffusion.parameters(), lr=settings.train_lr, betas=(0.9, 0.99), fused=True
         )
@@ -85,6 +86,7 @@ class Trainer:
         else:
             self._restore(plan.state)
         compiled = self.choose_network(None if plan.state is None else plan.state.meta.compiled)
+        told_threads = self._choose_threads(plan.state)
         if self.ranks.is_main:
             run_folder.write_plan(plan.results, cli.to_yaml(self.settings), self.data.split)
         parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
@@ -98,6 +100,8 @@ class Trainer:
         )
         precision = str(self.dtype).removeprefix("torch.")
         say(f"{precision} ({self.precision_reason}) on {hardware.describe(self.device)}, {compiled}")
+        if told_threads:
+            say(told_threads)
         if plan.state is not None:
             say(f"going on from step {self.finished_steps:,} of {plan.state.path}")
 
@@ -126,6 +130,20 @@ class Trainer:
         )
         if self.is_compiled:
             self.losses_of = torch.compile(self.diffusion, dynamic=False)
+        return told
+
+    def _choose_threads(self, state: SavedState | None) -> str:
+        """Chooses the number of threads for the steps; returns what to say of it.
+
+        An older run has not noted its number, and goes on with all. Processes that share a machine are not free of each
+        other: they take what they were started with.
+        """
+        usual = torch.get_num_threads()
+        if self.ranks.count > 1:
+            self.num_threads = usual if self.device.type == "cpu" else None
+            return ""
+        began_with = None if state is None else state.meta.threads or usual
+        self.num_threads, told = hardware.pick_threads(self.device, as_before=began_with)
         return told
 
     def _fit_norm(self) -> None:
@@ -343,6 +361,7 @@ class Trainer:
             auto_steps=self.auto_steps,
             compiled=self.is_compiled,
             torch=torch.__version__,
+            threads=self.num_threads,
         )
 
     def _restore(self, state: SavedState) -> None:

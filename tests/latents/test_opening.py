@@ -187,7 +187,7 @@ def test_another_space_than_the_known_one_is_told_in_the_names_of_settings(world
     assert "(--image_size 32, the cache has 16)" in said and "vae_path" not in said
     tiny_vae.save_tiny_vae(world / "vae.pt", seed=1)
     space_of(world, known)
-    assert "vae.weights" in capsys.readouterr().out
+    assert f"(--vae_path {world / 'vae.pt'} has another encoder" in capsys.readouterr().out
 
 
 def test_the_manifest_gives_the_space_back(world):
