@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from gait_latents.common.errors import missing_package
 from gait_latents.common.process import rank
+
+Item = TypeVar("Item")
 
 _KERNEL_MARK = "JPY_PARENT_PID"  # Jupyter sets it for its kernels, and so for the commands in their cells
 # In a log, a line of progress comes when this much time has passed and this share of the work was done since the last.
@@ -96,6 +98,11 @@ class Progress:
         is_due = is_time and self.bar.n - self.last_count >= max(1, _LOG_SHARE * self.total)
         if self.is_log and (is_due or (count and not self.has_printed and self._takes_long())):
             self._print_line()
+
+    def counted(self, item: Item) -> Item:
+        """Moves on by one, and returns the item."""
+        self.advance()
+        return item
 
     def _takes_long(self) -> bool:
         """Says whether, at the pace so far, a line is a long time away: the first image then gets a line of its own."""

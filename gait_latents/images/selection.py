@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gait_latents.common.cli import is_explicit
-from gait_latents.common.console import show_name, warn
+from gait_latents.common.console import progress, show_name, warn
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import (
     LABELS_NAME,
@@ -163,8 +163,11 @@ def with_fresh_keys(split: Split, data_path: str) -> Split:
             return entry.key or _key_of_no_content(entry.class_name, entry.name)
 
     entries = [*split.train, *split.test]
-    with ThreadPoolExecutor() as pool:
-        keys = list(pool.map(key_of, entries))
+    with (
+        ThreadPoolExecutor() as pool,
+        progress(total=len(entries), unit="files", label="read image files", only_if_slow=True) as bar,
+    ):
+        keys = [bar.counted(key) for key in pool.map(key_of, entries)]
     return split.with_keys(dict(zip(_places(split), keys, strict=True)))
 
 

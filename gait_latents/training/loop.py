@@ -165,6 +165,8 @@ class TrainingLoop:
         """Saves and samples once after the first step, so that what cannot work fails now and not hours later."""
         self.trainer.save(self.plan.results, with_average=False)
         if self.ranks.is_main:
+            if self.settings.num_samples:
+                say("the first step is saved; trying a sample, so that what cannot work fails now")
             self.grids.rehearse()
         self._is_first_step = False
 
