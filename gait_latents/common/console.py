@@ -95,7 +95,8 @@ class Progress:
             self.bar.set_postfix(figures, refresh=False)
         self.bar.update(count)
         is_time = time.monotonic() - self.last_time >= LOG_SECONDS
-        is_due = is_time and self.bar.n - self.last_count >= max(1, _LOG_SHARE * self.total)
+        is_shown = not self.only_if_slow or self.bar.format_dict["elapsed"] >= _SLOW_SECONDS
+        is_due = is_shown and is_time and self.bar.n - self.last_count >= max(1, _LOG_SHARE * self.total)
         if self.is_log and (is_due or (count and not self.has_printed and self._takes_long())):
             self._print_line()
 
