@@ -15,7 +15,7 @@ from gait_latents.images.split import Entry, Split, read_split
 from gait_latents.latents import opening, vae_fit
 from gait_latents.latents import verify as cache_verify
 from gait_latents.latents.cache import LatentCache
-from gait_latents.latents.manifest import HOLDS_IMPORTED, Manifest, read_manifest
+from gait_latents.latents.manifest import HOLDS_IMPORTED, Manifest, did_you_mean, read_manifest
 from gait_latents.latents.preview import draw_preview
 from gait_latents.latents.prune import other_spaces, plan_prune
 from gait_latents.latents.verify import CacheReport
@@ -59,7 +59,9 @@ def _open_finished(settings: PreprocessSettings, sources: dict[str, str]) -> Fin
     folder = Path(settings.output_folder)
     manifest, stored = read_manifest(folder), read_split(folder)
     if manifest is None or stored is None:
-        remedy = mounts.why_missing("output_folder", folder) or "run preprocess_latents.py"
+        guess = did_you_mean(folder)
+        remedy = f"{guess and f'{guess} Else '}run preprocess_latents.py"
+        remedy = mounts.why_missing("output_folder", folder) or remedy
         raise UserError(f"{folder} holds no finished cache ({MANIFEST_NAME} and {SPLIT_NAME}); {remedy}")
     if manifest.space.is_imported:
         raise UserError(f"{folder} {HOLDS_IMPORTED}; run preprocess_latents.py, which encodes the images again")

@@ -187,6 +187,7 @@ class PreprocessSettings(ImageSettings):
         "which images to encode: train, or train test",
         choices=("train", "test"),
         many=True,
+        about_cache=True,
     )
     verify: bool = setting(
         False, bool, CACHE, "check a cache instead of filling it: every seal, and a few images decoded"

@@ -395,6 +395,10 @@ class Layers:
         """The settings as they are by now; what is stored is often found by one of them."""
         return resolve(self._class, self._layers).settings
 
+    def gives(self, name: str) -> bool:
+        """Says whether one of the places that are known by now gives this setting."""
+        return any(name in layer.values for layer in self._layers)
+
     def add(self, source: str, values: Mapping[str, Any], *, only_about_cache: bool = False) -> None:
         """Adds values that were stored earlier, below all that were added before; see `stored_layer`."""
         self._layers.append(stored_layer(self._class, source, values, only_about_cache=only_about_cache))

@@ -9,14 +9,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from gait_latents.common.errors import missing_package
 from gait_latents.common.process import rank
 
+Item = TypeVar("Item")
+
 _KERNEL_MARK = "JPY_PARENT_PID"  # Jupyter sets it for its kernels, and so for the commands in their cells
 # In a log, a line of progress comes when this much time has passed and this share of the work was done since the last.
 LOG_SECONDS, _LOG_SHARE = 60.0, 0.1
+_SLOW_SECONDS = 2.0  # of silence that need a word
 
 
 def print_error(text: str) -> None:
@@ -78,10 +81,11 @@ def warn(text: str) -> None:
 class Progress:
     """A bar on a terminal; where output is kept (a log, a notebook), a plain line now and then and one at the end."""
 
-    def __init__(self, *, total: int, unit: str, label: str, initial: int = 0) -> None:
+    def __init__(self, *, total: int, unit: str, label: str, initial: int = 0, only_if_slow: bool = False) -> None:
         self.total, self.unit, self.label = total, unit, label
         self.is_quiet = rank() != 0
         self.is_log = self.is_quiet or not _is_live(sys.stderr)
+        self.only_if_slow, self.has_printed = only_if_slow, False
         # A bar that is not drawn still counts, so that both forms show the same numbers.
         self.bar = _tqdm()(
             total=total,
@@ -91,6 +95,8 @@ class Progress:
             file=_Nowhere() if self.is_log else sys.stderr,
             dynamic_ncols=not self.is_log,
             smoothing=0.1,
+            delay=_SLOW_SECONDS if only_if_slow else 0,
+            leave=not only_if_slow,
         )
         self.last_time, self.last_count = time.monotonic(), initial  # when the last line was printed
 
@@ -100,12 +106,25 @@ class Progress:
             self.bar.set_postfix(figures, refresh=False)
         self.bar.update(count)
         is_time = time.monotonic() - self.last_time >= LOG_SECONDS
-        if self.is_log and is_time and self.bar.n - self.last_count >= max(1, _LOG_SHARE * self.total):
+        is_shown = not self.only_if_slow or self.bar.format_dict["elapsed"] >= _SLOW_SECONDS
+        is_due = is_shown and is_time and self.bar.n - self.last_count >= max(1, _LOG_SHARE * self.total)
+        if self.is_log and (is_due or (count and not self.has_printed and self._takes_long())):
             self._print_line()
+
+    def counted(self, item: Item) -> Item:
+        """Moves on by one, and returns the item."""
+        self.advance()
+        return item
+
+    def _takes_long(self) -> bool:
+        """Says whether, at the pace so far, a line is a long time away: the first image then gets a line of its own."""
+        elapsed, done = self.bar.format_dict["elapsed"], self.bar.n - self.bar.initial
+        return bool(done) and elapsed >= _SLOW_SECONDS and elapsed / done * (self.total - self.bar.n) >= LOG_SECONDS
 
     def close(self) -> None:
         """Ends the bar."""
-        if self.is_log and self.bar.n > self.last_count:
+        is_worth_it = self.has_printed or not self.only_if_slow
+        if self.is_log and is_worth_it and self.bar.n > self.last_count:
             self._print_line(is_last=True)
         self.bar.close()
 
@@ -121,7 +140,7 @@ class Progress:
         if facts["postfix"]:
             parts.append(facts["postfix"])
         print_error(", ".join(parts))
-        self.last_time, self.last_count = time.monotonic(), done
+        self.last_time, self.last_count, self.has_printed = time.monotonic(), done, True
 
 
 def _is_live(stream: TextIO | None) -> bool:
@@ -143,9 +162,16 @@ class _Nowhere:
 
 
 @contextmanager
-def progress(*, total: int, unit: str, label: str, initial: int = 0) -> Iterator[Progress]:
-    """Shows progress over a block, and ends the bar on every way out."""
-    bar = Progress(total=total, unit=unit, label=label, initial=initial)
+def progress(*, total: int, unit: str, label: str, initial: int = 0, only_if_slow: bool = False) -> Iterator[Progress]:
+    """Shows progress over a block, and ends the bar on every way out.
+
+    Args:
+        total: how many there are of `unit`, such as "images".
+        label: what is done to them.
+        initial: how many of them are done.
+        only_if_slow: show nothing where it is done in two seconds.
+    """
+    bar = Progress(total=total, unit=unit, label=label, initial=initial, only_if_slow=only_if_slow)
     try:
         yield bar
     finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gait_latents.common import process
+from gait_latents.common import cores, process
 from gait_latents.common.console import warn
 from gait_latents.common.errors import Failed, UserError
 
@@ -104,6 +104,45 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def pick_threads(device: torch.device, *, as_before: int | None) -> tuple[int | None, str]:
+    """Chooses how many threads the steps of a run take on a CPU, by the cores that other programs leave free.
+
+    Args:
+        as_before: the number that the run which goes on began with, and whose bits it keeps; None for a new run.
+
+    Returns:
+        The number, None on a GPU, and what to say about it; an empty text where it is the number that torch takes.
+    """
+    if device.type != "cpu":
+        return None, ""
+    usual = torch.get_num_threads()
+    if cores.threads_are_chosen():
+        return usual, ""
+    if as_before is not None:
+        if as_before > usual:
+            return usual, f"{usual} threads, not {as_before} as when it began: the same run within rounding"
+        told = f"{as_before} of {usual} threads, as when it began; OMP_NUM_THREADS={usual} takes all"
+        return as_before, told if as_before < usual else ""
+    free = cores.num_free_cores()
+    if free is None or free >= usual:
+        return usual, ""
+    return free, f"{free} of {usual} threads, as only so many cores are free; OMP_NUM_THREADS={usual} takes all"
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Computes with so many threads within the block; None leaves their number as it is."""
+    before = torch.get_num_threads()
+    if count in (None, before):
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pick_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -2,12 +2,13 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
 from typing import Any
 
-from gait_latents.common.errors import Stopped
+from gait_latents.common.errors import Stopped, name_signal
 
 PROCESS_START = time.monotonic()  # this module is among the first that a script imports
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -34,10 +35,17 @@ def _number_of(variable: str) -> int:
 
 
 class StopSignals:
-    """Within the block, the first Ctrl-C or SIGTERM is only noted in `received`; a second one ends the program."""
+    """Within the block, the first Ctrl-C or SIGTERM is only noted in `received`; a second one ends the program.
 
-    def __init__(self) -> None:
+    The user is told at once that the first one was heard, for the work goes on until it comes to a place to stop.
+
+    Args:
+        after: what is still finished, such as "this image".
+    """
+
+    def __init__(self, *, after: str = "what is under way") -> None:
         self.received: int | None = None
+        self._after = after
         self._previous: dict[int, Any] = {}  # the handlers that were there before the block
 
     def __enter__(self) -> "StopSignals":
@@ -54,8 +62,22 @@ class StopSignals:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
+        if rank() == 0:
+            _tell_at_once(f"{name_signal(number)}: stopping after {self._after}; a second Ctrl-C ends at once")
 
     def raise_if_received(self) -> None:
         """Raises Stopped when a signal has come."""
         if self.received is not None:
             raise Stopped(self.received)
+
+
+def _tell_at_once(line: str) -> None:
+    """Prints a line on stderr from within the handler of a signal, which may have come in the midst of a print."""
+    text = f"\n{line}\n" if sys.stderr.isatty() else f"{line}\n"  # below the bar that stands in the last line
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except RuntimeError:  # Python refuses a print within a print to the same stream; the system does not
+        os.write(2, text.encode())
+    except OSError:
+        return  # a closed terminal is no reason to fail

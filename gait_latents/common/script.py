@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from gait_latents.common import cli
+from gait_latents.common import cli, cores
 from gait_latents.common.console import harmless, print_error
 from gait_latents.common.errors import DONE, SIGNALLED, Failed, Stopped, Told, UserError, explain, missing_package
 from gait_latents.common.process import num_ranks, rank
@@ -47,6 +47,7 @@ def run_script(
         _open_streams()
         _name_the_user()
         atexit.register(gc.freeze)  # else the end takes a second, in which Python collects all that torch has made
+    cores.wait_briefly()
     words = sys.argv[1:] if argv is None else argv
     try:
         asks_for_help = cli.asks_for_help(words)

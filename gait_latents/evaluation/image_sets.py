@@ -217,7 +217,7 @@ def _copy_rows(cache: LatentCache, folder: Path, keys: Sequence[str]) -> None:
 
 def fill(dataset: LatentDataset) -> list[tuple[int, str]]:
     """Encodes what is missing under a progress bar; on a signal, what is encoded so far is kept."""
-    with StopSignals() as signals:
+    with StopSignals(after="this image") as signals:
         try:
             return filling.fill_together(dataset, ALONE, signals)
         except Stopped:

@@ -568,7 +568,7 @@ def _evaluated(evaluated: dict[str, Any]) -> list[_Block]:
     classes = [(name, *(_number(of_class.get(kind)) for kind in kinds)) for name, of_class in counts]
     return [
         _table("The model and its images", ("what", "value"), rows, kind="words"),
-        _table("Number of images", ("class", *kinds), classes, folded="Images of each class"),
+        _table("Number of images", ("class", "synthetic", _REAL, _TEST), classes, folded="Images of each class"),
     ]
 
 

@@ -83,7 +83,7 @@ def sweep(plan: EvaluationPlan, states: Sequence[Path]) -> None:
         warn(line)
     if "evaluated" not in report.data:
         report.set_facts(warnings=warnings, settings=cli.to_dict(plan.settings))
-    with StopSignals() as signals:
+    with StopSignals(after="this piece of work") as signals:
         Sweep(plan, real, report, signals).run(states)
 
 
@@ -168,7 +168,7 @@ class Sweep:
             for start in range(0, len(labels), BATCH_SIZE):
                 own = labels[start : start + BATCH_SIZE]
                 indices = [place % count for place in range(start, start + len(own))]
-                parts.append(model.sample(own, indices, scale).cpu())
+                parts.append(model.sample(own, indices, scale, between=self.signals.raise_if_received).cpu())
                 bar.advance(len(own))
                 self.signals.raise_if_received()
         return torch.cat(parts)

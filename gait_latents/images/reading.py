@@ -25,6 +25,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from gait_latents.common import files
+from gait_latents.common.console import progress
 from gait_latents.images import formats
 from gait_latents.images.names import nfc, nfd
 from gait_latents.images.split import Entry, Skipped, one_line
@@ -350,8 +351,11 @@ def find_bad_images(
         return None
 
     entries = list(entries)
-    with ThreadPoolExecutor() as pool:
-        reasons = list(pool.map(reason, entries))
+    with (
+        ThreadPoolExecutor() as pool,
+        progress(total=len(entries), unit="images", label="look for bad images", only_if_slow=True) as bar,
+    ):
+        reasons = [bar.counted(found) for found in pool.map(reason, entries)]
     return tuple(Skipped(e.class_name, e.name, r) for e, r in zip(entries, reasons, strict=True) if r is not None)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gait_latents.common import mounts
 from gait_latents.common.cli import is_explicit, show
-from gait_latents.common.console import show_name, warn
+from gait_latents.common.console import progress, show_name, warn
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import (
     LABELS_NAME,
@@ -235,8 +235,12 @@ def _look_at_files(
             return entry.key or _key_of_no_content(entry.class_name, entry.name), None
         return reading.image_key(data), shape_of(data)
 
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(look, [*split.train, *split.test]))
+    entries = [*split.train, *split.test]
+    with (
+        ThreadPoolExecutor() as pool,
+        progress(total=len(entries), unit="files", label="read image files", only_if_slow=True) as bar,
+    ):
+        found = [bar.counted(seen) for seen in pool.map(look, entries)]
     keys = dict(zip(_places(split), (key for key, _ in found), strict=True))
     return split.with_keys(keys), [shape for _, shape in found]
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -77,6 +78,7 @@ class LatentDataset(Dataset):
         self._on_store_error = on_store_error
         self.cache, self.names = cache, list(names)
         self.encode, self.read_image, self.encode_batch_size = encode, read_image, encode_batch_size
+        self._after_images: Callable[[int], None] = lambda count: None  # see `watched`
         self.device = device
         self.keys = list(keys)
         if "" in self.keys:  # as in the split of a folder whose files were not read yet
@@ -139,6 +141,10 @@ class LatentDataset(Dataset):
         """Returns the positions of the images that are not encoded yet, one of each content, in dataset order."""
         return sorted(self._first_position[row] for row in np.flatnonzero(~self._have).tolist())
 
+    def num_missing(self, positions: Tensor) -> int:
+        """Returns how many images, each content once, would have to be encoded to read `positions` [B]."""
+        return len(list(self._missing_rows(positions.tolist())))
+
     def moments(self, positions: Tensor) -> Tensor:
         """Returns the moments [B 2C h w] float32 at `positions` [B], on the device; missing ones are encoded first."""
         self.ensure(positions)
@@ -192,6 +198,11 @@ class LatentDataset(Dataset):
         """Sets the normalisation of the latents."""
         self.norm, self._device_norm = norm, norm.to(self.device)
 
+    def positions_for_norm(self, *, seed: int, num_images: int) -> Tensor:
+        """Returns the positions of the images that `fit_norm` measures."""
+        order = torch.randperm(len(self), generator=sample_generator(seed, "latent norm"))
+        return order[:num_images].sort().values
+
     def fit_norm(self, *, seed: int, num_images: int) -> LatentNorm:
         """Measures the normalisation on `num_images` images chosen by the seed, sets it, and returns it."""
         norm = LatentNorm.from_moments(self.sample_moments(seed=seed, num_images=num_images))
@@ -200,8 +211,7 @@ class LatentDataset(Dataset):
 
     def sample_moments(self, *, seed: int, num_images: int) -> Tensor:
         """Returns the moments [N 2C h w] of `num_images` images chosen by the seed, on the CPU."""
-        order = torch.randperm(len(self), generator=sample_generator(seed, "latent norm"))
-        return self.moments(order[:num_images].sort().values).cpu()
+        return self.moments(self.positions_for_norm(seed=seed, num_images=num_images)).cpu()
 
     # --- filling ---
 
@@ -251,19 +261,34 @@ class LatentDataset(Dataset):
 
         Args:
             positions: encode only what is missing of these; None for all.
-            advance: called after each batch with the number of images that it encoded or could not encode.
+            advance: as for `watched`.
 
         Returns:
             (position, reason) of each image that could not be encoded; images of the same content are all listed.
         """
         wanted = self.missing() if positions is None else positions
-        reasons = dict(self._encode_rows(list(self._missing_rows(wanted)), advance))
+        with self.watched(advance):
+            reasons = dict(self._encode_rows(list(self._missing_rows(wanted))))
         first = [self._first_position[row] for row in self._row_of.tolist()]
         bad = [(position, reasons[first[position]]) for position in range(len(self)) if first[position] in reasons]
         self._complete = bool(self._have.all())
         self.cache_flush()
         self.close_encoder()
         return bad
+
+    @contextmanager
+    def watched(self, advance: Callable[[int], None]) -> Iterator[None]:
+        """Within the block, tells of images that are encoded, for whatever reason.
+
+        Args:
+            advance: called after each call of the encoder (on a CPU, after each image) with the number of images that
+                it encoded or could not encode. What it raises ends the encoding; what is encoded by then is kept.
+        """
+        before, self._after_images = self._after_images, advance
+        try:
+            yield
+        finally:
+            self._after_images = before
 
     def refresh(self) -> int:
         """Takes up the missing rows that other processes have published since; returns how many."""
@@ -300,10 +325,8 @@ class LatentDataset(Dataset):
         if close is not None:
             close()
 
-    def _encode_rows(
-        self, rows: list[int], advance: Callable[[int], None] = lambda count: None
-    ) -> list[tuple[int, str]]:
-        """Encodes `rows`, and tells `advance` how many each batch has settled.
+    def _encode_rows(self, rows: list[int]) -> list[tuple[int, str]]:
+        """Encodes `rows`, in calls of as many as the encoder takes at once.
 
         Returns:
             (position, reason) of each row that could not be encoded, at the first position of that row.
@@ -319,19 +342,20 @@ class LatentDataset(Dataset):
             first = self.names[self._first_position[rows[0]]]
             raise UserError(f"{len(rows)} image(s) are not in the cache (the first is {first}) and {what} not at hand")
         bad, good = [], []
+        at_once = min(self.encode_batch_size, getattr(encode, "batch_size", self.encode_batch_size))
         for row, image in self._read_ahead(rows, read_image):
             if isinstance(image, BadImage):
                 bad.append((self._first_position[row], str(image)))
-                advance(1)
+                self._after_images(1)
             else:
                 good.append((row, image))
-            if len(good) == self.encode_batch_size:
+            if len(good) == at_once:
                 bad += self._encode_batch(good, encode)
-                advance(len(good))
+                self._after_images(len(good))
                 good = []
         if good:
             bad += self._encode_batch(good, encode)
-            advance(len(good))
+            self._after_images(len(good))
         return bad
 
     def _encode_batch(self, batch: list[tuple[int, np.ndarray]], encode: Encode) -> list[tuple[int, str]]:

@@ -1,13 +1,16 @@
 """The manifest of a cache: the settings that made it, as defaults for later runs, and its space."""
 
+import difflib
 import hashlib
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gait_latents.common import files, json_text
-from gait_latents.common.console import say
+from gait_latents.common.cli import Layers
+from gait_latents.common.console import say, show_name
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import MANIFEST_NAME
 from gait_latents.latents.space import FORMAT, Space
@@ -88,6 +91,37 @@ def _damage(path: Path, what: str = "its content does not match its checksum") -
         f"{path} is damaged or was edited: {what}; remove it and run preprocess_latents.py again (the images encoded "
         "so far are kept)"
     )
+
+
+def defaults_of(manifest: Manifest | None, layers: Layers) -> dict[str, Any]:
+    """Returns the settings with which a cache was made, for a layer of defaults.
+
+    The constants of its VAE are left out where another VAE is given: they are none of that one.
+    """
+    stored = {} if manifest is None else dict(manifest.settings)
+    if layers.gives("vae_path") and layers.settings.vae_path != stored.get("vae_path"):
+        for name in ("scale_factor", "shift_factor"):
+            stored.pop(name, None)
+    return stored
+
+
+def tell_new_cache(folder: str | Path) -> None:
+    """Says so where a folder holds no cache yet, and which cache beside it may be meant: its name may be mistyped."""
+    holds_one = (Path(folder) / MANIFEST_NAME).exists() or any(Path(folder).glob("*/*.safetensors"))
+    if not holds_one:
+        guess = did_you_mean(folder)
+        say(f"no cache in {folder} yet: it is made{guess and f'; {guess}'}")
+
+
+def did_you_mean(folder: str | Path) -> str:
+    """Returns a question that names the cache beside a folder whose name is most like it; an empty text without one."""
+    place = Path(folder).absolute()
+    try:
+        others = [path.parent.name for path in sorted(place.parent.glob(f"*/{MANIFEST_NAME}")) if path.parent != place]
+    except OSError:  # what is beside it cannot be looked at
+        return ""
+    near = difflib.get_close_matches(place.name, others, n=1, cutoff=0.0)
+    return f"did you mean {show_name(str(Path(folder).parent / near[0]))}?" if near else ""
 
 
 HOLDS_IMPORTED = "holds latents that an earlier version took over from another program"

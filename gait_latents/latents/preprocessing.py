@@ -5,10 +5,11 @@ In this order: `read_settings`, `open_work` (which images, which VAE, what is mi
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from gait_latents.latents import filling, opening, vae_fit
 from gait_latents.latents import shard as shard_file
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
-from gait_latents.latents.manifest import manifest_of_images, read_manifest
+from gait_latents.latents.manifest import defaults_of, manifest_of_images, read_manifest, tell_new_cache
 from gait_latents.latents.preview import draw_preview
 from gait_latents.settings import PreprocessSettings, TrainSettings
 
@@ -57,7 +58,10 @@ class Work:
 def read_settings(
     argv: Sequence[str] | None, description: str | None, ranks: Ranks
 ) -> tuple[PreprocessSettings, dict[str, str]]:
-    """Puts together flags, file and defaults, and the manifest of a cache that is to be checked or pruned.
+    """Puts together flags, file, the manifest of the cache, if there is one yet, and defaults.
+
+    So the command without flags goes on with a cache as it was made, be it by this script or by a training. What flags
+    and file say otherwise is told.
 
     Returns:
         The settings, and for each the place that its value comes from.
@@ -69,10 +73,15 @@ def read_settings(
         layers = cli.Layers(PreprocessSettings, argv, description=description)
         settings: PreprocessSettings = layers.settings
         asked = [name for name in ("verify", "prune") if getattr(settings, name)]
-        if asked:
-            manifest = read_manifest(settings.output_folder)
-            layers.add("manifest", {} if manifest is None else manifest.settings, only_about_cache=True)
+        folder = settings.output_folder
+        manifest = read_manifest(folder)
+        is_usable = manifest is not None and (not manifest.space.is_imported or bool(asked))
+        stored = defaults_of(manifest if is_usable else None, layers)
+        layers.add(f"the settings of {folder}, which flags and --config override", stored, only_about_cache=True)
         resolved = layers.resolve()
+        if not asked:
+            _say_differences(stored, resolved)
+            tell_new_cache(folder)
         if len(asked) > 1:
             raise UserError(f"--{asked[0]} and --{asked[1]} are two commands; give one of them")
         if settings.yes and not settings.prune:
@@ -80,6 +89,20 @@ def read_settings(
         for name in asked:
             ranks.must_be_alone(f"--{name}")
     return resolved.settings, resolved.sources
+
+
+def _say_differences(stored: Mapping[str, Any], resolved: cli.Resolved) -> None:
+    """Says which flags differ from how a cache was made; of VAE and image size `choose_space` tells."""
+    asked = cli.to_dict(resolved.settings)
+    names = [
+        name
+        for name, spec in cli.specs(PreprocessSettings).items()
+        if spec.about_cache and name in stored and name not in vae_fit.SETTINGS_OF_SPACE
+        if cli.is_explicit(resolved.sources, name) and asked[name] != stored[name]
+    ]
+    if names:
+        texts = [f"--{name} {cli.show(asked[name])}, the cache has {cli.show(stored[name])}" for name in names]
+        say(f"other than when the cache was made: {'; '.join(texts)}")
 
 
 def open_work(settings: PreprocessSettings, sources: dict[str, str], ranks: Ranks) -> Work:
@@ -184,7 +207,7 @@ def _tell_changes(split: Split, settings: PreprocessSettings) -> None:
 
 def _fill(dataset: LatentDataset, num_missing: int, ranks: Ranks) -> list[tuple[int, str]]:
     """Encodes what is missing under a progress bar; on a signal, what is encoded so far is kept."""
-    with StopSignals() as signals, _plain_memory_error(dataset):
+    with StopSignals(after="this image") as signals, _plain_memory_error(dataset):
         try:
             return filling.fill_together(dataset, ranks, signals)
         except errors.Stopped:

@@ -51,6 +51,7 @@ def draw_preview(
     if not present:
         return
     chosen = [present[i] for i in np.linspace(0, len(present) - 1, min(_NUM_PREVIEWS, len(present))).astype(int)]
+    say(f"preview         decoding {len(chosen)} latents, drawing {path.name}")
     pairs = [(i, image) for i in chosen if (image := _read_or_none(settings, entries[i])) is not None]
     if not pairs:
         return

@@ -84,7 +84,8 @@ def choose_space(
     space = Space.of(identity.fingerprint, settings.image_size, reading.recipe(settings.resize), shape)
     if known is not None and known.space.id != space.id:
         say(
-            f"this cache was made with another VAE, image_size or resize ({_differences(space, known.space)}): its "
+            f"this cache was made with another VAE, image_size or resize "
+            f"({_what_differs(settings, space, known.space)}): its "
             "latents are left alone and the images are encoded again"
         )
     return ChosenSpace(
@@ -105,6 +106,28 @@ def _given_factors(settings: ImageSettings) -> dict[str, float]:
 def say_vae(vae_path: str, identity: VAEIdentity) -> None:
     """Says in one line how the file of a VAE was understood."""
     say(f"VAE {show_name(Path(vae_path).name)}: {identity.describe()}")
+
+
+SETTINGS_OF_SPACE = ("vae_path", "image_size", "resize")  # which decide the space, and so which latents are used
+
+
+def _what_differs(settings: ImageSettings, here: Space, there: Space) -> str:
+    """Says in the names of settings why the settings mean another space than that of a cache."""
+    found = []
+    size, cached_size = here.spec["image_size"], there.spec["image_size"]
+    if size != cached_size:
+        found.append(f"--image_size {size}, the cache has {cached_size}")
+    if here.spec["vae"] != there.spec["vae"]:
+        found.append(f"--vae_path {settings.vae_path} has another encoder than the VAE of the cache")
+    resize, cached_resize = (reading.resize_of(space.spec["recipe"]) for space in (here, there))
+    if here.spec["recipe"] != there.spec["recipe"]:
+        is_known = resize != cached_resize and cached_resize is not None
+        found.append(
+            f"--resize {resize}, the cache has {cached_resize}"
+            if is_known
+            else "this version reads images in another way"
+        )
+    return "; ".join(found) or _differences(here, there)
 
 
 def _check_image_size(settings: ImageSettings, identity: VAEIdentity) -> None:

@@ -97,7 +97,7 @@ class Generator(TrainedModel):
             say(f"{there:,} of the images are already there")
         self._tell_disk(len(cells))
         with (
-            StopSignals() as signals,
+            StopSignals(after="this image") as signals,
             console.progress(total=len(cells), unit="images", label="generate") as bar,
         ):
             try:
@@ -132,7 +132,7 @@ class Generator(TrainedModel):
     def _make(self, cells: Sequence[Cell], bar: Progress, signals: StopSignals) -> None:
         with WriteBehind(self._write, at_most=_MOST_UNWRITTEN) as writer:
             for start in range(0, len(cells), BATCH_SIZE):
-                bar.advance(self._make_batch(cells[start : start + BATCH_SIZE], writer))
+                self._make_batch(cells[start : start + BATCH_SIZE], writer, bar, signals)
                 self.ranks.raise_if_stopped(signals)
             bar.advance(writer.finish())
 
@@ -162,10 +162,17 @@ class Generator(TrainedModel):
         pictures.save_picture(pictures.labelled_grid(rows, shown_classes), path)
         return path
 
-    def _make_batch(self, cells: Sequence[Cell], writer: WriteBehind) -> int:
-        """Makes these images and hands them to the writer; returns how many images it has written meanwhile."""
-        samples = self.sample([c.label for c in cells], [c.index for c in cells], self.settings.cond_scale)
-        return sum(writer.put(cell.path, image) for cell, image in zip(cells, self.decoder(samples), strict=True))
+    def _make_batch(self, cells: Sequence[Cell], writer: WriteBehind, bar: Progress, signals: StopSignals) -> None:
+        """Makes these images, and hands each to the writer when it is decoded; after a signal, no more of them."""
+
+        def between() -> None:
+            if signals.received is not None:  # the others are asked after each batch alone, for that takes time
+                self.ranks.raise_if_stopped(signals)
+
+        labels, indices = [cell.label for cell in cells], [cell.index for cell in cells]
+        samples = self.sample(labels, indices, self.settings.cond_scale, between=between)
+        for cell, image in zip(cells, self.decoder.each(samples, between), strict=True):
+            bar.advance(writer.put(cell.path, image))
 
     def _write(self, path: Path, image: np.ndarray) -> None:
         files.publish(path, pictures.encode_image(Image.fromarray(image), self.suffix))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from gait_latents.common import cli, console, hardware, process
-from gait_latents.common.console import say
+from gait_latents.common.console import say, warn
+from gait_latents.common.cores import CoreWatch
 from gait_latents.common.distributed import TIME_IS_UP
 from gait_latents.common.errors import DONE, Stopped, name_signal
 from gait_latents.common.process import StopSignals
@@ -53,6 +54,7 @@ class TrainingLoop:
         self.metrics.on_row, self.grids.show = self.trackers.add_row, self.trackers.add_picture
         tell_disk(trainer, self.grids, plan, num_missing=len(trainer.dataset.missing()))
         self.clock = Clock(self.settings.max_hours, trainer)
+        self.core_watch = None if trainer.num_threads is None else CoreWatch(trainer.num_threads)
         self._is_first_step = plan.state is None
         self._open = ExitStack()
 
@@ -60,17 +62,26 @@ class TrainingLoop:
         self._open.callback(self.trainer.dataset.close_encoder)
         self._open.callback(self.trainer.dataset.cache_flush)
         self._open.callback(self.trackers.close)
-        self.signals = self._open.enter_context(StopSignals())
+        self._open.enter_context(hardware.threads(self.trainer.num_threads))
+        self.signals = self._open.enter_context(StopSignals(after="this step, or the image that is being encoded"))
+        self._open.enter_context(self.trainer.dataset.watched(self._after_images))
         total, done = self.trainer.num_steps, self.trainer.finished_steps
         self.bar = self._open.enter_context(console.progress(total=total, unit="steps", label="train", initial=done))
+        self._watch_step()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
 
+    def _after_images(self, _count: int) -> None:
+        """Ends the run on a signal while a step waits for latents: nothing of that step is computed by then."""
+        if self.signals.received is not None and self.ranks.count == 1:
+            self.stop(self.signals.received)
+
     def after_step(self) -> None:
         """Does what is due after a step: a line of the log, the first save, a save with its sample grid."""
         trainer, settings = self.trainer, self.settings
+        self._tell_crowd()
         self.clock.forecast(trainer.num_steps)
         done = trainer.finished_steps
         with self.ranks.together():
@@ -83,6 +94,19 @@ class TrainingLoop:
                 started = time.monotonic()
                 self._save_and_sample()
                 self.clock.note_save(time.monotonic() - started)
+        self._watch_step()
+
+    def _watch_step(self) -> None:
+        if self.core_watch is not None:
+            self.core_watch.begin_step()
+
+    def _tell_crowd(self) -> None:
+        """Warns once of other programs that hold the cores which the steps need."""
+        if self.core_watch is not None:
+            self.core_watch.end_step()
+            crowd = self.core_watch.report()
+            if crowd is not None:
+                warn(crowd)
 
     def reason_to_stop(self) -> int | None:
         """Returns why the run stops before its last step: the number of a signal, TIME_IS_UP, or None."""
@@ -96,10 +120,14 @@ class TrainingLoop:
             Stopped: when the reason is a signal.
         """
         trainer = self.trainer
+        why = f"after --max_hours {self.settings.max_hours:g}" if reason == TIME_IS_UP else f"by {name_signal(reason)}"
+        if self._is_first_step and not trainer.finished_steps:  # while the first step's images were being encoded
+            kept = "new latents are kept, and " if trainer.dataset.cache.writable else ""
+            say(f"stopped {why} before the first step; {kept}the same command begins again")
+            raise Stopped(reason)
         with self.ranks.together():  # so that no process leaves before rank 0 has saved
             if trainer.saved_step != trainer.finished_steps:
                 trainer.save(self.plan.results, with_average=False)
-        why = f"after --max_hours {self.settings.max_hours:g}" if reason == TIME_IS_UP else f"by {name_signal(reason)}"
         say(f"stopped {why} at step {trainer.finished_steps:,}; saved, and the same command goes on from there")
         if reason != TIME_IS_UP:
             raise Stopped(reason)
@@ -137,6 +165,8 @@ class TrainingLoop:
         """Saves and samples once after the first step, so that what cannot work fails now and not hours later."""
         self.trainer.save(self.plan.results, with_average=False)
         if self.ranks.is_main:
+            if self.settings.num_samples:
+                say("the first step is saved; trying a sample, so that what cannot work fails now")
             self.grids.rehearse()
         self._is_first_step = False
 
@@ -145,13 +175,13 @@ class TrainingLoop:
         ranks, step = self.ranks, self.trainer.finished_steps
         topic = f"drawn {step}"
 
-        def between() -> None:
+        def between(_count: int = 0) -> None:
             if ranks.is_main:
                 ranks.sign_of_life(topic)
             ranks.raise_if_stopped(self.signals)
 
         try:
-            with ranks.while_main_works(topic, between):
+            with ranks.while_main_works(topic, between), self.trainer.dataset.watched(between):
                 self.trainer.save(self.plan.results)
                 if ranks.is_main:
                     self.grids.make(step, between=between)

@@ -18,7 +18,7 @@ from gait_latents.images import selection
 from gait_latents.images.changes import tell_changes_of_run
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import read_split
-from gait_latents.latents.manifest import Manifest, manifest_of_images
+from gait_latents.latents.manifest import Manifest, defaults_of, manifest_of_images, tell_new_cache
 from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings, differences_on_resume
 from gait_latents.training import checkpoint, run_folder, trackers
 from gait_latents.training.beginning import Beginning, check_settings, read_beginning
@@ -78,7 +78,9 @@ def _read_plan(argv: Sequence[str] | None, description: str | None) -> TrainingP
     layers.add(f"run {origin}", stored)
     folder = layers.settings.latents_cache_folder
     manifest = manifest_of_images(folder)
-    layers.add(f"manifest of {folder}", {} if manifest is None else manifest.settings, only_about_cache=True)
+    if manifest is None and state is None:
+        tell_new_cache(folder)
+    layers.add(f"manifest of {folder}", defaults_of(manifest, layers), only_about_cache=True)
     beginning = read_beginning(typed.init_from) if state is None and typed.init_from is not None else None
     layers.add("the run in --init_from", {} if beginning is None else beginning.inherited)
     resolved = layers.resolve()

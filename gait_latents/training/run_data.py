@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from gait_latents.common import files
+from gait_latents.common import console, files
 from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.distributed import ALONE, Ranks
-from gait_latents.common.errors import Failed, UserError
+from gait_latents.common.errors import Failed, Stopped, UserError
 from gait_latents.common.layout import SPLIT_NAME
 from gait_latents.common.process import StopSignals
 from gait_latents.images import changes, data_report, reading, selection, windows
@@ -17,6 +17,7 @@ from gait_latents.latents import filling, opening, vae_fit
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.latents.vae_fit import ChosenSpace
+from gait_latents.settings import TrainSettings
 from gait_latents.training.beginning import warn_of_seen_tests
 from gait_latents.training.plan import TrainingPlan, plain_errors
 from gait_latents.training.run_meta import RunMeta
@@ -195,7 +196,7 @@ def _what_changed(plan: TrainingPlan, meta: RunMeta, split: Split) -> str:
 
 def fill(dataset: LatentDataset, ranks: Ranks) -> None:
     """Encodes what is missing before the first step, in which no process may wait for the encoder of another."""
-    with StopSignals() as signals:
+    with StopSignals(after="this image") as signals:
         try:
             bad = filling.fill_together(dataset, ranks, signals)
         finally:
@@ -203,6 +204,33 @@ def fill(dataset: LatentDataset, ranks: Ranks) -> None:
     if bad:
         position, reason = bad[0]
         raise BadImage(f"{dataset.names[position]}: {reason}")
+
+
+def encode_sample(dataset: LatentDataset, settings: TrainSettings) -> None:
+    """Encodes those images, under a progress bar, that the normalisation of a new run is measured on.
+
+    Raises:
+        Stopped: after a signal; what was encoded by then is kept.
+    """
+    positions = dataset.positions_for_norm(seed=settings.seed, num_images=settings.latent_norm_images)
+    num_missing = dataset.num_missing(positions)
+    if num_missing and dataset.can_encode:
+        with (
+            StopSignals(after="this image") as signals,
+            console.progress(total=num_missing, unit="images", label="encode for the normalisation") as bar,
+        ):
+
+            def advance(count: int) -> None:
+                bar.advance(count)
+                signals.raise_if_received()
+
+            try:
+                with dataset.watched(advance):
+                    dataset.ensure(positions)
+            except Stopped:
+                dataset.cache_flush()
+                say("stopped; what is encoded is kept, and the same command goes on from there")
+                raise
 
 
 def write_cache_defaults(plan: TrainingPlan, data: Data) -> None:

@@ -37,6 +37,7 @@ class RunMeta:
         auto_steps: the solver steps that auto stands for, by sampler.
         compiled: whether the network was compiled.
         torch: the version that trained.
+        threads: how many threads the steps take on a CPU; None on a GPU, and for older runs.
         training: the values that training goes on from; None beside averaged weights alone.
         began_from: the run whose weights this one began with: "place", as it was given, "step", and "digest" of the
             file's header; None for a run that began with new weights.
@@ -55,6 +56,7 @@ class RunMeta:
     auto_steps: Mapping[str, int]
     compiled: bool
     torch: str
+    threads: int | None = None
     training: Mapping[str, Any] | None = None
     began_from: Mapping[str, Any] | None = None
 
@@ -94,6 +96,7 @@ class RunMeta:
             "auto_steps": dict(self.auto_steps),
             "compiled": self.compiled,
             "torch": self.torch,
+            "threads": self.threads,
         }
         others = {"training": self.training, "began_from": self.began_from}
         return plain | {name: value for name, value in others.items() if value is not None}
@@ -137,6 +140,7 @@ class RunMeta:
             auto_steps=_read_auto_steps(plain.get("auto_steps", AUTO_STEPS_BEFORE)),
             compiled=bool(plain.get("compiled", False)),
             torch=str(plain.get("torch", "")),
+            threads=_read_threads(plain.get("threads")),
             training=plain.get("training"),
             began_from=_read_began_from(plain.get("began_from")),
         )
@@ -183,6 +187,12 @@ def _read_began_from(began_from: Any) -> dict[str, Any] | None:
     if not (isinstance(place, str) and type(step) is int and isinstance(digest, str)):
         raise ValueError("its began_from names no run")
     return {"place": place, "step": step, "digest": digest}
+
+
+def _read_threads(threads: Any) -> int | None:
+    if threads is not None and (type(threads) is not int or not 0 < threads <= 4096):
+        raise ValueError("its threads are no number of threads")
+    return threads
 
 
 def _read_auto_steps(auto_steps: Any) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """The averaged network of a checkpoint, ready to sample."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -54,8 +54,17 @@ class TrainedModel:
         self.weights_digest = base.weights_digest(state.averages)
         self.diffusion = averaged_diffusion(state).to(device)
 
-    def sample(self, labels: list[int], indices: list[int], cond_scale: float) -> torch.Tensor:
+    def sample(
+        self,
+        labels: list[int],
+        indices: list[int],
+        cond_scale: float,
+        *,
+        between: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
         """Makes samples [B C h w] of at most BATCH_SIZE images.
+
+        `between` is called after each step of the solver; what it raises ends the work.
 
         Raises:
             Failed: when one is not finite, which would be decoded to a blank image.
@@ -72,6 +81,7 @@ class TrainedModel:
             guidance_interval=self.settings.guidance_interval,
             sampler=self.settings.sampler,
             sampling_timesteps=self.steps,
+            progress=between,
         )
         self._refuse_not_finite(samples, labels, cond_scale)
         return samples

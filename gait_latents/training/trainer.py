@@ -23,7 +23,7 @@ from gait_latents.training import checkpoint, optimizer_state, run_folder
 from gait_latents.training.beginning import Beginning, begin
 from gait_latents.training.draws import StepDraws, draw_step
 from gait_latents.training.plan import TrainingPlan, batch_size, num_steps, pass_size, plain_errors
-from gait_latents.training.run_data import Data, fill, write_cache_defaults
+from gait_latents.training.run_data import Data, encode_sample, fill, write_cache_defaults
 from gait_latents.training.run_folder import SavedState
 from gait_latents.training.run_meta import RunMeta
 from gait_latents.vae.norm import LatentNorm
@@ -65,6 +65,7 @@ class Trainer:
         self.ema = EMA(self.diffusion, decay=settings.ema_decay, update_every=settings.ema_update_every)
         self.losses_of: Any = self.diffusion
         self.is_compiled = self.has_compiled = False
+        self.num_threads: int | None = None  # of the steps on a CPU
         self.optimizer = torch.optim.Adam(
             self.diffusion.parameters(), lr=settings.train_lr, betas=(0.9, 0.99), fused=True
         )
@@ -90,6 +91,7 @@ class Trainer:
         else:
             self._fit_norm()
         compiled = self.choose_network(None if plan.state is None else plan.state.meta.compiled)
+        told_threads = self._choose_threads(plan.state)
         if self.ranks.is_main:
             run_folder.write_plan(plan.results, cli.to_yaml(self.settings), self.data.split)
         parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
@@ -103,6 +105,8 @@ class Trainer:
         )
         precision = str(self.dtype).removeprefix("torch.")
         say(f"{precision} ({self.precision_reason}) on {hardware.describe(self.device)}, {compiled}")
+        if told_threads:
+            say(told_threads)
         if plan.state is not None:
             say(f"going on from step {self.finished_steps:,} of {plan.state.path}")
 
@@ -144,8 +148,23 @@ class Trainer:
         if began_from is not None:
             self.ema.copied_steps = 0
 
+    def _choose_threads(self, state: SavedState | None) -> str:
+        """Chooses the number of threads for the steps; returns what to say of it.
+
+        An older run has not noted its number, and goes on with all. Processes that share a machine are not free of each
+        other: they take what they were started with.
+        """
+        usual = torch.get_num_threads()
+        if self.ranks.count > 1:
+            self.num_threads = usual if self.device.type == "cpu" else None
+            return ""
+        began_with = None if state is None else state.meta.threads or usual
+        self.num_threads, told = hardware.pick_threads(self.device, as_before=began_with)
+        return told
+
     def _fit_norm(self) -> None:
         settings, chosen = self.settings, self.data.chosen
+        encode_sample(self.dataset, settings)
         if settings.latent_norm == "scale_factor":
             channels = self.dataset.latent_shape[0]
             self.dataset.set_norm(LatentNorm.from_scale_factor(channels, chosen.scale_factor, chosen.shift_factor))
@@ -366,6 +385,7 @@ class Trainer:
             auto_steps=self.auto_steps,
             compiled=self.is_compiled,
             torch=torch.__version__,
+            threads=self.num_threads,
             began_from=self.began_from,
         )
 

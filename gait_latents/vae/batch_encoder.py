@@ -18,7 +18,8 @@ class BatchEncoder:
     """Encodes images in calls of one fixed shape, with a VAE that is built at the first call.
 
     Libraries compute batches of other sizes by other ways, with other rounding; with a fixed shape the moments of an
-    image do not depend on the images beside it. On a CPU the shape is of one image, which is fastest, since what a call
+    image do not depend on the images beside it. The rounding also depends on the number of threads: an encoder keeps
+    the number that torch has when it is made. On a CPU the shape is of one image, which is fastest, since what a call
     works on then stays in the processor's caches. Moments that float16 or bfloat16 cannot hold are computed again in
     float32.
 
@@ -36,6 +37,7 @@ class BatchEncoder:
         self.load, self.device, self.dtype = load, device, dtype
         self.vae: Any = None  # what `load` gave; None until the first call
         self.batch_size = 1 if device.type == "cpu" else batch_size
+        self.num_threads = torch.get_num_threads()
         self.record = {
             "precision": str(dtype).removeprefix("torch."),
             "device": hardware.describe(device),
@@ -45,7 +47,8 @@ class BatchEncoder:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """Encodes uint8 images [B S S 3]; returns moments [B 2C h w] float32 on the CPU."""
-        return torch.cat([self._encode_padded(part) for part in images.split(self.batch_size)])
+        with hardware.threads(self.num_threads):
+            return torch.cat([self._encode_padded(part) for part in images.split(self.batch_size)])
 
     def _encode_padded(self, images: Tensor) -> Tensor:
         """Encodes at most `batch_size` images [B S S 3] in a call of exactly so many."""

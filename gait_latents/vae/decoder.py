@@ -1,7 +1,7 @@
 """Decodes latents to images, in a faster number format where a trial shows that the images look the same."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -37,18 +37,21 @@ class ImageDecoder:
         self.vae: base.VAE | None = None
         self._is_tried = dtype == torch.float32
 
-    @torch.inference_mode()
     def __call__(self, samples: Tensor, between: Callable[[], None] = lambda: None) -> list[np.ndarray]:
         """Decodes normalised latents [B C h w] to B images, uint8 [S S 3]; raises UserError when there is no VAE.
 
         `between` is called before each image; what it raises ends the work.
         """
+        return list(self.each(samples, between))
+
+    def each(self, samples: Tensor, between: Callable[[], None] = lambda: None) -> Iterator[np.ndarray]:
+        """Yields the images that a call gives, each as soon as it is decoded."""
         decoder = self.open()
-        images = []
         for latent in self.norm.to_unscaled(samples.to(self.device)):
             between()
-            images.append(pictures.to_uint8(self._finite_pixels(decoder, latent[None]))[0])
-        return images
+            with torch.inference_mode():
+                image = pictures.to_uint8(self._finite_pixels(decoder, latent[None]))[0]
+            yield image
 
     def _finite_pixels(self, decoder: base.VAE, latent: Tensor) -> Tensor:
         """Decodes a latent, in float32 where the number format overflows, which a trial with noise may not show."""

@@ -397,6 +397,38 @@ def test_a_pipe_gets_one_line_of_short_work():
     assert re.fullmatch(r"train: 300 of 300 steps \(100%\) after \d\.\d s\n", done.stderr) and done.stdout == ""
 
 
+def test_the_first_image_of_long_work_gets_a_line_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(console, "_SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(console, "LOG_SECONDS", 0.5)
+    with console.progress(total=1000, unit="images", label="encode") as bar:
+        time.sleep(0.002)
+        for _ in range(3):
+            bar.advance()
+        lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("encode: 1 of 1,000 images (0%) after 0.0 s, about ")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 100.0])
+def test_work_that_is_mostly_quick_is_told_only_where_it_is_slow(monkeypatch, capsys, seconds):
+    monkeypatch.setattr(console, "_SLOW_SECONDS", 0.0 if seconds else 1.0)
+    monkeypatch.setattr(console, "LOG_SECONDS", 0.0 if seconds else 60.0)
+    with console.progress(total=3, unit="files", label="read image files", only_if_slow=True) as bar:
+        assert [bar.counted(item) for item in "abc"] == ["a", "b", "c"]
+    assert ("read image files: 3 of 3 files" in capsys.readouterr().err) == bool(seconds)
+
+
+def test_a_signal_is_told_at_once_even_in_the_midst_of_a_print(capfd):
+    with StopSignals(after="this image") as signals:
+        sys.stderr = stream = io.TextIOWrapper(io.BytesIO())
+        try:
+            stream.write = lambda text: (_ for _ in ()).throw(RuntimeError("reentrant call"))
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            sys.stderr = sys.__stderr__
+        assert signals.received == signal.SIGINT
+    assert capfd.readouterr().err == "Ctrl-C: stopping after this image; a second Ctrl-C ends at once\n"
+
+
 @pytest.mark.parametrize("in_cell", [False, True])
 def test_a_terminal_gets_a_bar_but_not_that_of_a_notebook_cell(in_cell):
     environment = {name: value for name, value in os.environ.items() if name != "JPY_PARENT_PID"}

@@ -343,11 +343,11 @@ def test_generating_is_shared_and_its_files_are_those_of_one_process(trained, tm
         if rank:
             sample = generation.Generator.sample
 
-            def note(generator: Any, labels: list[int], *facts: Any) -> torch.Tensor:
+            def note(generator: Any, labels: list[int], *facts: Any, **more: Any) -> torch.Tensor:
                 if dies:
                     os.kill(os.getpid(), signal.SIGKILL)
                 (tmp_path / "share").write_text(str(len(labels)))
-                return sample(generator, labels, *facts)
+                return sample(generator, labels, *facts, **more)
 
             generation.Generator.sample = note  # type: ignore[assignment]
         return generate(trained, output_folder=tmp_path / "two", images_per_class=3)
@@ -367,11 +367,11 @@ def test_generating_is_shared_and_its_files_are_those_of_one_process(trained, tm
 def test_what_fails_in_one_process_between_the_exchanges_is_told_by_the_first(trained, tmp_path, monkeypatch):
     sample = generation.Generator.sample
 
-    def sample_or_fail(generator: Any, *facts: Any) -> torch.Tensor:
+    def sample_or_fail(generator: Any, *facts: Any, **more: Any) -> torch.Tensor:
         if os.environ["RANK"] == "1":
             raise OSError(28, "No space left on device")
         time.sleep(1)
-        return sample(generator, *facts)
+        return sample(generator, *facts, **more)
 
     monkeypatch.setattr(generation.Generator, "sample", sample_or_fail)
     codes, told = Company(tmp_path, lambda rank: generate(trained, output_folder=tmp_path / "made")).end()

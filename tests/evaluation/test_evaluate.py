@@ -496,9 +496,11 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, list[int]]]:
     calls: list[tuple[float, list[int]]] = []
     sample = TrainedModel.sample
 
-    def noted(self: TrainedModel, labels: list[int], indices: list[int], cond_scale: float) -> torch.Tensor:
+    def noted(
+        self: TrainedModel, labels: list[int], indices: list[int], cond_scale: float, **facts: Any
+    ) -> torch.Tensor:
         calls.append((cond_scale, labels))
-        return sample(self, labels, indices, cond_scale)
+        return sample(self, labels, indices, cond_scale, **facts)
 
     monkeypatch.setattr(TrainedModel, "sample", noted)
     return calls

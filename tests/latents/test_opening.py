@@ -179,17 +179,17 @@ def test_without_a_vae_the_known_space_is_taken(world, capsys):
         space_of(world, None, MANIFEST)
 
 
-def test_another_space_than_the_known_one_is_told_field_by_field(world, capsys):
+def test_another_space_than_the_known_one_is_told_in_the_names_of_settings(world, capsys):
     known = space_of(world)
     space_of(world, known)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(line.startswith("VAE vae.pt: ") for line in lines)
     space_of(world, known, image_size=32)
     _, said = capsys.readouterr().out.splitlines()
-    assert "image_size: 32 vs 16" in said and "vae" not in said.partition(":")[2].replace("moments_shape", "")
+    assert "(--image_size 32, the cache has 16)" in said and "vae_path" not in said
     tiny_vae.save_tiny_vae(world / "vae.pt", seed=1)
     space_of(world, known)
-    assert "vae.weights" in capsys.readouterr().out
+    assert f"(--vae_path {world / 'vae.pt'} has another encoder" in capsys.readouterr().out
 
 
 def test_the_manifest_gives_the_space_back(world):

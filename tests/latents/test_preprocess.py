@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline import open_cache, preprocess, stored_moments
 
 import preprocess_latents
-from gait_latents.common import console, pictures
+from gait_latents.common import console, errors, pictures
 from gait_latents.common.errors import UserError
 from gait_latents.images import reading
 from gait_latents.images.split import Split, read_split
@@ -28,6 +28,7 @@ from gait_latents.latents import preview as preview_module
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.latents.manifest import read_manifest
 from gait_latents.vae import load
+from gait_latents.vae.batch_encoder import BatchEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,6 +105,15 @@ def test_the_constants_of_a_vae_are_told_and_are_no_part_of_the_latents(world, c
     assert manifest.record["shift_factor"] == -0.5
 
 
+def test_the_constants_of_one_vae_are_no_defaults_for_another(world, capsys):
+    assert preprocess(world, scale_factor=0.5) == 0
+    assert preprocess(world) == 0
+    assert "scale_factor 0.5" in capsys.readouterr().out
+    tiny_vae.save_tiny_vae(world / "other.pt", seed=5)
+    assert preprocess(world, vae_path=world / "other.pt") == 0
+    assert "scale_factor 0.18215 (assumed, as the file names none)" in capsys.readouterr().out
+
+
 # --- one run, and another ----------------------------------------------------------------------------------
 
 
@@ -114,7 +124,7 @@ def test_a_run_encodes_everything_into_one_shard_and_accounts_for_it(world, enco
     assert "newly encoded   15\nalready cached  0\nfailed          0\n" in said
     assert re.search(r"time +\d.* images/s; peak memory", said)
     assert f"next: {console.python_word()} train_latent_cfg.py --latents_cache_folder {world}/latents_cache" in said
-    assert encoder.batches == [4, 4, 4, 3]
+    assert encoder.batches == [1] * 15  # on a CPU a call takes one image
     assert encoder.built == ["encoder", "decoder"]
     names = {path.name for path in (world / "latents_cache").iterdir()}
     assert names == {"manifest.json", "split.json", "preview.png", open_cache(world / "latents_cache").space.id}
@@ -238,6 +248,90 @@ def test_a_contiguous_split_leaves_the_neighbours_out(world):
     assert len(open_cache(world / "latents_cache")) == 9
 
 
+# --- the settings of a cache that is there ------------------------------------------------------------------
+
+
+def bare(world: Path, **changes: object) -> int:
+    """Runs preprocess_latents.py with no flag but the place of the cache, and those that are given."""
+    flags = {"output_folder": world / "latents_cache", "device": "cpu"}
+    return preprocess_latents.main(tiny.flags({**flags, **changes}))
+
+
+def test_a_bare_command_goes_on_with_the_settings_of_a_lazy_training(world, encoder, capsys):
+    assert pipeline.train(world, train_num_steps=1, num_samples=0, images_per_user=3, seed=5) == 0
+    encoder.forget()
+    capsys.readouterr()
+    assert bare(world) == 0
+    said = capsys.readouterr().out
+    words = " ".join(said.split())  # of lines that may break anywhere
+    assert f"from the settings of {world}/latents_cache, which flags and --config override: " in words
+    for name, value in {"vae_path": world / "vae.pt", "data_path": world / "data", "image_size": 16, "seed": 5}.items():
+        assert f"{name} {value}" in words
+    assert re.search(r"9 images \(train\): [1-9] cached", said)
+    assert len(open_cache(world / "latents_cache")) == 9
+    assert bare(world) == 0
+    assert "9 images (train): 9 cached, 0 to encode" in capsys.readouterr().out
+
+
+def test_flags_override_the_settings_of_a_cache_and_what_differs_is_told_by_its_name(world, capsys):
+    assert preprocess(world) == 0
+    capsys.readouterr()
+    assert bare(world, images_per_user=2, image_size=32) == 0
+    said = capsys.readouterr().out
+    assert "other than when the cache was made: --images_per_user 2, the cache has 5\n" in said
+    assert (
+        "made with another VAE, image_size or resize (--image_size 32, the cache has 16): its latents are left alone"
+        in said
+    )
+    assert "6 images (train): 0 cached, 6 to encode" in said
+    assert bare(world) == 0  # and now these are the settings of the cache
+    assert "6 images (train): 6 cached, 0 to encode" in capsys.readouterr().out
+
+
+def test_a_config_file_overrides_the_settings_of_a_cache_too(world, tmp_path, capsys):
+    assert preprocess(world) == 0
+    capsys.readouterr()
+    (tmp_path / "own.yaml").write_text("images_per_user: 4\n")
+    assert bare(world, config=tmp_path / "own.yaml") == 0
+    said = capsys.readouterr().out
+    assert "--images_per_user 4, the cache has 5" in said and "12 images (train): 12 cached, 0 to encode" in said
+
+
+def test_the_parts_that_a_cache_was_made_for_stay(world, capsys):
+    assert preprocess(world, splits=["train", "test"]) == 0
+    capsys.readouterr()
+    assert bare(world) == 0
+    assert "24 images (train and test): 24 cached, 0 to encode" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["verify", "prune"])
+def test_a_check_and_a_pruning_read_the_settings_of_the_cache(world, capsys, command):
+    assert preprocess(world) == 0
+    capsys.readouterr()
+    assert bare(world, **{command: "true"}) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"from the settings of {world}/latents_cache, which flags and --config override: " in said
+
+
+@pytest.mark.parametrize("run", [preprocess, pipeline.train])
+def test_a_cache_that_is_not_there_yet_is_told_with_the_one_beside_it(world, capsys, run):
+    assert preprocess(world) == 0
+    assert f"no cache in {world}/latents_cache yet: it is made\n" in capsys.readouterr().out
+    name = "output_folder" if run is preprocess else "latents_cache_folder"
+    assert run(world, **{name: world / "latent_cache"}, **({} if run is preprocess else {"train_num_steps": 1})) == 0
+    told = f"no cache in {world}/latent_cache yet: it is made; did you mean {world}/latents_cache?\n"
+    assert told in capsys.readouterr().out
+    assert run(world, **{name: world / "latent_cache"}) == 0
+    assert "no cache in" not in capsys.readouterr().out
+
+
+def test_a_check_of_a_mistyped_folder_names_the_cache_beside_it(world, capsys):
+    assert preprocess(world) == 0
+    capsys.readouterr()
+    assert bare(world, output_folder=world / "latent_cache", verify="true") == 2
+    assert f"did you mean {world}/latents_cache? Else run preprocess_latents.py" in pipeline.one_error(capsys)
+
+
 # --- bad images --------------------------------------------------------------------------------------------
 
 
@@ -348,6 +442,7 @@ def test_ctrl_c_keeps_what_is_encoded_and_the_same_command_goes_on(world, encode
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
+    assert "Ctrl-C: stopping after this image; a second Ctrl-C ends at once\n" in err
     assert "Traceback" not in err
     said = re.search(r"stopped; (\d+) new latents are kept, and the same command goes on from there", out)
     assert said is not None
@@ -357,6 +452,27 @@ def test_ctrl_c_keeps_what_is_encoded_and_the_same_command_goes_on(world, encode
     assert preprocess(world, **settings) == 0
     assert account(capsys) == (84 - kept, kept, 0)
     assert encoder.num_images == 84 - kept
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_encoding_within_one_image_of_a_batch(world, capsys, monkeypatch, number):
+    encode, seen = BatchEncoder.__call__, []
+
+    def stopping(encoder: BatchEncoder, images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        if len(seen) == 2:
+            os.kill(os.getpid(), number)
+        return encode(encoder, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchEncoder, "__call__", stopping)
+        assert preprocess(world, encode_batch_size=16) == 128 + number
+    assert seen == [1, 1]
+    captured = capsys.readouterr()
+    assert "stopped; 2 new latents are kept, and the same command goes on from there" in captured.out
+    assert f"{errors.name_signal(number)}: stopping after this image; a second Ctrl-C ends at once\n" in captured.err
+    assert preprocess(world) == 0
+    assert account(capsys) == (13, 2, 0)
 
 
 # --- the round trip ----------------------------------------------------------------------------------------

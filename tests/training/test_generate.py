@@ -334,10 +334,9 @@ def test_an_interrupted_run_keeps_its_images_and_goes_on(make, tmp_path, monkeyp
     assert make("whole", images_per_class=7) == 0
     make_batch = generation.Generator._make_batch
 
-    def interrupted(self, cells, writer) -> int:
-        done = make_batch(self, cells, writer)
+    def interrupted(self, *args) -> None:
+        make_batch(self, *args)
         os.kill(os.getpid(), signal.SIGINT)
-        return done
 
     with monkeypatch.context() as patch:
         patch.setattr(generation.Generator, "_make_batch", interrupted)
@@ -346,6 +345,38 @@ def test_an_interrupted_run_keeps_its_images_and_goes_on(make, tmp_path, monkeyp
     assert len(part) == BATCH_SIZE == len(labels_of(tmp_path / "part")) - 1
     assert make("part", images_per_class=7) == 0
     assert image_files(tmp_path / "part") == image_files(tmp_path / "whole")
+
+
+def test_a_signal_within_a_batch_keeps_the_images_decoded_by_then(make, tmp_path, monkeypatch, capsys):
+    assert make("whole", images_per_class=7) == 0
+    capsys.readouterr()
+    to_uint8, decoded = pictures.to_uint8, []
+
+    def decode(image: torch.Tensor) -> np.ndarray:
+        decoded.append(image)
+        if len(decoded) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return to_uint8(image)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "to_uint8", decode)
+        assert make("part", images_per_class=7) == 143
+    assert "SIGTERM: stopping after this image; a second Ctrl-C ends at once\n" in capsys.readouterr().err
+    assert len(image_files(tmp_path / "part")) == 3
+    assert make("part", images_per_class=7) == 0
+    assert image_files(tmp_path / "part") == image_files(tmp_path / "whole")
+
+
+def test_a_signal_ends_the_sampling_after_a_step_of_the_solver(make, tmp_path, monkeypatch):
+    sample = model.LatentDiffusion.sample
+
+    def interrupted(self, *args, progress, **facts) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        return sample(self, *args, progress=lambda: (progress(), pytest.fail("it went on")), **facts)
+
+    monkeypatch.setattr(model.LatentDiffusion, "sample", interrupted)
+    assert make("part", images_per_class=7) == 130
+    assert not image_files(tmp_path / "part")
 
 
 def test_a_file_that_cannot_be_written_ends_the_work_in_one_line_and_the_rest_is_made_later(

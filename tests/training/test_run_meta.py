@@ -36,7 +36,7 @@ def test_each_fact_is_stored_under_its_own_name(stored):
     norm = {"scale": [1.5, 2.5, 3.5, 4.5], "shift": [0.25, 0.5, 0.75, 1.0]}
     digests = {"data_digest": "a" * 64, "moments_digest": "b" * 64, "image_suffix": ".webp", "torch": "2.6.0"}
     others = {"step": 77, "classes": ["x", "y"], "scale_factor": 0.5, "shift_factor": 0.125, "latent_norm": norm}
-    others |= {**digests, "auto_steps": {"ddim": 9}, "compiled": True, "training": {"scaler": {}}}
+    others |= {**digests, "auto_steps": {"ddim": 9}, "compiled": True, "threads": 7, "training": {"scaler": {}}}
     others |= {"began_from": {"place": "./other", "step": 5, "digest": "c" * 64}}
     assert all(stored.get(name) != value for name, value in others.items())
     assert RunMeta.from_json({**stored, **others}, PATH).to_json() == {**stored, **others}
@@ -64,19 +64,20 @@ def test_the_stored_names_are_those_that_older_versions_read(stored):
         "shift_factor",
         "space",
         "step",
+        "threads",
         "torch",
         "training",
     ]
 
 
 def test_an_older_run_counts_as_having_done_what_was_done_then(stored):
-    for name in ("auto_steps", "compiled", "torch"):
+    for name in ("auto_steps", "compiled", "torch", "threads"):
         del stored[name]
     for name in ("guidance_interval", "time_shift", "noise_shift"):
         del stored["settings"][name]
     meta = RunMeta.from_json(stored, PATH)
     assert meta.auto_steps == {"dpm++": 20, "ddim": 250} != AUTO_STEPS
-    assert (meta.compiled, meta.torch) == (False, "")
+    assert (meta.compiled, meta.torch, meta.threads) == (False, "", None)
     assert meta.settings["guidance_interval"] == [0.0, 1.0]
     assert meta.settings["time_shift"] == meta.settings["noise_shift"] == 0.0
 
@@ -107,6 +108,8 @@ def test_what_follows_from_the_facts_is_what_training_had(stored):
         ({"moments_digest": 5}, "its moments_digest is no text"),
         ({"settings": []}, "its settings are no table"),
         ({"auto_steps": {"dpm++": 0}}, "its auto_steps are no numbers of steps"),
+        ({"threads": 0}, "its threads are no number of threads"),
+        ({"threads": "2"}, "its threads are no number of threads"),
         ({"space": {}}, "it does not describe a space"),
         ({"began_from": "a run"}, "TypeError: "),
         ({"began_from": {"place": "a"}}, "KeyError: "),
@@ -130,7 +133,7 @@ def test_a_stored_path_that_is_no_text_is_refused(stored, value):
 
 
 def test_every_fact_that_has_no_default_of_older_runs_is_needed(stored):
-    optional = {"auto_steps", "compiled", "torch", "training"}
+    optional = {"auto_steps", "compiled", "torch", "threads", "training"}
     for name in stored.keys() - optional:
         with pytest.raises(UserError, match=f"KeyError: '{name}'"):
             RunMeta.from_json({key: value for key, value in stored.items() if key != name}, PATH)

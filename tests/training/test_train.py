@@ -1,6 +1,7 @@
 """train_latent_cfg.py from end to end: the same training however it is fed; what it saves and leaves behind."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -41,6 +42,7 @@ from gait_latents.training import trainer as trainer_module
 from gait_latents.training.loop import Clock
 from gait_latents.training.plan import pass_size
 from gait_latents.training.trainer import Trainer
+from gait_latents.vae.batch_encoder import BatchEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_IMAGE_FLAGS: dict[str, object] = {"vae_path": None, "data_path": None, "image_size": None, "images_per_user": None}
@@ -59,8 +61,40 @@ def test_lazy_training_is_pre_encoded_training(world, trained, encoder, capsys):
     assert_same_run(world, trained)
     assert "15 images asked, 0 cached, 15 to encode when first needed" in capsys.readouterr().out
     assert encoder.num_images == 15
-    assert encoder.batches == [4, 2, 4, 4, 1]  # the six of the normalisation, then the next full batch each time
+    assert encoder.batches == [1] * 15  # on a CPU a call takes one image
     assert encoder.built == ["encoder"]
+
+
+def stop_at_image(monkeypatch: pytest.MonkeyPatch, number: int, count: int) -> None:
+    """Sends this process a signal while the image of this number is encoded."""
+    encode, seen = BatchEncoder.__call__, []
+
+    def stopping(encoder: BatchEncoder, images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        if len(seen) == count:
+            os.kill(os.getpid(), number)
+        return encode(encoder, images)
+
+    monkeypatch.setattr(BatchEncoder, "__call__", stopping)
+
+
+@pytest.mark.parametrize(
+    ("at_image", "told", "kept"),
+    [
+        (2, "stopped; what is encoded is kept, and the same command goes on from there", 2),  # of the normalisation
+        (7, "stopped by Ctrl-C before the first step; new latents are kept, and the same command begins again", 7),
+        (11, "stopped by Ctrl-C at step 1; saved, and the same command goes on from there", 11),
+    ],
+)
+def test_ctrl_c_ends_lazy_encoding_within_one_image(world, trained, monkeypatch, capsys, at_image, told, kept):
+    with monkeypatch.context() as patch:
+        stop_at_image(patch, signal.SIGINT, at_image)
+        assert train(world, num_samples=0) == 130
+    captured = capsys.readouterr()
+    assert told in captured.out and "Ctrl-C: stopping after this" in captured.err
+    assert len(stored_moments(world / "latents_cache")) == kept
+    assert train(world, num_samples=0) == 0
+    assert_same_run(world, trained)
 
 
 def test_equal_images_are_not_said_to_be_cached_before_they_are(world, encoder, capsys):
