@@ -35,6 +35,10 @@ from gait_latents.vae.norm import LatentNorm
 ReadImage = Callable[[int], np.ndarray]  # position -> uint8 image [S S 3]; raises BadImage
 
 
+def _unwatched(count: int) -> None:
+    """Stands where nobody wants to know of encoded images; a function of the module, so that a dataset pickles."""
+
+
 class LatentDataset(Dataset):
     """Latents and labels of an ordered list of images, from a cache to which it adds what is missing.
 
@@ -78,7 +82,7 @@ class LatentDataset(Dataset):
         self._on_store_error = on_store_error
         self.cache, self.names = cache, list(names)
         self.encode, self.read_image, self.encode_batch_size = encode, read_image, encode_batch_size
-        self._after_images: Callable[[int], None] = lambda count: None  # see `watched`
+        self._after_images: Callable[[int], None] = _unwatched  # see `watched`
         self.device = device
         self.keys = list(keys)
         if "" in self.keys:  # as in the split of a folder whose files were not read yet

@@ -1092,7 +1092,9 @@ def test_the_network_is_named_in_few_places() -> None:
     assert len(texts) > 60
     named = {name.removeprefix(f"{PACKAGE}/") for name, text in texts.items() if words.search(text)}
     asking = {"common/files.py", "training/trackers.py"}  # for the name of this machine
-    assert named == {"vae/load.py", "evaluation/inception.py", *asking}
+    waiting = "common/distributed.py"  # asks whether the process that torchrun names answers
+    assert named == {"vae/load.py", "evaluation/inception.py", waiting, *asking}
+    assert set(re.findall(r"socket\.\w+", texts[f"{PACKAGE}/{waiting}"])) == {"socket.create_connection"}
     for name in asking:
         assert set(re.findall(r"socket\.\w+", texts[f"{PACKAGE}/{name}"])) == {"socket.gethostname"}
     fetches = {name: found for name, text in texts.items() if (found := re.findall(r"torch\.hub\.\w+", text))}

@@ -150,7 +150,7 @@ def test_of_two_numbers_of_images_a_flag_wins_over_a_file(trained, tmp_path, mon
     [
         (
             {"images_per_class": ["ID_9=5", "2"]},
-            "--images_per_class: the model has no class ID_9; did you mean ID_2? it knows ID_1, ID_2, ID_10",
+            "--images_per_class: the model has no class ID_9; did you mean ID_2? it has ID_1, ID_2, ID_10",
         ),
         (
             {"images_per_class": "ID_1=5", "classes": ["ID_2", "ID_10"]},
