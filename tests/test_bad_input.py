@@ -355,6 +355,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(world, cap
     refused(lambda: train(world, **changes), world, capsys, *told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -429,6 +429,7 @@ def test_a_signal_is_told_at_once_even_in_the_midst_of_a_print(capfd):
     assert capfd.readouterr().err == "Ctrl-C: stopping after this image; a second Ctrl-C ends at once\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_cell", [False, True])
 def test_a_terminal_gets_a_bar_but_not_that_of_a_notebook_cell(in_cell):
     environment = {name: value for name, value in os.environ.items() if name != "JPY_PARENT_PID"}

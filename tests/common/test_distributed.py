@@ -138,6 +138,7 @@ def test_two_processes_train_as_one_and_encode_each_image_once(world, trained):
     assert sorted(rows) == [7, 8]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(cached, trained):
     assert train(cached, train_num_steps=3, num_samples=0) == 0
     assert train_on_two(cached, train_num_steps=6, num_samples=0)[0] == [0, 0]
@@ -166,6 +167,7 @@ def skipped(world: Path) -> int:
     return len(split.skipped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_all_processes_end_with_the_same_numbers(cached, on_two, precision):
     """Weights, averages, loss scale and losses; an overflow in one process's half of a batch skips the step for all."""
@@ -202,6 +204,7 @@ def test_all_processes_end_with_the_same_numbers(cached, on_two, precision):
         assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_what_is_deterministic_is_so_from_the_first_encoded_image_on(world, monkeypatch):
     """On a GPU torch looks once, at its first matrix product, whether cuBLAS was told to be."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
@@ -253,6 +256,7 @@ def test_a_process_that_lacks_nothing_waits_for_one_that_does_however_long_it_ta
     assert_alike(world, trained)
 
 
+@pytest.mark.slow
 def test_what_a_dead_process_leaves_is_encoded_by_the_others(world, monkeypatch):
     """Without torchrun nobody tells of its death before the next exchange."""
     monkeypatch.setattr(distributed, "_PATIENCE_SECONDS", 0.2)
@@ -299,6 +303,7 @@ def test_a_signal_to_one_encoder_ends_all_and_keeps_what_is_encoded(world, monke
     assert len(pipeline.open_cache(world / "latents_cache")) == 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [train, preprocess])
 def test_a_process_that_cannot_encode_its_share_ends_all_at_once(world, monkeypatch, command):
     """And none does its work meanwhile, nor goes on to what comes after it."""
@@ -364,6 +369,7 @@ def test_generating_is_shared_and_its_files_are_those_of_one_process(trained, tm
     assert two == one and len(one) == 9 + 3
 
 
+@pytest.mark.slow
 def test_what_fails_in_one_process_between_the_exchanges_is_told_by_the_first(trained, tmp_path, monkeypatch):
     sample = generation.Generator.sample
 
@@ -379,6 +385,7 @@ def test_what_fails_in_one_process_between_the_exchanges_is_told_by_the_first(tr
     assert one_told(told) == "error: No space left on device (in process 1)"
 
 
+@pytest.mark.slow
 def test_a_process_speaks_for_itself_where_the_first_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "_LAST_WORDS_SECONDS", 0.1)
 
@@ -475,6 +482,7 @@ def test_a_signal_to_one_process_cuts_the_grid_of_rank_0_short(cached, monkeypat
     assert f"stopped by SIGTERM at step {HALF}; saved" in told[0] and told[1] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", ["true", "auto"])
 @pytest.mark.parametrize("failing", [0, 1])
 def test_what_cannot_be_compiled_in_one_process_is_not_compiled_in_any(cached, trained, monkeypatch, asked, failing):
@@ -545,6 +553,7 @@ def test_a_compiled_network_that_fails_later_in_one_process_ends_all(cached, on_
     pipeline.assert_same_run(cached, on_two)
 
 
+@pytest.mark.slow
 def test_a_failed_save_ends_all_with_one_sentence(cached, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -563,6 +572,7 @@ def test_the_time_budget_is_that_of_rank_0(cached):
 # --- what does not fit together ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -619,6 +629,7 @@ def test_the_first_of_several_processes_prints_the_help_and_exports(trained, tmp
     assert codes == [2, 0] and "--checkpoint" in one_told(told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", ["verify", "prune"])
 def test_what_cannot_be_shared_is_refused_by_one_sentence_and_does_nothing(trained, tmp_path, work):
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}

@@ -417,6 +417,7 @@ def test_classifiers_are_trained_once_and_go_on_where_they_were_stopped(
     assert read_report(evaluated)["classifier"] == report["classifier"] and len(trainings) == 7
 
 
+@pytest.mark.slow
 def test_what_was_found_about_other_images_goes_before_anything_is_computed(trained, synthetic, evaluated, monkeypatch):
     asked = {"classifier": "true", "classifier_steps": 1, "classifier_seeds": 1, "classifier_image_size": 8}
     assert evaluate(trained, synthetic, evaluated, **asked) == 0

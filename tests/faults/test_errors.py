@@ -279,6 +279,7 @@ def _places(script: Script, world: Path, is_long: bool) -> list[int]:
     return places if is_long else places[:: len(places) // (10 if script is ENCODE else 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [pytest.param(ENCODE, id="encode"), pytest.param(TRAIN, id="train", marks=SLOW)])
 def test_an_error_at_each_call_of_a_script(world, account, is_long, script):
     """Training goes on without its cache."""
@@ -451,6 +452,7 @@ def test_files_limited_in_size_while_encoding(world, account):
     account.add("files limited in size", "RLIMIT_FSIZE while encoding", **vars(tally))
 
 
+@pytest.mark.slow
 def test_a_small_disk_while_encoding(world, account, is_long):
     """Whatever there is room for is kept; the same command goes on when there is more."""
     like = undisturbed(ENCODE, world)
@@ -536,6 +538,7 @@ def test_a_small_disk_for_the_results(world, account, is_long):
     account.add("full disk", "1 MiB tmpfs under the results", **vars(in_child(work)))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_limited_in_size(world, account):
     """The error of the very first save, and of a later one."""
     like = undisturbed(TRAIN, world)

@@ -321,7 +321,11 @@ def test_the_comparison_of_runs_sees_each_difference(cached):
 
 @pytest.mark.parametrize(
     ("number", "place"),
-    [*((signal.SIGTERM, place) for place in ("step", "publish", "grid", "encode")), (signal.SIGINT, "update")],
+    [
+        (signal.SIGTERM, "publish"),
+        (signal.SIGINT, "update"),
+        *(pytest.param(signal.SIGTERM, place, marks=pytest.mark.slow) for place in ("step", "grid", "encode")),
+    ],
 )
 def test_a_signal_anywhere_ends_a_run_within_one_step(
     world, trained, monkeypatch, capsys, encoder, account, number, place
@@ -388,6 +392,7 @@ def test_the_time_budget_ends_a_run_cleanly_and_the_next_session_goes_on(cached,
 # --- two at once -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, HALF + 1])
 def test_of_two_trainings_in_one_folder_one_ends_by_name_and_the_other_goes_on(
     cached, trained, monkeypatch, capsys, account, step
@@ -490,6 +495,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_run_goes_on_with_the_same_latents_when_its_cache_was_changed(
     cached, trained, capsys, encoder, account, what

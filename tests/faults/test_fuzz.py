@@ -387,6 +387,7 @@ def takes_a_vae(path: Path) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
 def test_weight_files(tmp_path: Path, account: Account, is_long: bool, form: str) -> None:
     path = tmp_path / ("vae.safetensors" if form == "safetensors" else "vae.pt")
@@ -414,6 +415,7 @@ def pickled_part(path: Path) -> range:
     return range(record.header_offset + 60, record.header_offset + 60 + record.file_size)
 
 
+@pytest.mark.slow
 def test_configs_of_diffusers(tmp_path: Path, account: Account, is_long: bool) -> None:
     save_tiny_diffusers_vae(tmp_path / "vae")
     path = tmp_path / "vae" / "config.json"
@@ -521,6 +523,7 @@ class Sealed:
         overwrite(self.state, safetensors.torch.save(self.tensors, facts))
 
 
+@pytest.mark.slow
 def test_the_scripts_on_documents_of_nonsense(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, account: Account, is_long: bool
 ) -> None:

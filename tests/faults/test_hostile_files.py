@@ -202,6 +202,7 @@ def test_what_is_no_file_but_named_like_a_shard_is_reported_and_skipped(tmp_path
     account.add("no file where a shard should be", "folder, links, pipe, device, empty", cases=len(ODDITIES) + 1)
 
 
+@pytest.mark.slow
 def test_ten_thousand_orphans_cost_little_and_go(tmp_path: Path, account: Account) -> None:
     folder = stored(tmp_path, [0]).parent
     ended = fork(lambda: None)
@@ -672,6 +673,7 @@ YAML_BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_hostile_yaml_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, account: Account, name: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -1102,6 +1104,7 @@ def test_the_network_is_named_in_few_places() -> None:
     assert set(*fetches.values()) == {"torch.hub.get_dir", "torch.hub.download_url_to_file"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vae.pt", "diffusers"])
 def test_nothing_connects_to_anything_without_a_hub_id(world: Path, account: Account, kind: str) -> None:
     if kind == "diffusers":

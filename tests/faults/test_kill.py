@@ -23,7 +23,7 @@ import pytest
 import tiny
 from os_faults import BARS, Child, Tally, Tell, fault_at, killing, nothing_synced
 from pipeline import HALF, STEPS
-from publishings import MERGE, PRUNE, WORKS, Work, done_again, temporaries, verdict
+from publishings import WORKS, Work, done_again, temporaries, verdict
 from torch import Tensor
 
 from gait_latents.common import files as disk_files
@@ -43,7 +43,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    "work", [pytest.param(work, marks=pytest.mark.slow) if work in (MERGE, PRUNE) else work for work in WORKS], ids=str
+    "work",
+    [work if work in (FIRST_SHARD, CHECKPOINT) else pytest.param(work, marks=pytest.mark.slow) for work in WORKS],
+    ids=str,
 )
 def test_a_kill_at_each_call(work, tmp_path, account, is_long):
     tally = kills_at_each_call(work, tmp_path, sides=(True, False) if is_long else (True,))
@@ -375,6 +377,7 @@ def test_kills_while_a_run_saves(world, reference, account, is_long):
     account.add("SIGKILL while training", "inside a save", **vars(tally))
 
 
+@pytest.mark.slow
 def test_kills_while_generating(trained, tmp_path, account):
     """The same command makes the rest, and takes away what the killed one had begun."""
     folder, publish, places = tmp_path / "synthetic", disk_files.publish, itertools.count()

@@ -181,6 +181,7 @@ MUTATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_a_missing_safeguard_is_noticed(mutation, tmp_path):
     with mock.patch.multiple(mutation.module, **mutation.changes):

@@ -489,6 +489,7 @@ def real_encoder(*, dtype: torch.dtype = torch.float32, network: object = None) 
     return BatchEncoder(lambda: network, device=torch.device("cpu"), batch_size=4, dtype=dtype)
 
 
+@pytest.mark.slow
 def test_the_bits_of_a_row_do_not_depend_on_its_neighbours():
     encode, images = real_encoder(), random_images(6)
     alone = [encode(image[None])[0] for image in images]
