@@ -23,7 +23,7 @@ import pytest
 import tiny
 from os_faults import BARS, Child, Tally, Tell, fault_at, killing, nothing_synced
 from pipeline import HALF, STEPS
-from publishings import WORKS, Work, done_again, temporaries, verdict
+from publishings import CHECKPOINT, FIRST_SHARD, WORKS, Work, done_again, temporaries, verdict
 from torch import Tensor
 
 from gait_latents.common import files as disk_files
