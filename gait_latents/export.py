@@ -33,7 +33,7 @@ def read_and_export(argv: Sequence[str] | None) -> int:
 
     layers = cli.Layers(ExportSettings, argv, description=__doc__)
     state = run_folder.read_averages(Path(layers.settings.checkpoint))
-    layers.add(f"run {state.path.parent}", state.meta.chosen_settings("cond_scale", "guidance_interval"))
+    layers.add(f"the run in {state.path.parent}", state.meta.chosen_settings("cond_scale", "guidance_interval"))
     exported_model.export(layers.resolve().settings, state)
     return DONE
 

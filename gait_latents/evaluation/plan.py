@@ -52,7 +52,7 @@ def make_plan(argv: Sequence[str] | None, description: str | None = None) -> Eva
     layers = cli.Layers(EvaluateSettings, argv, description=description)
     state = run_folder.read_averages(Path(layers.settings.checkpoint))
     run = state.path.parent
-    layers.add(f"run {run}", state.meta.chosen_settings("seed", "vae_path", "data_path"))
+    layers.add(f"the run in {run}", state.meta.chosen_settings("seed", "vae_path", "data_path"))
     settings: EvaluateSettings = layers.resolve().settings
     charts.check_installed()  # before anything is computed
     split = read_split(run)
@@ -61,7 +61,7 @@ def make_plan(argv: Sequence[str] | None, description: str | None = None) -> Eva
     if split.classes != state.meta.classes:
         raise UserError(f"{run / SPLIT_NAME} names other classes than {state.path}; they belong to two runs")
     read_like = cli.resolve(
-        PreprocessSettings, [cli.stored_layer(PreprocessSettings, f"run {run}", state.meta.settings)]
+        PreprocessSettings, [cli.stored_layer(PreprocessSettings, f"the run in {run}", state.meta.settings)]
     )
     read_like = replace(
         read_like.settings, data_path=settings.data_path or "", vae_path=settings.vae_path or "", device=settings.device

@@ -64,7 +64,7 @@ def find_states(plan: EvaluationPlan) -> list[Path]:
 def sampling_settings(plan: EvaluationPlan) -> GenerateSettings:
     """Returns how the run samples, as generate.py would without flags."""
     of_run = plan.state.meta.chosen_settings(*FROM_RUN)
-    layer = cli.stored_layer(GenerateSettings, f"run {plan.state.path.parent}", of_run)
+    layer = cli.stored_layer(GenerateSettings, f"the run in {plan.state.path.parent}", of_run)
     own = {"seed": plan.settings.seed, "vae_path": plan.settings.vae_path, "device": plan.settings.device}
     return replace(cli.resolve(GenerateSettings, [layer]).settings, **own)
 

@@ -40,7 +40,7 @@ def open_generator(argv: Sequence[str] | None, description: str | None = None, r
     with ranks.together():
         layers = cli.Layers(GenerateSettings, argv, description=description)
         state = run_folder.read_averages(Path(layers.settings.checkpoint))
-        layers.add(f"run {state.path.parent}", state.meta.chosen_settings(*FROM_RUN))
+        layers.add(f"the run in {state.path.parent}", state.meta.chosen_settings(*FROM_RUN))
         settings = _one_number(layers.resolve())
         selection.refuse_to_be_a_class(Path(settings.output_folder), state.meta.settings.get("data_path"))
         device = hardware.pick_device(ranks.device_name(settings.device))

@@ -75,12 +75,12 @@ def _read_plan(argv: Sequence[str] | None, description: str | None) -> TrainingP
     origin, state = find_run(Path(typed.results_folder), typed.resume_from)
     _refuse_imported(origin, state)
     stored = {} if state is None else {k: v for k, v in state.meta.settings.items() if k not in _NOT_INHERITED}
-    layers.add(f"run {origin}", stored)
+    layers.add(f"the run in {origin}", stored)
     folder = layers.settings.latents_cache_folder
     manifest = manifest_of_images(folder)
     if manifest is None and state is None:
         tell_new_cache(folder)
-    layers.add(f"manifest of {folder}", defaults_of(manifest, layers), only_about_cache=True)
+    layers.add(f"the settings of {folder}", defaults_of(manifest, layers), only_about_cache=True)
     beginning = read_beginning(typed.init_from) if state is None and typed.init_from is not None else None
     layers.add("the run in --init_from", {} if beginning is None else beginning.inherited)
     resolved = layers.resolve()
@@ -88,9 +88,10 @@ def _read_plan(argv: Sequence[str] | None, description: str | None) -> TrainingP
     if beginning is not None:
         check_settings(beginning, settings)
     if state is not None:
-        began = cli.stored_layer(TrainSettings, f"run {origin}", stored).values.get("init_from")
+        began = cli.stored_layer(TrainSettings, f"the run in {origin}", stored).values.get("init_from")
         settings = replace(settings, init_from=_began_with(typed.init_from, began, origin))
     _refuse_changes(stored, settings, origin)
+    _tell_other_split(stored, manifest, origin)
     _refuse_missing_cache(resolved)
     trackers.choose(settings.trackers)  # before anything else is done
     _refuse_impossible(settings)
@@ -166,6 +167,20 @@ def _refuse_changes(stored: dict[str, Any], settings: TrainSettings, origin: Pat
         raise UserError(
             f"--{name} is {cli.show(new)}, but the run in {origin} was started with {cli.show(old)}; "
             f"leave it at {cli.show(old)}, or start another run with another --results_folder"
+        )
+
+
+def _tell_other_split(stored: dict[str, Any], manifest: Manifest | None, origin: Path | None) -> None:
+    """Says so where the cache chooses training images in another way than the run that goes on with its own."""
+    now = {} if manifest is None else manifest.settings
+    names = [n for n in ("images_per_user", "split", "split_gap") if n in stored and now.get(n, stored[n]) != stored[n]]
+    if "split" not in names and stored.get("split") == "random":
+        names = [name for name in names if name != "split_gap"]  # of no meaning there
+    if names:
+        own, other = (", ".join(f"{n} {cli.show(values[n])}" for n in names) for values in (stored, now))
+        say(
+            f"the run in {origin} goes on with its own training images ({own}), and the cache has others ({other}): to "
+            "train on those, give another --results_folder"
         )
 
 

@@ -149,7 +149,9 @@ def test_the_manifest_supplies_what_is_not_given(trained, tmp_path, capsys):
     assert train(tmp_path, **flags, **NO_IMAGE_FLAGS) == 0
     assert_same_run(tmp_path, trained)
     said = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"manifest of \S+latents_cache: vae_path \S+vae.pt, data_path \S+data, image_size 16", said)
+    assert re.search(
+        r"from the settings of \S+latents_cache: vae_path \S+vae.pt, data_path \S+data, image_size 16", said
+    )
 
 
 def test_the_settings_of_a_run_are_a_config_file(trained, tmp_path):
@@ -330,6 +332,21 @@ def test_a_new_run_says_that_the_folder_is_not_as_the_cache_knows_it(cached, cap
     who = f"the split in {cached / 'latents_cache'}"
     told = f"{cached / 'data'} has the class ID_3 that {who} does not know; the split is drawn anew"
     assert told in capsys.readouterr().out
+
+
+def test_a_run_says_that_the_cache_has_another_split_and_keeps_its_own(cached, trained, capsys):
+    assert train(cached, train_num_steps=HALF) == 0
+    assert "its own training images" not in capsys.readouterr().out
+    assert pipeline.preprocess(cached, split="contiguous", split_gap=2, images_per_user=4) == 0
+    capsys.readouterr()
+    assert train(cached, **NO_IMAGE_FLAGS) == 0
+    told = (
+        f"the run in {cached / 'results'} goes on with its own training images (images_per_user 5, split random, "
+        "split_gap 4), and the cache has others (images_per_user 4, split contiguous, split_gap 2): to train on those, "
+        "give another --results_folder\n"
+    )
+    assert told in capsys.readouterr().out
+    assert_same_run(cached, trained)
 
 
 def test_two_full_states_and_every_average_are_kept(cached):
