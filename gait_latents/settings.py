@@ -166,17 +166,17 @@ class PreprocessSettings(ImageSettings):
         "vae_path",
         "output_folder",
         "num_users",
+        "class_names",
         "images_per_user",
         "image_size",
+        "resize",
         "split",
+        "split_gap",
         "splits",
-        "seed",
         "skip_bad_images",
-        "encode_batch_size",
         "verify",
         "prune",
         "yes",
-        "device",
     )  # what --help shows
 
     output_folder: str = setting("./latents_cache", str, CACHE, "the cache folder", path=True)
@@ -269,16 +269,16 @@ class TrainSettings(SamplingSettings, ImageSettings):
         "latents_cache_folder",
         "results_folder",
         "resume_from",
+        "init_from",
         "num_users",
+        "class_names",
         "images_per_user",
         "image_size",
         "split",
         "train_num_steps",
         "train_batch_size",
-        "train_lr",
         "save_and_sample_every",
         "max_hours",
-        "device",
     )  # what --help shows
 
     latents_cache_folder: str = setting("./latents_cache", str, CACHE, "the cache folder", path=True, free=True)
