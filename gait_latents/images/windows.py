@@ -112,13 +112,13 @@ def _some_classes(split: Split) -> dict[str, list[str]]:
 
 
 def split_warnings(split: Split, data_path: str, *, resize: str) -> list[str]:
-    """Returns what is to be said of figures: what `windows_warning` says, or of a random split that it may leak.
+    """Returns what is to be said of the figures of a run: of windows, or of a random split that it may leak.
 
     The images need not be at hand, and windows of one recording need not be numbered, or overlap by enough to show.
     """
     found = windows_warning(split, data_path, resize=resize)
     if found is not None:
-        return [found]
+        return [f"{found} to preprocess_latents.py, and train in another --results_folder"]
     return [_RANDOM_SPLIT] if split.rule["split"] == "random" else []
 
 

@@ -244,7 +244,8 @@ def test_figures_of_a_random_split_are_never_told_without_a_warning(tmp_path):
     )
     split = split_of(save_recordings(tmp_path / "other", 0.9))
     (found,) = split_warnings(split, str(tmp_path / "other"), resize="crop")
-    assert "overlap by about 90%" in found and found.endswith("--split contiguous --split_gap 9")
+    flags = "give --split contiguous --split_gap 9 to preprocess_latents.py, and train in another --results_folder"
+    assert "overlap by about 90%" in found and found.endswith(flags)
 
 
 def test_however_many_images_there_are_few_are_read(tmp_path, monkeypatch):
