@@ -99,11 +99,11 @@ def no_kernels_message(gpu: str) -> str:
     )
 
 
-def describe(device: torch.device) -> str:
-    """Names the device for the log."""
+def describe(device: torch.device, num_threads: int | None = None) -> str:
+    """Names the device for the log, a CPU with the number of threads that compute; None is as many as torch takes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"
+    return f"CPU ({num_threads or torch.get_num_threads()} threads)"
 
 
 def pick_threads(device: torch.device, *, as_before: int | None) -> tuple[int | None, str]:

@@ -166,7 +166,7 @@ class TrainingLoop:
         self.trainer.save(self.plan.results, with_average=False)
         if self.ranks.is_main:
             if self.settings.num_samples:
-                say("the first step is saved; trying a sample, so that what cannot work fails now")
+                say("the first step is saved; a sample is tried now, so that what cannot work fails at once")
             self.grids.rehearse()
         self._is_first_step = False
 

@@ -104,7 +104,7 @@ class Trainer:
             f"batch {self.batch}{shared}{passes}, {self.num_steps:,} steps{auto}"
         )
         precision = str(self.dtype).removeprefix("torch.")
-        say(f"{precision} ({self.precision_reason}) on {hardware.describe(self.device)}, {compiled}")
+        say(f"{precision} ({self.precision_reason}) on {hardware.describe(self.device, self.num_threads)}, {compiled}")
         if told_threads:
             say(told_threads)
         if plan.state is not None:

@@ -108,6 +108,7 @@ def test_a_new_run_takes_as_many_threads_as_cores_are_free_and_says_so(machine):
     machine(3)
     told = "3 of 4 threads, as only so many cores are free; OMP_NUM_THREADS=4 takes all"
     assert hardware.pick_threads(CPU, as_before=None) == (3, told)
+    assert hardware.describe(CPU, 3) == "CPU (3 threads)"
     for free in (4, 9, None):
         machine(free)
         assert hardware.pick_threads(CPU, as_before=None) == (4, "")
