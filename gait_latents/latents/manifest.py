@@ -109,18 +109,23 @@ def tell_new_cache(folder: str | Path) -> None:
     """Says so where a folder holds no cache yet, and which cache beside it may be meant: its name may be mistyped."""
     holds_one = (Path(folder) / MANIFEST_NAME).exists() or any(Path(folder).glob("*/*.safetensors"))
     if not holds_one:
-        guess = did_you_mean(folder)
-        say(f"no cache in {folder} yet: it is made{guess and f'; {guess}'}")
+        guess = did_you_mean(folder, only_alike=True)
+        say(f"no cache in {folder} yet, so a new one is made{guess and f'; {guess}'}")
 
 
-def did_you_mean(folder: str | Path) -> str:
-    """Returns a question that names the cache beside a folder whose name is most like it; an empty text without one."""
+def did_you_mean(folder: str | Path, *, only_alike: bool = False) -> str:
+    """Returns a question that names the cache beside a folder whose name is most like it; an empty text without one.
+
+    Args:
+        folder: where there is no cache.
+        only_alike: leave out names that are no likely mistyping of this one, as a new cache may well have another.
+    """
     place = Path(folder).absolute()
     try:
         others = [path.parent.name for path in sorted(place.parent.glob(f"*/{MANIFEST_NAME}")) if path.parent != place]
     except OSError:  # what is beside it cannot be looked at
         return ""
-    near = difflib.get_close_matches(place.name, others, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(place.name, others, n=1, cutoff=0.75 if only_alike else 0.0)
     return f"did you mean {show_name(str(Path(folder).parent / near[0]))}?" if near else ""
 
 

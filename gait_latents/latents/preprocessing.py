@@ -273,7 +273,7 @@ def _say_doubt(work: Work) -> None:
     some = present[torch.linspace(0, len(present) - 1, min(_NUM_MEASURED, len(present))).long()]
     doubt = vae_fit.doubt_of_factors(work.dataset.moments(some).cpu(), work.chosen)
     if doubt:
-        say(f"scale_factor    {doubt} (it matters with --latent_norm scale_factor alone)")
+        say(f"scale_factor    only for training with --latent_norm scale_factor, else ignore this: {doubt}")
 
 
 _NUM_MEASURED = 64  # images whose latents are looked at for the spread

@@ -92,7 +92,9 @@ def test_the_constants_of_a_vae_are_told_and_are_no_part_of_the_latents(world, c
     assert "scale_factor 0.18215 (assumed, as the file names none)" in said and "should be about 1" not in said
     assert preprocess(world, scale_factor=0.01) == 0
     said = capsys.readouterr().out
-    told = re.search(r"^scale_factor    the latents have .* --scale_factor (\S+) makes it so", said, re.MULTILINE)
+    told = re.search(
+        r"^scale_factor    only for .* the latents have .* --scale_factor (\S+) makes it so", said, re.MULTILINE
+    )
     assert told is not None
     before = cache_files(world)
     assert preprocess(world, scale_factor=told[1], shift_factor=-0.5) == 0
@@ -316,13 +318,20 @@ def test_a_check_and_a_pruning_read_the_settings_of_the_cache(world, capsys, com
 @pytest.mark.parametrize("run", [preprocess, pipeline.train])
 def test_a_cache_that_is_not_there_yet_is_told_with_the_one_beside_it(world, capsys, run):
     assert preprocess(world) == 0
-    assert f"no cache in {world}/latents_cache yet: it is made\n" in capsys.readouterr().out
+    assert f"no cache in {world}/latents_cache yet, so a new one is made\n" in capsys.readouterr().out
     name = "output_folder" if run is preprocess else "latents_cache_folder"
     assert run(world, **{name: world / "latent_cache"}, **({} if run is preprocess else {"train_num_steps": 1})) == 0
-    told = f"no cache in {world}/latent_cache yet: it is made; did you mean {world}/latents_cache?\n"
+    told = f"no cache in {world}/latent_cache yet, so a new one is made; did you mean {world}/latents_cache?\n"
     assert told in capsys.readouterr().out
     assert run(world, **{name: world / "latent_cache"}) == 0
     assert "no cache in" not in capsys.readouterr().out
+
+
+def test_a_new_cache_with_a_name_of_its_own_is_not_taken_for_a_mistyping(world, capsys):
+    assert preprocess(world) == 0
+    capsys.readouterr()
+    assert preprocess(world, output_folder=world / "squashed") == 0
+    assert f"no cache in {world}/squashed yet, so a new one is made\n" in capsys.readouterr().out
 
 
 def test_a_check_of_a_mistyped_folder_names_the_cache_beside_it(world, capsys):
