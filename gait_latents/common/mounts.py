@@ -65,9 +65,12 @@ def why_missing(setting: str, path: str | os.PathLike[str]) -> str | None:
         path: the path, as `locate` has returned it.
 
     Returns:
-        The end of a sentence; None where the path is of no input, is there, or this machine has no inputs.
+        The end of a sentence; None where the path is there, where this machine has no inputs, and where it is of no
+        input, but for a relative path to images or a VAE.
     """
     place = _place(os.fspath(path))
+    if place is None and setting in _OF_INPUTS and not Path(path).is_absolute() and not os.path.lexists(path):
+        return _attached() if _inputs() else None
     if place is None or place.exists() or not root().is_dir():
         return None
     found = _find(place)
@@ -81,6 +84,13 @@ def why_missing(setting: str, path: str | os.PathLike[str]) -> str | None:
             folder /= part
         names = [child.name for child in folder.iterdir()]
         return f"{show_name(folder)} has {_listed(names) or 'nothing in it'}"
+    return _attached()
+
+
+_OF_INPUTS = ("data_path", "vae_path")  # what is attached as an input, so that a bare name is one that lacks its place
+
+
+def _attached() -> str:
     attached = [str(one.folder) for one in _inputs()]
     return f"the inputs attached are {_listed(attached)}" if attached else f"nothing is attached below {root()}"
 

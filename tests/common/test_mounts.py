@@ -72,7 +72,7 @@ def test_what_is_there_stays_as_it_is_written(inputs, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", ["data", "/data/gait/Normal_line", "ann/gait", "../gait", "/kaggle/inputs/gait", "."])
 def test_what_is_no_input_is_left_alone(inputs, path):
     attach(inputs, "datasets/ann/gait", "datasets/kaggle/gait")
-    assert mounts.locate(path) == path and mounts.why_missing("data_path", path) is None
+    assert mounts.locate(path) == path and mounts.why_missing("checkpoint", path) is None
 
 
 def test_a_name_on_the_hub_is_left_alone_among_the_inputs(inputs, monkeypatch):
@@ -131,6 +131,16 @@ def test_a_dozen_of_many_inputs_are_told(inputs):
     told = mounts.why_missing("data_path", "/kaggle/input/gait")
     assert told is not None and told.startswith(f"the inputs attached are {inputs}/datasets/ann/set-00, ")
     assert told.count(str(inputs)) == 12 and told.endswith(" and 3 more") and "/datasets," not in told
+
+
+def test_a_bare_name_of_images_that_is_nowhere_is_told_with_what_is_attached(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mounts.why_missing("data_path", "Normal_line") is None  # this machine has no inputs
+    attach(inputs, "gait")
+    assert mounts.why_missing("data_path", "Normal_line") == f"the inputs attached are {inputs}/gait"
+    assert mounts.why_missing("checkpoint", "results") is None
+    (tmp_path / "Normal_line").mkdir()
+    assert mounts.why_missing("data_path", "Normal_line") is None
 
 
 def test_that_nothing_is_attached_is_told(inputs):
