@@ -186,6 +186,14 @@ def _num_images_below(folder: Path) -> int:
     return sum(1 for _, _, names in _walk(folder) for name in names if _is_image_name(name))
 
 
+def _class_folders_below(folder: Path) -> Path | None:
+    """Returns the first folder, this one or one below it, that has a folder with images; None without one."""
+    for place, _, names in _walk(folder):
+        if Path(place) != folder and any(map(_is_image_name, names)):
+            return Path(place).parent
+    return None
+
+
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not _is_hidden(name) and name.casefold() not in _LEFTOVERS]
@@ -224,9 +232,9 @@ def _nothing_found_message(listing: Listing, setting: str) -> str:
         loose = len(listing.loose.images)
         found = f"{loose} images but no sub-folders" if loose else "no sub-folders"
         return f"{where} has {found}; it needs one folder for the images of each class"
-    for name in classes:
-        if listing.classes[name].folders:
-            return f"no images in the class folders of {where}; are they deeper, in {show_name(listing.path / name)}?"
+    deeper = next(filter(None, (_class_folders_below(listing.path / name) for name in classes)), None)
+    if deeper:
+        return f"no images in the class folders of {where}; are they deeper, in {show_name(deeper)}?"
     endings = " ".join(sorted(IMAGE_SUFFIXES))
     names = name_list(classes or list(listing.left_out))
     return f"no images in the class folders of {where} ({names}); files taken as images: {endings}"
