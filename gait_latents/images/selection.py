@@ -98,13 +98,16 @@ def _choose_from_folder(settings: ImageSettings, where: str) -> Split:
     all_names = (name for class_name, names in index.items() for name in (class_name, *names))
     before = None if all(nfc(name) == name for name in all_names) else read_split(Path(where))
     split, shapes = _look_at_files(_draw(settings, index, before), settings.data_path, ShapeReader().shape_of)
-    small = [name for name in chosen if not _is_enough(len(index[name]), settings.images_per_user)]
+    small = [name for name in chosen if _is_small(len(index[name]), settings.images_per_user, split)]
     data_report.report(listing, split, nested=nested, shapes=shapes, small_classes=small, resize=settings.resize)
     return split
 
 
-def _is_enough(count: int, images_per_user: int | str) -> bool:
-    return images_per_user == "all" or count >= int(images_per_user)
+def _is_small(count: int, images_per_user: int | str, split: Split) -> bool:
+    """Says whether training takes all images of a class and wants more, or leaves it alone without a test image."""
+    return images_per_user != "all" and (
+        count < int(images_per_user) or (count == images_per_user and bool(split.test))
+    )
 
 
 def _choose_from_stored(settings: ImageSettings, stored: Split, where: str) -> Split:

@@ -394,3 +394,13 @@ def test_the_depth_and_the_share_cut_away():
 
 def test_a_size_that_no_image_can_have_is_none():
     assert ShapeReader().shape_of(png(20_000, 20_000, 8, 2, b"\0")) is None
+
+
+def test_a_class_with_just_as_many_images_as_are_asked_for_has_none_to_test(tmp_path, choose, lines):
+    classes(tmp_path / "data", "a", "b", count=6)
+    classes(tmp_path / "data", "c", count=4, first=900)
+    assert lines(images_per_user=4)[1:] == [
+        "warning: all images of 1 small class are for training, and none for testing: c has 4"
+    ]
+    classes(tmp_path / "few", "a", "b", count=4)
+    assert len(lines(data_path=str(tmp_path / "few"), images_per_user=4)) == 1  # no class has: its line says it
