@@ -200,7 +200,12 @@ def _sample(groups: list[list[int]]) -> list[tuple[int, int]]:
             break
     middle = groups[run[0][0]][run[len(run) // 2][1]]
     others = [(number, i) for number, group in enumerate(groups) for i in range(len(group)) if (number, i) not in run]
-    return run + sorted(others, key=lambda item: -abs(groups[item[0]][item[1]] - middle))[:_FAR]
+    own = {number for number, _ in run}  # another series may hold copies of the same pictures
+
+    def order(item: tuple[int, int]) -> tuple[bool, int]:
+        return item[0] not in own, -abs(groups[item[0]][item[1]] - middle)
+
+    return run + sorted(others, key=order)[:_FAR]
 
 
 def _look_at_class(data_path: str, class_name: str, files: Sequence[str], resize: str) -> _Seen | None:
