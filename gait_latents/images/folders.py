@@ -271,9 +271,9 @@ def missing_classes_warning(index: Collection[str], num_users: int | str, *, are
     """
     if num_users == "all" or len(index) >= int(num_users):
         return None
-    names, is_one = name_list(list(index), limit=100), len(index) == 1
+    count, names = len(index), name_list(list(index), limit=100)
     if are_named:
-        found = f"--class_names names only {len(index)} {'class' if is_one else 'classes'}"
-    else:
-        found = "there is only 1 class folder" if is_one else f"there are only {len(index)} class folders"
-    return f"--num_users is {num_users} but {found}: {names}"
+        return f"--num_users is {num_users} but --class_names names only {count}: {names}"
+    if count == 1:
+        return f"--num_users is {num_users} but there is only 1 class folder: {names}"
+    return f"--num_users is {num_users} but there are only {count} class folders: {names}"

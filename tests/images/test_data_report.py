@@ -333,7 +333,7 @@ def test_classes_are_named_and_num_users_takes_the_first_of_them(tmp_path, choos
     assert choose(num_users=2).classes == ("ID_1", "ID_2")
     capsys.readouterr()
     assert choose(class_names=("ID_1", "ID_2"), num_users=3).classes == ("ID_1", "ID_2")
-    assert "--num_users is 3 but --class_names names only 2 classes: ID_1, ID_2" in capsys.readouterr().err
+    assert "--num_users is 3 but --class_names names only 2: ID_1, ID_2" in capsys.readouterr().err
     with pytest.raises(
         UserError, match=r"--class_names: --data_path .* has no class ID_99; did you mean ID_9\? it has"
     ):

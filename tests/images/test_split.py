@@ -133,7 +133,7 @@ def test_fewer_classes_than_asked_for_is_a_warning_that_lists_them():
 
 def test_fewer_named_classes_than_asked_for_are_told_as_named():
     told = folders.missing_classes_warning(["a", "b"], 3, are_named=True)
-    assert told == "--num_users is 3 but --class_names names only 2 classes: a, b"
+    assert told == "--num_users is 3 but --class_names names only 2: a, b"
 
 
 def test_entries_know_their_labels_and_keys():
