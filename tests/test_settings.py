@@ -436,3 +436,8 @@ def test_an_interval_is_read_from_flags_and_files_alike(tmp_path):
 
 def test_every_group_has_its_place():
     assert {spec.group for cls in ALL for spec in cli.specs(cls).values()} == set(GROUPS)
+
+
+def test_words_with_blanks_among_others_are_shown_as_they_are_typed():
+    assert cli.show(("a b", "c", "[d]", "it's")) == """'a b' c [d] 'it'"'"'s'"""
+    assert cli.show("a b") == "a b" and cli.show((1, 2)) == "1 2" and cli.show(()) == "(nothing)"

@@ -11,6 +11,7 @@ import difflib
 import math
 import os
 import re
+import shlex
 import sys
 import textwrap
 from collections import Counter
@@ -234,8 +235,11 @@ def to_words(value: Any) -> list[str]:
 
 
 def show(value: Any) -> str:
-    """Returns a value as it would be typed on the command line."""
-    return " ".join(to_words(value)) or "(nothing)"
+    """Returns a value as it would be typed on the command line; of several words, one with a blank is quoted."""
+    words = to_words(value)
+    if isinstance(value, list | tuple):
+        words = [shlex.quote(word) if not word or re.search(r"[\s'\"]", word) else word for word in words]
+    return " ".join(words) or "(nothing)"
 
 
 # --- layers -------------------------------------------------------------------------------------------------
@@ -579,6 +583,14 @@ def absolute_path(text: str) -> str:
     """Makes a path absolute, leaving alone what looks like a hub id (`owner/name`, not on disk)."""
     path = Path(text).expanduser()
     return str(path.absolute()) if path.exists() or path.is_absolute() or text.startswith(".") else text
+
+
+def same_path(one: str | None, other: str | None) -> bool:
+    """Says whether two paths lead to one file or folder, which each layout of Kaggle has at a place of its own."""
+    if one is None or other is None:
+        return one is other
+    first, second = (os.path.realpath(absolute_path(mounts.locate(path))) for path in (one, other))
+    return first == second
 
 
 def to_yaml(settings: Any) -> str:

@@ -1,6 +1,6 @@
 """Names of the files in the folders that the scripts write: a cache, a run, generated images, an evaluation, an export.
 
-A folder of ours is known by some of these files (`images/selection.py`), and so is never taken for a class of images.
+A folder of ours is known by some of these files (`images/folders.py`), and so is never taken for a class of images.
 Files whose names hold a number or a digest are named where they are written: checkpoints and grids in
 `training/run_folder.py`, shards in `latents/shard.py`.
 """

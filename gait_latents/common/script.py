@@ -50,6 +50,7 @@ def run_script(
     cores.wait_briefly()
     words = sys.argv[1:] if argv is None else argv
     try:
+        _check_working_folder()
         asks_for_help = cli.asks_for_help(words)
         if asks_for_help and rank():
             return DONE
@@ -64,6 +65,14 @@ def run_script(
         if rank() == 0:
             print_error("\nstopped by Ctrl-C")
         return SIGNALLED + signal.SIGINT
+
+
+def _check_working_folder() -> None:
+    """Raises UserError where the folder that this process is in was removed, which would end torch's import."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError("the working folder is not there any more; change to one that is, such as cd ~") from error
 
 
 def _read_names_as_utf8() -> None:

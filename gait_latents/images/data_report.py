@@ -39,7 +39,7 @@ def report(
         split: the images that are used.
         nested: "class/sub-folder" -> number of images in it.
         shapes: of the training and then the test images; None where a header cannot be read.
-        small_classes: those with fewer images than asked for.
+        small_classes: those that have no more images than are asked for.
         resize: how an image becomes a square.
     """
     say(_found_line(split, shapes))

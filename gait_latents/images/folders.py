@@ -8,6 +8,15 @@ from pathlib import Path
 from gait_latents.common import mounts
 from gait_latents.common.console import show_name
 from gait_latents.common.errors import UserError
+from gait_latents.common.layout import (
+    LABELS_NAME,
+    MANIFEST_NAME,
+    PAGE_NAME,
+    RECORD_NAME,
+    REPORT_NAME,
+    SETTINGS_NAME,
+    SPLIT_NAME,
+)
 from gait_latents.images.names import ending, name_list, natural_key
 
 IMAGE_SUFFIXES = frozenset(
@@ -23,6 +32,14 @@ _LEFTOVERS = frozenset(
 _PARTS = frozenset(
     {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", "train_set", "test_set"}
 )
+
+
+OUTPUTS = {  # files that lie together in a folder of ours -> what wrote them
+    (MANIFEST_NAME, SPLIT_NAME): "is a cache of latents",
+    (SETTINGS_NAME, SPLIT_NAME): "was written by train_latent_cfg.py",
+    (RECORD_NAME, LABELS_NAME): "was written by generate.py",
+    (REPORT_NAME, PAGE_NAME): "was written by evaluate_images.py",
+}
 
 
 @dataclass(frozen=True)
@@ -186,8 +203,20 @@ def _num_images_below(folder: Path) -> int:
     return sum(1 for _, _, names in _walk(folder) for name in names if _is_image_name(name))
 
 
+def _class_folders_below(folder: Path) -> Path | None:
+    """Returns the first folder, this one or one below it, that has a folder with images; None without one."""
+    for place, _, names in _walk(folder):
+        if Path(place) != folder and any(map(_is_image_name, names)):
+            return Path(place).parent
+    return None
+
+
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walks through a folder, but for what is hidden, what systems leave behind and what our scripts have written."""
     for place, folders, names in os.walk(folder):
+        if any(set(files) <= set(names) for files in OUTPUTS):
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not _is_hidden(name) and name.casefold() not in _LEFTOVERS]
         yield place, folders, names
 
@@ -224,17 +253,27 @@ def _nothing_found_message(listing: Listing, setting: str) -> str:
         loose = len(listing.loose.images)
         found = f"{loose} images but no sub-folders" if loose else "no sub-folders"
         return f"{where} has {found}; it needs one folder for the images of each class"
-    for name in classes:
-        if listing.classes[name].folders:
-            return f"no images in the class folders of {where}; are they deeper, in {show_name(listing.path / name)}?"
+    deeper = next(filter(None, (_class_folders_below(listing.path / name) for name in classes)), None)
+    if deeper:
+        return f"no images in the class folders of {where}; are they deeper, in {show_name(deeper)}?"
     endings = " ".join(sorted(IMAGE_SUFFIXES))
     names = name_list(classes or list(listing.left_out))
     return f"no images in the class folders of {where} ({names}); files taken as images: {endings}"
 
 
-def missing_classes_warning(index: Collection[str], num_users: int | str) -> str | None:
-    """Returns a warning that lists the class folders when there are fewer than asked for, else None."""
+def missing_classes_warning(index: Collection[str], num_users: int | str, *, are_named: bool = False) -> str | None:
+    """Returns a warning that lists the classes when there are fewer than asked for, else None.
+
+    Args:
+        index: the classes.
+        num_users: how many are asked for.
+        are_named: whether they are those that --class_names names, and there may be others.
+    """
     if num_users == "all" or len(index) >= int(num_users):
         return None
-    folders = name_list(list(index), limit=100)
-    return f"--num_users is {num_users} but there are only {len(index)} class folders: {folders}"
+    count, names = len(index), name_list(list(index), limit=100)
+    if are_named:
+        return f"--num_users is {num_users} but --class_names names only {count}: {names}"
+    if count == 1:
+        return f"--num_users is {num_users} but there is only 1 class folder: {names}"
+    return f"--num_users is {num_users} but there are only {count} class folders: {names}"

@@ -7,6 +7,7 @@ Names are compared and sorted in NFC, and keep on the disk, in splits and in mes
 import difflib
 import fnmatch
 import re
+import shlex
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
@@ -105,7 +106,12 @@ def _fitting(text: str, known: Sequence[str]) -> list[str]:
 
 
 def _no_such_class(text: str, known: Sequence[str], *, setting: str, where: str) -> str:
-    near = difflib.get_close_matches(nfc(text), {nfc(name): name for name in known}, n=1)
-    guess = f"did you mean {show_name(near[0])}? " if near else ""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    lower = {nfc(name).casefold(): name for name in known}
+    near = difflib.get_close_matches(nfc(text).casefold(), lower, n=1)
+    if len(parts) > 1 and all(_fitting(part, known) for part in parts):
+        guess = f"give the names as separate words: --{setting} {shlex.join(parts)}; "
+    else:
+        guess = f"did you mean {show_name(lower[near[0]])}? " if near else ""
     listing = name_list(known, limit=_MOST_CLASSES)
     return f"--{setting}: {where} has no class {show_name(text)}; {guess}it has {listing}"

@@ -14,17 +14,8 @@ from gait_latents.common import mounts
 from gait_latents.common.cli import is_explicit, show
 from gait_latents.common.console import progress, show_name, warn
 from gait_latents.common.errors import UserError
-from gait_latents.common.layout import (
-    LABELS_NAME,
-    MANIFEST_NAME,
-    PAGE_NAME,
-    RECORD_NAME,
-    REPORT_NAME,
-    SETTINGS_NAME,
-    SPLIT_NAME,
-)
 from gait_latents.images import data_report, reading
-from gait_latents.images.folders import LAYOUT_REMEDY, list_folder, missing_classes_warning, refuse_nested
+from gait_latents.images.folders import LAYOUT_REMEDY, OUTPUTS, list_folder, missing_classes_warning, refuse_nested
 from gait_latents.images.names import ALL, choose_names, name_list, natural_key, nfc, refuse_alike
 from gait_latents.images.reading import read_file
 from gait_latents.images.shapes import Shape, ShapeReader
@@ -98,13 +89,16 @@ def _choose_from_folder(settings: ImageSettings, where: str) -> Split:
     all_names = (name for class_name, names in index.items() for name in (class_name, *names))
     before = None if all(nfc(name) == name for name in all_names) else read_split(Path(where))
     split, shapes = _look_at_files(_draw(settings, index, before), settings.data_path, ShapeReader().shape_of)
-    small = [name for name in chosen if not _is_enough(len(index[name]), settings.images_per_user)]
+    small = [name for name in chosen if _is_small(len(index[name]), settings.images_per_user, split)]
     data_report.report(listing, split, nested=nested, shapes=shapes, small_classes=small, resize=settings.resize)
     return split
 
 
-def _is_enough(count: int, images_per_user: int | str) -> bool:
-    return images_per_user == "all" or count >= int(images_per_user)
+def _is_small(count: int, images_per_user: int | str, split: Split) -> bool:
+    """Says whether training takes all images of a class and wants more, or leaves it alone without a test image."""
+    return images_per_user != "all" and (
+        count < int(images_per_user) or (count == images_per_user and bool(split.test))
+    )
 
 
 def _choose_from_stored(settings: ImageSettings, stored: Split, where: str) -> Split:
@@ -119,7 +113,7 @@ def _choose_classes(settings: ImageSettings, names: Iterable[str], where: str) -
     """Returns the classes that --class_names names, in natural order; warns when --num_users asks for more."""
     ordered = sorted(names, key=natural_key)
     named = choose_names(settings.class_names, ordered, setting="class_names", where=where)
-    notice = missing_classes_warning(named, settings.num_users)
+    notice = missing_classes_warning(named, settings.num_users, are_named=tuple(settings.class_names) != ALL)
     if notice:
         warn(notice)
     return named
@@ -175,18 +169,10 @@ def refuse_to_be_a_class(folder: Path, data_path: str | None) -> None:
         )
 
 
-_OUTPUTS = {  # files that lie together in a folder of ours -> what wrote them
-    (MANIFEST_NAME, SPLIT_NAME): "is a cache of latents",
-    (SETTINGS_NAME, SPLIT_NAME): "was written by train_latent_cfg.py",
-    (RECORD_NAME, LABELS_NAME): "was written by generate.py",
-    (REPORT_NAME, PAGE_NAME): "was written by evaluate_images.py",
-}
-
-
 def _refuse_own_outputs(settings: ImageSettings, folders: list[str]) -> None:
     """Raises UserError when a script wrote one of the class folders in use: its pictures are no class."""
     for name in folders:
-        for files, what in _OUTPUTS.items():
+        for files, what in OUTPUTS.items():
             if all((Path(settings.data_path) / name / file).is_file() for file in files):
                 raise UserError(
                     f"the folder {show_name(name)} in --data_path {show_name(settings.data_path)} {what}, and its "

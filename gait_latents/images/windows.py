@@ -1,10 +1,11 @@
 """Whether the images of a class are overlapping windows of one recording, as their pixels tell; and what to say of it.
 
-Where neighbours in a numbered series show the same content, moved along the width, a random split puts nearly the same
+Where neighbours in a numbered series show the same content, moved along the time, a random split puts nearly the same
 picture into training and test. A few series are looked at, each in a run of neighbours and in images far from it:
 
 - The images are reduced to what is fine along the width, so that colours, loudness and level lines of one window do not
   count, and margins, axes and all else that is the same in all images is left out.
+- What follows is done along the width and, where nothing is found, along the height, where time may run as well.
 - For each pair the correlation is computed at all shifts. Neighbours that are windows agree about the best one.
 - A periodic signal, such as a gait, matches itself at many shifts, and in images far apart. So neighbours must match
   much better than they do at any other shift, and than other pairs do at any shift.
@@ -52,7 +53,7 @@ class Windows:
     """What was found of images that are overlapping windows of one recording.
 
     Attributes:
-        overlap: share of the width that neighbours have in common, from 0 to 1.
+        overlap: share of the width, or of the height, that neighbours have in common, from 0 to 1.
         stride: images from one window to the next, in natural order: 2 where two series take turns.
     """
 
@@ -200,7 +201,12 @@ def _sample(groups: list[list[int]]) -> list[tuple[int, int]]:
             break
     middle = groups[run[0][0]][run[len(run) // 2][1]]
     others = [(number, i) for number, group in enumerate(groups) for i in range(len(group)) if (number, i) not in run]
-    return run + sorted(others, key=lambda item: -abs(groups[item[0]][item[1]] - middle))[:_FAR]
+    own = {number for number, _ in run}  # another series may hold copies of the same pictures
+
+    def order(item: tuple[int, int]) -> tuple[bool, int]:
+        return item[0] not in own, -abs(groups[item[0]][item[1]] - middle)
+
+    return run + sorted(others, key=order)[:_FAR]
 
 
 def _look_at_class(data_path: str, class_name: str, files: Sequence[str], resize: str) -> _Seen | None:
@@ -210,7 +216,9 @@ def _look_at_class(data_path: str, class_name: str, files: Sequence[str], resize
         with ThreadPoolExecutor() as pool:
             images = list(pool.map(lambda name: _read(data_path, Entry(class_name, name), resize), names))
         kept = [i for i, image in enumerate(images) if image is not None]
-        found = _hop_of([sample[i] for i in kept], np.array([images[i] for i in kept]))
+        places, pictures = [sample[i] for i in kept], [image for image in images if image is not None]
+        turned = [image.swapaxes(0, 1) for image in pictures]  # where time runs along the height
+        found = _hop_of(places, np.array(pictures)) or _hop_of(places, np.array(turned))
         if found is not None:
             steps = [after - before for group in groups for before, after in pairwise(group)]
             return _Seen(found[0], median(steps), is_sure=found[1])

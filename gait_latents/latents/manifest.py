@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gait_latents.common import files, json_text
-from gait_latents.common.cli import Layers
+from gait_latents.common.cli import Layers, same_path
 from gait_latents.common.console import say, show_name
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import MANIFEST_NAME
@@ -99,7 +99,7 @@ def defaults_of(manifest: Manifest | None, layers: Layers) -> dict[str, Any]:
     The constants of its VAE are left out where another VAE is given: they are none of that one.
     """
     stored = {} if manifest is None else dict(manifest.settings)
-    if layers.gives("vae_path") and layers.settings.vae_path != stored.get("vae_path"):
+    if layers.gives("vae_path") and not same_path(layers.settings.vae_path, stored.get("vae_path")):
         for name in ("scale_factor", "shift_factor"):
             stored.pop(name, None)
     return stored

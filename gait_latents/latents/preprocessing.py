@@ -99,6 +99,7 @@ def _say_differences(stored: Mapping[str, Any], resolved: cli.Resolved) -> None:
         for name, spec in cli.specs(PreprocessSettings).items()
         if spec.about_cache and name in stored and name not in vae_fit.SETTINGS_OF_SPACE
         if cli.is_explicit(resolved.sources, name) and asked[name] != stored[name]
+        if not (spec.path and cli.same_path(asked[name], stored[name]))
     ]
     if names:
         texts = [f"--{name} {cli.show(asked[name])}, the cache has {cli.show(stored[name])}" for name in names]

@@ -247,6 +247,19 @@ def test_a_run_goes_on_when_its_inputs_are_in_another_layout(inputs, world, trai
     assert "15 images asked, 15 cached, 0 to encode" in told and "done: 8 steps" in told
 
 
+def test_a_cache_goes_on_with_the_constants_of_its_vae_when_that_is_in_another_layout(inputs, world, capsys):
+    shutil.copytree(world, inputs / "gait")
+    flags = ["--vae_path", "/kaggle/input/gait/vae.pt", "--data_path", "/kaggle/input/gait/data", "--image_size", "16"]
+    flags += ["--images_per_user", "5", "--output_folder", str(world / "of_input"), "--device", "cpu"]
+    assert preprocess_latents.main([*flags, "--scale_factor", "0.5"]) == 0
+    (inputs / "datasets/ann").mkdir(parents=True)
+    (inputs / "gait").rename(inputs / "datasets/ann/gait")
+    capsys.readouterr()
+    assert preprocess_latents.main(flags) == 0
+    text = said(capsys)
+    assert "scale_factor 0.5" in text and "other than when" not in text and "15 cached, 0 to encode" in text
+
+
 def attach_one(place: Path) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     return place

@@ -64,6 +64,15 @@ def script(folder: Path, *lines: str) -> list[str]:
     return [sys.executable, "small.py"]
 
 
+@pytest.mark.parametrize("name", ["preprocess_latents.py", "train_latent_cfg.py"])
+def test_a_working_folder_that_was_removed_is_told(tmp_path, name):
+    (tmp_path / "gone").mkdir()
+    command = 'cd gone && rmdir ../gone && exec "$@"'
+    done = start(["sh", "-c", command, "sh", sys.executable, ROOT / name], tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: the working folder is not there any more; change to one that is, such as cd ~\n"
+
+
 # --- streams -----------------------------------------------------------------------------------------------
 
 SPEAKING = (

@@ -15,6 +15,7 @@ from tiny_images import encoded, png, smooth
 
 from gait_latents.common.errors import UserError
 from gait_latents.images import data_report, reading, selection
+from gait_latents.images.folders import OUTPUTS
 from gait_latents.images.shapes import Shape, ShapeReader
 from gait_latents.images.split import Entry, Split
 from gait_latents.settings import PreprocessSettings
@@ -119,6 +120,24 @@ def test_a_class_with_all_its_images_deeper_is_an_error_and_no_class_less(tmp_pa
     with pytest.raises(UserError, match=r"class c in .* has no images of its own and 1 in sub-folders \(session_1\)"):
         choose()
     assert choose(num_users=2).classes == ("a", "b")
+
+
+@pytest.mark.parametrize("files", OUTPUTS)
+def test_what_the_scripts_wrote_below_a_folder_makes_it_no_class(tmp_path, choose, lines, files):
+    data = classes(tmp_path / "data", "a", "b")
+    for name in files:
+        (data / "out" / "first").mkdir(parents=True, exist_ok=True)
+        (data / "out" / "first" / name).touch()
+    put(data / "out" / "first" / "preview.png", 9)
+    put(data / "out" / "first" / "a" / "a_000000.png", 10)
+    assert choose().classes == ("a", "b")
+    put(data / "a" / "first" / "preview.png", 9)
+    for name in files:
+        (data / "a" / "first" / name).touch()
+    assert "warning" not in " ".join(lines())
+    put(data / "out" / "second" / "x.png", 9)
+    with pytest.raises(UserError, match=r"class out in .* and 1 in sub-folders \(second\)"):
+        choose()
 
 
 @pytest.mark.parametrize("loose", [True, False])
@@ -314,7 +333,7 @@ def test_classes_are_named_and_num_users_takes_the_first_of_them(tmp_path, choos
     assert choose(num_users=2).classes == ("ID_1", "ID_2")
     capsys.readouterr()
     assert choose(class_names=("ID_1", "ID_2"), num_users=3).classes == ("ID_1", "ID_2")
-    assert "--num_users is 3 but there are only 2 class folders: ID_1, ID_2" in capsys.readouterr().err
+    assert "--num_users is 3 but --class_names names only 2: ID_1, ID_2" in capsys.readouterr().err
     with pytest.raises(
         UserError, match=r"--class_names: --data_path .* has no class ID_99; did you mean ID_9\? it has"
     ):
@@ -394,3 +413,13 @@ def test_the_depth_and_the_share_cut_away():
 
 def test_a_size_that_no_image_can_have_is_none():
     assert ShapeReader().shape_of(png(20_000, 20_000, 8, 2, b"\0")) is None
+
+
+def test_a_class_with_just_as_many_images_as_are_asked_for_has_none_to_test(tmp_path, choose, lines):
+    classes(tmp_path / "data", "a", "b", count=6)
+    classes(tmp_path / "data", "c", count=4, first=900)
+    assert lines(images_per_user=4)[1:] == [
+        "warning: all images of 1 small class are for training, and none for testing: c has 4"
+    ]
+    classes(tmp_path / "few", "a", "b", count=4)
+    assert len(lines(data_path=str(tmp_path / "few"), images_per_user=4)) == 1  # no class has: its line says it

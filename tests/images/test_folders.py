@@ -104,7 +104,10 @@ def test_linked_folders_and_files_count_and_broken_links_are_not_passed_over(tmp
         (["data/a.jpg", "data/b.png"], "2 images but no sub-folders"),
         (["data/readme.txt"], "has no sub-folders"),
         (["data/ID_1/a.txt", "data/ID_2/b.npy"], r"\(ID_1, ID_2\); files taken as images: .bmp .gif"),
-        (["data/Normal_line/ID_1/a.jpg"], "are they deeper, in .*Normal_line"),
+        (["data/Normal_line/ID_1/a.jpg"], "are they deeper, in .*data/Normal_line[?]"),
+        (["data/x/y/Normal_line/ID_1/a.jpg"], "are they deeper, in .*data/x/y/Normal_line[?]"),
+        (["data/docs/old/a.txt", "data/x/Normal_line/ID_1/a.jpg"], "are they deeper, in .*data/x/Normal_line[?]"),
+        (["data/ID_1/old/a.txt", "data/ID_1/.cache/a.jpg"], r"\(ID_1\); files taken as images: .bmp .gif"),
     ],
 )
 def test_a_folder_without_class_images_is_explained(tmp_path, files, message):

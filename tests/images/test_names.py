@@ -70,6 +70,20 @@ def test_a_name_of_no_class_is_told_with_the_nearest_and_the_list(known, told):
 
 
 @pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("id_1", "has no class id_1; did you mean ID_1? it has"),
+        ("ID_1,x y", "has no class ID_1,x y; give the names as separate words: --classes ID_1 'x y'; it has"),
+        ("ID_*, q,r", "has no class ID_*, q,r; it has"),
+    ],
+)
+def test_a_name_in_other_case_and_names_joined_by_commas_are_told_as_they_should_be(text, told):
+    with pytest.raises(UserError) as caught:
+        choose(text, known=["ID_1", "ID_2", "x y"])
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("name", "found"), [("a.jpg", ".jpg"), ("a.b.HEIC", ".HEIC"), ("noending_0", ""), ("x.", ""), (" .png", ".png")]
 )
 def test_the_ending_of_a_name(name, found):

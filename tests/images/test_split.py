@@ -127,6 +127,13 @@ def test_fewer_classes_than_asked_for_is_a_warning_that_lists_them():
         folders.missing_classes_warning(index, 3) == "--num_users is 3 but there are only 2 class folders: ID_1, ID_2"
     )
     assert split_of(index, images_per_user=1, num_users=3).classes == ("ID_1", "ID_2")
+    told = folders.missing_classes_warning(["ID_1"], 3)
+    assert told == "--num_users is 3 but there is only 1 class folder: ID_1"
+
+
+def test_fewer_named_classes_than_asked_for_are_told_as_named():
+    told = folders.missing_classes_warning(["a", "b"], 3, are_named=True)
+    assert told == "--num_users is 3 but --class_names names only 2: a, b"
 
 
 def test_entries_know_their_labels_and_keys():

@@ -88,6 +88,21 @@ def test_a_class_may_have_several_recordings(tmp_path):
     assert found_in(tmp_path) == Windows(0.75, 1)
 
 
+def test_copies_beside_a_recording_do_not_hide_it(tmp_path):
+    images = cut(recording(1, 5 * WIDTH), 0.75, 14)
+    save_windows(tmp_path / "ID_1", images, "{}.jpg")
+    save_windows(tmp_path / "ID_1", images[::3], "copy_{}.jpg")
+    assert found_in(tmp_path) == Windows(0.75, 1)
+
+
+@pytest.mark.parametrize("quarters", [1, 3])
+def test_time_may_run_along_the_height(tmp_path, quarters):
+    for person in range(1, 4):
+        images = [image.rotate(90 * quarters) for image in cut(recording(person, 5 * WIDTH), 0.75, 14)]
+        save_windows(tmp_path / f"ID_{person}", images)
+    assert found_in(tmp_path) == Windows(0.75, 1)
+
+
 def test_two_series_that_take_turns_need_twice_the_gap(tmp_path):
     for antenna in (1, 2):
         save_windows(

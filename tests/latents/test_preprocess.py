@@ -290,6 +290,27 @@ def test_flags_override_the_settings_of_a_cache_and_what_differs_is_told_by_its_
     assert "6 images (train): 6 cached, 0 to encode" in capsys.readouterr().out
 
 
+def test_a_path_written_in_another_way_is_no_other_vae_or_folder(world, capsys, monkeypatch):
+    assert preprocess(world, scale_factor=0.5) == 0
+    monkeypatch.chdir(world)
+    (world / "link").symlink_to("data")
+    capsys.readouterr()
+    same = [
+        "--output_folder",
+        "latents_cache",
+        "--vae_path",
+        "./vae.pt",
+        "--data_path",
+        "link/../data/",
+        "--device",
+        "cpu",
+    ]
+    assert preprocess_latents.main(same) == 0
+    said = capsys.readouterr().out
+    assert "scale_factor 0.5" in said and "other than when the cache was made" not in said
+    assert read_manifest(world / "latents_cache").settings["scale_factor"] == 0.5
+
+
 def test_a_config_file_overrides_the_settings_of_a_cache_too(world, tmp_path, capsys):
     assert preprocess(world) == 0
     capsys.readouterr()
