@@ -144,6 +144,8 @@ def stamp(path: Path) -> str:
 
 def _checked_meta(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> dict[str, Any]:
     """Returns the meta of a file whose checksum holds; raises DamagedCheckpoint or UserError."""
+    if not {"meta", "sha256"} & facts.keys():
+        raise DamagedCheckpoint(f"{path}: no training run wrote it; it may be a VAE or an exported model")
     number, text = facts.get("format", ""), facts.get("meta", "")
     is_intact = _checksum(tensors, text) == facts.get("sha256")
     # Where our checksum holds and the number alone is another, the number is what was damaged.

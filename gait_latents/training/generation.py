@@ -292,11 +292,21 @@ def _choose_counts(settings: GenerateSettings, state: SavedState, chosen: Sequen
         return counts_to_fill(chosen, settings.fill_up_to, _training_images(state))
     asked, others = cli.counts_by_name(settings.images_per_class)
     named: dict[str, int] = {}
-    for name, count in asked.items():
-        found = names.choose_names([name], state.meta.classes, setting="images_per_class", where="the model")
-        if not set(found) <= set(chosen):
+    fitting: dict[str, list[str]] = {}
+    for name in asked:
+        fitting[name] = names.choose_names([name], state.meta.classes, setting="images_per_class", where="the model")
+        if not set(fitting[name]) <= set(chosen):
             raise UserError(f"--images_per_class names {name}, which --classes leaves out; leave it out here, too")
-        named |= dict.fromkeys(found, count)
+    giver: dict[str, str] = {}
+    for name in sorted(asked, key=lambda name: -len(fitting[name])):  # a name wins over a pattern for many classes
+        for owner in fitting[name]:
+            other = giver.get(owner)
+            if other is not None and len(fitting[other]) == len(fitting[name]):
+                raise UserError(
+                    f"--images_per_class has two numbers for {owner}, {other}={asked[other]} and {name}={asked[name]}; "
+                    "leave one of them out"
+                )
+            giver[owner], named[owner] = name, asked[name]
     return counts_as_asked(
         chosen, named, cli.defaults(GenerateSettings)["images_per_class"] if others is None else others
     )

@@ -102,7 +102,11 @@ def _began_with(asked: str | None, stored: str | None, origin: Path | None) -> s
     """Returns what the run that goes on began with; says so where another beginning, or the same, is asked for."""
     if asked is not None:
         is_same = str(Path(asked).absolute()) == stored  # it need not exist any more
-        what = "was used when it began" if is_same else "is for a new run, with another --results_folder"
+        what = (
+            "was used when it began"
+            if is_same
+            else "is for a new run, with another --results_folder and without --resume_from"
+        )
         say(f"the run in {origin} goes on; --init_from {asked} {what}")
     return stored
 

@@ -141,6 +141,7 @@ class Trainer:
         """Begins with the weights of another run, which know latents as they were normalised there."""
         begin(beginning, self.diffusion, self.ema.model, self.data.split.classes)
         self.dataset.set_norm(beginning.state.meta.latent_norm)
+        self._say_unused_factors("the latents are normalised as in the run of --init_from")
         self._note_beginning(beginning.to_json())
 
     def _note_beginning(self, began_from: Mapping[str, Any] | None) -> None:
@@ -175,8 +176,11 @@ class Trainer:
                 warn(f"{doubt}, and so does --latent_norm moments")
             return
         self.dataset.fit_norm(seed=settings.seed, num_images=settings.latent_norm_images)
-        if settings.scale_factor is not None or settings.shift_factor is not None:
-            say("scale_factor and shift_factor are not used, as --latent_norm moments measures the latents instead")
+        self._say_unused_factors("--latent_norm moments measures the latents instead")
+
+    def _say_unused_factors(self, reason: str) -> None:
+        if self.settings.scale_factor is not None or self.settings.shift_factor is not None:
+            say(f"scale_factor and shift_factor are not used, as {reason}")
 
     def train_step(self) -> None:
         """Takes one optimiser step on one effective batch; leaves its loss on the device."""

@@ -143,10 +143,18 @@ def _is_complete(path: Path, weights: WeightSet, halves: Sequence[str], *, first
 
 
 def _refuse_other_vaes(path: Path, weights: WeightSet) -> None:
-    """Raises UserError for a vector-quantised VAE, which has a tensor of the name LANDMARK, too."""
+    """Raises UserError for autoencoders without moments, such as vector-quantised ones, which have LANDMARK, too."""
     for name in weights.beside:
         if name.startswith("quantize."):
             raise UserError(f"{path} is a vector-quantised VAE (it has {name}), so it has no moments")
+    # Asked here, for the encoder alone could pass for one of half as many channels.
+    made, taken = (weights.tensors.get(f"{name}.weight") for name in ("encoder.conv_out", "decoder.conv_in"))
+    made, taken = (x.shape if isinstance(x, Tensor) and x.ndim == 4 else () for x in (made, taken))
+    if made and taken and made[0] == taken[1]:
+        raise UserError(
+            f"{path} is an autoencoder without moments, plain or vector-quantised: its encoder makes as many "
+            f"channels ({made[0]}) as its decoder takes, and that of a KL-VAE makes twice as many"
+        )
 
 
 def _factors(path: Path, contents: Contents, weights: WeightSet) -> Factors:

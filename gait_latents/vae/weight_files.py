@@ -6,6 +6,7 @@ pickles and of safetensors are mapped from the file, so that only those that are
 file becomes a UserError that names it.
 """
 
+import _compat_pickle
 import pickle
 import re
 import stat
@@ -319,7 +320,8 @@ class ForeignClasses:
         refused = _REFUSED.search(error)
         name = refused[1] if refused else ""
         module, dot, _ = name.partition(".")
-        is_of_python = not dot or module in sys.stdlib_module_names  # torch names builtins without their module
+        # torch names builtins without their module; protocol 2 has the names of Python 2 for what has moved since then.
+        is_of_python = not dot or module in sys.stdlib_module_names or module in _compat_pickle.IMPORT_MAPPING
         if is_of_python or name in self._kinds or len(self._kinds) >= _MOST_FOREIGN:
             return False
         self._kinds[name] = type(f"_StandIn{len(self._kinds)}", (Inert,), {})

@@ -27,7 +27,10 @@ from gait_latents.vae.weight_files import printable
 
 # Under these keys training checkpoints keep weights.
 WEIGHT_KEYS = ("model_state_dict", "vae_state_dict", "state_dict", "vae", "model", "ema_state_dict", "ema")
-_AVERAGES = re.compile(r"(?:^|[._/])(?:ema|swa|avg|average|averaged|averages|polyak|shadow)(?:$|[._/])")
+# Words of keys and prefixes that stand for averages, such as `ema` in `ema_0.9999`, `modelEMA` and `emas`.
+_AVERAGES = {"ema", "emas", "swa", "avg", "average", "averaged", "averages", "polyak", "shadow"}
+_RAW = "online_model."  # beside `ema_model.` in what ema_pytorch keeps under the key `ema`
+_DEEPEST = 5  # mappings around the weights, such as checkpoint/model/state_dict/vae
 _MOST_SETS = 16  # a file with more VAEs in it is no training checkpoint
 _SHADOW = "shadow_params"  # a list of averages in the order of the raw weights, as torch_ema and diffusers keep it
 
@@ -86,7 +89,13 @@ def mappings(
 
 def find_sets(tree: Any) -> list[WeightSet]:
     """Returns the sets of weights in what a file holds, in the order of the keys and prefixes (see the module)."""
-    trees = list(mappings(tree)) if isinstance(tree, Mapping) else []
+    found = _find_sets(tree, depth=2)
+    # Only then, because more sets would change which of them is the first.
+    return found or _find_sets(tree, depth=_DEEPEST)
+
+
+def _find_sets(tree: Any, depth: int) -> list[WeightSet]:
+    trees = list(mappings(tree, depth=depth)) if isinstance(tree, Mapping) else []
     found: list[WeightSet] = []
     without_dots: list[WeightSet] = []
     for key, mapping in trees:
@@ -131,8 +140,13 @@ def _set(
         frozenset(own.values()),
         mapping,
         are_of_diffusers(own),
-        is_average=bool(_AVERAGES.search(f"{key}/{prefix}".lower())) or "n_averaged" in mapping,
+        is_average=_RAW not in prefix and (_names_averages(f"{key}/{prefix}") or "n_averaged" in mapping),
     )
+
+
+def _names_averages(place: str) -> bool:
+    """Says whether keys and a prefix have a word for averages in them, whichever way words are set apart."""
+    return not _AVERAGES.isdisjoint(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", place))
 
 
 def _shadows(trees: Sequence[tuple[str, Mapping[Any, Any]]], found: Sequence[WeightSet]) -> Iterator[WeightSet]:

@@ -308,7 +308,8 @@ def test_a_path_written_in_another_way_is_no_other_vae_or_folder(world, capsys, 
     assert preprocess_latents.main(same) == 0
     said = capsys.readouterr().out
     assert "scale_factor 0.5" in said and "other than when the cache was made" not in said
-    assert read_manifest(world / "latents_cache").settings["scale_factor"] == 0.5
+    manifest = read_manifest(world / "latents_cache")
+    assert manifest is not None and manifest.settings["scale_factor"] == 0.5
 
 
 def test_a_config_file_overrides_the_settings_of_a_cache_too(world, tmp_path, capsys):

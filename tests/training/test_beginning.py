@@ -95,6 +95,15 @@ def test_latents_are_normalised_as_the_weights_know_them(other, trained, state, 
     assert start(other, latent_norm_images=1, results_folder=other / "new").norm.to_json() != begun.norm.to_json()
 
 
+def test_factors_that_are_given_have_no_effect_beside_those_of_the_other_run_and_that_is_said(
+    other, trained, state, capsys
+):
+    begun = start(other, init_from=trained / "results", scale_factor=0.5)
+    assert begun.norm.to_json() == state.meta.latent_norm.to_json()
+    told = "scale_factor and shift_factor are not used, as the latents are normalised as in the run of --init_from\n"
+    assert told in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("names", "told"),
     [
@@ -324,7 +333,10 @@ def test_a_run_that_goes_on_keeps_its_beginning_and_says_so(other, trained, caps
     told = f"the run in {other / 'results'} goes on; --init_from "
     for place, line in (
         (base, f"{told}{base} was used when it began\n"),
-        (other / "else", f"{told}{other / 'else'} is for a new run, with another --results_folder\n"),
+        (
+            other / "else",
+            f"{told}{other / 'else'} is for a new run, with another --results_folder and without --resume_from\n",
+        ),
         (None, ""),
     ):
         capsys.readouterr()
@@ -338,7 +350,7 @@ def test_a_run_that_began_with_new_weights_stays_one(cached, trained, capsys):
     shutil.copytree(trained / "results", cached / "results")
     plan = plan_of(cached, init_from=trained / "results", train_num_steps=STEPS + 1)
     assert plan.settings.init_from is None and plan.beginning is None
-    told = f"goes on; --init_from {trained / 'results'} is for a new run, with another --results_folder\n"
-    assert told in capsys.readouterr().out
+    told = f"goes on; --init_from {trained / 'results'} is for a new run, with another --results_folder and without "
+    assert f"{told}--resume_from\n" in capsys.readouterr().out
     plan = plan_of(cached, init_from="nowhere", resume_from=trained / "results", results_folder=cached / "new")
     assert plan.state is not None and plan.beginning is None

@@ -150,3 +150,10 @@ def test_a_disk_error_while_reading_is_not_taken_for_damage(tmp_path):
     with pytest.raises(OSError) as caught:
         checkpoint.load(tmp_path)
     assert caught.value.errno == errno.EISDIR
+
+
+@pytest.mark.parametrize("facts", [None, {"format": "pt"}, {"scale_factor": "0.3", "modelspec.title": "x"}])
+def test_safetensors_of_another_kind_are_called_so(tmp_path, facts):
+    safetensors.torch.save_file(tiny_tensors(), tmp_path / "model.safetensors", facts)
+    with pytest.raises(DamagedCheckpoint, match=r"model\.safetensors: no training run wrote it; it may be a VAE or an"):
+        checkpoint.load(tmp_path / "model.safetensors")

@@ -115,6 +115,19 @@ def test_a_class_without_a_number_of_its_own_gets_the_default(trained, tmp_path)
     assert generator.counts == {"ID_1": 3, "ID_2": 50, "ID_10": 50}
 
 
+@pytest.mark.parametrize(
+    ("words", "counts"),
+    [
+        (["ID_1=3", "ID_*=2"], {"ID_1": 3, "ID_2": 2, "ID_10": 2}),
+        (["ID_*=2", "ID_1=3"], {"ID_1": 3, "ID_2": 2, "ID_10": 2}),
+        (["ID_1=3", "ID_1*=4", "ID_*=2", "7"], {"ID_1": 3, "ID_2": 2, "ID_10": 4}),
+    ],
+)
+def test_the_number_of_a_name_wins_over_that_of_a_pattern_in_any_order(trained, tmp_path, words, counts):
+    flags = {"checkpoint": trained / "results", "output_folder": tmp_path / "out", "device": "cpu"}
+    assert generation.open_generator(tiny.flags({**flags, "images_per_class": words})).counts == counts
+
+
 def test_classes_are_filled_up_to_a_number_with_their_training_images_counted(trained, make, tmp_path, capsys):
     results = shutil.copytree(trained / "results", tmp_path / "results")
     split = read_split(results)
@@ -155,6 +168,10 @@ def test_of_two_numbers_of_images_a_flag_wins_over_a_file(trained, tmp_path, mon
         (
             {"images_per_class": "ID_1=5", "classes": ["ID_2", "ID_10"]},
             "--images_per_class names ID_1, which --classes leaves out; leave it out here, too",
+        ),
+        (
+            {"images_per_class": ["ID_1=3", "ID_[1]=2"]},
+            "--images_per_class has two numbers for ID_1, ID_1=3 and ID_[1]=2; leave one of them out",
         ),
         ({"images_per_class": 2, "fill_up_to": 9}, "--images_per_class and --fill_up_to both say how many images"),
         ({"images_per_class": None, "fill_up_to": 5}, "--fill_up_to is 5, but each of these classes has 5 or more"),

@@ -3,6 +3,7 @@
 import collections
 import datetime
 import enum
+import pkgutil
 import sys
 import types
 
@@ -207,6 +208,51 @@ def test_averaged_weights_that_are_the_only_complete_ones_are_taken_and_told(tmp
     assert "taken from averaged weights" in assert_is(tmp_path / "vae.pt", AVERAGED).describe()
 
 
+@pytest.mark.parametrize(
+    "key", ["ema9999", "emas", "modelEMA", "EMAModel", "ema-0.999", "g_ema", "swaModel", "Averaged"]
+)
+def test_a_key_names_averages_however_its_words_are_set_apart(tmp_path, key):
+    torch.save({"model": state_of(FLUX_RAW), key: state_of(FLUX_AVERAGED)}, tmp_path / "vae.pt")
+    identity = assert_is(tmp_path / "vae.pt", FLUX_AVERAGED)
+    assert identity.describe().endswith(
+        f"averaged weights under the key {key}; left out: raw weights under the key model"
+    )
+
+
+@pytest.mark.parametrize("key", ["schema", "remake", "emanator", "avgpool"])
+def test_a_key_with_the_letters_of_averages_inside_a_word_names_none(tmp_path, key):
+    torch.save({"model": state_of(FLUX_RAW), key: state_of(FLUX_AVERAGED)}, tmp_path / "vae.pt")
+    assert assert_is(tmp_path / "vae.pt", FLUX_RAW).describe().endswith(f"left out: raw weights under the key {key}")
+
+
+def test_raw_weights_beside_their_averages_under_a_key_of_averages_are_raw(tmp_path):
+    both = state_of(FLUX_RAW, "online_model.") | state_of(FLUX_AVERAGED, "ema_model.")
+    torch.save({"ema": both}, tmp_path / "vae.pt")
+    told = assert_is(tmp_path / "vae.pt", FLUX_AVERAGED).describe()
+    assert told.endswith("left out: raw weights under the key ema and the prefix online_model.")
+
+
+def test_weights_in_many_mappings_are_found_where_none_are_further_out(tmp_path):
+    torch.save({"checkpoint": {"model": {"state_dict": {"vae": state_of(RAW)}}}}, tmp_path / "deep.pt")
+    told = assert_is(tmp_path / "deep.pt", RAW).describe()
+    assert told.endswith("taken from the key checkpoint/model/state_dict/vae")
+    outer = {"a": {"b": {"c": state_of(RAW)}}, "weights": state_of(AVERAGED)}
+    torch.save(outer, tmp_path / "both.pt")
+    assert_is(tmp_path / "both.pt", AVERAGED)
+
+
+@pytest.mark.parametrize("layout", [{}, {"has_quant_conv": False}])
+def test_an_autoencoder_whose_encoder_makes_no_variances_is_refused_by_its_encoder_alone(tmp_path, layout):
+    encoder, decoder = (tiny_vae(style="ldm", embed_dim=size, **layout).state_dict() for size in (2, 4))
+    plain = {name: value for name, value in encoder.items() if name.startswith(("encoder.", "quant_conv."))}
+    plain |= {name: value for name, value in decoder.items() if name.startswith(("decoder.", "post_quant_conv."))}
+    save_file(plain | {"quantizer.codebook": torch.rand(8, 4)}, tmp_path / "vae.safetensors")
+    with pytest.raises(
+        UserError, match=r"without moments, plain or vector-quantised: its encoder makes as many .*\(4\)"
+    ):
+        read_identity(tmp_path / "vae.safetensors")
+
+
 def test_incomplete_averages_do_not_win(tmp_path):
     half = {name: tensor for name, tensor in state_of(FLUX_AVERAGED).items() if "encoder.down" not in name}
     torch.save({"model": state_of(FLUX_RAW), "ema": half}, tmp_path / "vae.pt")
@@ -299,6 +345,22 @@ def test_objects_of_other_programs_in_a_checkpoint_are_neither_imported_nor_call
     assert len(paths) == 11 and not calls and module.__name__ not in sys.modules
     more = [found for found in torch.serialization.get_safe_globals() if found not in allowed]
     assert not [found for found in more if not getattr(found, "__module__", "").startswith("torch.")]  # imported late
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("name", ["subprocess.Popen", "os.system", "builtins.eval", "urllib.request.urlopen"])
+def test_what_python_itself_can_run_is_refused_by_the_names_of_every_protocol(tmp_path, name, protocol):
+    run = pkgutil.resolve_name(name.replace(".", ":") if name.count(".") == 1 else name)
+    trace = tmp_path / "ran"
+
+    class Harm:
+        def __reduce__(self):
+            return run, (f"open({str(trace)!r}, 'w')",)
+
+    torch.save({"state_dict": state_of(RAW), "extra": Harm()}, tmp_path / "vae.pt", pickle_protocol=protocol)
+    with pytest.raises(UserError, match=r"which is no weight and could run code, so it was not opened|cannot be read"):
+        read_identity(tmp_path / "vae.pt")
+    assert not trace.exists()
 
 
 def test_a_file_with_a_thousand_classes_ends_in_one_line(tmp_path, monkeypatch):
