@@ -16,6 +16,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -505,6 +506,10 @@ def _unknown_message(name: str, known: Iterable[str], prefix: str = "") -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the settings")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with suppress(OSError):  # a pipe that nobody reads, which Python from 3.11.3 on passes over itself
+            super()._print_message(message, file)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

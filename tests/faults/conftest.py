@@ -35,7 +35,7 @@ def pytest_testnodedown(node: Any) -> None:
     account.rows += [tuple(row) for row in getattr(node, "workeroutput", {}).get("fault rows", [])]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Prints the table."""
     account = config.stash.get(_ACCOUNT, None)
     if account is None or not account.rows:
