@@ -441,3 +441,9 @@ def test_every_group_has_its_place():
 def test_words_with_blanks_among_others_are_shown_as_they_are_typed():
     assert cli.show(("a b", "c", "[d]", "it's")) == """'a b' c [d] 'it'"'"'s'"""
     assert cli.show("a b") == "a b" and cli.show((1, 2)) == "1 2" and cli.show(()) == "(nothing)"
+
+
+@pytest.mark.parametrize("stored", [None, 5, True, ["vae.pt"], {"a": 1}, "a\0b", "~nobodyknown/vae.pt", "x" * 5000])
+def test_what_is_no_path_is_the_same_as_no_path(tmp_path, stored):
+    assert not cli.same_path(str(tmp_path), stored)
+    assert cli.same_path(stored, stored)

@@ -590,11 +590,15 @@ def absolute_path(text: str) -> str:
     return str(path.absolute()) if path.exists() or path.is_absolute() or text.startswith(".") else text
 
 
-def same_path(one: str | None, other: str | None) -> bool:
-    """Says whether two paths lead to one file or folder, which each layout of Kaggle has at a place of its own."""
-    if one is None or other is None:
-        return one is other
-    first, second = (os.path.realpath(absolute_path(mounts.locate(path))) for path in (one, other))
+def same_path(one: Any, other: Any) -> bool:
+    """Says whether two paths lead to one file or folder, which each layout of Kaggle has at a place of its own.
+
+    What a damaged file holds in the place of a path leads nowhere, and is the same as nothing but itself.
+    """
+    try:
+        first, second = (os.path.realpath(absolute_path(mounts.locate(path))) for path in (one, other))
+    except (TypeError, ValueError, RuntimeError, OSError):
+        return one == other
     return first == second
 
 

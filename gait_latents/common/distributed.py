@@ -67,6 +67,7 @@ from gait_latents.common.process import StopSignals
 TIME_IS_UP = 1  # a reason to stop, as are the numbers of the signals, 2 and 15, which are larger and so win
 _JOIN_SECONDS = 300.0  # within which all processes must have started and imported torch
 # Whoever waits for others at the start says so after this time, and then each time that this has passed.
+_REST_SECONDS = 0.05
 _FIRST_NEWS_SECONDS, _NEWS_SECONDS = 3.0, 60.0
 _LAST_WORDS_SECONDS = 20.0  # that others wait for rank 0 to say why the run ends; torchrun kills 30 s after a signal
 _ANSWER_SECONDS = 1800.0  # the longest that one process waits for another in a collective
@@ -474,6 +475,9 @@ def join_ranks() -> Iterator[Ranks]:
             ranks.tell("ended")
         elif ranks.is_main:
             ranks.let_others_hear()
+    # Up to torch 2.6 the end of a group waits for its threads and holds the interpreter meanwhile, which a thread that
+    # lets go of its last tensor waits for: they are given a moment to come to rest.
+    time.sleep(_REST_SECONDS)
     dist.destroy_process_group()
 
 

@@ -222,7 +222,7 @@ def test_the_saved_notebook_is_no_endless_log(first):
     text = text_of(first)
     counts = Counter(line for line in text.splitlines() if line.strip())
     assert "\r" not in text and len(counts) > 20
-    assert counts.most_common(1)[0][1] <= 3
+    assert counts.most_common(1)[0][1] <= 5  # each of the scripts says how it has understood the VAE
     assert len(text.splitlines()) < 120
 
 
