@@ -512,7 +512,13 @@ class Sealed:
 
     def twist_manifest(self, draw: random.Random) -> None:
         """Changes the manifest of the cache."""
-        overwrite(self.cache / MANIFEST_NAME, sealed_manifest(twisted(self.manifest, draw)))
+        manifest = twisted(self.manifest, draw)
+        settings = manifest.get("settings") if isinstance(manifest, dict) else None
+        if isinstance(settings, dict):
+            size = settings.get("image_size", 256)  # its default
+            if isinstance(size, int) and 64 < size <= 4096:  # is taken, and with this VAE needs many gigabytes
+                settings["image_size"] = 64
+        overwrite(self.cache / MANIFEST_NAME, sealed_manifest(manifest))
 
     def twist_state(self, draw: random.Random) -> None:
         """Changes the meta of the last state of the run, and leaves it the only one."""
