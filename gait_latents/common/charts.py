@@ -413,6 +413,6 @@ def _for_a_page(svg: bytes, label: str) -> str:
             parent.set("href", "".join(parent.attrib.pop(_LINK).split()))
         if "style" in parent.attrib:
             style = re.sub(r"font-family: [^;]*;? ?", "", parent.attrib["style"])
-            style = re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", style)  # of matplotlib before 3.10
+            style = re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", style)  # as matplotlib 3.8 writes it
             parent.set("style", style.replace(_OF_THE_PAGE, "currentColor"))
     return ElementTree.tostring(root, encoding="unicode")

@@ -508,7 +508,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the settings")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        with suppress(OSError):  # a pipe that nobody reads, which Python from 3.11.3 on passes over itself
+        with suppress(OSError):  # a pipe that nobody reads, of which Python 3.11.2 makes an error
             super()._print_message(message, file)
 
 

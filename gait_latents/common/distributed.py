@@ -475,7 +475,7 @@ def join_ranks() -> Iterator[Ranks]:
             ranks.tell("ended")
         elif ranks.is_main:
             ranks.let_others_hear()
-    # Up to torch 2.6 the end of a group waits for its threads and holds the interpreter meanwhile, which a thread that
+    # In torch 2.6 the end of a group waits for its threads and holds the interpreter meanwhile, which a thread that
     # lets go of its last tensor waits for: they are given a moment to come to rest.
     time.sleep(_REST_SECONDS)
     dist.destroy_process_group()

@@ -196,7 +196,7 @@ class LatentDiffusion(GaussianDiffusion):
             return SAMPLERS[sampler](denoise, draw, levels, draw())
         finally:
             self.train(was_training)
-            torch.clear_autocast_cache()  # which holds weights cast here, without gradients, in torch up to 2.11
+            torch.clear_autocast_cache()  # torch 2.10 keeps weights there that were cast here, without gradients
 
     def levels(self, sampling_timesteps: int) -> list[NoiseLevel]:
         """Returns the levels that sampling visits: from START_LAMBDA on, spread as TIME_SHARE says, each once.

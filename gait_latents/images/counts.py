@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from gait_latents.common.errors import UserError
-from gait_latents.images.folders import name_list
+from gait_latents.images.names import name_list
 
 _MOST_GROUPS = 6  # of classes with the same number, in one line
 

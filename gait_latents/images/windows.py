@@ -24,7 +24,7 @@ import numpy as np
 
 from gait_latents.common.console import warn
 from gait_latents.images import reading
-from gait_latents.images.folders import natural_key
+from gait_latents.images.names import natural_key
 from gait_latents.images.split import Entry, Split
 
 _MOST_CLASSES = 8  # that are looked at

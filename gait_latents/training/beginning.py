@@ -18,7 +18,7 @@ from gait_latents.common import cli
 from gait_latents.common.console import say, warn
 from gait_latents.common.errors import UserError
 from gait_latents.diffusion.model import LatentDiffusion
-from gait_latents.images.folders import name_list
+from gait_latents.images.names import name_list
 from gait_latents.images.split import Split, read_split
 from gait_latents.settings import TrainSettings
 from gait_latents.training import checkpoint, run_folder

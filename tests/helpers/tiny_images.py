@@ -32,7 +32,7 @@ def grey16(white: int = 65535) -> np.ndarray:
 
 
 def pgm16(pixels: np.ndarray) -> bytes:
-    """Returns a PGM of 16-bit greys, which Pillow writes from 11 on."""
+    """Returns a PGM of 16-bit greys, which Pillow 10.1 cannot write."""
     height, width = pixels.shape
     return f"P5\n{width} {height}\n65535\n".encode() + pixels.astype(">u2").tobytes()
 
