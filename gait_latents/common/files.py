@@ -183,20 +183,61 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
-def read_whole(path: str | os.PathLike[str], *, at_most: int) -> bytes:
-    """Reads a file of no more than `at_most` bytes.
+def open_file(path: str | os.PathLike[str], *, follow_link: bool = False) -> int:
+    """Opens a file for reading, and returns its descriptor; whatever else has that name is refused and not waited for.
+
+    Args:
+        follow_link: whether the name may be a link. In a folder that this project writes there are no links of its
+            own, and one that somebody else put there could name any file of the user.
 
     Raises:
-        OSError: when it cannot be read, is longer, or is no file: a named pipe would wait, a device never end.
+        OSError: when it cannot be opened, or is no file: a named pipe would wait, a device never end.
     """
-    path = Path(path)
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "it is not a file", str(path))
-    if status.st_size > at_most:
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_link else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP and os.path.islink(path) and not follow_link:  # noqa: PTH114
+            raise OSError(
+                errno.ELOOP, "it is a link, and may lead anywhere; put the file itself there", str(path)
+            ) from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a file", str(path))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_whole(path: str | os.PathLike[str], *, at_most: int, follow_link: bool = False) -> bytes:
+    """Reads a file of no more than `at_most` bytes.
+
+    Args:
+        follow_link: as in `open_file`; True for what the user names, and for images and VAEs.
+
+    Raises:
+        OSError: naming `path`, when it cannot be read, is longer, or is no file.
+    """
+    with naming(path), open(open_file(path, follow_link=follow_link), "rb") as file:
+        if os.fstat(file.fileno()).st_size > at_most:
+            raise OSError(errno.EFBIG, f"it is larger than {at_most:,} bytes")
+        data = file.read(at_most + 1)  # it may grow meanwhile
+    if len(data) > at_most:
         raise OSError(errno.EFBIG, f"it is larger than {at_most:,} bytes", str(path))
-    with naming(path):
-        return path.read_bytes()
+    return data
+
+
+def refuse_links(path: str | os.PathLike[str], *, below: str | os.PathLike[str]) -> None:
+    """Raises OSError where a folder between `below` and a file is a link: it may lead out of `below`.
+
+    `below` itself may be a link, for the user names it.
+    """
+    for place in reversed(Path(path).relative_to(below).parents[:-1]):
+        folder = Path(below) / place
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, f"it is a link, and may lead out of {below}; remove it", str(folder))
 
 
 # --- temporaries -------------------------------------------------------------------------------------------

@@ -397,4 +397,4 @@ def read_image(
 
 def read_file(data_path: str, entry: Entry) -> bytes:
     """Reads the file of an image; raises OSError."""
-    return files.read_whole(image_path(data_path, entry), at_most=MAX_FILE_BYTES)
+    return files.read_whole(image_path(data_path, entry), at_most=MAX_FILE_BYTES, follow_link=True)

@@ -104,7 +104,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """Reads config.json of a folder; raises UserError unless it is of a class that can be used."""
     path = folder / "config.json"
     try:
-        config = json.loads(disk_files.read_whole(path, at_most=MAX_CONFIG_BYTES), parse_constant=_refuse_constant)
+        config = json.loads(
+            disk_files.read_whole(path, at_most=MAX_CONFIG_BYTES, follow_link=True), parse_constant=_refuse_constant
+        )
     except FileNotFoundError:
         raise UserError(f"{folder} is a folder without config.json, {_what_a_folder_is(folder)}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -165,7 +167,9 @@ def _weight_files(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     """Returns the files that an index of shards names; raises UserError where it is damaged or one is missing."""
     try:
-        names = set(json.loads(disk_files.read_whole(index, at_most=MAX_CONFIG_BYTES))["weight_map"].values())
+        names = set(
+            json.loads(disk_files.read_whole(index, at_most=MAX_CONFIG_BYTES, follow_link=True))["weight_map"].values()
+        )
         if not names or not all(name == Path(name).name and name.endswith(".safetensors") for name in names):
             raise ValueError("it names no files beside it")
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:

@@ -306,3 +306,30 @@ def test_permissions_are_told_without_trying(tmp_path):
     assert files.why_not_permitted(tmp_path / "file" / "folder") == "Not a directory"
     assert files.why_not_permitted("/proc/self/folder") is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_link_is_followed_only_where_it_may_be(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "link").symlink_to("secret")
+    assert files.read_whole(tmp_path / "link", at_most=6, follow_link=True) == b"secret"
+    with pytest.raises(OSError, match="it is a link, and may lead anywhere") as caught:
+        files.read_whole(tmp_path / "link", at_most=6)
+    assert caught.value.filename == str(tmp_path / "link")
+
+
+def test_no_folder_on_the_way_to_a_file_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real" / "a").mkdir(parents=True)
+    (tmp_path / "out").symlink_to("real")
+    files.refuse_links(tmp_path / "out" / "a" / "x.png", below=tmp_path / "out")  # the user names the first folder
+    (tmp_path / "real" / "b").symlink_to("a")
+    for inner in ("b/x.png", "b/c/x.png"):
+        with pytest.raises(OSError, match="it is a link, and may lead out of") as caught:
+            files.refuse_links(tmp_path / "out" / inner, below=tmp_path / "out")
+        assert caught.value.filename == str(tmp_path / "out" / "b")
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"12345")
+    assert files.read_whole(tmp_path / "x", at_most=5) == b"12345"
+    with pytest.raises(OSError, match="larger than 4 bytes"):
+        files.read_whole(tmp_path / "x", at_most=4)
