@@ -64,8 +64,8 @@ def serve(arguments: argparse.Namespace) -> None:
         if arguments.worker == "baseline":
             harness.serve(lambda: baseline(arguments, Path(folder)), dict)
             return
-        shares: dict[str, float] = {}
-        harness.serve(lambda: ours(arguments, Path(folder), shares), lambda: shares)
+        shares: list[Callable[[], float]] = []
+        harness.serve(lambda: ours(arguments, Path(folder), shares), lambda: {"share of data and draws": shares[-1]()})
 
 
 # --- the loop of today -------------------------------------------------------------------------------------
@@ -141,8 +141,11 @@ def repeat(one_step: Callable[[], object], count: int) -> Round:
 # --- ours --------------------------------------------------------------------------------------------------
 
 
-def ours(arguments: argparse.Namespace, folder: Path, shares: dict[str, float]) -> Round:
-    """Sets up the trainer of train_latent_cfg.py on a cache of as many latents; notes the share of data and draws."""
+def ours(arguments: argparse.Namespace, folder: Path, shares: list[Callable[[], float]]) -> Round:
+    """Sets up the trainer of train_latent_cfg.py on a cache of as many latents.
+
+    After each round, `shares` gets what measures the share of data and draws in it, which takes time of its own.
+    """
     import torch
 
     from gait_latents.images.split import Split
@@ -166,7 +169,8 @@ def ours(arguments: argparse.Namespace, folder: Path, shares: dict[str, float]) 
         for _ in range(arguments.steps):
             trainer.train_step()
         trainer.losses[-1].item()
-        shares["share of data and draws"] = data_seconds(trainer, arguments.steps) / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        shares.append(lambda: data_seconds(trainer, arguments.steps) / seconds)
         trainer.losses, trainer.sample_losses = [], []
         return arguments.steps
 

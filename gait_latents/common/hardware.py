@@ -30,8 +30,9 @@ def warn_uncompiled(choice: str, obstacle: str) -> None:
     warn(f"the network cannot be compiled, and trains without ({obstacle})")
 
 
-# Native bfloat16 arithmetic starts at this CUDA compute capability; older GPUs have fast float16 only.
-_BFLOAT16_CAPABILITY = (8, 0)
+# Native bfloat16 arithmetic starts at the first of these CUDA compute capabilities, and at the second the tensor cores
+# that make float16 fast.
+_BFLOAT16_CAPABILITY, _FLOAT16_CAPABILITY = (8, 0), (7, 0)
 _TRITON_CAPABILITY = (7, 0)  # the oldest GPUs that torch.compile generates code for
 COMPILED_STEPS = 5000  # with fewer steps, compiling takes longer than it saves
 TOO_LITTLE_MEMORY = "the GPU has too little memory; end what else uses it, or give --device cpu"
@@ -147,14 +148,20 @@ def threads(count: int | None) -> Iterator[None]:
 
 def pick_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Returns the number format of the network and the reason for it."""
+    if device.type != "cuda":
+        return (torch.float32, "the default without a GPU") if name == "auto" else (NUMBER_FORMATS[name], "as asked")
+    major, minor = torch.cuda.get_device_capability(device)
+    if name == "bfloat16" and (major, minor) < _BFLOAT16_CAPABILITY:
+        warn(
+            f"--precision bfloat16 is slow on this GPU (compute capability {major}.{minor}); --precision auto is faster"
+        )
     if name != "auto":
         return NUMBER_FORMATS[name], "as asked"
-    if device.type != "cuda":
-        return torch.float32, "the default without a GPU"
-    major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) >= _BFLOAT16_CAPABILITY:
         return torch.bfloat16, f"compute capability {major}.{minor}"
-    return torch.float16, f"compute capability {major}.{minor} is below 8.0; with a loss scaler"
+    if (major, minor) >= _FLOAT16_CAPABILITY:
+        return torch.float16, f"compute capability {major}.{minor} is below 8.0; with a loss scaler"
+    return torch.float32, f"compute capability {major}.{minor} is below 7.0, where other formats are no faster"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -219,6 +226,8 @@ def make_deterministic() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    # Filling memory costs a kernel for each tensor that is made, and nothing here reads what was not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = False
 
 

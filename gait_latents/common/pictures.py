@@ -24,7 +24,12 @@ _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 
 def to_uint8(images: "Tensor") -> np.ndarray:
     """Turns float images [B 3 S S] in [0, 1] into uint8 arrays [B S S 3], rounded to nearest."""
-    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return to_bytes(images).cpu().numpy()
+
+
+def to_bytes(images: "Tensor") -> "Tensor":
+    """Does what `to_uint8` does, and leaves the uint8 images [B S S 3] on their device."""
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
 
 
 def labelled_grid(

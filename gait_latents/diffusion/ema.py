@@ -51,5 +51,6 @@ class EMA(Generic[Model]):
             torch._foreach_copy_(averaged, current)
         else:
             torch._foreach_lerp_(averaged, current, 1 - decay)
-        for kept, new in zip(self.model.buffers(), model.buffers(), strict=True):
-            kept.copy_(new)
+        kept: list[Tensor] = list(self.model.buffers())
+        if kept:  # in one call: on a GPU each of its own costs more than it copies
+            torch._foreach_copy_(kept, list(model.buffers()))

@@ -5,7 +5,9 @@ them. So neither gradient accumulation, nor several processes, nor a restart cha
 touches torch's global generator.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -29,8 +31,42 @@ class StepDraws:
         return StepDraws(*(getattr(self, field.name)[start:stop] for field in fields(self)))
 
     def to(self, device: torch.device | str) -> "StepDraws":
-        """Gives the same draws on another device, without waiting for the copy."""
-        return StepDraws(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        """Gives the same draws on another device: in one copy, for which the host does not wait."""
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self
+        tensors = [getattr(self, field.name) for field in fields(self)]
+        return StepDraws(
+            *unpacked(packed(tensors, pinned=device.type == "cuda").to(device, non_blocking=True), tensors)
+        )
+
+
+def packed(tensors: Sequence[Tensor], *, pinned: bool = False) -> Tensor:
+    """Puts tensors one behind the other into a uint8 buffer [N], each at a multiple of 16 bytes.
+
+    Args:
+        pinned: whether to take memory that a GPU copies from while the host goes on; torch keeps such a buffer until
+            the copy is done, and gives it out again afterwards.
+    """
+    starts = _starts(tensors)
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
+    for tensor, place in zip(tensors, unpacked(buffer, tensors), strict=True):
+        place.copy_(tensor)
+    return buffer
+
+
+def unpacked(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Returns views into a buffer of `packed`, of the shapes and dtypes of these tensors."""
+    return [
+        buffer[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+        for start, tensor in zip(_starts(like), like, strict=False)
+    ]
+
+
+def _starts(tensors: Sequence[Tensor]) -> list[int]:
+    """Returns where each tensor begins in a packed buffer, and last how many bytes there are in all."""
+    sizes = (-(-tensor.numel() * tensor.element_size() // 16) * 16 for tensor in tensors)
+    return [0, *accumulate(sizes)]
 
 
 def draw_step(

@@ -266,9 +266,8 @@ class Trainer:
             largest_shift=self.largest_shift,
         )
         self.dataset.ensure(draws.positions, self._upcoming(step + 1))
-        own = draws.slice(self.own.start, self.own.stop)
-        starts = range(0, self.share, self.pass_size)
-        return [own.slice(start, start + self.pass_size).to(self.device) for start in starts]
+        own = draws.slice(self.own.start, self.own.stop).to(self.device)
+        return [own.slice(start, start + self.pass_size) for start in range(0, self.share, self.pass_size)]
 
     def latents_of(self, part: StepDraws) -> tuple[Tensor, Tensor]:
         """Draws the latents [b C h w] of a part of a step; returns them and their labels [b]."""
@@ -318,7 +317,7 @@ class Trainer:
             raise Failed(
                 f"the gradients overflow float16 even with a loss scale of {self.scaler.get_scale():g}, at step "
                 f"{self.finished_steps:,}; no such step was taken, and the last save is in "
-                f"{self.settings.results_folder}; give another --results_folder and --precision bfloat16 or float32"
+                f"{self.settings.results_folder}; give another --results_folder and --precision float32"
             )
 
     # --- saving ---

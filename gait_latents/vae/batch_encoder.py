@@ -52,16 +52,23 @@ class BatchEncoder:
 
     def _encode_padded(self, images: Tensor) -> Tensor:
         """Encodes at most `batch_size` images [B S S 3] in a call of exactly so many."""
-        padded = images.new_zeros(self.batch_size, *images.shape[1:])
+        # Of pinned memory, which torch keeps until it is copied, so that the host need not wait for the copy.
+        padded = torch.zeros(
+            self.batch_size, *images.shape[1:], dtype=images.dtype, pin_memory=self.device.type == "cuda"
+        )
         padded[: len(images)] = images
         # ToTensor divides by 255 in float32; multiplying by 1/255 gives other bits.
-        pixels = padded.to(self.device).permute(0, 3, 1, 2).to(torch.float32) / 255  # B 3 S S, channels last in memory
+        sent = padded.to(self.device, non_blocking=True)
+        pixels = sent.permute(0, 3, 1, 2).to(torch.float32) / 255  # B 3 S S, channels last in memory
         moments = self._encode(pixels, self.dtype)
-        if self.dtype != torch.float32:
-            bad = ~is_storable(moments)
-            if bad.any():
-                moments[bad] = self._encode(pixels, torch.float32)[bad]
-        return moments[: len(images)].cpu()
+        if self.dtype == torch.float32:
+            return moments[: len(images)].cpu()
+        # In one copy, for which the host waits once: the moments, and behind each whether they can be stored.
+        together = torch.cat([moments.flatten(1), is_storable(moments)[:, None].float()], dim=1).cpu()
+        found, good = together[:, :-1].reshape(moments.shape), together[:, -1].bool()
+        if not good.all():
+            found[~good] = self._encode(pixels, torch.float32).cpu()[~good]
+        return found[: len(images)]
 
     def _encode(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """Encodes pixels [B 3 S S] in a number format; returns moments float32."""

@@ -50,15 +50,23 @@ class ImageDecoder:
         for latent in self.norm.to_unscaled(samples.to(self.device)):
             between()
             with torch.inference_mode():
-                image = pictures.to_uint8(self._finite_pixels(decoder, latent[None]))[0]
+                image = self._image(decoder, latent[None])
             yield image
 
-    def _finite_pixels(self, decoder: base.VAE, latent: Tensor) -> Tensor:
-        """Decodes a latent, in float32 where the number format overflows, which a trial with noise may not show."""
-        pixels = self._pixels(decoder, latent, self.dtype)
-        if self.dtype == torch.float32 or pixels.isfinite().all():
-            return pixels
-        return self._pixels(decoder, latent, torch.float32)
+    def _image(self, decoder: base.VAE, latent: Tensor) -> np.ndarray:
+        """Decodes a latent, in float32 where the number format overflows, which a trial with noise may not show.
+
+        The host waits once: whether all pixels are finite comes in the same copy as the image.
+        """
+        if self.dtype != torch.float32:
+            pixels = self._pixels(decoder, latent, self.dtype)
+            image = pictures.to_bytes(pixels)[0]
+            *content, is_finite = (
+                torch.cat([image.flatten(), pixels.isfinite().all().byte()[None]]).cpu().split([image.numel(), 1])
+            )
+            if is_finite:
+                return content[0].view(image.shape).numpy()
+        return pictures.to_uint8(self._pixels(decoder, latent, torch.float32))[0]
 
     def _pixels(self, decoder: base.VAE, latent: Tensor, dtype: torch.dtype) -> Tensor:
         """Decodes unscaled latents [B C h w] in a number format; returns float32 pixels [B 3 S S] in [0, 1]."""

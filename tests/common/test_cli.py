@@ -510,7 +510,12 @@ def test_the_number_format_and_its_reason(monkeypatch):
     assert hardware.pick_precision("auto", CPU) == (torch.float32, "the default without a GPU")
     assert hardware.pick_precision("bfloat16", CPU) == (torch.bfloat16, "as asked")
     gpu = torch.device("cuda")
-    for capability, dtype in (((6, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+    for capability, dtype in (
+        ((6, 0), torch.float32),
+        ((7, 0), torch.float16),
+        ((7, 5), torch.float16),
+        ((8, 0), torch.bfloat16),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         picked, reason = hardware.pick_precision("auto", gpu)
         assert picked == dtype and f"capability {capability[0]}.{capability[1]}" in reason

@@ -5,10 +5,11 @@ from dataclasses import fields
 
 import pytest
 import torch
+from device_traffic import DEVICE, Traffic
 from properties import given, settings, st
 
 from gait_latents.common.seeds import draw_positions, sample_generator
-from gait_latents.training.draws import StepDraws, draw_step
+from gait_latents.training.draws import StepDraws, draw_step, packed, unpacked
 
 SHAPE = (4, 8, 8)
 NAMES = [field.name for field in fields(StepDraws)]
@@ -198,3 +199,15 @@ def test_the_seed_of_a_stream_is_pinned():
 def test_to_moves_everything():
     moved = draw(0).to("meta")
     assert {getattr(moved, name).device.type for name in NAMES} == {"meta"}
+
+
+def test_draws_go_to_a_device_in_one_copy_with_the_same_bits():
+    draws = draw(3, batch=5)  # 5 bools and 5 rows: nothing ends where the next may begin
+    tensors = [getattr(draws, name) for name in NAMES]
+    buffer = packed(tensors)
+    found = unpacked(buffer, tensors)
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(found, tensors, strict=True))
+    assert {one.untyped_storage().data_ptr() for one in found} == {buffer.untyped_storage().data_ptr()}
+    with Traffic() as traffic:
+        sent = draws.to(DEVICE)
+    assert traffic.to_device.total() == 1 and sent.noise.shape == draws.noise.shape

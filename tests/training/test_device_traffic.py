@@ -1,0 +1,116 @@
+"""What a GPU would wait for: a step of training reads nothing back and gets its draws in one copy."""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from device_traffic import DEVICE, Traffic
+from tiny_cache import RECORD, key, make_space
+from tiny_vae import tiny_vae
+
+from gait_latents.common import hardware
+from gait_latents.images.split import Split
+from gait_latents.latents.cache import LatentCache
+from gait_latents.latents.dataset import LatentDataset
+from gait_latents.latents.vae_fit import ChosenSpace
+from gait_latents.settings import TrainSettings
+from gait_latents.training import draws
+from gait_latents.training.run_data import Data
+from gait_latents.training.trainer import Trainer
+from gait_latents.vae.batch_encoder import BatchEncoder
+from gait_latents.vae.decoder import ImageDecoder
+from gait_latents.vae.norm import LatentNorm
+
+CLASSES = ("a", "b")
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """A trainer whose network, optimizer and latents are on the device."""
+    monkeypatch.setattr(
+        sys.modules[torch.optim.Optimizer.__module__], "_get_fused_kernels_supported_devices", lambda: ["meta"]
+    )
+    space = make_space((8, 8, 8))
+    cache = LatentCache(tmp_path, space, writable=True)
+    keys = [key(i) for i in range(20)]
+    cache.put(keys, np.zeros((20, 8, 8, 8), np.float16), keys, RECORD)
+    cache.flush()
+    facts = {"encode": None, "read_image": None, "encode_batch_size": 1, "device": DEVICE}
+    dataset = LatentDataset(cache, keys, [i % 2 for i in range(20)], keys, **facts)
+    dataset.set_norm(LatentNorm.from_scale_factor(4, 1.0, 0.0))
+    settings = TrainSettings(dim=8, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2, ema_update_every=2)
+    split = Split(classes=CLASSES, train=(), test=(), skipped=(), rule={})
+    return Trainer(settings, Data(split, ChosenSpace(space, 1.0, 0.0, vae_at_hand=False), dataset), DEVICE)
+
+
+def traffic_of_steps(trainer: Trainer, count: int) -> Traffic:
+    with Traffic():
+        trainer.train_step()  # the first makes the state of the optimizer
+    with Traffic() as traffic:
+        for _ in range(count):
+            trainer.train_step()
+    return traffic
+
+
+def test_a_step_of_training_reads_nothing_back_and_copies_once(trainer: Trainer) -> None:
+    traffic = traffic_of_steps(trainer, 6)
+    assert traffic.waits.total() == 0 and traffic.to_device.total() == 6
+    assert trainer.finished_steps == 7
+
+
+def test_a_step_in_several_passes_copies_once_too(trainer: Trainer) -> None:
+    trainer.pass_size = trainer.share // 4
+    assert traffic_of_steps(trainer, 3).to_device.total() == 3
+
+
+def test_a_value_that_is_read_back_and_a_second_copy_are_seen(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Trainer._update
+
+    def with_waits(self: Trainer, loss: torch.Tensor, step: int) -> None:
+        update(self, loss, step)
+        float(loss)
+        loss.cpu()
+        torch.ones(3).to(DEVICE)
+
+    monkeypatch.setattr(Trainer, "_update", with_waits)
+    traffic = traffic_of_steps(trainer, 2)
+    assert traffic.waits == {"_local_scalar_dense": 2, "_to_copy": 2} and traffic.to_device.total() == 4
+
+
+def test_draws_sent_one_by_one_are_seen(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_by_one(self: draws.StepDraws, device: torch.device) -> draws.StepDraws:
+        return draws.StepDraws(*(value.to(device) for value in vars(self).values()))
+
+    monkeypatch.setattr(draws.StepDraws, "to", one_by_one)
+    assert traffic_of_steps(trainer, 1).to_device.total() == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_call_of_the_encoder_copies_once_and_waits_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "autocast", lambda *_: nullcontext())  # there is none for this device
+    encoder = BatchEncoder(lambda: tiny_vae().to(DEVICE), device=DEVICE, batch_size=4, dtype=dtype)
+    with Traffic():
+        encoder(torch.zeros(1, 16, 16, 3, dtype=torch.uint8))  # builds the VAE
+    with Traffic() as traffic:
+        found = encoder(torch.zeros(8, 16, 16, 3, dtype=torch.uint8))  # two calls
+    assert found.shape == (8, 8, 8, 8) and found.device.type == "cpu"
+    assert traffic.to_device.total() == traffic.waits.total() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_host_waits_once_for_each_image_that_is_decoded(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "autocast", lambda *_: nullcontext())
+    decoder = ImageDecoder("none", LatentNorm.from_scale_factor(4, 1.0, 0.0), DEVICE)
+    decoder.vae = tiny_vae().to(DEVICE)
+    decoder.go_on_in(dtype)
+    with Traffic() as traffic:
+        images = decoder(torch.zeros(3, 4, 8, 8, device=DEVICE))
+    assert [image.shape for image in images] == [(16, 16, 3)] * 3
+    assert traffic.waits.total() == 3 and traffic.to_device.total() == 0
