@@ -184,7 +184,12 @@ HELP_ZH = {
     "levels of noise listed for a DDIM loop; at most as many as the model has timesteps": (
         "为 DDIM 循环列出的噪声级数；最多与模型的时间步数相同"
     ),
-    "where the exported model goes": "存放导出模型的文件夹",
+    "where the exported model, or the shards, go": "存放导出的模型或分片的文件夹",
+    "export the training latents of a cache in place of a model; webdataset writes tar shards for many nodes": (
+        "导出缓存中用于训练的潜变量，而不是模型；webdataset 写出供多个节点使用的 tar 分片"
+    ),
+    "the cache whose latents are exported": "要导出其潜变量的缓存",
+    "latents in a shard; each process needs shards of its own": "每个分片中的潜变量数；每个进程都需要自己的分片",
     "make only a picture of classes x these guidance scales": "只画一张图：各类别 × 这些引导强度",
     "folder with one sub-folder of generated images per class": "生成图像的文件夹，其中每个类别一个子文件夹",
     "where the report goes": "存放报告的文件夹",

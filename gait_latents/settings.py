@@ -551,7 +551,20 @@ class ExportSettings:
     ddim_steps: int = setting(
         100, int, SAMPLING, "levels of noise listed for a DDIM loop; at most as many as the model has timesteps", low=1
     )
-    output_folder: str = setting("./exported", str, SAVING, "where the exported model goes", path=True)
+    latents: str | None = setting(
+        None,
+        str,
+        SAVING,
+        "export the training latents of a cache in place of a model; webdataset writes tar shards for many nodes",
+        choices=("webdataset",),
+        words=("none",),
+    )
+    latents_cache_folder: str = setting(
+        "./latents_cache", str, SAVING, "the cache whose latents are exported", path=True
+    )
+    rows_per_shard: int = setting(4096, int, SAVING, "latents in a shard; each process needs shards of its own", low=1)
+    seed: int = _as_in(MachineSettings, "seed")
+    output_folder: str = setting("./exported", str, SAVING, "where the exported model, or the shards, go", path=True)
 
 
 SCRIPTS: dict[str, type] = {

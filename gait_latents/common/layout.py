@@ -28,3 +28,4 @@ PAIRS_NAME = "closest_pairs.png"  # generated images beside the training images 
 
 # A model exported by python -m gait_latents.export.
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
+DATASET_NAME = "dataset.json"  # beside exported latents
