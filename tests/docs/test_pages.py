@@ -132,6 +132,8 @@ def check_python(words: list[str]) -> None:
         check_flags(settings.SCRIPTS[file], flags)
     elif file == "demo/train_vae.py":
         check_flags(importlib.import_module("train_vae").VAESettings, flags)
+    elif file.startswith("examples/"):
+        assert (ROOT / file).is_file() and len(flags) == 1
     elif file == "benchmarks/bench_sample.py":
         bench_sample.read_arguments(flags)
     else:
