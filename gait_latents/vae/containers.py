@@ -1,4 +1,4 @@
-"""The two containers in which torch.save keeps a pickle and the storages of its tensors, checked before torch opens them.
+"""The two containers in which torch.save keeps a pickle and the storages of its tensors, checked before use.
 
 - A zip archive: `data.pkl`, one record per storage, and a few bytes of facts, all uncompressed. Its directory is read
   here, with limits, because torch's reader and Python's read the whole of what a file claims, and may differ in what
@@ -202,7 +202,7 @@ class MappedFile:
 
     def seek(self, place: int, whence: int = 0) -> int:
         """Goes to a place."""
-        self.data.seek(place, whence)
+        self.data.seek(place, whence)  # pyright: ignore[reportArgumentType]
         return self.data.tell()
 
     def tell(self) -> int:

@@ -55,9 +55,9 @@ class Refused(Exception):
 class Buffer(Protocol):
     """Bytes in memory or mapped from a file."""
 
-    def __getitem__(self, place: slice, /) -> bytes: ...  # noqa: D105
-    def __len__(self) -> int: ...  # noqa: D105
-    def find(self, sub: bytes, start: int, stop: int, /) -> int: ...  # noqa: D102
+    def __getitem__(self, place: slice, /) -> bytes: ...
+    def __len__(self) -> int: ...
+    def find(self, sub: bytes, start: int, stop: int, /) -> int: ...
 
 
 @dataclass
@@ -261,7 +261,9 @@ class _Machine:
             raise Refused("a text in it is not UTF-8") from error
 
     def long(self) -> None:
-        self.stack.append(int.from_bytes(self.read(self.read(1)[0]), "little", signed=True))
+        data = self.read(self.read(1)[0])
+        self.take(len(data))
+        self.stack.append(int.from_bytes(data, "little", signed=True))
 
     def proto(self) -> None:
         if self.at != self.start + 1 or self.read(1)[0] > pickle.HIGHEST_PROTOCOL:
@@ -431,21 +433,22 @@ class _Machine:
 
     def persistent(self) -> None:
         found = self.pop()
-        items = found.items if type(found) is _Tuple else ()
-        if len(items) not in (5, 6) or items[0] != "storage" or (len(items) == 6 and items[5] is not None):
+        items = list(found.items) if type(found) is _Tuple else []
+        if len(items) not in (5, 6) or items[0] != "storage" or items[5:] not in ([], [None]):
             raise Refused("it refers to what is no storage of a tensor")
         kind, key, location, count = items[1:5]
-        is_right = type(kind) is _Made and kind.kind == "storage type" and type(key) is str and len(key) <= _MAX_NAME
-        if not is_right or type(location) is not str or not _is_size(count):
+        dtype = kind.dtype if type(kind) is _Made and kind.kind == "storage type" else None
+        is_right = type(key) is str and len(key) <= _MAX_NAME and type(location) is str and _is_size(count)
+        if dtype is None or not is_right:
             raise Refused("it refers to a storage in another way than torch.save does")
-        wanted = count * kind.dtype.itemsize
+        wanted = count * dtype.itemsize
         if self.records is not None and wanted > self.records.get(key, -1):
             raise Refused("a storage of a tensor claims more bytes than the file has")
         if key not in self.storages:
-            self.storages[key] = self.make("storage", bytes=wanted, dtype=kind.dtype)
+            self.storages[key] = self.make("storage", bytes=wanted, dtype=dtype)
             self.stored += wanted
         storage = self.storages[key]
-        if (storage.bytes, storage.dtype) != (wanted, kind.dtype):
+        if (storage.bytes, storage.dtype) != (wanted, dtype):
             raise Refused("it refers to one storage in two ways")
         self.stack.append(storage)
 
@@ -767,7 +770,12 @@ def _steps() -> dict[bytes, tuple[Callable[[_Machine], None], int]]:
     made = {pickle.EMPTY_LIST: "list", pickle.EMPTY_DICT: "dict", pickle.EMPTY_SET: "set"}
     for opcode, kind in made.items():
         steps[opcode] = (lambda machine, kind=kind: machine.container(kind), _SIZES[kind] + _ITEM)
-    numbers = {pickle.BININT: ("<i", 4), pickle.BININT1: ("<B", 1), pickle.BININT2: ("<H", 2), pickle.BINFLOAT: (">d", 8)}
+    numbers = {
+        pickle.BININT: ("<i", 4),
+        pickle.BININT1: ("<B", 1),
+        pickle.BININT2: ("<H", 2),
+        pickle.BINFLOAT: (">d", 8),
+    }
     for opcode, (form, size) in numbers.items():
         steps[opcode] = (lambda machine, form=form, size=size: machine.number(form, size), 40)
     for opcode, length in ((pickle.TUPLE1, 1), (pickle.TUPLE2, 2), (pickle.TUPLE3, 3)):
@@ -775,7 +783,7 @@ def _steps() -> dict[bytes, tuple[Callable[[_Machine], None], int]]:
     steps |= {
         pickle.PROTO: (_Machine.proto, 0),
         pickle.MARK: (_Machine.mark, 80),
-        pickle.LONG1: (_Machine.long, 300),
+        pickle.LONG1: (_Machine.long, 48),
         pickle.BINUNICODE: (lambda m: m.text(int.from_bytes(m.read(4), "little"), "surrogatepass"), 80),
         pickle.SHORT_BINSTRING: (lambda m: m.text(m.read(1)[0], "strict"), 80),
         pickle.EMPTY_TUPLE: (lambda m: m.tuple_of(()), _ITEM),

@@ -6,6 +6,7 @@ pickles and of safetensors are mapped from the file, so that only those that are
 file becomes a UserError that names it.
 """
 
+import gc
 import pickle
 import re
 import stat
@@ -20,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gait_latents.common import hardware
 from gait_latents.common.errors import UserError
 from gait_latents.vae import containers, stand_ins
 from gait_latents.vae.pickle_check import Refused
@@ -133,17 +135,34 @@ def _read_pickle(path: Path, *, is_zip: bool, trust_pickle: bool) -> tuple[Any, 
     """Returns the object in a pickle, and the names of the classes that stand-ins take the place of."""
     _check_torch_version(path, trust_pickle=trust_pickle)
     try:
-        source = path if is_zip else containers.MappedFile(path)
-        checked = containers.check_zip(path) if isinstance(source, Path) else containers.check_legacy(source)
-        with _given(stand_ins.stand_ins(checked.known, checked.foreign)), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch warns of unusual protocols, which are harmless
-            # Explicit, because TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 defeats the default but not the argument.
-            tree = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)  # pyright: ignore
+        with _without_collecting():
+            return _checked_and_read(path, is_zip=is_zip)
     except Refused as refusal:
         raise UserError(_why_refused(path, refusal)) from refusal
     except UNREADABLE as error:
         raise UserError(_why_unreadable(path, error)) from error
+
+
+def _checked_and_read(path: Path, *, is_zip: bool) -> tuple[Any, tuple[str, ...]]:
+    source = path if is_zip else containers.MappedFile(path)
+    checked = containers.check_zip(path) if isinstance(source, Path) else containers.check_legacy(source)
+    with _given(stand_ins.stand_ins(checked.known, checked.foreign)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch warns of unusual protocols, which are harmless
+        # Explicit, because TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 defeats the default but not the argument.
+        tree = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)  # pyright: ignore
     return tree, tuple(checked.foreign)
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Lets Python look for no garbage meanwhile: among millions of new objects that takes half of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager
@@ -166,7 +185,7 @@ def _check_torch_version(path: Path, *, trust_pickle: bool) -> None:
             f"torch {torch.__version__} can be made to run code by a pickle such as {path} (CVE-2025-32434); "
             "install torch 2.6 or newer, or give the weights as .safetensors"
         )
-    if version < (2, 10) and not trust_pickle:
+    if version < SAFE_TORCH and not trust_pickle:
         raise UserError(
             f"torch {torch.__version__} has a memory error in reading pickles (CVE-2026-24747), so {path} was not "
             f"opened; update torch to 2.10 or newer, or convert the file where torch is new ({CONVERT}), or, if you "
@@ -174,6 +193,7 @@ def _check_torch_version(path: Path, *, trust_pickle: bool) -> None:
         )
 
 
+SAFE_TORCH = (2, 10)  # the first whose unpickler has no hole that is known
 # One line that makes safetensors of the state dict in a checkpoint.
 CONVERT = (
     """python -c "import torch, safetensors.torch as s; d = torch.load('vae.pt', 'cpu', weights_only=True); """
@@ -217,8 +237,12 @@ def holds_no_weight(path: Path, name: str) -> str:
 
 
 def printable(text: Any) -> str:
-    """Returns a text from a foreign file as it may be shown: short, and without control characters."""
-    text = str(text)[:200]
+    """Returns a text from a foreign file as it may be shown: short, and without control characters.
+
+    Of a container its kind is shown: the text of a small one can be endless, where it holds the same again and again.
+    """
+    is_short = text is None or isinstance(text, str | int | float | BaseException)
+    text = str(text)[:200] if is_short else f"a {type(text).__name__}"
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
@@ -236,8 +260,36 @@ def check_tensor(path: Path, name: str, tensor: Any) -> None:
         raise UserError(f"{path}: {name} claims {claimed:,} bytes, more than the file holds; do not trust it")
 
 
+def check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Raises UserError unless the weights of one model are as `check_tensor` says, and fit into file and memory."""
+    for name, tensor in tensors.items():
+        check_tensor(path, name, tensor)
+    if sum(tensor.nbytes for tensor in tensors.values()) > path.stat().st_size:
+        raise UserError(f"{path}: its weights together claim more bytes than the file holds; do not trust it")
+    needed = 4 * sum(tensor.numel() for tensor in tensors.values())  # in float32, as they are used
+    free = hardware.free_memory_bytes(torch.device("cpu"))
+    if needed > free:
+        raise UserError(
+            f"{path}: its weights take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; give a "
+            "smaller VAE, or end what else takes memory"
+        )
+
+
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises UserError, naming the first tensor that holds a NaN or an infinity."""
     for name, tensor in tensors.items():
-        if not tensor.detach().float().isfinite().all():
+        if not all(piece.float().isfinite().all() for piece in _pieces(tensor.detach())):
             raise UserError(f"{path}: {name} has values that are not finite; that training had broken down")
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Yields views of a tensor that are small enough to be copied without a thought."""
+    if tensor.numel() <= _PIECE:
+        yield tensor
+        return
+    axis = max(range(tensor.ndim), key=lambda axis: tensor.shape[axis])
+    for half in tensor.tensor_split(2, dim=axis):
+        yield from _pieces(half)
+
+
+_PIECE = 1 << 24  # numbers
