@@ -54,6 +54,9 @@ GROUPS_ZH = {
 HELP_ZH = {
     "seed of the split and of every random draw": "划分训练/测试集以及一切随机抽样所用的种子",
     "auto, cpu, cuda or cuda:N": "`auto`、`cpu`、`cuda` 或 `cuda:N`",
+    "open a VAE or weights in a pickle (.pt, .pth, .ckpt, .bin) with torch below 2.10, which has a hole there": (
+        "即使 torch 低于 2.10（读取 pickle 时有漏洞），也打开 pickle 形式的 VAE 或权重（.pt、.pth、.ckpt、.bin）"
+    ),
     "KL-VAE: a .pt, .pth or .safetensors file, a diffusers folder, or a hub id": (
         "KL-VAE：.pt、.pth 或 .safetensors 文件，diffusers 文件夹，或 Hugging Face hub 上的名称"
     ),

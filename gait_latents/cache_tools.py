@@ -78,7 +78,10 @@ def verify(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     """
     found = _open_finished(settings, sources)
     if cli.is_explicit(sources, "vae_path"):
-        vae_fit.say_vae(settings.vae_path, vae_fit.check_vae_of_cache(found.manifest.space, settings.vae_path))
+        identity = vae_fit.check_vae_of_cache(
+            found.manifest.space, settings.vae_path, trust_pickle=settings.trust_pickle
+        )
+        vae_fit.say_vae(settings.vae_path, identity)
     cache = LatentCache(found.folder, found.manifest.space, writable=False)
     entries = [entry for part in found.parts.values() for entry in part]
     report = cache_verify.verify(cache, [entry.key for entry in entries])
@@ -159,7 +162,7 @@ def _decode_some(settings: PreprocessSettings, found: Finished, cache: LatentCac
     if not Path(settings.vae_path).exists() or not found.images_at_hand:
         return
     try:
-        vae_fit.check_vae_of_cache(found.manifest.space, settings.vae_path)
+        vae_fit.check_vae_of_cache(found.manifest.space, settings.vae_path, trust_pickle=settings.trust_pickle)
     except UserError as error:
         warn(f"nothing is decoded: {error}")
         return

@@ -38,6 +38,14 @@ class MachineSettings:
         42, int, DATA, "seed of the split and of every random draw", low=0, high=2**63 - 1, about_cache=True
     )
     device: str = setting("auto", str, MACHINE, "auto, cpu, cuda or cuda:N", free=True)
+    trust_pickle: bool = setting(
+        False,
+        bool,
+        CACHE,
+        "open a VAE or weights in a pickle (.pt, .pth, .ckpt, .bin) with torch below 2.10, which has a hole there",
+        free=True,
+        stored=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -423,6 +431,24 @@ class TrainSettings(SamplingSettings, ImageSettings):
 @dataclass(frozen=True)
 class GenerateSettings(SamplingSettings):
     """Settings of generate.py."""
+
+    EVERYDAY: ClassVar[tuple[str, ...]] = (
+        "checkpoint",
+        "classes",
+        "images_per_class",
+        "fill_up_to",
+        "output_folder",
+        "image_format",
+        "strip",
+        "seed",
+        "vae_path",
+        "cond_scale",
+        "guidance_interval",
+        "sampler",
+        "sampling_timesteps",
+        "device",
+        "precision",
+    )  # what --help shows
 
     checkpoint: str = setting("./results", str, OUTPUT, "run folder, or one checkpoint file in it", path=True)
     classes: tuple[str, ...] = setting(

@@ -51,6 +51,7 @@ class Spec:
     path: bool = False  # it names a file or folder
     free: bool = False  # it may change when a run is resumed
     about_cache: bool = False  # the manifest of the cache supplies the default of scripts that read that cache
+    stored: bool = True  # runs, caches and reports keep it; where it is trust in something, nobody else may give it
 
 
 def setting(default: Any, kind: type, group: str, help: str, **facts: Any) -> Any:
@@ -334,7 +335,8 @@ def stored_layer(cls: type, source: str, values: Mapping[str, Any], *, only_abou
 
     Names that this version does not know are left out: an older or newer file still gives what it can.
     """
-    known = {name: spec for name, spec in specs(cls).items() if spec.about_cache or not only_about_cache}
+    known = {name: spec for name, spec in specs(cls).items() if spec.stored}
+    known = {name: spec for name, spec in known.items() if spec.about_cache or not only_about_cache}
     found = {name: values[name] for name in known if name in values}
     for name, value in found.items():
         if not all(item is None or isinstance(item, str | int | float) for item in _items(value)):
@@ -573,9 +575,11 @@ def _help(cls: type, name: str, spec: Spec) -> str:
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """Returns the settings as plain values for JSON or YAML, paths made absolute."""
+    """Returns the settings that are stored as plain values for JSON or YAML, paths made absolute."""
     plain = {}
     for name, spec in specs(type(settings)).items():
+        if not spec.stored:
+            continue
         value = getattr(settings, name)
         if isinstance(value, tuple):
             plain[name] = [absolute_path(item) for item in value] if spec.path else list(value)

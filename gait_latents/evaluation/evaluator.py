@@ -124,7 +124,9 @@ class Evaluation:
         for part in sets:
             if not part.are_at_hand:
                 raise UserError(selection.no_images_message(str(part.folder), also=", and Inception looks at images"))
-        points = features(inception.load_network(path, self.plan.device), sets, signals)
+        points = features(
+            inception.load_network(path, self.plan.device, trust_pickle=self.settings.trust_pickle), sets, signals
+        )
         self.report.put("inception", made_of, self._closeness(*points, num_directions=None))
         signals.raise_if_received()
 

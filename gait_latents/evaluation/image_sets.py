@@ -196,7 +196,7 @@ def encode(plan: EvaluationPlan, split: Split, entries: list[Entry], folder: Pat
         if not folder.is_dir():
             also = f", and {len(missing):,} of its images are not in the run's cache"
             raise UserError(selection.no_images_message(str(folder), also=also))
-        check_vae_of_model(plan.space, plan.settings.vae_path)
+        check_vae_of_model(plan.space, plan.settings.vae_path, trust_pickle=plan.settings.trust_pickle)
         say(f"{what} images: {len(dataset):,}, of which {len(missing):,} are to be encoded")
     _refuse_bad(fill(dataset), dataset, what)
     dataset.set_norm(plan.state.meta.latent_norm)

@@ -67,13 +67,18 @@ def _download(path: Path) -> Path:
     return path
 
 
-def load_network(path: Path, device: torch.device) -> nn.Module:
+def load_network(path: Path, device: torch.device, *, trust_pickle: bool = False) -> nn.Module:
     """Builds the network with the weights in a file, in eval mode.
+
+    Args:
+        path: the file.
+        device: where to put it.
+        trust_pickle: as in `load_vae`.
 
     Raises:
         UserError: when the file does not hold the weights of this network.
     """
-    state = weight_files.read_weights(path).tree
+    state = weight_files.read_weights(path, trust_pickle=trust_pickle).tree
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path} holds no state dict of InceptionV3")
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}

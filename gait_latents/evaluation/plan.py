@@ -64,7 +64,11 @@ def make_plan(argv: Sequence[str] | None, description: str | None = None) -> Eva
         PreprocessSettings, [cli.stored_layer(PreprocessSettings, f"the run in {run}", state.meta.settings)]
     )
     read_like = replace(
-        read_like.settings, data_path=settings.data_path or "", vae_path=settings.vae_path or "", device=settings.device
+        read_like.settings,
+        data_path=settings.data_path or "",
+        vae_path=settings.vae_path or "",
+        device=settings.device,
+        trust_pickle=settings.trust_pickle,
     )
     plan = EvaluationPlan(settings, state, split, read_like, hardware.pick_device(settings.device))
     selection.refuse_to_be_a_class(plan.folder, settings.data_path)

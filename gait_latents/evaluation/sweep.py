@@ -65,7 +65,7 @@ def sampling_settings(plan: EvaluationPlan) -> GenerateSettings:
     """Returns how the run samples, as generate.py would without flags."""
     of_run = plan.state.meta.chosen_settings(*FROM_RUN)
     layer = cli.stored_layer(GenerateSettings, f"the run in {plan.state.path.parent}", of_run)
-    own = {"seed": plan.settings.seed, "vae_path": plan.settings.vae_path, "device": plan.settings.device}
+    own = {name: getattr(plan.settings, name) for name in ("seed", "vae_path", "device", "trust_pickle")}
     return replace(cli.resolve(GenerateSettings, [layer]).settings, **own)
 
 

@@ -6,6 +6,7 @@ goes with an open cache is here, too: joining its shards, writing its manifest, 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,13 @@ def open_dataset(
         return read_image(settings.data_path, entries[position], **how)
 
     encoder = BatchEncoder(
-        lambda: load.load_vae(settings.vae_path, device, parts="encoder", memory_format=torch.channels_last),
+        lambda: load.load_vae(
+            settings.vae_path,
+            device,
+            parts="encoder",
+            memory_format=torch.channels_last,
+            trust_pickle=settings.trust_pickle,
+        ),
         device=device,
         batch_size=settings.encode_batch_size,
         dtype=hardware.NUMBER_FORMATS[settings.encode_precision],
@@ -125,7 +132,9 @@ def check_can_encode(dataset: LatentDataset, settings: ImageSettings) -> None:
         )
 
 
-def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.device = "cpu") -> LatentDataset:
+def open_cache(
+    folder: str | Path, *, split: str = "train", device: str | torch.device = "cpu", trust_pickle: bool = False
+) -> LatentDataset:
     """Opens the dataset of a cache that may lack images, able to encode them as its manifest says.
 
     Made for training loops of one's own: after `open_cache(folder).fill()` the cache is complete, and
@@ -135,6 +144,7 @@ def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.
         folder: the cache folder that preprocess_latents.py or train_latent_cfg.py made.
         split: "train" or "test"; the test images may be encoded in this way, too.
         device: where the VAE encodes.
+        trust_pickle: as in `load_vae`; no manifest switches it on.
 
     Raises:
         UserError: when the folder is no cache, `split` is neither "train" nor "test", or latents are missing and the
@@ -145,7 +155,7 @@ def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.
     if manifest is None or stored is None:
         raise UserError(f"{folder} has no {MANIFEST_NAME} or no {SPLIT_NAME}; run preprocess_latents.py")
     layer = cli.stored_layer(PreprocessSettings, f"{folder}/{MANIFEST_NAME}", manifest.settings, only_about_cache=True)
-    settings = cli.resolve(PreprocessSettings, [layer]).settings
+    settings = replace(cli.resolve(PreprocessSettings, [layer]).settings, trust_pickle=trust_pickle)
     cache = LatentCache(folder, manifest.space, writable=files.can_write(folder))
 
     def open_it(*, can_encode: bool) -> LatentDataset:
@@ -163,5 +173,5 @@ def open_cache(folder: str | Path, *, split: str = "train", device: str | torch.
     dataset = open_it(can_encode=False)
     if not dataset.missing():
         return dataset
-    check_vae_of_cache(manifest.space, settings.vae_path)
+    check_vae_of_cache(manifest.space, settings.vae_path, trust_pickle=trust_pickle)
     return open_it(can_encode=True)

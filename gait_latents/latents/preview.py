@@ -58,7 +58,7 @@ def draw_preview(
     chosen = [i for i, _ in pairs]
     originals = [image for _, image in pairs]
     try:
-        decoded = decode_means(dataset, chosen, settings.vae_path, device)
+        decoded = decode_means(dataset, chosen, settings.vae_path, device, trust_pickle=settings.trust_pickle)
     except (UserError, torch.OutOfMemoryError) as error:  # the latents are good all the same
         reason = error if isinstance(error, UserError) else "the GPU has too little memory for the VAE decoder"
         warn(f"no {path.name}: {reason}")
@@ -88,9 +88,13 @@ def _read_or_none(settings: PreprocessSettings, entry: Entry) -> np.ndarray | No
 
 
 @torch.inference_mode()
-def decode_means(dataset: LatentDataset, positions: list[int], vae_path: str, device: torch.device) -> list[np.ndarray]:
+def decode_means(
+    dataset: LatentDataset, positions: list[int], vae_path: str, device: torch.device, *, trust_pickle: bool
+) -> list[np.ndarray]:
     """Decodes the posterior means at `positions`; returns uint8 images [S S 3]."""
-    decoder = load.load_vae(vae_path, device, parts="decoder", memory_format=torch.channels_last)
+    decoder = load.load_vae(
+        vae_path, device, parts="decoder", memory_format=torch.channels_last, trust_pickle=trust_pickle
+    )
     moments = dataset.moments(torch.tensor(positions))
     means = moments[:, : moments.shape[1] // 2]
     return [image for mean in means for image in pictures.to_uint8(decoder.decode(mean[None]))]

@@ -66,7 +66,7 @@ def choose_space(
             the image size does not fit the VAE or the known space.
     """
     try:
-        identity = load.read_identity(settings.vae_path)
+        identity = load.read_identity(settings.vae_path, trust_pickle=settings.trust_pickle)
     except UserError as error:
         if known is None or (is_explicit(sources, "vae_path") and not may_lack):
             raise
@@ -168,9 +168,9 @@ def _factor(value: object) -> float:
     raise UserError("the manifest of the cache names no scale_factor and shift_factor; run preprocess_latents.py")
 
 
-def check_vae_of_cache(cached: Space, vae_path: str) -> VAEIdentity:
+def check_vae_of_cache(cached: Space, vae_path: str, *, trust_pickle: bool) -> VAEIdentity:
     """Returns the identity of a VAE; raises UserError unless it makes latents of the space of a cache."""
-    identity = load.read_identity(vae_path)
+    identity = load.read_identity(vae_path, trust_pickle=trust_pickle)
     space = _space_like(identity, cached, reading.recipe(reading.resize_of(cached.spec["recipe"]) or "crop"))
     if space.id != cached.id:
         raise UserError(
@@ -215,7 +215,7 @@ def check_vae_of_weights(chosen: Space, of_weights: Space, *, vae_path: str, pla
         )
 
 
-def check_vae_of_model(trained: Space, vae_path: str | None) -> str:
+def check_vae_of_model(trained: Space, vae_path: str | None, *, trust_pickle: bool) -> str:
     """Returns the path of a VAE that can decode the samples of a model.
 
     How images are read may have changed since the model was trained: that makes other latents of an image, and the
@@ -225,13 +225,14 @@ def check_vae_of_model(trained: Space, vae_path: str | None) -> str:
     Args:
         trained: the space of the latents that the model was trained on.
         vae_path: the VAE; None where neither the command line nor the run names one.
+        trust_pickle: as in `load.load_vae`.
 
     Raises:
         UserError: when there is none, it cannot be read, or its encoder did not make those latents.
     """
     if vae_path is None:
         raise UserError("--vae_path is needed: the checkpoint does not name a VAE")
-    identity = load.read_identity(vae_path)
+    identity = load.read_identity(vae_path, trust_pickle=trust_pickle)
     say_vae(vae_path, identity)
     if trained.is_imported:
         _check_channels(vae_path, identity.latent_channels, trained.moments_shape[0] // 2)

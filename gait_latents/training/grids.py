@@ -54,7 +54,7 @@ class GridMaker:
         self.folder, self.metrics, self.auto_steps, self.show = folder, metrics, auto_steps, show
         self.num_classes, self.names = len(classes), list(classes)[:_MAX_ROWS]
         assert dataset.norm is not None  # since the trainer has started
-        self.decoder = ImageDecoder(settings.vae_path, dataset.norm, dataset.device)
+        self.decoder = ImageDecoder(settings.vae_path, dataset.norm, dataset.device, trust_pickle=settings.trust_pickle)
         self.class_means: Tensor | None = None
         self.can_draw = self.can_chart = True
         try:

@@ -45,12 +45,14 @@ class TrainedModel:
             state.meta.settings["timesteps"],
             auto_steps=state.meta.auto_steps,
         )
-        vae_path = check_vae_of_model(state.meta.space, settings.vae_path)
+        vae_path = check_vae_of_model(state.meta.space, settings.vae_path, trust_pickle=settings.trust_pickle)
         self.vae_name = Path(vae_path).name
         self.dtype, self.precision_reason = hardware.pick_precision(settings.precision, device)
         follows = device.type != "cpu" or self.dtype == torch.bfloat16  # float16 was not timed on CPUs
         decoder_dtype = self.dtype if follows else torch.float32
-        self.decoder = ImageDecoder(vae_path, state.meta.latent_norm, device, dtype=decoder_dtype)
+        self.decoder = ImageDecoder(
+            vae_path, state.meta.latent_norm, device, dtype=decoder_dtype, trust_pickle=settings.trust_pickle
+        )
         self.weights_digest = base.weights_digest(state.averages)
         self.diffusion = averaged_diffusion(state).to(device)
 

@@ -31,9 +31,16 @@ class ImageDecoder:
     """
 
     def __init__(
-        self, vae_path: str, norm: LatentNorm, device: torch.device, *, dtype: torch.dtype = torch.float32
+        self,
+        vae_path: str,
+        norm: LatentNorm,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.float32,
+        trust_pickle: bool = False,
     ) -> None:
         self.vae_path, self.norm, self.device, self.dtype = vae_path, norm.to(device), device, dtype
+        self.trust_pickle = trust_pickle
         self.vae: base.VAE | None = None
         self._is_tried = dtype == torch.float32
 
@@ -77,7 +84,13 @@ class ImageDecoder:
         """Builds the decoder if there is none yet; raises UserError when there is no VAE."""
         if self.vae is None:
             hardware.allow_tf32()
-            self.vae = load.load_vae(self.vae_path, self.device, parts="decoder", memory_format=torch.channels_last)
+            self.vae = load.load_vae(
+                self.vae_path,
+                self.device,
+                parts="decoder",
+                memory_format=torch.channels_last,
+                trust_pickle=self.trust_pickle,
+            )
         if not self._is_tried:
             quality = self._quality(self.vae)
             if quality < _AS_GOOD_DB:

@@ -30,7 +30,7 @@ from gait_latents.vae.base import (
     split_halves,
 )
 from gait_latents.vae.ldm_checkpoint import MOST_LEVELS
-from gait_latents.vae.weight_files import SUFFIXES, check_finite, check_tensor, kind_of, printable, read_weights
+from gait_latents.vae.weight_files import SUFFIXES, check_finite, check_tensors, kind_of, printable, read_weights
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 # What else may hold the weights, in the order in which it is taken; an index names the files that share them.
@@ -183,7 +183,7 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _read_tensors(folder: Path, halves: Sequence[str]) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, halves: Sequence[str], *, trust_pickle: bool) -> dict[str, Tensor]:
     """Reads all tensors under the names of today's diffusers, and checks those of the halves; raises UserError."""
     pattern = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
     prefixes = tuple(prefix for half in halves for prefix in HALVES[half])
@@ -191,19 +191,20 @@ def _read_tensors(folder: Path, halves: Sequence[str]) -> dict[str, Tensor]:
     for path in _weight_files(folder):
         if (kind_of(path) == "safetensors") == (path.suffix == ".bin"):
             raise UserError(f"{path} does not hold safetensors; save the model again with save_pretrained")
-        contents = read_weights(path)
+        contents = read_weights(path, trust_pickle=trust_pickle)
         if not isinstance(contents.tree, Mapping):
             raise UserError(f"{path} is no state dict; save the model again with save_pretrained")
         stored = {name: t for name, t in contents.tree.items() if isinstance(name, str)}
         own = {name: t for name, t in stored.items() if name.startswith(prefixes)}
-        for name, tensor in own.items():
-            check_tensor(path, name, tensor)
+        check_tensors(path, own)
         check_finite(path, own)
         found |= {pattern.sub(lambda m: OLD_ATTENTION_NAMES[m[0]], name): t for name, t in stored.items()}
     return found
 
 
-def identify_diffusers(folder: Path, halves: Sequence[str]) -> tuple[VAEIdentity, dict[str, Tensor]]:
+def identify_diffusers(
+    folder: Path, halves: Sequence[str], *, trust_pickle: bool
+) -> tuple[VAEIdentity, dict[str, Tensor]]:
     """Returns which latents the VAE in a folder makes, and its tensors; raises UserError.
 
     The tensors of the halves are checked. They are mapped from the file.
@@ -217,7 +218,7 @@ def identify_diffusers(folder: Path, halves: Sequence[str]) -> tuple[VAEIdentity
         raise UserError(f"{folder / 'config.json'} does not say how its {class_name} is built: {error}") from error
     if (config.get("in_channels", 3), config.get("out_channels", 3)) != (3, 3):
         raise UserError(f"the {class_name} in {folder} is not for images of 3 channels")
-    tensors = _read_tensors(folder, halves)
+    tensors = _read_tensors(folder, halves, trust_pickle=trust_pickle)
     of_encoder = {k: v for k, v in config.items() if not k.startswith("_") and k not in NOT_OF_THE_ENCODER}
     architecture = {"family": "diffusers", "class": class_name, **of_encoder}
     # AutoencoderKL had this constant before its config named it; the other classes are unscaled where theirs does not.
@@ -261,11 +262,11 @@ def _diffusers_class(folder: Path) -> Any:
         raise UserError(f"this diffusers has no {class_name}; install a newer one to use {folder}") from error
 
 
-def load_diffusers(folder: Path, device: torch.device | str, parts: Parts) -> DiffusersVAE:
+def load_diffusers(folder: Path, device: torch.device | str, parts: Parts, *, trust_pickle: bool) -> DiffusersVAE:
     """Loads the VAE of a folder, or half of it, in float32; raises UserError."""
     halves = split_halves(parts)
     checked = sorted({"encoder", *halves})
-    identity, tensors = identify_diffusers(folder, checked)
+    identity, tensors = identify_diffusers(folder, checked, trust_pickle=trust_pickle)
     model = _empty_model(folder)
     _check_architecture(folder, model, tensors, checked)
     leave_out(model, halves)

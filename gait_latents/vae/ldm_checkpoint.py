@@ -31,6 +31,7 @@ from gait_latents.vae.weight_files import (
     Contents,
     check_finite,
     check_tensor,
+    check_tensors,
     holds_no_weight,
     printable,
     read_weights,
@@ -108,8 +109,7 @@ def _find_vae(path: Path, contents: Contents) -> CheckpointVAE:
         raise UserError(f"{path} is not a KL-VAE: it has no tensor {LANDMARK}{there}")
     taken = _choose(path, found)
     _refuse_other_vaes(path, taken)
-    for name, tensor in taken.tensors.items():
-        check_tensor(path, name, tensor)
+    check_tensors(path, taken.tensors)
     told = left_out(found, taken)
     if contents.foreign:
         told.append(f"objects of other programs, such as {printable(contents.foreign[0])}")
@@ -255,9 +255,9 @@ def _check_architecture(found: CheckpointVAE, network: KLVAE, halves: Sequence[s
         )
 
 
-def open_checkpoint(path: Path, halves: Sequence[str]) -> tuple[CheckpointVAE, KLVAE]:
+def open_checkpoint(path: Path, halves: Sequence[str], *, trust_pickle: bool) -> tuple[CheckpointVAE, KLVAE]:
     """Returns the VAE in a checkpoint file, its halves checked, and the network for it, on the meta device."""
-    found = _find_vae(path, read_weights(path))
+    found = _find_vae(path, read_weights(path, trust_pickle=trust_pickle))
     network = _empty_vae(found)
     network.ignored = tuple(sorted({name.split(".")[0] for name in found.weights.beside}))
     _check_architecture(found, network, halves)
@@ -296,10 +296,10 @@ def _fill(network: KLVAE, tensors: Mapping[str, Tensor], device: torch.device | 
     network.load_state_dict(copies, strict=True, assign=True)
 
 
-def load_checkpoint(path: Path, device: torch.device | str, parts: Parts) -> KLVAE:
+def load_checkpoint(path: Path, device: torch.device | str, parts: Parts, *, trust_pickle: bool) -> KLVAE:
     """Loads the KL-VAE of a checkpoint file, or half of it, in float32; raises UserError."""
     halves = split_halves(parts)
-    found, network = open_checkpoint(path, sorted({"encoder", *halves}))
+    found, network = open_checkpoint(path, sorted({"encoder", *halves}), trust_pickle=trust_pickle)
     network.known_identity = identify_checkpoint(found, network)
     leave_out(network, halves)
     _fill(network, {name: t for half in halves for name, t in found.half(half).items()}, device)

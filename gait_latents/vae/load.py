@@ -101,16 +101,20 @@ def _can_reach(url: str) -> bool:
         return False
 
 
-def read_identity(path_or_id: str | Path) -> VAEIdentity:
+def read_identity(path_or_id: str | Path, *, trust_pickle: bool = False) -> VAEIdentity:
     """Reads which latents the VAE of a file, folder or hub id makes, without building it.
+
+    Args:
+        path_or_id: as in `load_vae`.
+        trust_pickle: as in `load_vae`.
 
     Raises:
         UserError: when there is no such VAE, or it cannot be used.
     """
     path = _locate(path_or_id)
     if path.is_dir():
-        return identify_diffusers(path, ["encoder"])[0]
-    found, network = open_checkpoint(path, ["encoder"])
+        return identify_diffusers(path, ["encoder"], trust_pickle=trust_pickle)[0]
+    found, network = open_checkpoint(path, ["encoder"], trust_pickle=trust_pickle)
     return identify_checkpoint(found, network)
 
 
@@ -120,6 +124,7 @@ def load_vae(
     *,
     parts: Parts = "both",
     memory_format: torch.memory_format = torch.contiguous_format,
+    trust_pickle: bool = False,
 ) -> VAE:
     """Loads a VAE, or half of it: float32, in eval mode, without gradients.
 
@@ -129,10 +134,12 @@ def load_vae(
         device: where to put it.
         parts: "both", "encoder" or "decoder". The half that is left out takes no memory and cannot be called.
         memory_format: torch.channels_last is faster, on CPUs and GPUs; values differ from the default's by rounding.
+        trust_pickle: whether a file that is a pickle is opened by torch below 2.10, too, which has a hole there.
 
     Raises:
         UserError: when there is no such VAE, or it cannot be used.
     """
     path = _locate(path_or_id)
-    vae = load_diffusers(path, device, parts) if path.is_dir() else load_checkpoint(path, device, parts)
+    load = load_diffusers if path.is_dir() else load_checkpoint
+    vae = load(path, device, parts, trust_pickle=trust_pickle)
     return vae.to(memory_format=memory_format).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue]

@@ -6,16 +6,14 @@ pickles and of safetensors are mapped from the file, so that only those that are
 file becomes a UserError that names it.
 """
 
-import _compat_pickle
+import gc
 import pickle
 import re
 import stat
 import struct
-import sys
 import warnings
-import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +21,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gait_latents.common import hardware
 from gait_latents.common.errors import UserError
+from gait_latents.vae import containers, stand_ins
+from gait_latents.vae.pickle_check import Refused
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
 MAX_HEADER_BYTES = (
     16_000_000  # enough for about 100,000 tensors; a larger header is refused, since parsing takes many times its size
 )
-# What torch, zipfile and pickle raise for damaged or hostile bytes; MemoryError for sizes that the file only claims.
+# What torch and pickle raise for damaged or hostile bytes; MemoryError for sizes that the file only claims.
 UNREADABLE = (
     ArithmeticError,
     AssertionError,
@@ -44,7 +45,6 @@ UNREADABLE = (
     ValueError,
     pickle.UnpicklingError,
     struct.error,
-    zipfile.BadZipFile,
 )
 
 
@@ -62,12 +62,20 @@ class Contents(NamedTuple):
     foreign: tuple[str, ...]
 
 
-def read_weights(path: Path) -> Contents:
-    """Returns what a weight file holds; raises UserError where it cannot be read without running something."""
+def read_weights(path: Path, *, trust_pickle: bool = False) -> Contents:
+    """Returns what a weight file holds.
+
+    Args:
+        path: the file.
+        trust_pickle: whether a pickle is opened by a torch with a known hole, too.
+
+    Raises:
+        UserError: where it cannot be read without running something, or without more memory than it accounts for.
+    """
     kind = kind_of(path)
     if kind == "safetensors":
         return Contents(*_read_safetensors(path), ())
-    tree, foreign = _read_pickle(path, is_zip=kind == "zip")
+    tree, foreign = _read_pickle(path, is_zip=kind == "zip", trust_pickle=trust_pickle)
     return Contents(tree, {}, foreign)
 
 
@@ -123,56 +131,90 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 # --- pickles -----------------------------------------------------------------------------------------------
 
 
-def _read_pickle(path: Path, *, is_zip: bool) -> tuple[Any, tuple[str, ...]]:
+def _read_pickle(path: Path, *, is_zip: bool, trust_pickle: bool) -> tuple[Any, tuple[str, ...]]:
     """Returns the object in a pickle, and the names of the classes that stand-ins take the place of."""
-    _check_torch_version(path)
-    if is_zip:
-        _check_zip(path)
-    foreign = ForeignClasses()
-    while True:
-        try:
-            with torch.serialization.safe_globals(_stand_ins() + foreign.stand_ins()), warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # torch warns of unusual protocols, which are harmless
-                # Explicit, because TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 defeats the default but not the argument.
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip), foreign.names
-        except UNREADABLE as error:
-            if not foreign.learn(str(error)):
-                raise UserError(_why_unreadable(path, error)) from error
+    _check_torch_version(path, trust_pickle=trust_pickle)
+    try:
+        with _without_collecting():
+            return _checked_and_read(path, is_zip=is_zip)
+    except Refused as refusal:
+        raise UserError(_why_refused(path, refusal)) from refusal
+    except UNREADABLE as error:
+        raise UserError(_why_unreadable(path, error)) from error
 
 
-def _check_torch_version(path: Path) -> None:
+def _checked_and_read(path: Path, *, is_zip: bool) -> tuple[Any, tuple[str, ...]]:
+    source = path if is_zip else containers.MappedFile(path)
+    checked = containers.check_zip(path) if isinstance(source, Path) else containers.check_legacy(source)
+    with _given(stand_ins.stand_ins(checked.known, checked.foreign)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch warns of unusual protocols, which are harmless
+        # Explicit, because TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 defeats the default but not the argument.
+        tree = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)  # pyright: ignore
+    return tree, tuple(checked.foreign)
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Lets Python look for no garbage meanwhile: among millions of new objects that takes half of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@contextmanager
+def _given(pairs: list[Any]) -> Iterator[None]:
+    """Gives the unpickler these stand-ins, and for the while none of the classes that other code has given it."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(pairs)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _check_torch_version(path: Path, *, trust_pickle: bool) -> None:
     version = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
     if version < (2, 6):
         raise UserError(
             f"torch {torch.__version__} can be made to run code by a pickle such as {path} (CVE-2025-32434); "
             "install torch 2.6 or newer, or give the weights as .safetensors"
         )
-    if version < (2, 10):
-        warnings.warn(
-            f"torch {torch.__version__} has a memory error in reading pickles (CVE-2026-24747): "
-            f"use {path} only if you trust where it came from",
-            stacklevel=2,
+    if version < SAFE_TORCH and not trust_pickle:
+        raise UserError(
+            f"torch {torch.__version__} has a memory error in reading pickles (CVE-2026-24747), so {path} was not "
+            f"opened; update torch to 2.10 or newer, or convert the file where torch is new ({CONVERT}), or, if you "
+            "trust where it came from, add --trust_pickle"
         )
 
 
-def _check_zip(path: Path) -> None:
-    """Raises UserError unless the records of a zip are uncompressed, as torch writes them and can map them."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-    except UNREADABLE as error:
-        raise UserError(f"{path} is damaged or truncated ({error}); copy or download it again") from error
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise UserError(f"{path} was compressed after torch.save made it; give the file that torch.save wrote")
-    if sum(record.file_size for record in records) > path.stat().st_size:
-        raise UserError(f"{path} claims more bytes than it has; it is damaged or made to do harm")
+SAFE_TORCH = (2, 10)  # the first whose unpickler has no hole that is known
+# One line that makes safetensors of the state dict in a checkpoint.
+CONVERT = (
+    """python -c "import torch, safetensors.torch as s; d = torch.load('vae.pt', 'cpu', weights_only=True); """
+    """s.save_file(d.get('model_state_dict', d.get('state_dict', d)), 'vae.safetensors')\""""
+)
+
+
+def _why_refused(path: Path, refusal: Refused) -> str:
+    """Says what is wrong with a pickle or its container, and what to do."""
+    if refusal.name:
+        return holds_no_weight(path, refusal.name.removeprefix("builtins."))
+    if isinstance(refusal, containers.Compressed):
+        return f"{path} was compressed after torch.save made it; give the file that torch.save wrote"
+    return (
+        f"{path} cannot be read as a PyTorch checkpoint ({refusal}): it is damaged or truncated, or holds more than "
+        "weights; copy or download it again, or save the weights alone: torch.save(model.state_dict(), 'vae.pt')"
+    )
 
 
 def _why_unreadable(path: Path, error: BaseException) -> str:
     """Says why torch refused or could not read a pickle, and what to do."""
-    refused = _REFUSED.search(str(error))
-    if refused:
-        return holds_no_weight(path, refused[1])
     unpickler = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
     if unpickler or str(error).startswith(
         "Weights only load failed"
@@ -195,147 +237,13 @@ def holds_no_weight(path: Path, name: str) -> str:
 
 
 def printable(text: Any) -> str:
-    """Returns a text from a foreign file as it may be shown: short, and without control characters."""
-    text = str(text)[:200]
+    """Returns a text from a foreign file as it may be shown: short, and without control characters.
+
+    Of a container its kind is shown: the text of a small one can be endless, where it holds the same again and again.
+    """
+    is_short = text is None or isinstance(text, str | int | float | BaseException)
+    text = str(text)[:200] if is_short else f"a {type(text).__name__}"
     return text if text.isprintable() else text.encode("unicode_escape").decode()
-
-
-class Inert:
-    """Stands in the place of an object in a checkpoint that no weight depends on; keeps the arguments and the state."""
-
-    args: tuple[Any, ...] = ()
-    state: Any = None
-
-    def __new__(cls, *args: Any) -> "Inert":
-        inert = super().__new__(cls)
-        inert.args = args
-        return inert
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-def _plain_dict(*_factory: Any) -> dict[Any, Any]:
-    """Stands in the place of collections.defaultdict."""
-    return {}
-
-
-def _plain_list(*_: Any) -> list[Any]:
-    """Stands in the place of collections.deque."""
-    return []
-
-
-def _inert_class(*_: Any) -> type[Inert]:
-    """Stands in the place of getattr, by which pickles name members of enums and classes in classes."""
-    return Inert
-
-
-def _number(dtype: Any, data: Any) -> Any:
-    """Returns the number in a pickled numpy scalar, or its bytes where it is of another type."""
-    code = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
-    formats = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q", "u4": "I", "u8": "Q", "b1": "?"}
-    if code not in formats or not isinstance(data, bytes):
-        return data
-    big_endian = isinstance(dtype.state, tuple) and ">" in dtype.state
-    return struct.unpack((">" if big_endian else "<") + formats[code], data)[0]
-
-
-# What training checkpoints often hold of Python's own library. None of it is given to the unpickler, a stand-in is.
-_INERT_OF_PYTHON = (
-    "argparse.Namespace",
-    "builtins.bool",
-    "builtins.bytes",
-    "builtins.frozenset",
-    "builtins.object",
-    "builtins.range",
-    "builtins.slice",
-    "builtins.str",
-    "builtins.tuple",
-    "builtins.type",
-    "copyreg._reconstructor",
-    "datetime.date",
-    "datetime.datetime",
-    "datetime.timedelta",
-    "datetime.timezone",
-    "decimal.Decimal",
-    "functools.partial",
-    "logging.getLogger",
-    "re._compile",
-    "types.SimpleNamespace",
-    "typing.Any",
-    "typing.Optional",
-    "typing.Union",
-    "uuid.UUID",
-)
-
-
-def _stand_ins() -> list[Any]:
-    """Returns (stand-in, name) for types besides tensors that training checkpoints often hold.
-
-    The unpickler is not given the real numpy types: they were not made to be restored from hostile bytes, and only
-    single numbers are needed from them.
-    """
-    inert = ["numpy.dtype", "numpy.ndarray", *_INERT_OF_PYTHON]
-    for module in ("pathlib", "pathlib._local"):
-        for kind in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"):
-            inert.append(f"{module}.{kind}")
-    pairs: list[Any] = [(Inert, name) for name in inert]
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        pairs += [(Inert, f"{module}._reconstruct"), (_number, f"{module}.scalar")]
-    pairs += [(_plain_dict, "collections.defaultdict"), (_plain_list, "collections.deque")]
-    pairs.append((_inert_class, "builtins.getattr"))
-    return pairs + [(kind, f"builtins.{kind.__name__}") for kind in (list, dict, int, float)]
-
-
-_REFUSED = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")
-_MOST_FOREIGN = 100  # each costs one more pass over the pickle
-
-
-class ForeignClasses:
-    """Stand-ins for classes of other programs, found one by one from what torch refuses.
-
-    A stand-in keeps what it is given and does nothing. Of Python's own library only the names listed above are taken:
-    a checkpoint needs no others, and those that run code are there.
-    """
-
-    def __init__(self) -> None:
-        self._kinds: dict[str, Any] = {}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the classes, in the order in which they were met."""
-        return tuple(self._kinds)
-
-    def stand_ins(self) -> list[Any]:
-        """Returns (stand-in, name) for each class met so far."""
-        return [(kind, name) for name, kind in self._kinds.items()]
-
-    def learn(self, error: str) -> bool:
-        """Takes up the class that an error of torch is about; False where it is about none, or about none to be had."""
-        misfit = re.search(r"_StandIn(\d+)\b", error)
-        name = self.names[int(misfit[1])] if misfit and int(misfit[1]) < len(self._kinds) else ""
-        if misfit and issubclass(self._kinds.get(name, int), Inert):  # it got items, as a subclass of dict or list does
-            self._kinds[name] = _items_stand_in(list if "append" in error else OrderedDict)
-            return True
-        refused = _REFUSED.search(error)
-        name = refused[1] if refused else ""
-        module, dot, _ = name.partition(".")
-        # torch names builtins without their module; protocol 2 has the names of Python 2 for what has moved since then.
-        is_of_python = not dot or module in sys.stdlib_module_names or module in _compat_pickle.IMPORT_MAPPING
-        if is_of_python or name in self._kinds or len(self._kinds) >= _MOST_FOREIGN:
-            return False
-        self._kinds[name] = type(f"_StandIn{len(self._kinds)}", (Inert,), {})
-        return True
-
-
-def _items_stand_in(container: type) -> type:
-    """Returns a stand-in whose instances are plain containers, which take items."""
-
-    class Items:
-        def __new__(cls, *_: Any) -> Any:
-            return container()
-
-    return Items
 
 
 # --- the tensors -------------------------------------------------------------------------------------------
@@ -352,8 +260,36 @@ def check_tensor(path: Path, name: str, tensor: Any) -> None:
         raise UserError(f"{path}: {name} claims {claimed:,} bytes, more than the file holds; do not trust it")
 
 
+def check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Raises UserError unless the weights of one model are as `check_tensor` says, and fit into file and memory."""
+    for name, tensor in tensors.items():
+        check_tensor(path, name, tensor)
+    if sum(tensor.nbytes for tensor in tensors.values()) > path.stat().st_size:
+        raise UserError(f"{path}: its weights together claim more bytes than the file holds; do not trust it")
+    needed = 4 * sum(tensor.numel() for tensor in tensors.values())  # in float32, as they are used
+    free = hardware.free_memory_bytes(torch.device("cpu"))
+    if needed > free:
+        raise UserError(
+            f"{path}: its weights take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; give a "
+            "smaller VAE, or end what else takes memory"
+        )
+
+
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises UserError, naming the first tensor that holds a NaN or an infinity."""
     for name, tensor in tensors.items():
-        if not tensor.detach().float().isfinite().all():
+        if not all(piece.float().isfinite().all() for piece in _pieces(tensor.detach())):
             raise UserError(f"{path}: {name} has values that are not finite; that training had broken down")
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Yields views of a tensor that are small enough to be copied without a thought."""
+    if tensor.numel() <= _PIECE:
+        yield tensor
+        return
+    axis = max(range(tensor.ndim), key=lambda axis: tensor.shape[axis])
+    for half in tensor.tensor_split(2, dim=axis):
+        yield from _pieces(half)
+
+
+_PIECE = 1 << 24  # numbers
