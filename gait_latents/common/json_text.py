@@ -4,7 +4,8 @@ the header of a safetensors file, which is JSON too.
 
 import json
 import math
-from typing import NoReturn
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 
 def canonical(value: object) -> str:
@@ -21,6 +22,21 @@ def safetensors_header(text: str) -> bytes:
     header = text.encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
+
+
+_DEEPEST = 20  # dicts and lists inside one another; a report has half as many
+
+
+def is_deep(value: object) -> bool:
+    """Says whether dicts and lists lie deeper in one another than in any document of ours: who walks in may be lost."""
+    layer = [value]
+    for _ in range(_DEEPEST):
+        layer = [inner for one in layer if isinstance(one, dict | list) for inner in _inside(one)]
+    return bool(layer)
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def parse(text: bytes | str) -> object:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from gait_latents.common import files
+from gait_latents.common.console import harmless
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,8 +58,8 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\uf
 
 
 def printable(text: str) -> str:
-    """Puts the replacement character (a question mark in a diamond) for what no font, page or XML file can show."""
-    return _UNPRINTABLE.sub("\ufffd", text)
+    """Escapes what would steer the text around it, and puts the replacement character for what nothing can show."""
+    return _UNPRINTABLE.sub("\ufffd", harmless(text))
 
 
 def one_line(name: str, *, longest: int = 24) -> str:

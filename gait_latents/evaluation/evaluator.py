@@ -1,6 +1,6 @@
 """Makes the report about the images of a folder, part by part: latents, Inception features, copies, classifiers."""
 
-import json
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from gait_latents.common.console import say, warn
 from gait_latents.common.errors import Failed, UserError
 from gait_latents.common.layout import PAIRS_NAME, RECORD_NAME
 from gait_latents.common.process import StopSignals
-from gait_latents.evaluation import classifier, inception, page
+from gait_latents.evaluation import classifier, forms, inception, page
 from gait_latents.evaluation import trials as classifier_trials
 from gait_latents.evaluation.figures import NUM_DIRECTIONS, Points, closeness, memorisation, recognition
 from gait_latents.evaluation.image_sets import (
@@ -96,20 +96,52 @@ class Evaluation:
 
     def look_for_copies(self) -> None:
         """Measures how near synthetic images are to single training images, and draws the closest pairs."""
-        synthetic, training = self.synthetic, self.real.training
-        path = self.plan.folder / PAIRS_NAME
-        stored = self.report.part("memorisation", self.made_of)
-        if stored is not None and (path.is_file() if stored["picture"] else not training.are_at_hand):
+        figures = self.report.part("memorisation", self.made_of)
+        pairs = self._pairs_of(figures) if figures is not None else None
+        if figures is None or pairs is None:
+            figures, pairs = self._measure_copies()
+        elif not self._picture_is_wanted(figures):
             return
+        self.report.put("memorisation", self.made_of, {**figures, **self._draw_pairs(pairs)})
+
+    def _measure_copies(self) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+        """Returns the figures, and the closest pairs as positions."""
+        synthetic, training = self.synthetic, self.real.training
         figures = memorisation(*self._latents(), seed=self.settings.seed)
-        figures["picture"], figures["why_no_picture"] = draw_pairs(path, synthetic, training, figures["pairs"])
+        pairs = [(i, j) for i, j, _ in figures["pairs"]]
         figures["pairs"] = [
             {"synthetic": synthetic.place(i), "training": training.place(j), "distance": distance}
             for i, j, distance in figures["pairs"]
         ]
         figures["per_class"] = self._by_name(figures.get("per_class", {}))
         figures["same_content"] = same_content(synthetic, self.real)
-        self.report.put("memorisation", self.made_of, figures)
+        return figures, pairs
+
+    def _pairs_of(self, figures: dict[str, Any]) -> list[tuple[int, int]] | None:
+        """Returns the closest pairs of a report as positions; None where it names images that there are not."""
+        ours, theirs = ({part.place(i): i for i in range(len(part))} for part in (self.synthetic, self.real.training))
+        named = [(pair["synthetic"], pair["training"]) for pair in figures["pairs"]]
+        is_known = named and all(one in ours and other in theirs for one, other in named)
+        return [(ours[one], theirs[other]) for one, other in named] if is_known else None
+
+    def _picture_is_wanted(self, figures: dict[str, Any]) -> bool:
+        """Says whether the picture of a report is to be drawn again; tells where one is there that is not its own."""
+        data, why = self.report.picture()
+        are_at_hand = self.real.training.are_at_hand
+        if why is not None and figures["picture"] is not None:
+            then = "drawn again" if are_at_hand else "left out, as the training images are not at hand"
+            warn(f"{self.plan.folder / PAIRS_NAME} is not the picture of this report ({why}), and is {then}")
+        return are_at_hand and (figures["picture"] is None or data is None)
+
+    def _draw_pairs(self, pairs: Sequence[tuple[int, int]]) -> dict[str, str | None]:
+        """Draws the closest pairs; returns what the report says of the picture."""
+        data, why = draw_pairs(self.synthetic, self.real.training, pairs)
+        path = self.plan.folder / PAIRS_NAME
+        path.unlink(missing_ok=True)
+        if data is None:
+            return {"picture": None, "picture_sha256": None, "why_no_picture": why}
+        files.publish(path, data)
+        return {"picture": path.name, "picture_sha256": hashlib.sha256(data).hexdigest(), "why_no_picture": None}
 
     def compare_features(self, signals: StopSignals) -> None:
         """Compares the Inception features of synthetic and training images with those of the test images, if asked."""
@@ -117,7 +149,11 @@ class Evaluation:
             self.report.drop("inception")
             return
         path = inception.find_weights(self.settings.inception_weights)
-        made_of = {**self.made_of, "neighbours": self.settings.neighbours, "weights": file_digest(path)}
+        made_of = {
+            **self.made_of,
+            "neighbours": self.settings.neighbours,
+            "weights": file_digest(path, follow_link=True),
+        }
         if self._is_done("inception", made_of):
             return
         sets = (self.synthetic, self.real.training, self.real.test)
@@ -184,7 +220,7 @@ def features(network: torch.nn.Module, sets: Sequence[ImageSet], signals: StopSi
 def evaluate(plan: EvaluationPlan) -> None:
     """Makes the report about the images of a folder, and prints the main figures."""
     synthetic, real = open_synthetic(plan), open_real(plan)
-    report = Report(plan.folder, made_of_real(plan, real))
+    report = Report(plan.folder, made_of_real(plan, real), num_classes=len(plan.classes))
     warnings = find_warnings(plan, synthetic, real)
     for line in warnings:
         warn(line)
@@ -214,13 +250,10 @@ def describe(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -> dic
 
 def made_with(folder: Path) -> dict[str, Any]:
     """Returns what generate.py wrote down beside its images; for a folder of other images, an empty dict."""
-    try:
-        record = json.loads(files.read_whole(folder / RECORD_NAME, at_most=generated.LARGEST_RECORD_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
+    record = generated.record_or_none(folder / RECORD_NAME)
     known = ("weights", "step", "cond_scale", "guidance_interval", "sampler", "sampling_timesteps", "seed")
-    found = with_later_settings(record) if isinstance(record, dict) else {}
-    return {name: found[name] for name in known if isinstance(found.get(name), str | int | float | list)}
+    found = {} if record is None else with_later_settings(record)
+    return {name: found[name] for name in known if name in found and forms.is_setting(found[name])}
 
 
 def find_warnings(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -> list[str]:
@@ -248,22 +281,20 @@ def find_warnings(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -
 
 
 def draw_pairs(
-    path: Path, synthetic: ImageSet, training: ImageSet, pairs: Sequence[tuple[int, int, float]]
-) -> tuple[str | None, str | None]:
-    """Draws synthetic images above their nearest training images; returns the file's name, or why there is none."""
-    path.unlink(missing_ok=True)
+    synthetic: ImageSet, training: ImageSet, pairs: Sequence[tuple[int, int]]
+) -> tuple[bytes | None, str | None]:
+    """Draws synthetic images above their nearest training images; returns a PNG file, or why there is none."""
     if not training.are_at_hand:
         return None, f"the training images are not at hand in {training.folder}"
     try:
-        above, below = synthetic.read(i for i, _, _ in pairs), training.read(j for _, j, _ in pairs)
+        above, below = synthetic.read(i for i, _ in pairs), training.read(j for _, j in pairs)
     except Failed as error:  # an image was changed or removed since it was encoded; the figures do not need it
         return None, str(error)
     names = [
-        " / ".join(dict.fromkeys((synthetic.entries[i].class_name, training.entries[j].class_name)))
-        for i, j, _ in pairs
+        " / ".join(dict.fromkeys((synthetic.entries[i].class_name, training.entries[j].class_name))) for i, j in pairs
     ]
-    pictures.save_picture(pictures.labelled_grid([above, below], ["synthetic", "nearest training"], names), path)
-    return path.name, None
+    picture = pictures.labelled_grid([above, below], ["synthetic", "nearest training"], names)
+    return pictures.encode_image(picture, Path(PAIRS_NAME).suffix), None
 
 
 def same_content(synthetic: ImageSet, real: RealImages) -> list[dict[str, str]]:

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +15,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gait_latents.common import mounts
+from gait_latents.common import cli, console, files, mounts
 from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.distributed import ALONE
 from gait_latents.common.errors import Failed, Stopped, UserError
+from gait_latents.common.layout import RECORD_NAME
 from gait_latents.common.process import StopSignals
+from gait_latents.evaluation import forms
 from gait_latents.evaluation.figures import Points
 from gait_latents.evaluation.plan import EvaluationPlan
-from gait_latents.images import data_report, folders, names, reading, selection, windows
+from gait_latents.images import data_report, folders, generated, names, reading, selection, windows
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import Entry, Split
 from gait_latents.latents import filling, opening
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.latents.vae_fit import check_vae_of_model
+from gait_latents.settings import GenerateSettings
+from gait_latents.training.trained_model import FROM_RUN
 
 _CACHE_NAME = "latents_cache"
 _SYNTHETIC = "synthetic"
@@ -160,8 +166,52 @@ def _list_synthetic(plan: EvaluationPlan) -> Split:
     if unknown:
         warn(f"{folder} has folders of classes that the run does not know: {list_names(unknown)}; they are passed over")
     entries = tuple(Entry(name, file) for name in found for file in files_of[name])
-    split = Split(plan.classes, entries, (), (), {})
-    return selection.with_fresh_keys(split, str(folder))
+    split = selection.with_fresh_keys(Split(plan.classes, entries, (), (), {}), str(folder))
+    _refuse_changed(plan, split.train)
+    return split
+
+
+def _refuse_changed(plan: EvaluationPlan, entries: Sequence[Entry]) -> None:
+    """Raises Failed where images have another content than generate.py has noted, with the command that mends them."""
+    folder = Path(plan.settings.synthetic_path)
+    record = generated.record_or_none(folder / RECORD_NAME)
+    digests = generated.digests_of(record)
+    changed = [e for e in entries if digests.get(e.class_name, {}).get(e.name, e.key) != e.key]
+    if record is not None and changed:
+        listed = list_names([f"{entry.class_name}/{entry.name}" for entry in changed])
+        raise Failed(
+            f"{len(changed):,} of the images in {folder} are damaged or not those that generate.py made: {listed}; to "
+            f"make them again: {_remedy(plan, record, changed)}"
+        )
+
+
+def _remedy(plan: EvaluationPlan, record: Mapping[str, Any], changed: Sequence[Entry]) -> str:
+    """Returns the command that makes these images again, and others only where those up to their numbers are absent."""
+    counts: dict[str, int] = {}
+    for entry in changed:
+        counts[entry.class_name] = max(counts.get(entry.class_name, 0), generated.number_of(entry.name) + 1)
+    chosen = {_as_word(name): counts[name] for name in list(counts)[:_NUM_LISTED]}  # then this tells of the others
+    words = ["--checkpoint", plan.settings.checkpoint, "--output_folder", plan.settings.synthetic_path or ""]
+    words += ["--classes", *chosen, "--images_per_class", *(f"{name}={count}" for name, count in chosen.items())]
+    return f"{console.python_word()} generate.py {shlex.join([*words, *_recorded_flags(record)])}"
+
+
+def _as_word(name: str) -> str:
+    """Returns a class as a word of the command line that is taken neither for a flag nor for all classes."""
+    return f"[{name[0]}]{name[1:]}" if name.startswith("-") or (name,) == names.ALL else name
+
+
+def _recorded_flags(record: Mapping[str, Any]) -> list[str]:
+    """Returns the settings that a record tells as words of the command line; what is no value of one is left out."""
+    known, words = cli.specs(GenerateSettings), []
+    for name in (*FROM_RUN, "image_format"):
+        value = record.get(name) if name != "vae_path" else None  # which no record names
+        texts = [str(item) for item in (value if isinstance(value, list) else [value])]
+        if value is not None and forms.is_setting(value):
+            with suppress(UserError):
+                cli.parse(name, texts, known[name], RECORD_NAME)
+                words += [f"--{name}", *texts]
+    return words
 
 
 def list_names(listed: Sequence[str]) -> str:
@@ -178,7 +228,9 @@ def encode(plan: EvaluationPlan, split: Split, entries: list[Entry], folder: Pat
         UserError: when images are to be encoded, and they or the run's VAE are not at hand.
         Failed: when images cannot be read, after each was named.
     """
-    cache = LatentCache(plan.folder / _CACHE_NAME, plan.space, writable=True)
+    place = plan.folder / _CACHE_NAME
+    files.refuse_links(place / "any", below=plan.folder)
+    cache = LatentCache(place, plan.space, writable=True)
     of_run = Path(mounts.locate(plan.state.meta.settings.get("latents_cache_folder", "")))
     _copy_rows(cache, of_run, [entry.key for entry in entries])
     dataset = opening.open_dataset(

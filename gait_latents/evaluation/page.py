@@ -53,13 +53,15 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from gait_latents.common import charts
 from gait_latents.common.pictures import printable
+from gait_latents.evaluation import forms
+from gait_latents.evaluation.forms import is_figure
 
 _CLOSE, _NEAR = 1.25, 2.0  # times the yardstick
 FEW_PER_CLASS = 30  # images: figures of fewer are shown with a warning
@@ -80,6 +82,9 @@ def write_html(report: dict[str, Any], pictures: dict[str, bytes]) -> bytes:
     Raises:
         UserError: where matplotlib is absent.
     """
+    unfit = forms.unfit_parts(report)  # of what this program has read or computed, none
+    report = {name: part for name, part in report.items() if name not in unfit}
+    notes = [f"{name} is left out of this page: it has another form than it should." for name in unfit]
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined, finalize=_harmless
     )
@@ -97,7 +102,7 @@ def write_html(report: dict[str, Any], pictures: dict[str, bytes]) -> bytes:
         style=Markup(Path(__file__).with_name("page.css").read_text("utf-8")),
         facts=_facts(report.get("evaluated") or {}),
         cards=_cards(report),
-        warnings=[_sentence(line) for line in report.get("warnings") or []],
+        warnings=[_sentence(line) for line in [*(report.get("warnings") or []), *notes]],
         sections=[(title, shown) for title, blocks in sections if (shown := list(filter(None, blocks)))],
         parts=[name for name in _EXPLAINED if report.get(name)],
     )
@@ -140,20 +145,20 @@ _UNKNOWN = "–"
 
 
 def _number(value: Any) -> str:
-    if not _is_number(value):
+    if not is_figure(value):
         return _UNKNOWN
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}".replace("-", "−")
 
 
 def _column(values: Iterable[Any]) -> Callable[[Any], str]:
     """Returns how the numbers of a column are written: with equally many decimals, so that they can be compared."""
-    largest = max((abs(value) for value in values if _is_number(value)), default=0.0)
+    largest = max((abs(value) for value in values if is_figure(value)), default=0.0)
     decimals = max(0, _DIGITS - 1 - math.floor(math.log10(largest))) if largest > 0 else 0
-    return lambda value: f"{value:z,.{decimals}f}".replace("-", "−") if _is_number(value) else _UNKNOWN
+    return lambda value: f"{value:z,.{decimals}f}".replace("-", "−") if is_figure(value) else _UNKNOWN
 
 
 def _share(value: Any) -> str:
-    return f"{100 * value:.1f}\u00a0%" if _is_number(value) else _UNKNOWN
+    return f"{100 * value:.1f}\u00a0%" if is_figure(value) else _UNKNOWN
 
 
 def _round_share(value: float) -> str:
@@ -170,10 +175,6 @@ def _sentence(line: Any) -> str:
     """Returns a line that was made for a terminal as a sentence."""
     text = str(line)
     return f"{text[:1].upper() if text[:1].isascii() else text[:1]}{text[1:]}{'' if text.endswith('.') else '.'}"
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # --- top of the page ---------------------------------------------------------------------------------------
@@ -205,7 +206,9 @@ def _cards(report: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _is_close(latents: dict[str, Any]) -> tuple[str, str]:
-    return closeness(latents, show=lambda name: f"\u2068{printable(name)}\u2069")  # isolated, as <bdi> does
+    named: list[str] = []
+    mark, sentence = closeness(latents, show=lambda name: named.append(name) or "\0")
+    return mark, escape(sentence).replace("\0", Markup("<bdi>{}</bdi>").format(printable(named[0] if named else "")))
 
 
 def closeness(latents: dict[str, Any], *, show: Callable[[str], str]) -> tuple[str, str]:
@@ -216,21 +219,21 @@ def closeness(latents: dict[str, Any], *, show: Callable[[str], str]) -> tuple[s
         show: returns the name of a class as it can stand in a sentence.
     """
     ours, theirs = latents.get("synthetic") or {}, latents.get("training") or {}
-    key = next((k for k in ("frechet_mean", "frechet") if _is_number(ours.get(k)) and _is_number(theirs.get(k))), None)
+    key = next((k for k in ("frechet_mean", "frechet") if is_figure(ours.get(k)) and is_figure(theirs.get(k))), None)
     if key is None:
         return "not known", "There are too few images for a Fréchet distance."
     ratio = ours[key] / theirs[key] if theirs[key] > 0 else math.inf
     times = f"{ratio:.2g} times that" if math.isfinite(ratio) else "more than the 0"
     sentence = f"Their Fréchet distance to the test images is {times} of real training images."
     one, two = ours.get("frechet_per_class") or {}, theirs.get("frechet_per_class") or {}
-    known = [name for name in one if _is_number(one[name]) and _is_number(two.get(name)) and two[name] > 0]
+    known = [name for name in one if is_figure(one[name]) and is_figure(two.get(name)) and two[name] > 0]
     ratios = {name: one[name] / two[name] for name in known}
     far = [name for name in ratios if ratios[name] > _NEAR]
     if len(ratios) > 1:
         farthest = max(ratios, key=lambda name: ratios[name])
         sentence += f" The farthest class is {show(farthest)}, at {ratios[farthest]:.1f} times what real ones reach"
         sentence += f"; beyond {_NEAR:g} times: {len(far)} of {len(ratios)} classes." if far else "."
-    per_class = latents.get("images", 0) / max(1, len(one))
+    per_class = (latents.get("images") or 0) / max(1, len(one))
     if per_class < FEW_PER_CLASS:
         sentence += f" It scatters much with so few images: {per_class:.3g} per class."
     if ratio <= _CLOSE and not far:
@@ -244,14 +247,14 @@ def _are_copies(memorisation: dict[str, Any]) -> tuple[str, str]:
         return "yes", f"Synthetic files that are training images, byte for byte: {_number(len(same))}."
     share, limit = memorisation.get("near_share"), memorisation.get("near_share_limit")
     nearer, nearer_limit = memorisation.get("nearer_to_training"), memorisation.get("nearer_to_training_limit")
-    if not _is_number(share) or not _is_number(limit):
+    if not is_figure(share) or not is_figure(limit):
         return "not known", "Without test images nobody can say how near a training image is too near."
     few = memorisation.get("test_near_share")
-    of_test = f"only {_round_share(few)}" if _is_number(few) else "only few"
+    of_test = f"only {_round_share(few)}" if is_figure(few) else "only few"
     near = f"{_share(share)} of them are as near to a training image as {of_test} of the test images are"
     if share > limit:
         return "perhaps", f"{near}; chance explains up to {_share(limit)}. Look at the closest pairs."
-    if _is_number(nearer) and _is_number(nearer_limit) and nearer > nearer_limit:
+    if is_figure(nearer) and is_figure(nearer_limit) and nearer > nearer_limit:
         return "perhaps", (
             f"{_share(nearer)} of them are nearer to a training than to a test image; chance explains up to "
             f"{_share(nearer_limit)}. Look at the closest pairs."
@@ -307,7 +310,7 @@ def _distances(report: dict[str, Any], part: str) -> list[_Block]:
 
 def _with_spread(figures: dict[str, Any], name: str, write: Callable[[Any], str]) -> str:
     value, deviation = figures.get(name), figures.get(f"{name}_deviation")
-    if not _is_number(value) or not _is_number(deviation) or deviation <= 0:
+    if not is_figure(value) or not is_figure(deviation) or deviation <= 0:
         return write(value)
     decimals = max(0, 1 - math.floor(math.log10(deviation)))  # two digits of the deviation, and no more of the figure
     return f"{value:z,.{decimals}f} ±\u00a0{deviation:,.{decimals}f}".replace("-", "−")
@@ -345,7 +348,7 @@ def _memorisation(part: dict[str, Any], files: dict[str, bytes]) -> list[_Block]
     chance = "up to this share by chance"
     rows = [
         ("median distance to the nearest training image", *map(_number, map(part.get, ("median", "test_median")))),
-        (f"share {_nearer_than(part)}", _share(part.get("near_share")), _round_share(few) if _is_number(few) else ""),
+        (f"share {_nearer_than(part)}", _share(part.get("near_share")), _round_share(few) if is_figure(few) else ""),
         (chance, _share(part.get("near_share_limit")), ""),
         ("share nearer to a training than to a test image", _share(part.get("nearer_to_training")), _round_share(0.5)),
         (chance, _share(part.get("nearer_to_training_limit")), ""),
@@ -361,24 +364,24 @@ def _memorisation(part: dict[str, Any], files: dict[str, bytes]) -> list[_Block]
 
 def _nearer_than(part: dict[str, Any]) -> str:
     few = part.get("test_near_share")
-    most = f"{_round_share(1 - few)} of the" if _is_number(few) else "nearly all"
+    most = f"{_round_share(1 - few)} of the" if is_figure(few) else "nearly all"
     return f"nearer than {most} test images"
 
 
 def _histogram(part: dict[str, Any]) -> _Block:
     """Draws how far images are from the training images."""
-    ours, theirs = ([v for v in part.get(name) or [] if _is_number(v)] for name in ("distances", "test_distances"))
+    ours, theirs = ([v for v in part.get(name) or [] if is_figure(v)] for name in ("distances", "test_distances"))
     if not ours and not theirs:
         return None
     threshold, few = part.get("threshold"), part.get("test_near_share")
-    threshold = threshold if _is_number(threshold) else None
+    threshold = threshold if is_figure(threshold) else None
     label = (
         f"Histogram of distances to the nearest training image: {_number(part.get('median'))} in the median of the "
         f"synthetic, {_number(part.get('test_median'))} of the test images"
     )
     note = "Copies would stand at the left"
     if threshold is not None:
-        of_test = _round_share(few) if _is_number(few) else "few"
+        of_test = _round_share(few) if is_figure(few) else "few"
         note += f", left of the dashed line; {of_test} of the test images are there, too"
     axis = "distance to the nearest training image"
     return _figures([(charts.distances_histogram(ours, theirs, threshold, axis=axis, label=label), f"{note}.")])
@@ -444,7 +447,7 @@ _TRAINING_FACTS = {"num_steps": "training steps", "batch_size": "images per step
 
 def _mean(found: dict[str, Any]) -> str:
     deviation = found.get("deviation")
-    return _share(found.get("mean")) + (f" ±\u00a0{100 * deviation:.1f}" if _is_number(deviation) else "")
+    return _share(found.get("mean")) + (f" ±\u00a0{100 * deviation:.1f}" if is_figure(deviation) else "")
 
 
 def _accuracy_per_class(sets: dict[str, Any], names: Sequence[str]) -> _Block:
@@ -522,7 +525,7 @@ def _sweep(part: dict[str, Any]) -> list[_Block]:
 
 
 def _sweep_curves(points: Sequence[dict[str, Any]], training: dict[str, Any]) -> _Block:
-    known = [p for p in points if _is_number(p.get("frechet_mean")) and _is_number(p.get("guidance"))]
+    known = [p for p in points if is_figure(p.get("frechet_mean")) and is_figure(p.get("guidance"))]
     if not known:
         return None
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -530,7 +533,7 @@ def _sweep_curves(points: Sequence[dict[str, Any]], training: dict[str, Any]) ->
         name = f"synthetic, step {_number(point.get('step'))}"
         curves.setdefault(name, []).append((point["guidance"], point["frechet_mean"]))
     floor = training.get("frechet_mean")
-    floor = floor if _is_number(floor) else None
+    floor = floor if is_figure(floor) else None
     scales = [p["guidance"] for p in known]
     label = f"Fréchet distance per class against the guidance scale, from {min(scales):g} to {max(scales):g}"
     chart = charts.sweep_curves(curves, floor, axis="Fréchet distance per class", label=label)

@@ -3,31 +3,35 @@
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
-from gait_latents.common import files
+from gait_latents.common import files, json_text
 from gait_latents.common.console import warn
 from gait_latents.common.layout import PAGE_NAME, PAIRS_NAME, REPORT_NAME
-from gait_latents.evaluation import page
+from gait_latents.evaluation import forms, page
 
-_LARGEST_REPORT_BYTES = 1 << 28
+_LARGEST_REPORT_BYTES = 1 << 26  # of more than a million images
+_LARGEST_PICTURE_BYTES = 1 << 28
 _PARTS = ("latents", "memorisation", "inception", "classifier", "why")  # of the report, about synthetic images
 
 
 class Report:
     """report.json and report.html: written after each finished part, so that nothing is computed twice.
 
-    A part is stored with a digest of all that it was computed from, and counts only as long as that digest is the same.
-    A report about other real images is dropped at once, so that no page mixes two.
+    A part is stored with a digest of all that it was computed from. It counts only as long as that digest is the same
+    and the part has the form of such parts (`forms.py`). A report about other real images is dropped at once, so that
+    no page mixes two.
 
     Args:
         real: what the figures about real images depend on (`made_of_real`).
+        num_classes: of the run.
     """
 
-    def __init__(self, folder: Path, real: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, real: dict[str, Any], *, num_classes: int) -> None:
         self.folder = folder
-        stored = _read_report(folder / REPORT_NAME)
+        stored = _read_report(folder / REPORT_NAME, num_classes)
         digest = _digest(real)
         self.data: dict[str, Any] = stored if stored.get("real_digest") == digest else {"real_digest": digest}
 
@@ -69,10 +73,28 @@ class Report:
         files.publish(self.folder / PAGE_NAME, page.write_html(self.data, self._pictures()))
 
     def _pictures(self) -> dict[str, bytes]:
-        """Returns the content of each picture that the report names and that is there."""
-        name = self.data.get("memorisation", {}).get("picture")
+        """Returns the content of the picture that the report names, if it is there."""
+        data, _ = self.picture()
+        return {} if data is None else {PAIRS_NAME: data}
+
+    def picture(self) -> tuple[bytes | None, str | None]:
+        """Reads the picture of the closest pairs.
+
+        Returns:
+            Its content, if it is the very file that the report was made with; else None, and why, unless there is
+            nothing of that name.
+        """
         path = self.folder / PAIRS_NAME
-        return {PAIRS_NAME: path.read_bytes()} if name == PAIRS_NAME and path.is_file() else {}
+        expected = self.data.get("memorisation", {}).get("picture_sha256")
+        if not os.path.lexists(path):
+            return None, None
+        try:
+            data = files.read_whole(path, at_most=_LARGEST_PICTURE_BYTES)
+        except OSError as error:
+            return None, error.strerror or str(error)
+        if hashlib.sha256(data).hexdigest() != expected:
+            return None, "the report holds no digest of it" if expected is None else "the report holds another digest"
+        return data, None
 
 
 def _digest(value: Any) -> str:
@@ -88,22 +110,30 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _read_report(path: Path) -> dict[str, Any]:
-    """Reads what `Report.write` wrote; of a damaged file it warns, and returns an empty dict."""
+def _read_report(path: Path, num_classes: int) -> dict[str, Any]:
+    """Reads what `Report.write` wrote, without the parts that it cannot have written; it warns of what is left out."""
     try:
-        data = json.loads(files.read_whole(path, at_most=_LARGEST_REPORT_BYTES))
-        if data.pop("sha256") == _digest(data):
-            return data
-        reason = "its checksum does not fit"
+        data = json_text.parse(files.read_whole(path, at_most=_LARGEST_REPORT_BYTES))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
+    except (OSError, ValueError) as error:
+        return _damaged(path, getattr(error, "strerror", None) or type(error).__name__)
+    if not isinstance(data, dict) or json_text.is_deep(data):
+        return _damaged(path, "it has another form")
+    if data.pop("sha256", None) != _digest(data):
+        return _damaged(path, "its checksum does not fit")
+    unfit = forms.unfit_parts(data, num_classes=num_classes)
+    if unfit:
+        warn(f"{path}: what is stored as {', '.join(unfit)} has another form than it should, and is computed anew")
+    return {name: value for name, value in data.items() if name not in unfit}
+
+
+def _damaged(path: Path, reason: str) -> dict[str, Any]:
     warn(f"{path} is damaged or was edited ({reason}); everything is computed anew")
     return {}
 
 
-def file_digest(path: Path) -> str:
-    """Returns the SHA-256 of a file."""
-    with files.naming(path), path.open("rb") as file:
+def file_digest(path: Path, *, follow_link: bool = False) -> str:
+    """Returns the SHA-256 of a file; `follow_link` as in `files.open_file`."""
+    with files.naming(path), os.fdopen(files.open_file(path, follow_link=follow_link), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

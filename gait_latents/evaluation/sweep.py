@@ -77,7 +77,7 @@ def sweep(plan: EvaluationPlan, states: Sequence[Path]) -> None:
     real = open_real(plan)
     if not len(real.test):
         raise UserError("a sweep compares with test images, and the run has none; train with fewer images_per_user")
-    report = Report(plan.folder, made_of_real(plan, real))
+    report = Report(plan.folder, made_of_real(plan, real), num_classes=len(plan.classes))
     warnings = warnings_of_run(plan)
     for line in warnings:
         warn(line)

@@ -1,12 +1,15 @@
-"""A folder of images that generate.py made: which files it is to have, reading them, and reading their record.
+"""A folder of images that generate.py made: which files it is to have, which of them are whole, and their record.
 
-The record, settings.json, says how the images were made; `training/generation.py` writes it and makes the images.
+The record, settings.json, says how the images were made, and holds the SHA-256 of each under "images":
+{class: {file: digest}}. `training/generation.py` makes the images and decides when the record is written.
 """
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from gait_latents import settings
-from gait_latents.common import files
+from gait_latents.common import files, json_text
+from gait_latents.common.console import progress
 from gait_latents.common.errors import Failed, UserError
 from gait_latents.images import reading
 from gait_latents.images.reading import BadImage
@@ -48,7 +52,16 @@ def file_name(class_name: str, index: int, suffix: str) -> str:
     return start + end
 
 
-LARGEST_RECORD_BYTES = 1 << 20
+LARGEST_RECORD_BYTES = 1 << 25  # 300,000 images with names of usual length
+DIGESTS = "images"  # the key of the digests in the record
+_DIGEST = re.compile("[0-9a-f]{64}")
+Digests = dict[str, dict[str, str]]  # {class: {file: SHA-256}}
+
+
+def number_of(file: str) -> int:
+    """Returns the number in the name of an image."""
+    found = re.search(r"_([0-9]+)\.[^.]*$", file)
+    return int(found[1]) if found else 0
 
 
 @dataclass(frozen=True)
@@ -81,11 +94,85 @@ def list_missing(cells: Sequence[Cell]) -> list[Cell]:
 def read_made(path: Path, image_size: int) -> np.ndarray:
     """Reads a generated image as uint8 [S S 3]; raises Failed when it is damaged."""
     try:
-        return reading.decode(files.read_whole(path, at_most=reading.MAX_FILE_BYTES), image_size=image_size)
+        data = files.read_whole(path, at_most=_largest_file(image_size))
+        return reading.decode(data, image_size=image_size)
     except (OSError, BadImage) as error:
         raise Failed(
             f"{path} is damaged; remove it, and the same command makes it again ({getattr(error, 'strerror', error)})"
         ) from error
+
+
+# --- which images are whole --------------------------------------------------------------------------------
+
+
+def check_made(
+    folder: Path, names: Mapping[str, Sequence[str]], *, image_size: int, digests: Digests
+) -> tuple[Digests, list[str]]:
+    """Reads images, several at a time, and says which of them are as they were made.
+
+    One with a digest must have it. One without, as of an older version or after a kill, must be a whole image of the
+    right size. Links are not followed.
+
+    Args:
+        folder: has a folder for each class.
+        names: the files of each class.
+        image_size: the width and height of the images.
+        digests: those of the record.
+
+    Returns:
+        The digests of those that are whole, and the others as class/file.
+    """
+    places = [(class_name, file) for class_name, listed in names.items() for file in listed]
+
+    def look(place: tuple[str, str]) -> str | None:
+        class_name, file = place
+        return _digest_if_whole(folder / class_name / file, image_size, digests.get(class_name, {}).get(file))
+
+    with (
+        ThreadPoolExecutor() as pool,
+        progress(total=len(places), unit="images", label="check images", only_if_slow=True) as bar,
+    ):
+        found = [bar.counted(digest) for digest in pool.map(look, places)]
+    whole: Digests = {}
+    for (class_name, file), digest in zip(places, found, strict=True):
+        if digest is not None:
+            whole.setdefault(class_name, {})[file] = digest
+    return whole, ["/".join(place) for place, digest in zip(places, found, strict=True) if digest is None]
+
+
+def digest(data: bytes) -> str:
+    """Returns the digest of the bytes of an image file, as the record has it."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest_if_whole(path: Path, image_size: int, known: str | None) -> str | None:
+    try:
+        data = files.read_whole(path, at_most=_largest_file(image_size))
+    except OSError:  # whatever the reason, nobody could use it
+        return None
+    found = digest(data)
+    is_whole = _is_picture(data, image_size) if known is None else found == known
+    return found if is_whole else None
+
+
+def _is_picture(data: bytes, image_size: int) -> bool:
+    """Says whether these are the bytes of a whole image of so many pixels."""
+    head = reading.header(data)
+    if head is None or head[:2] != (image_size, image_size):
+        return False
+    try:
+        reading.decode(data, image_size=image_size)
+    except BadImage:
+        return False
+    return True
+
+
+def _largest_file(image_size: int) -> int:
+    """Returns more bytes than any image that `pictures.encode_image` writes, be it noise, takes."""
+    return (1 << 16) + 16 * image_size**2
+
+
+# --- the record --------------------------------------------------------------------------------------------
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -93,13 +180,50 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Settings that came after the record was written are added, with the values that they then had.
     """
+    record = record_or_none(path)
+    if record is None:
+        raise UserError(f"{path} is damaged; give another --output_folder")
+    return {**_BEFORE_RECORDED, **settings.with_later_settings(record)}
+
+
+def record_or_none(path: Path) -> dict[str, Any] | None:
+    """Reads what settings.json says as it stands; None where it is absent, a link or damaged."""
     try:
         record = json.loads(files.read_whole(path, at_most=LARGEST_RECORD_BYTES))
     except (OSError, ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise UserError(f"{path} is damaged; give another --output_folder")
-    return {**_BEFORE_RECORDED, **settings.with_later_settings(record)}
+        return None
+    is_ours = isinstance(record, dict) and not json_text.is_deep({**record, DIGESTS: None})
+    return record if is_ours else None
+
+
+def digests_of(record: Mapping[str, Any] | None) -> Digests:
+    """Returns the digests in a record; what is no class, file and digest is left out, for anybody may have written it.
+
+    An image without a digest is checked by decoding it.
+    """
+    by_class = (record or {}).get(DIGESTS)
+    if not isinstance(by_class, dict):
+        return {}
+    return {name: _digests_alone(listed) for name, listed in by_class.items() if isinstance(listed, dict)}
+
+
+def _digests_alone(listed: dict[str, Any]) -> dict[str, str]:
+    return {file: text for file, text in listed.items() if isinstance(text, str) and _DIGEST.fullmatch(text)}
+
+
+def record_bytes(record: Mapping[str, Any], digests: Digests) -> bytes:
+    """Returns settings.json with these digests: those of the first classes alone, where all would be too large."""
+    kept, num_bytes = {}, len(_text({**record, DIGESTS: {}}))
+    for name, listed in digests.items():
+        num_bytes += len(_text({DIGESTS: {name: listed}}))
+        if num_bytes > LARGEST_RECORD_BYTES:
+            break
+        kept[name] = listed
+    return _text({**record, DIGESTS: kept})
+
+
+def _text(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=2) + "\n").encode()
 
 
 # What older versions did when settings.json did not say it yet.

@@ -1,8 +1,6 @@
 """Makes the images of a folder, or a strip over guidance scales, with the averaged network of a run."""
 
-import csv
-import io
-import json
+import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -15,15 +13,15 @@ import torch
 from PIL import Image
 
 from gait_latents.common import cli, console, files, hardware, pictures
-from gait_latents.common.console import Progress, say
+from gait_latents.common.console import Progress, say, warn
 from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import DONE, UserError
 from gait_latents.common.layout import LABELS_NAME, OVERVIEW_NAME, RECORD_NAME, SPLIT_NAME, STRIP_NAME
 from gait_latents.common.process import StopSignals
 from gait_latents.diffusion.sampling import BATCH_SIZE
-from gait_latents.images import names, selection
+from gait_latents.images import generated, labels_csv, names, selection
 from gait_latents.images.counts import counts_as_asked, counts_to_fill, describe_counts
-from gait_latents.images.generated import Cell, file_name, list_made, list_missing, read_made, read_record
+from gait_latents.images.generated import Cell, Digests, file_name, list_made, list_missing, read_made, read_record
 from gait_latents.images.split import read_split
 from gait_latents.images.write_behind import WriteBehind
 from gait_latents.settings import GenerateSettings
@@ -33,6 +31,7 @@ from gait_latents.training.trained_model import FROM_RUN, TrainedModel
 
 _MOST_UNWRITTEN = 2 * BATCH_SIZE  # images that wait to be written while the next are made
 _OVERVIEW_ROWS, _OVERVIEW_COLUMNS = 16, 6
+_NUM_LISTED = 3  # damaged images
 
 
 def open_generator(argv: Sequence[str] | None, description: str | None = None, ranks: Ranks = ALONE) -> "Generator":
@@ -62,6 +61,7 @@ class Generator(TrainedModel):
         super().__init__(settings, state, device)
         self.ranks = ranks
         self.folder = Path(settings.output_folder)
+        self.made: Digests = {}  # of the images that are whole, as rank 0 has found or made them
         interval = settings.guidance_interval
         where = "" if interval == (0, 1) else f" from {interval[0]:g} to {interval[1]:g} of the way"
         passes = self.diffusion.num_passes(self.steps, cond_scale=settings.cond_scale, guidance_interval=interval)
@@ -84,14 +84,19 @@ class Generator(TrainedModel):
         the disk of another machine.
         """
         with self.ranks.together():
-            cells = list_missing(self._cells())
+            self._refuse_links()
             self._go_on_as_begun()
             files.check_writable(self.folder, "output_folder")
+            damaged = self._look_for_damage() if self.ranks.is_main else []
+        cells = self._cells_to_make()
+        with self.ranks.together():
             if cells:
                 self.decoder.open()  # before anything is written
         self.ranks.check_same({"the decoder in": self.decoder.dtype}, "give --precision float32")
         with self.ranks.together():
             self._check_output_folder()
+            if self.ranks.is_main:
+                self._remove_damaged(damaged, cells)
         there = sum(self.counts.values()) - len(cells)
         if there:
             say(f"{there:,} of the images are already there")
@@ -110,7 +115,7 @@ class Generator(TrainedModel):
             finally:
                 self.ranks.tell("made")
                 if self.ranks.is_main:
-                    self._write_labels()
+                    self._write_lists(has_made=bool(cells))
         say(
             f"{len(cells):,} images made in {self.folder} ({self.suffix[1:]}, {LABELS_NAME}); "
             f"peak memory {hardware.peak_memory(self.device)}"
@@ -121,10 +126,52 @@ class Generator(TrainedModel):
         say(f"next: {console.python_word()} evaluate_images.py{flags}")
         return DONE
 
+    def _refuse_links(self) -> None:
+        """Raises OSError where the folder of a class is a link: what is read and written would be elsewhere."""
+        for name in self.all_classes:
+            files.refuse_links(self.folder / name / "image", below=self.folder)
+
+    def _look_for_damage(self) -> list[str]:
+        """Notes the digests of the images that are whole; returns those that are damaged, as class/file."""
+        record = generated.record_or_none(self.folder / RECORD_NAME)
+        listed = self._list_made()
+        self.made, damaged = generated.check_made(
+            self.folder, listed, image_size=self.meta.image_size, digests=generated.digests_of(record)
+        )
+        return damaged
+
+    def _list_made(self) -> dict[str, list[str]]:
+        return {name: list_made(self.folder / name, name, self.suffix) for name in self.all_classes}
+
+    def _cells_to_make(self) -> list[Cell]:
+        """Returns the images asked for that rank 0 has not found whole. A collective."""
+        cells = self._cells()
+        whole = self.made
+        places = [i for i, cell in enumerate(cells) if cell.path.name not in whole.get(cell.class_name, {})]
+        return [cells[i] for i in self.ranks.of_main(places if self.ranks.is_main else [])]
+
+    def _remove_damaged(self, damaged: Sequence[str], cells: Sequence[Cell]) -> None:
+        """Tells which images are damaged, and removes those that are made again: no process takes them for made."""
+        to_make = {f"{cell.class_name}/{cell.path.name}": cell.path for cell in cells}
+        again = [place for place in damaged if place in to_make]
+        others = [place for place in damaged if place not in to_make]
+        if again:
+            warn(
+                f"{len(again):,} of the images in {self.folder} are damaged or not those that were made, and are made "
+                f"again: {names.name_list(again, limit=_NUM_LISTED)}"
+            )
+        if others:
+            warn(
+                f"{len(others):,} images in {self.folder} that this command does not ask for are damaged or not those "
+                f"that were made, and are left out of {LABELS_NAME}: {names.name_list(others, limit=_NUM_LISTED)}"
+            )
+        for place in again:
+            to_make[place].unlink(missing_ok=True)
+
     def _go_on_as_begun(self) -> None:
         """Decodes in the number format of the images that are in the folder already."""
         path = self.folder / RECORD_NAME
-        if path.exists() and not self.settings.strip:
+        if os.path.lexists(path) and not self.settings.strip:
             began = read_record(path)["decoder_precision"]
             if isinstance(began, str) and began in hardware.NUMBER_FORMATS:  # else the folder is refused
                 self.decoder.go_on_in(hardware.NUMBER_FORMATS[began])
@@ -175,7 +222,10 @@ class Generator(TrainedModel):
             bar.advance(writer.put(cell.path, image))
 
     def _write(self, path: Path, image: np.ndarray) -> None:
-        files.publish(path, pictures.encode_image(Image.fromarray(image), self.suffix))
+        data = pictures.encode_image(Image.fromarray(image), self.suffix)
+        files.refuse_links(path, below=self.folder)  # again, for this takes hours
+        files.publish(path, data)
+        self.made.setdefault(path.parent.name, {})[path.name] = generated.digest(data)
 
     def _cells(self) -> list[Cell]:
         return [
@@ -190,12 +240,12 @@ class Generator(TrainedModel):
             files.remove_stale_temporaries(place)
         self._refuse_other_images()
         path = self.folder / RECORD_NAME
-        if not path.exists():  # else it stays as it is, with what an earlier version has written into it
-            files.publish(path, (json.dumps(self._record(), indent=2) + "\n").encode())
+        if not os.path.lexists(path):  # else it stays as it is, with what an earlier version has written into it
+            files.publish(path, generated.record_bytes(self._record(), {}))
 
     def _refuse_other_images(self) -> None:
         record, path = self._record(), self.folder / RECORD_NAME
-        if path.exists():
+        if os.path.lexists(path):
             before = read_record(path)
             for name, value in record.items():
                 if before.get(name) != value:
@@ -226,15 +276,28 @@ class Generator(TrainedModel):
         asked = {name: getattr(self.settings, name) for name in ("classes", "images_per_class", "fill_up_to", "strip")}
         return {**self._record(), **{f"--{name}": cli.show(value) for name, value in asked.items()}}
 
-    def _write_labels(self) -> None:
-        """Lists every image of the folder that has a name as we give them, with its class and label."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(["file", "class", "label"])
-        for label, name in enumerate(self.all_classes):
-            for file in list_made(self.folder / name, name, self.suffix):
-                writer.writerow([f"{name}/{file}", name, label])
-        files.publish(self.folder / LABELS_NAME, buffer.getvalue().encode("utf-8", "surrogateescape"))
+    def _write_lists(self, *, has_made: bool) -> None:
+        """Lists every image of the folder that is whole: in labels.csv, and with its digest in settings.json.
+
+        The record of an older version, which has no digests, stays as it is where nothing was made.
+        """
+        whole = self._whole_by_now()
+        files.publish(self.folder / LABELS_NAME, labels_csv.to_bytes(self.all_classes, whole))
+        path = self.folder / RECORD_NAME
+        record = generated.record_or_none(path) or self._record()
+        if (has_made or generated.DIGESTS in record) and generated.digests_of(record) != whole:
+            files.publish(path, generated.record_bytes(record, whole))
+
+    def _whole_by_now(self) -> Digests:
+        """Returns the digests of the images in the folder; those that others have made meanwhile are read for it."""
+        listed = self._list_made()
+        new = {name: [file for file in found if file not in self.made.get(name, {})] for name, found in listed.items()}
+        digests = generated.digests_of(generated.record_or_none(self.folder / RECORD_NAME))
+        others, _ = generated.check_made(self.folder, new, image_size=self.meta.image_size, digests=digests)
+        known = {name: {**self.made.get(name, {}), **others.get(name, {})} for name in listed}
+        return {
+            name: {file: known[name][file] for file in found if file in known[name]} for name, found in listed.items()
+        }
 
     # --- a picture to choose the guidance by ---
 

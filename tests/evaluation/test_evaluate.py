@@ -176,7 +176,13 @@ def test_a_second_time_computes_nothing(trained, generated, evaluated, encoder, 
     assert encoder.num_images == 0 and content(evaluated) == before
 
 
+def forget_how_they_were_made(folder: Path) -> None:
+    """Makes a folder of generated images one of any images."""
+    (folder / "settings.json").unlink()
+
+
 def test_an_image_that_changed_is_encoded_and_everything_is_computed_again(trained, synthetic, evaluated, encoder):
+    forget_how_they_were_made(synthetic)
     before = read_report(evaluated)
     tiny.make_image(77, size=SIZE).save(synthetic / "ID_2" / "ID_2_000001.jpg")
     assert evaluate(trained, synthetic, evaluated) == 0
@@ -247,6 +253,7 @@ def test_neither_vae_nor_real_images_are_needed_once_all_is_encoded(trained, gen
 
 
 def test_copies_of_training_images_are_named_as_copies(trained, synthetic, tmp_path, capsys):
+    forget_how_they_were_made(synthetic)
     split = read_split(trained / "results")
     assert split is not None
     for number, entry in enumerate(split.train):
@@ -328,6 +335,7 @@ def test_a_folder_that_cannot_be_evaluated_is_named(trained, tmp_path, capsys):
 
 
 def test_an_image_that_cannot_be_read_is_named(trained, synthetic, tmp_path, capsys):
+    forget_how_they_were_made(synthetic)
     (synthetic / "ID_2" / "ID_2_000001.jpg").write_bytes(b"no image")
     assert evaluate(trained, synthetic, tmp_path / "evaluation") == 1
     out, err = capsys.readouterr()
@@ -419,6 +427,7 @@ def test_classifiers_are_trained_once_and_go_on_where_they_were_stopped(
 
 @pytest.mark.slow
 def test_what_was_found_about_other_images_goes_before_anything_is_computed(trained, synthetic, evaluated, monkeypatch):
+    forget_how_they_were_made(synthetic)
     asked = {"classifier": "true", "classifier_steps": 1, "classifier_seeds": 1, "classifier_image_size": 8}
     assert evaluate(trained, synthetic, evaluated, **asked) == 0
     assert sweep(trained, evaluated, 1, sweep_checkpoints="newest") == 0

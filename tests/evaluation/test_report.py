@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from properties import given, settings, st
 
+from gait_latents.common.console import harmless
 from gait_latents.evaluation import classifier
 from gait_latents.evaluation.page import FEW_PER_CLASS, closeness, write_html
 
@@ -271,7 +272,9 @@ def test_texts_of_every_kind_keep_the_page_whole(name):
     report = make_small_report(name)
     page = page_of(report)
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in page_of(make_small_report("x")).tags]
-    shown = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]", "\ufffd", name)
+    shown = re.sub(
+        r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]", "\ufffd", harmless(name)
+    )
     assert " ".join(f"|{shown}|".replace("\r", "\n").split()) in page.text
 
 
@@ -459,7 +462,8 @@ def test_the_farthest_class_is_named_and_many_times_the_yardstick_is_not_close(f
     }
     text = verdict(latents=latents)
     words = "Their Fréchet distance to the test images is 1 times that of real training images. The farthest class is"
-    assert f"{answer}. {words} \u2068ID_7\u2069, at {farthest / 2:.1f} times what real ones reach" in text
+    assert f"{answer}. {words} ID_7, at {farthest / 2:.1f} times what real ones reach" in text
+    assert "farthest class is <bdi>ID_7</bdi>, at" in write_html({"latents": latents}, {}).decode()
     assert ("; beyond 2 times: 1 of 2 classes." in text) == (farthest > 4)
     assert "class is <ID_7>, at" in closeness(latents, show=lambda name: f"<{name}>")[1]
 
