@@ -5,7 +5,6 @@ Images are uint8 arrays [S S 3].
 
 import io
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from gait_latents.common import files
+from gait_latents.common.console import harmless
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,17 +48,9 @@ def labelled_grid(
     return canvas
 
 
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
-
-
-def printable(text: str) -> str:
-    """Puts the replacement character (a question mark in a diamond) for what no font, page or XML file can show."""
-    return _UNPRINTABLE.sub("\ufffd", text)
-
-
 def one_line(name: str, *, longest: int = 24) -> str:
     """Returns a name on one line, cut with an ellipsis where it has more than `longest` letters."""
-    text = " ".join(printable(name).split())
+    text = " ".join(harmless(name).split())
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 

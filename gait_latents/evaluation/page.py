@@ -59,7 +59,7 @@ import jinja2
 from markupsafe import Markup
 
 from gait_latents.common import charts
-from gait_latents.common.pictures import printable
+from gait_latents.common.console import harmless
 
 _CLOSE, _NEAR = 1.25, 2.0  # times the yardstick
 FEW_PER_CLASS = 30  # images: figures of fewer are shown with a warning
@@ -105,8 +105,8 @@ def write_html(report: dict[str, Any], pictures: dict[str, bytes]) -> bytes:
 
 
 def _harmless(value: Any) -> Any:
-    """Returns what a template writes without characters that no page can hold; jinja2 escapes it."""
-    return printable(value) if type(value) is str else value
+    """Returns what a template writes with its control and direction characters escaped; jinja2 escapes the rest."""
+    return harmless(value) if type(value) is str else value
 
 
 # --- what a section is made of: nothing (None) where there is nothing to show ------------------------------
@@ -205,7 +205,8 @@ def _cards(report: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _is_close(latents: dict[str, Any]) -> tuple[str, str]:
-    return closeness(latents, show=lambda name: f"\u2068{printable(name)}\u2069")  # isolated, as <bdi> does
+    mark, sentence = closeness(latents, show=lambda name: f"\u2068{harmless(name)}\u2069")  # isolated, as <bdi> does
+    return mark, Markup.escape(sentence)
 
 
 def closeness(latents: dict[str, Any], *, show: Callable[[str], str]) -> tuple[str, str]:

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gait_latents.common.console import harmless
 from gait_latents.common.errors import UserError
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -196,8 +197,7 @@ def holds_no_weight(path: Path, name: str) -> str:
 
 def printable(text: Any) -> str:
     """Returns a text from a foreign file as it may be shown: short, and without control characters."""
-    text = str(text)[:200]
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
+    return harmless(str(text)[:200], one_line=True)
 
 
 class Inert:
