@@ -1,7 +1,9 @@
 """Settings: one home for each fact, the same parser for flags and files, and the order of precedence."""
 
 import io
+import json
 import re
+import shlex
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -9,10 +11,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gait_latents.common import cli
 from gait_latents.common.cli import Layer
+from gait_latents.common.console import harmless
 from gait_latents.common.errors import UserError
+from gait_latents.images.names import choose_names
 from gait_latents.settings import (
     GROUPS,
     SCRIPTS,
@@ -389,7 +394,7 @@ def test_configs_hold_only_known_settings():
 
 @pytest.mark.parametrize("cls", ALL)
 def test_help_shows_each_setting_once_under_its_topic_with_unit_and_default(cls):
-    text = cli._parser(cls, "A script.\n\n    python script.py --flag\n").format_help()
+    text = cli._help_parser(cls, "A script.\n\n    python script.py --flag\n").format_help()
     lines = text.splitlines()
     assert "    python script.py --flag" in lines
     pieces = re.split(r"^(\S.*):\n", text, flags=re.MULTILINE)
@@ -447,3 +452,100 @@ def test_words_with_blanks_among_others_are_shown_as_they_are_typed():
 def test_what_is_no_path_is_the_same_as_no_path(tmp_path, stored):
     assert not cli.same_path(str(tmp_path), stored)
     assert cli.same_path(stored, stored)
+
+
+# --- names that look like flags ----------------------------------------------------------------------------
+
+
+def typed_values(cls: type, *argv: str) -> dict[str, object]:
+    return cli.read_command_line(cls, argv, description="A script.")[0].values
+
+
+DASHED = ["-rf", "-", "--", "-1", "--help", "-h", "--classes", "-x y", "--x y", "-=3", "-help", "-s", "-classes=1"]
+
+
+@pytest.mark.parametrize("name", DASHED)
+def test_a_class_of_any_name_can_be_given_and_is_proposed_in_a_form_that_works(name, tmp_path):
+    assert typed_values(GenerateSettings, f"--classes={name}", "ID_1")["classes"] == (name, "ID_1")
+    for words in ([name], ["ID_1", name], [name, "a b"]):
+        command = shlex.split(cli.typed("classes", words))
+        assert sorted(typed_values(GenerateSettings, *command, "--seed", "3")["classes"]) == sorted(words)
+    counted = typed_values(GenerateSettings, f"--images_per_class={name}=5", "--seed", "3")["images_per_class"]
+    assert counted == (f"{name}=5",)
+    path = tmp_path / "settings.yaml"
+    for text in (json.dumps({"classes": [name, "ID_1"]}), yaml.safe_dump({"classes": [name, "ID_1"]})):
+        path.write_text(text)
+        assert cli.read_file(GenerateSettings, str(path)).values["classes"] == (name, "ID_1")
+
+
+def test_two_names_that_look_like_flags_are_proposed_together():
+    given = typed_values(GenerateSettings, *shlex.split(cli.typed("classes", ["ID_1", "--help", "--x[1]"])))
+    assert given == {"classes": ("--help", "[-]-x[[]1]", "ID_1")}
+    assert choose_names(given["classes"], ["--help", "--x[1]", "ID_1"], setting="classes", where="it") == [
+        "--help",
+        "--x[1]",
+        "ID_1",
+    ]
+
+
+@pytest.mark.parametrize("word", ["-rf", "-", "-1", "-x y", "-é", "-rf=5"])
+def test_a_name_that_begins_like_no_flag_needs_no_equals_sign(word):
+    assert typed_values(GenerateSettings, "--classes", word, "ID_1", "--seed", "3")["classes"] == (word, "ID_1")
+    assert typed_values(GenerateSettings, "--classes", "ID_1", word)["classes"] == ("ID_1", word)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--classes", "a", "--sed", "3"], "there is no setting --sed; did you mean --seed?; a name is given as "),
+        (["--classes", "a", "-seed", "3"], "there is no setting -seed; did you mean --seed?; a name is given as "),
+        (["--classes", "a", "--rm", "b"], "there is no setting --rm; --help lists the settings; a name is given as "),
+        (
+            ["--classes", "--", "b"],
+            "there is no setting --; --help lists the settings; a name is given as --classes=--",
+        ),
+        (["--seed", "3", "-rf"], "there is no setting -rf; --help lists the settings"),
+        (["--output_folder", "-rf"], "argument --output_folder: expected one argument; --help lists the settings"),
+        (["--seed", "3", "4"], "there is no setting 4; --help lists the settings"),
+        (["--seed=3", "4"], "there is no setting 4; --help lists the settings"),
+        (["--classes"], "classes in --classes needs at least one value"),
+        (["--seed", "-1"], "seed is -1 in --seed; the smallest allowed is 0"),
+    ],
+)
+def test_a_mistyped_flag_is_not_taken_for_a_name(words, message):
+    with pytest.raises(UserError) as error:
+        read(GenerateSettings, *words)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_flags_are_read_as_they_always_were():
+    given = typed_values(
+        PreprocessSettings, "--verify", "--data-path=x=y", "--splits", "train,test", "--seed", "1", "--seed=2"
+    )
+    assert given == {"verify": True, "data_path": "x=y", "splits": ("train", "test"), "seed": 2}
+    assert typed_values(PreprocessSettings, "--verify", "false") == {"verify": False}
+    assert typed_values(PreprocessSettings, "--output_folder=-rf") == {"output_folder": "-rf"}
+
+
+@pytest.mark.parametrize(
+    "words", [["-h"], ["-help"], ["--help"], ["--class_names", "--help"], ["--help=all"], ["-h", "all"]]
+)
+def test_help_goes_before_all_else(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        read(TrainSettings, *words)
+    assert end.value.code == 0
+    assert ("--help all lists" in capsys.readouterr().out) is ("all" not in " ".join(words))
+
+
+@pytest.mark.parametrize(
+    "name", ["\u202eabc", "\x1b[31m", "two\nlines", "a\udcff", "x\u2028y", "\ufeff", "\U000e0041", "x\x85y"]
+)
+def test_settings_of_a_run_are_written_without_a_control_character_and_read_back(name, tmp_path):
+    text = cli.to_yaml(TrainSettings(class_names=(name, "café")))
+    assert harmless(text) == text
+    (tmp_path / "settings.yaml").write_text(text)
+    assert cli.read_file(TrainSettings, str(tmp_path / "settings.yaml")).values["class_names"] == (name, "café")
+
+
+def test_settings_of_readable_names_are_written_as_they_were():
+    assert "class_names: [café, 行走者]" in cli.to_yaml(TrainSettings(class_names=("café", "行走者")))

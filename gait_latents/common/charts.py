@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
+from gait_latents.common.console import harmless
 from gait_latents.common.errors import UserError
-from gait_latents.common.pictures import one_line, printable
+from gait_latents.common.pictures import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -353,7 +354,7 @@ def _svg(figure: "Figure", label: str, names: Mapping[Any, Sequence[str]] | None
     """
     import matplotlib
 
-    label = printable(label)
+    label = harmless(label)
     shown = {axis: [_shorten(name) for name in texts] for axis, texts in (names or {}).items()}
     for axis, texts in shown.items():
         axis.set_ticks(

@@ -4,25 +4,29 @@ A script's settings are one frozen dataclass whose fields `setting` makes. A val
 `Resolved.sources` remembers where it was found: flag > --config file > what was stored earlier (the run that goes on,
 the manifest of the cache) > default. Flags and files go through the same text parser, so `1e-4` means the same in both.
 Nothing here imports torch: --help is instant.
+
+A flag is --name and its words, or --name=word and more words. Behind a flag that takes names of classes a word such as
+-rf is a name, too; one that begins like a flag, such as --help or -seed, is given as --name=word.
 """
 
 import argparse
 import difflib
+import glob
 import math
 import os
 import re
-import shlex
 import sys
 import textwrap
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from gait_latents.common import mounts
-from gait_latents.common.console import say
+from gait_latents.common.console import harmless, say, shell_word
 from gait_latents.common.errors import UserError, missing_package
 
 if TYPE_CHECKING:
@@ -52,6 +56,11 @@ class Spec:
     free: bool = False  # it may change when a run is resumed
     about_cache: bool = False  # the manifest of the cache supplies the default of scripts that read that cache
     stored: bool = True  # runs, caches and reports keep it; where it is trust in something, nobody else may give it
+
+    @property
+    def takes_names(self) -> bool:
+        """Says whether the words of this setting are names of classes, which may be any text."""
+        return self.many and not self.path and (self.by_name or (self.kind is str and not self.choices))
 
 
 def setting(default: Any, kind: type, group: str, help: str, **facts: Any) -> Any:
@@ -240,8 +249,17 @@ def show(value: Any) -> str:
     """Returns a value as it would be typed on the command line; of several words, one with a blank is quoted."""
     words = to_words(value)
     if isinstance(value, list | tuple):
-        words = [shlex.quote(word) if not word or re.search(r"[\s'\"]", word) else word for word in words]
+        words = [
+            shell_word(word) if not word or not re.fullmatch(r"[^\s'\"]+", harmless(word)) else word for word in words
+        ]
     return " ".join(words) or "(nothing)"
+
+
+def typed(name: str, words: Sequence[str]) -> str:
+    """Returns a flag and its words as they can be typed into a shell: --classes ID_1 ID_2, or --classes=-rf ID_1."""
+    first, *others = sorted(words, key=lambda word: not word.startswith("-"))  # the word behind the = may be any text
+    others = [f"[-]{glob.escape(word[1:])}" if word.startswith("-") else word for word in others]  # as a pattern
+    return f"--{name}{'=' if first.startswith('-') else ' '}{' '.join(map(shell_word, [first, *others]))}"
 
 
 # --- layers -------------------------------------------------------------------------------------------------
@@ -357,32 +375,68 @@ def read_command_line(cls: type, argv: Sequence[str] | None, *, description: str
     Raises:
         UserError: for an unknown flag or key (the nearest known one is named) or a value of the wrong type.
     """
-    words = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = list(sys.argv[1:] if argv is None else argv)
     if asks_for_help(words):
-        wants_all = re.search(r"(?:^| )(?:-h|--help)[ =]?all(?: |$)", " ".join(words))
-        _parser(cls, description, all_settings=wants_all is not None).print_help()
+        wants_all = any(first in _HELP and word == "all" for first, word in pairwise(words)) or _HELP_ALL & {*words}
+        _help_parser(cls, description, all_settings=bool(wants_all)).print_help()
         sys.exit(0)
-    typed, unknown = _parser(cls, description).parse_known_args(words)
-    if unknown:
-        raise UserError(_unknown_message(unknown[0].split("=")[0], specs(cls), prefix="--"))
-    texts = {name: value if isinstance(value, list) else [value] for name, value in vars(typed).items()}
+    texts = _read_words(words, specs(cls))
     config_file = texts.pop("config", [None])[0]
     values = {name: parse(name, own, specs(cls)[name], f"--{name}") for name, own in texts.items()}
     layers = [Layer(_FLAG, values)]
     return layers if config_file is None else [*layers, read_file(cls, config_file)]
 
 
+_HELP, _HELP_ALL = ("-h", "-help", "--help"), {"-hall", "-h=all", "--help=all"}
+
+
 def asks_for_help(words: Sequence[str]) -> bool:
     """Says whether a command line asks for --help, which goes before everything else in it."""
-    return any(re.match(r"-h|--help(?:=|$)", word) for word in words)
+    return any(word.partition("=")[0] in _HELP or word in _HELP_ALL for word in words)
 
 
-def _with_underscores(word: str) -> str:
-    """Writes the name of a flag as its setting is called; other words stay as they are."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+_CONFIG = Spec(str, "YAML file of settings; flags win over it", "", path=True)
+
+
+def _read_words(words: Sequence[str], known: Mapping[str, Spec]) -> dict[str, list[str]]:
+    """Takes a command line apart: name of each flag -> its words; of a flag that comes twice, the last counts.
+
+    Raises:
+        UserError: for a word that is no flag and belongs to none, and for a flag that lacks its word.
+    """
+    flags = {**known, "config": _CONFIG}
+    found: dict[str, list[str]] = {}
+    rest, names = list(words), ""  # names: the flag before, where it takes names
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        name = flag[2:].replace("-", "_")
+        if not flag.startswith("--") or name not in flags:
+            also = f"; a name is given as {typed(names, [flag + equals + value])}" if names and flag[:1] == "-" else ""
+            raise UserError(_unknown_message(f"--{name}" if flag[:2] == "--" else flag, known, prefix="--") + also)
+        spec = flags[name]
+        own = [value] if equals else []
+        most = len(rest) if spec.many else 1 - len(own)
+        while rest and len(own) - bool(equals) < most and _is_value(rest[0], spec, flags):
+            own.append(rest.pop(0))
+        if not own and spec.kind is bool:  # a bare flag is true
+            own = ["true"]
+        if not own and not spec.many:
+            raise UserError(f"argument --{name}: expected one argument; --help lists the settings")
+        found[name], names = own, name if spec.takes_names else ""
+    return found
+
+
+_NEGATIVE = re.compile(r"-\d+|-\d*\.\d+")
+
+
+def _is_value(word: str, spec: Spec, flags: Iterable[str]) -> bool:
+    """Says whether a word behind a flag belongs to it, although it may begin with a dash."""
+    if not word.startswith("-") or word == "-" or _NEGATIVE.fullmatch(word):
+        return True
+    name = word.partition("=")[0].lstrip("-").replace("-", "_")
+    if word.startswith("--"):
+        return " " in word and name not in flags
+    return " " in word or (spec.takes_names and not any(flag.startswith(name) for flag in (*flags, "help")))
 
 
 class Layers:
@@ -505,13 +559,10 @@ def _unknown_message(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"there is no setting {name}; {hint}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the settings")
-
+class _HelpPrinter(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Any = None) -> None:
         with suppress(OSError):  # a pipe that nobody reads, of which Python 3.11.2 makes an error
-            super()._print_message(message, file)
+            super()._print_message(harmless(message), file)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -519,23 +570,21 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32, width=110)
 
 
-def _parser(cls: type, description: str | None, *, all_settings: bool = True) -> argparse.ArgumentParser:
+def _help_parser(cls: type, description: str | None, *, all_settings: bool = True) -> argparse.ArgumentParser:
     known = specs(cls)
     if not all_settings:
         known = {name: known[name] for name in getattr(cls, "EVERYDAY", known)}
     notes = ["* may change when a run goes on."] if can_resume(cls) else []
     notes += ["--help all lists the other settings."] if len(known) < len(specs(cls)) else []
-    parser = _Parser(
+    parser = _HelpPrinter(
         description=description,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
         add_help=False,
         formatter_class=_HelpFormatter,
         usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
         epilog=" ".join([*notes, "docs/settings.md says more of each."]),
     )
     parser.add_argument("-h", "--help", nargs="?", metavar="all", help="show the settings that people change, or all")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
+    parser.add_argument("--config", metavar="FILE", help=_CONFIG.help)
     order = dict.fromkeys(known[name].group for name in by_group(cls) if name in known)
     groups = {group: parser.add_argument_group(group) for group in order}
     for name, spec in known.items():
@@ -608,7 +657,13 @@ def same_path(one: Any, other: Any) -> bool:
 
 def to_yaml(settings: Any) -> str:
     """Returns the settings as a YAML text that is itself a valid --config file."""
-    return _yaml().safe_dump(to_dict(settings), sort_keys=False, default_flow_style=None, allow_unicode=True)
+    plain = to_dict(settings)
+    text = _as_yaml(plain, allow_unicode=True)
+    return text if harmless(text) == text else _as_yaml(plain, allow_unicode=False)
+
+
+def _as_yaml(plain: Mapping[str, Any], *, allow_unicode: bool) -> str:
+    return _yaml().safe_dump(plain, sort_keys=False, default_flow_style=None, allow_unicode=allow_unicode)
 
 
 def is_flag(sources: Mapping[str, str], name: str) -> bool:

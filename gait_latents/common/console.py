@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ def print_error(text: str) -> None:
     """Prints on stderr, if it is open; a closed terminal or a full disk below the log is no reason to fail."""
     if _is_open(sys.stderr):
         with suppress(OSError):
-            print(_as_shown(text, sys.stderr), file=sys.stderr, flush=True)
+            print(_as_shown(harmless(text), sys.stderr), file=sys.stderr, flush=True)
 
 
 def _is_open(stream: TextIO | None) -> bool:
@@ -40,12 +41,53 @@ def _as_shown(text: str, stream: TextIO) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+# What a terminal or a browser may obey or not show at all: control characters, marks that turn the direction of what
+# follows, tags, surrogates (which stand for bytes that are no text), what no font has; and letters without a picture.
+_HARMFUL = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})  # categories of Unicode
+_BLANK_LETTERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"
+_JOINER, _NON_JOINER = "\u200d", "\u200c"
+_PLAIN = re.compile(r"[^ -~]")  # none of these is harmful
 
 
-def harmless(text: str) -> str:
-    """Escapes control characters, which a terminal would obey: names may come from a file that somebody else wrote."""
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+def harmless(text: str, *, one_line: bool = False) -> str:
+    """Escapes what a terminal would obey or would not show: names may come from a file that somebody else wrote.
+
+    Letters and signs of every script stay as they are. So do the two joiners of Unicode where they do their work, in
+    emoji and in words of scripts such as Persian or Hindi, which would be garbled without them; anywhere else they are
+    invisible, and could make two names look like one.
+
+    Args:
+        one_line: escape line breaks and unusual blanks, too.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return _PLAIN.sub(lambda found: _escaped_if_harmful(found, one_line=one_line), text)
+
+
+def _escaped_if_harmful(found: re.Match[str], *, one_line: bool) -> str:
+    letter = found[0]
+    if letter in (_JOINER, _NON_JOINER) and _has_work(found):
+        return letter
+    if one_line and not letter.isprintable():
+        return ascii(letter)[1:-1]
+    is_harmful = unicodedata.category(letter) in _HARMFUL or letter in _BLANK_LETTERS
+    return ascii(letter)[1:-1] if is_harmful and letter != "\n" else letter
+
+
+def _has_work(found: re.Match[str]) -> bool:
+    """Says whether a joiner stands between signs that it shapes: emoji, letters of Arabic script, Indic consonants."""
+    before, after = found.string[: found.start()][-1:], found.string[found.end() :][:1]
+    if not before or not after:
+        return False
+    if _VIRAMA in (unicodedata.combining(before), unicodedata.combining(after)):
+        return True
+    if unicodedata.bidirectional(after) == "AL":
+        return unicodedata.bidirectional(before) in ("AL", "NSM")
+    is_emoji = unicodedata.category(before) in ("So", "Sk") or before == "\ufe0f"
+    return found[0] == _JOINER and is_emoji and unicodedata.category(after) == "So"
+
+
+_VIRAMA = 9  # the combining class of the signs that join Indic consonants
 
 
 def _tqdm() -> Any:
@@ -82,7 +124,7 @@ class Progress:
     """A bar on a terminal; where output is kept (a log, a notebook), a plain line now and then and one at the end."""
 
     def __init__(self, *, total: int, unit: str, label: str, initial: int = 0, only_if_slow: bool = False) -> None:
-        self.total, self.unit, self.label = total, unit, label
+        self.total, self.unit, self.label = total, unit, harmless(label, one_line=True)
         self.is_quiet = rank() != 0
         self.is_log = self.is_quiet or not _is_live(sys.stderr)
         self.only_if_slow, self.has_printed = only_if_slow, False
@@ -90,7 +132,7 @@ class Progress:
         self.bar = _tqdm()(
             total=total,
             unit=f" {unit}",
-            desc=label,
+            desc=self.label,
             initial=initial,
             file=_Nowhere() if self.is_log else sys.stderr,
             dynamic_ncols=not self.is_log,
@@ -103,7 +145,7 @@ class Progress:
     def advance(self, count: int = 1, **figures: str) -> None:
         """Moves on by `count`; `figures` are shown behind the bar."""
         if figures:
-            self.bar.set_postfix(figures, refresh=False)
+            self.bar.set_postfix({name: harmless(figure) for name, figure in figures.items()}, refresh=False)
         self.bar.update(count)
         is_time = time.monotonic() - self.last_time >= LOG_SECONDS
         is_shown = not self.only_if_slow or self.bar.format_dict["elapsed"] >= _SLOW_SECONDS
@@ -193,7 +235,7 @@ def python_word() -> str:
     found, own = shutil.which("python"), Path(sys.executable)
     if sys.prefix == sys.base_prefix or (found and Path(found).parent == own.parent):
         return "python"
-    return shlex.quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
+    return shell_word(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
 
 
 def size(count: float) -> str:
@@ -239,6 +281,26 @@ def free_bytes(folder: Path) -> int:
 
 
 def show_name(name: str | os.PathLike[str]) -> str:
-    """Returns a name for a message of one line: quoted and escaped where a character cannot be printed."""
+    """Returns a name for a message of one line: quoted and escaped where `harmless` finds something in it."""
     text = str(name)
-    return text if text.isprintable() else ascii(text)
+    if harmless(text, one_line=True) == text:
+        return text
+    return f"'{harmless(text.replace(chr(92), 2 * chr(92)), one_line=True)}'"
+
+
+def shell_word(text: str) -> str:
+    """Returns a word as it can be typed into bash: as it stands, quoted, or with escapes where it cannot be shown."""
+    if harmless(text, one_line=True) == text:
+        return shlex.quote(text)
+    plain = text.replace("\\", "\\\\").replace("'", "\\'")
+    return (
+        "$'" + "".join(letter if harmless(letter, one_line=True) == letter else _bash(letter) for letter in plain) + "'"
+    )
+
+
+def _bash(letter: str) -> str:
+    """Returns a character as bash takes it in $'...'."""
+    number = ord(letter)
+    if 0xDC80 <= number <= 0xDCFF:  # which stands for a byte that is no text
+        return f"\\x{number - 0xDC00:02x}"
+    return f"\\x{number:02x}" if number < 0x80 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"

@@ -21,6 +21,7 @@ LOSS_NAME = "loss.png"
 RECORD_NAME, LABELS_NAME = "settings.json", "labels.csv"
 OVERVIEW_NAME = "overview.png"  # the first images of the first classes
 STRIP_NAME = "strip.png"  # one image of each class and guidance scale, drawn by --strip
+GENERATED_NAMES = frozenset({RECORD_NAME, LABELS_NAME, OVERVIEW_NAME, STRIP_NAME})  # what no class may be called
 
 # An evaluation by evaluate_images.py.
 REPORT_NAME, PAGE_NAME = "report.json", "report.html"

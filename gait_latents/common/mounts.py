@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from gait_latents.common.console import show_name
+from gait_latents.common.console import shell_word, show_name
 
 ROOT_VARIABLE = "GAIT_LATENTS_KAGGLE_INPUT"
 _ROOT = "/kaggle/input"
@@ -75,7 +75,9 @@ def why_missing(setting: str, path: str | os.PathLike[str]) -> str | None:
         return None
     found = _find(place)
     if found:
-        return f"it is in {len(found)} inputs: give " + " or ".join(f"--{setting} {show_name(one)}" for one in found)
+        return f"it is in {len(found)} inputs: give " + " or ".join(
+            f"--{setting} {shell_word(str(one))}" for one in found
+        )
     for one, rest in _same_name(place):
         folder = one.folder
         for part in rest:

@@ -5,7 +5,6 @@ Images are uint8 arrays [S S 3].
 
 import io
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,17 +53,9 @@ def labelled_grid(
     return canvas
 
 
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
-
-
-def printable(text: str) -> str:
-    """Escapes what would steer the text around it, and puts the replacement character for what nothing can show."""
-    return _UNPRINTABLE.sub("\ufffd", harmless(text))
-
-
 def one_line(name: str, *, longest: int = 24) -> str:
     """Returns a name on one line, cut with an ellipsis where it has more than `longest` letters."""
-    text = " ".join(printable(name).split())
+    text = " ".join(harmless(name).split())
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 

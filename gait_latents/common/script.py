@@ -143,5 +143,5 @@ def imports() -> Iterator[None]:
 def _fail(message: object, code: int) -> int:
     """Prints the one line about an error, and returns the exit code."""
     where = f"process {rank()}: " if rank() else ""  # others than rank 0 print only what rank 0 cannot know
-    print_error(f"error: {where}{harmless(' '.join(str(message).split()))}")
+    print_error(f"error: {where}{' '.join(harmless(str(message)).split())}")
     return code

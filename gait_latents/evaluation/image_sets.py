@@ -152,7 +152,11 @@ def open_synthetic(plan: EvaluationPlan) -> ImageSet:
 
 def _list_synthetic(plan: EvaluationPlan) -> Split:
     folder = Path(plan.settings.synthetic_path)
-    index = folders.list_images(folder, setting="synthetic_path")
+    listed = folders.list_folder(folder, setting="synthetic_path").classes
+    index = {name: inside.images for name, inside in listed.items() if inside.images}
+    odd = data_report.odd_ones_line(listed)
+    if odd:
+        say(odd)
     of_class = {names.nfc(name): files for name, files in index.items()}  # the disk may have them in another form
     known = {names.nfc(name) for name in plan.classes}
     unknown = [name for name in index if names.nfc(name) not in known]

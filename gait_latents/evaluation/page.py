@@ -59,7 +59,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from gait_latents.common import charts
-from gait_latents.common.pictures import printable
+from gait_latents.common.console import harmless
 from gait_latents.evaluation import forms
 from gait_latents.evaluation.forms import is_figure
 
@@ -110,8 +110,8 @@ def write_html(report: dict[str, Any], pictures: dict[str, bytes]) -> bytes:
 
 
 def _harmless(value: Any) -> Any:
-    """Returns what a template writes without characters that no page can hold; jinja2 escapes it."""
-    return printable(value) if type(value) is str else value
+    """Returns what a template writes with its control and direction characters escaped; jinja2 escapes the rest."""
+    return harmless(value) if type(value) is str else value
 
 
 # --- what a section is made of: nothing (None) where there is nothing to show ------------------------------
@@ -208,7 +208,7 @@ def _cards(report: dict[str, Any]) -> list[dict[str, str]]:
 def _is_close(latents: dict[str, Any]) -> tuple[str, str]:
     named: list[str] = []
     mark, sentence = closeness(latents, show=lambda name: named.append(name) or "\0")
-    return mark, escape(sentence).replace("\0", Markup("<bdi>{}</bdi>").format(printable(named[0] if named else "")))
+    return mark, escape(sentence).replace("\0", Markup("<bdi>{}</bdi>").format(harmless(named[0] if named else "")))
 
 
 def closeness(latents: dict[str, Any], *, show: Callable[[str], str]) -> tuple[str, str]:

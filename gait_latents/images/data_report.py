@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from gait_latents.common.console import say, show_name, warn
 from gait_latents.images import reading
-from gait_latents.images.folders import Listing, parts_warning
-from gait_latents.images.names import alike, ending, name_list, natural_key, nfc
+from gait_latents.images.folders import Contents, Listing, called_like_images, parts_warning
+from gait_latents.images.names import alike, ending, is_for_linux_alone, name_list, natural_key, nfc
 from gait_latents.images.shapes import Shape
 from gait_latents.images.split import Entry, Split, in_two_classes, shared_content
 
 MUCH_CUT = 0.1  # of an image's area
 LITTLE_RANGE = 255 / 4  # of the 255 steps between black and white
-_FEW_CLASSES, _LONG_NAME, _MOST_ENDINGS, _MOST_PAIRS = 4, 40, 8, 3
+_FEW_CLASSES, _LONG_NAME, _MOST_ENDINGS, _MOST_PAIRS, _MOST_ODD = 4, 40, 8, 3, 3
 _LOOKED_AT, _LOOKED_AT_IN_DOUBT = 3, 40  # images whose values are looked at
 _OTHER_PICTURES = frozenset(
     {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".svg", ".psd", ".tga", ".ico", ".eps", ".pdf", ".dcm"}
@@ -50,6 +50,7 @@ def report(
         _nested_warning(nested),
         parts_warning(split.classes),
         _case_warning(listing, split.classes),
+        _linux_warning(split.classes),
         _small_warning(split, small_classes),
         _cut_warning(split, shapes) if resize == "crop" else None,
         _range_warning(listing, split, shapes),
@@ -118,16 +119,37 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _passed_over_line(listing: Listing, split: Split) -> str | None:
-    used = [listing.classes[name] for name in split.classes]
-    counts = _endings(name for inside in used for name in inside.others)
-    hidden = sum(len(inside.hidden) for inside in used)
-    special = sum(len(inside.special) for inside in used)
-    number = _plural(counts.total() + hidden + special, "file")
+    used = {name: listing.classes[name] for name in split.classes}
+    counts = _endings(name for inside in used.values() for name in inside.others)
+    hidden = sum(len(inside.hidden) for inside in used.values())
+    odd = _odd_ones(used)
+    number = _plural(counts.total() + hidden + sum(map(len, odd.values())), "file")
     parts = _ending_texts(counts)
-    parts += [f"{count:,} {what}" for what, count in (("hidden", hidden), ("pipe or device", special)) if count]
+    parts += [f"{hidden:,} hidden"] if hidden else []
+    parts += _odd_texts(odd)
     if not parts:
         return None
     return f"passed over {number} in the class folders: {', '.join(parts)}{_remedy(counts)}"
+
+
+def odd_ones_line(classes: Mapping[str, Contents]) -> str | None:
+    """Says what in some class folders has the name of a file and is none, by kind and number; None without any."""
+    texts = _odd_texts(_odd_ones(classes))
+    return f"passed over in the class folders: {', '.join(texts)}" if texts else None
+
+
+def _odd_ones(classes: Mapping[str, Contents]) -> dict[str, list[str]]:
+    """Returns kind -> "class/name" of what is passed over for being no file: pipes, and folders called like images."""
+    found: dict[str, list[str]] = {}
+    for class_name, inside in classes.items():
+        folders = dict.fromkeys(called_like_images(inside.folders), "folder")
+        for name, kind in {**inside.special, **folders}.items():
+            found.setdefault(kind, []).append(f"{class_name}/{name}")
+    return found
+
+
+def _odd_texts(odd: Mapping[str, Sequence[str]]) -> list[str]:
+    return [f"{_plural(len(names), kind)} ({name_list(names, limit=_MOST_ODD)})" for kind, names in odd.items()]
 
 
 def _endings(names: Iterable[str]) -> Counter[str]:
@@ -159,7 +181,8 @@ def _left_out_line(listing: Listing) -> str | None:
         inside = listing.left_out[name]
         counts = _endings(inside.others if inside else [])
         found += counts
-        names.append(show_name(name) + (f" ({', '.join(_ending_texts(counts))})" if counts else ""))
+        texts = _ending_texts(counts) + (_odd_texts(_odd_ones({name: inside})) if inside else [])
+        names.append(show_name(name) + (f" ({', '.join(texts)})" if texts else ""))
     listed = ", ".join(names[:20]) + (f" and {len(names) - 20:,} more" if len(names) > 20 else "")
     what = "1 folder is no class" if len(names) == 1 else f"{len(names):,} folders are no classes"
     return f"{what}, for want of images or as the system's own: {listed}{_remedy(found)}"
@@ -201,10 +224,20 @@ def _case_warning(listing: Listing, classes: Sequence[str]) -> str | None:
         return None
     number = sum(len(group) for groups in same.values() for group in groups)
     class_name, (group, *_) = next(iter(same.items()))
-    first, second = (ascii(f"{class_name}/{name}")[1:-1] for name in group[:2])
+    first, second = (ascii(f"{class_name}/{name}")[1:-1] for name in group[:2])  # which differ in nothing that is seen
     return (
         f"{number:,} images have the name of another but for case or Unicode form, such as {first} and {second}; on "
         "Windows and macOS these are one file"
+    )
+
+
+def _linux_warning(classes: Sequence[str]) -> str | None:
+    found = [name for name in classes if is_for_linux_alone(name)]
+    if not found:
+        return None
+    return (
+        f"Windows takes no folder called {name_list(found, limit=_MOST_ENDINGS)}: generated images of such a class "
+        "cannot be copied there; rename its folder if they are to be"
     )
 
 

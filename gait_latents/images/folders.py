@@ -1,11 +1,13 @@
 """Folders of images, one per class: what lies in them, and what to say where there is nothing to use."""
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+import stat
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gait_latents.common import mounts
+from gait_latents.common.cli import typed
 from gait_latents.common.console import show_name
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import (
@@ -17,18 +19,13 @@ from gait_latents.common.layout import (
     SETTINGS_NAME,
     SPLIT_NAME,
 )
-from gait_latents.images.names import ending, name_list, natural_key
+from gait_latents.images.names import ending, is_passed_over, name_list, natural_key
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm"}
     | {".tif", ".tiff", ".webp"}
 )
 LAYOUT_REMEDY = "give the folder that has one sub-folder of images for each class"
-# Folders that systems and programs leave behind, with copies or small versions of images in some; never classes.
-_LEFTOVERS = frozenset(
-    {"__macosx", "lost+found", "$recycle.bin", "system volume information", "@eadir", "#recycle", "@recycle"}
-    | {"__pycache__"}
-)
 _PARTS = frozenset(
     {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", "train_set", "test_set"}
 )
@@ -50,14 +47,14 @@ class Contents:
         images: names of files whose endings are those of images, in natural order.
         others: names of other files.
         hidden: names of files that begin with a dot.
-        special: names of what is neither file nor folder, such as pipes.
+        special: name -> kind of what is neither file nor folder: named pipe, socket or device.
         folders: names of sub-folders, but for hidden ones and those that systems leave behind.
     """
 
     images: list[str]
     others: list[str]
     hidden: list[str]
-    special: list[str]
+    special: dict[str, str]
     folders: list[str]
 
 
@@ -162,22 +159,27 @@ def _children(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _contents(children: Sequence[os.DirEntry[str]]) -> Contents:
-    images, others, hidden, special, folders = [], [], [], [], []
+    images, others, hidden, folders = [], [], [], []
+    special: dict[str, str] = {}
     for child in children:
         name = child.name
         if _is_folder(child):
-            if not _is_hidden(name) and name.casefold() not in _LEFTOVERS:
+            if not is_passed_over(name):
                 folders.append(name)
         elif _is_hidden(name):
             hidden.append(name)
         elif not _leads_nowhere(child) and not child.is_file():
-            special.append(name)
+            special[name] = _kind(child.stat().st_mode)
         # A link that leads nowhere is listed too: reading it then fails by name, instead of one image fewer.
         elif ending(name).lower() in IMAGE_SUFFIXES:
             images.append(name)
         else:
             others.append(name)
     return Contents(sorted(images, key=natural_key), others, hidden, special, folders)
+
+
+def _kind(mode: int) -> str:
+    return "named pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
 
 
 def _is_hidden(name: str) -> bool:
@@ -217,8 +219,13 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
         if any(set(files) <= set(names) for files in OUTPUTS):
             folders.clear()
             continue
-        folders[:] = [name for name in folders if not _is_hidden(name) and name.casefold() not in _LEFTOVERS]
+        folders[:] = [name for name in folders if not is_passed_over(name)]
         yield place, folders, names
+
+
+def called_like_images(names: Iterable[str]) -> list[str]:
+    """Returns those of some names of folders that are names of images."""
+    return [name for name in names if _is_image_name(name)]
 
 
 def _is_image_name(name: str) -> bool:
@@ -233,7 +240,7 @@ def _refuse_parts(listing: Listing, setting: str) -> None:
         first = next((name for name in parts if name.casefold().startswith("train")), parts[0])
         raise UserError(
             f"{name_list(parts)} in --{setting} {show_name(listing.path)} are parts of a data set with class folders "
-            f"of their own, and no classes; give --{setting} {show_name(listing.path / first)}"
+            f"of their own, and no classes; give {typed(setting, [str(listing.path / first)])}"
         )
 
 

@@ -6,13 +6,15 @@ Names are compared and sorted in NFC, and keep on the disk, in splits and in mes
 
 import difflib
 import fnmatch
+import os
 import re
-import shlex
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
+from gait_latents.common.cli import typed
 from gait_latents.common.console import show_name
 from gait_latents.common.errors import UserError
+from gait_latents.common.layout import GENERATED_NAMES
 from gait_latents.settings import ALL_CLASSES
 
 ALL = ALL_CLASSES  # what stands for every class; the class called all is meant by [a]ll
@@ -69,7 +71,58 @@ def refuse_alike(classes: Sequence[str], where: str) -> None:
         )
 
 
-def choose_names(asked: Sequence[str], known: Sequence[str], *, setting: str, where: str) -> list[str]:
+_LONGEST_NAME = 255  # bytes of a name that file systems take
+# Folders that systems and programs leave behind, with copies or small versions of images in some; never classes.
+_LEFTOVERS = frozenset(
+    {"__macosx", "lost+found", "$recycle.bin", "system volume information", "@eadir", "#recycle", "@recycle"}
+    | {"__pycache__"}
+)
+
+
+def is_passed_over(name: str) -> bool:
+    """Says whether a folder is no class whatever is in it: hidden, or of a name that systems leave behind."""
+    return name.startswith(".") or name.casefold() in _LEFTOVERS
+
+
+def refuse_unusable(classes: Iterable[str], where: str) -> None:
+    """Raises UserError for a class whose name could not be that of a folder of generated images, and says why."""
+    for name, reason in unusable(classes).items():
+        raise UserError(
+            f"the class {show_name(name)} in {where} cannot have that name: {reason}; rename its folder, or name the "
+            "other classes with --class_names"
+        )
+
+
+def unusable(classes: Iterable[str]) -> dict[str, str]:
+    """Returns those of the classes for which generate.py can make no folder that is read again, and for each why."""
+    reasons = {name: _why_unusable(name) for name in classes}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _why_unusable(name: str) -> str | None:
+    if nfc(name).casefold() in GENERATED_NAMES:
+        return "generate.py writes a file of that name beside the folders of the classes"
+    if is_passed_over(name):
+        return "folders of that name are hidden or the system's own, and passed over"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        return f"it has more than the {_LONGEST_NAME} bytes that file systems take"
+    return None
+
+
+def is_for_linux_alone(name: str) -> bool:
+    """Says whether Windows takes no folder of that name, such as one that ends in a dot or holds a colon.
+
+    Such a class goes the whole way here; its images cannot be copied to Windows, or to a disk in a format of Windows.
+    """
+    return bool(re.search(r'[<>:"\\|?*\x00-\x1f]|[. ]$', name) or re.match(_DEVICES, name, re.IGNORECASE))
+
+
+_DEVICES = r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)"
+
+
+def choose_names(
+    asked: Sequence[str], known: Sequence[str], *, setting: str, where: str, number: str = ""
+) -> list[str]:
     """Returns the classes that a user names, in the order of `known`.
 
     A name is taken as it stands, in whichever Unicode form; one that no class has is taken as a pattern, in which *
@@ -80,13 +133,14 @@ def choose_names(asked: Sequence[str], known: Sequence[str], *, setting: str, wh
         known: the names of the classes.
         setting: the name of the setting, for messages.
         where: what has these classes, for messages.
+        number: what stands behind each name, such as =50, for messages.
 
     Raises:
         UserError: for a name that fits no class, with the nearest one and the list of classes.
     """
     for text in () if tuple(asked) == ALL else asked:
         if not _fitting(text, known):
-            raise UserError(_no_such_class(text, known, setting=setting, where=where))
+            raise UserError(_no_such_class(text, known, setting=setting, where=where, number=number))
     return fitting_classes(asked, known)
 
 
@@ -105,13 +159,17 @@ def _fitting(text: str, known: Sequence[str]) -> list[str]:
     return same or [name for name in known if fnmatch.fnmatchcase(nfc(name), wanted)]
 
 
-def _no_such_class(text: str, known: Sequence[str], *, setting: str, where: str) -> str:
+def _no_such_class(text: str, known: Sequence[str], *, setting: str, where: str, number: str) -> str:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     lower = {nfc(name).casefold(): name for name in known}
     near = difflib.get_close_matches(nfc(text).casefold(), lower, n=1)
     if len(parts) > 1 and all(_fitting(part, known) for part in parts):
-        guess = f"give the names as separate words: --{setting} {shlex.join(parts)}; "
+        guess = f"give the names as separate words: {typed(setting, parts)}; "
+    elif near:
+        found = lower[near[0]]
+        is_plain = show_name(found) == found and not found.startswith("-")
+        guess = f"did you mean {found if is_plain else typed(setting, [found + number])}? "
     else:
-        guess = f"did you mean {show_name(lower[near[0]])}? " if near else ""
+        guess = ""
     listing = name_list(known, limit=_MOST_CLASSES)
     return f"--{setting}: {where} has no class {show_name(text)}; {guess}it has {listing}"

@@ -26,7 +26,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from gait_latents.common import files
 from gait_latents.common.console import progress
-from gait_latents.images import formats
+from gait_latents.images import formats, tiff_messages
 from gait_latents.images.names import nfc, nfd
 from gait_latents.images.split import Entry, Skipped, one_line
 
@@ -107,12 +107,15 @@ def decode(data: bytes, *, image_size: int, resize: str = "crop", exact: bool = 
     if _has_too_many_scans(data):
         raise BadImage(f"a JPEG of more than {MAX_SCANS} scans, each of which costs the time of a picture")
     with _strict_pillow:
+        tiff_messages.start()
         try:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_depth(image, data)
                 if not exact:
                     image.draft(image.mode, (2 * image_size, 2 * image_size))
                 image.load()
+                if tiff_messages.errors():  # Pillow returns what a fax decoder makes of bad codes
+                    raise OSError("decoder error")
                 return _SQUARE[resize](_upright(_to_rgb(image), _orientation(image)), image_size)
         except _PILLOW_ERRORS as error:
             raise BadImage(_reason(error, data)) from error
@@ -168,7 +171,8 @@ def _reason(error: BaseException, data: bytes) -> str:
         return "there is not enough memory to decode it"
     if "truncated" in str(error).lower():
         return f"the file is cut short ({one_line(error)})"
-    return f"the file is damaged ({one_line(error) or type(error).__name__})"
+    said = [one_line(text) for text in tiff_messages.errors()]
+    return f"the file is damaged ({said[0] if said else one_line(error) or type(error).__name__})"
 
 
 class _StrictPillow:
@@ -176,19 +180,21 @@ class _StrictPillow:
 
     Files that are cut short must fail even if the program that imported us lets Pillow accept them, Pillow's limit on
     pixels must be MAX_PIXELS, and its warnings must not reach the user (`warnings.catch_warnings` is not safe when
-    several threads use it).
+    several threads use it), nor what libtiff prints.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.users = 0
         self.theirs: tuple[bool, int | None] = (False, None)
+        self.their_handlers: list[int | None] = []
         self.quiet = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
     def __enter__(self) -> None:
         with self.lock:
             if self.users == 0:
                 self.theirs = (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)
+                self.their_handlers = tiff_messages.take_over()
             self.users += 1
             ImageFile.LOAD_TRUNCATED_IMAGES = False
             Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it and raises above twice as many
@@ -200,6 +206,7 @@ class _StrictPillow:
             self.users -= 1
             if self.users == 0:
                 ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = self.theirs
+                tiff_messages.give_back(self.their_handlers)
                 with suppress(ValueError):
                     warnings.filters.remove(self.quiet)  # type: ignore[attr-defined]
 

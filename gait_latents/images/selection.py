@@ -6,7 +6,7 @@ complete cache the images need not exist.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +16,16 @@ from gait_latents.common.console import progress, show_name, warn
 from gait_latents.common.errors import UserError
 from gait_latents.images import data_report, reading
 from gait_latents.images.folders import LAYOUT_REMEDY, OUTPUTS, list_folder, missing_classes_warning, refuse_nested
-from gait_latents.images.names import ALL, choose_names, name_list, natural_key, nfc, refuse_alike
+from gait_latents.images.names import (
+    ALL,
+    choose_names,
+    name_list,
+    natural_key,
+    nfc,
+    refuse_alike,
+    refuse_unusable,
+    unusable,
+)
 from gait_latents.images.reading import read_file
 from gait_latents.images.shapes import Shape, ShapeReader
 from gait_latents.images.split import Entry, Split, make_split, read_split
@@ -53,7 +62,9 @@ def no_images_message(data_path: str, *, also: str = "") -> str:
     return f"--data_path {show_name(data_path)} {state}{also}; {remedy}"
 
 
-def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | None, where: str) -> Split:
+def choose_images(
+    settings: ImageSettings, *, at_hand: bool, stored: Split | None, where: str, in_use: Collection[str] = ()
+) -> Split:
     """Chooses training and test images: from the image folder when it is there, else from the images of a stored split.
 
     Both give the same split when the folder has not changed. Every entry comes with its content key. Of a folder it is
@@ -63,26 +74,29 @@ def choose_images(settings: ImageSettings, *, at_hand: bool, stored: Split | Non
         at_hand: whether the image folder is there, as `images_at_hand` says.
         stored: the split in the cache; None where there is none.
         where: the cache folder, for messages.
+        in_use: classes of the run or the cache that goes on; with a name that no new one may have, they go on.
 
     Raises:
         UserError: when neither is there, a class has too few images or most of them in sub-folders, no class fits a
-            name that was given, or the cache lies among the class folders.
+            name that was given, a class has a name that no folder of generated images can have, or the cache lies among
+            the class folders.
     """
     if at_hand:
-        return _choose_from_folder(settings, where)
+        return _choose_from_folder(settings, where, in_use)
     if stored is None:
         also = f", and {where} holds no split of earlier images"
         raise UserError(no_images_message(settings.data_path, also=also))
-    return _choose_from_stored(settings, stored, where)
+    return _choose_from_stored(settings, stored, where, in_use)
 
 
-def _choose_from_folder(settings: ImageSettings, where: str) -> Split:
+def _choose_from_folder(settings: ImageSettings, where: str, in_use: Collection[str]) -> Split:
     refuse_to_be_a_class(Path(where), settings.data_path)
     listing = list_folder(settings.data_path)
     place = f"--data_path {show_name(settings.data_path)}"
     named = _choose_classes(settings, listing.classes, place)
     chosen = named if settings.num_users == "all" else named[: int(settings.num_users)]
     refuse_alike(chosen, place)
+    _check_names(chosen, place, in_use)
     _refuse_own_outputs(settings, chosen)
     nested = refuse_nested(listing, chosen)
     index = {name: listing.classes[name].images for name in named}
@@ -94,6 +108,17 @@ def _choose_from_folder(settings: ImageSettings, where: str) -> Split:
     return split
 
 
+def _check_names(classes: Sequence[str], where: str, in_use: Collection[str]) -> None:
+    """Raises UserError for a new class that cannot have its name; warns of one that is in use already."""
+    refuse_unusable((name for name in classes if name not in in_use), where)
+    old = unusable(classes)
+    if old:
+        warn(
+            f"no run that begins now can have the classes {name_list(list(old))}, for which generate.py may be unable "
+            "to make a folder; rename their folders, or name the other classes with --class_names"
+        )
+
+
 def _is_small(count: int, images_per_user: int | str, split: Split) -> bool:
     """Says whether training takes all images of a class and wants more, or leaves it alone without a test image."""
     return images_per_user != "all" and (
@@ -101,11 +126,12 @@ def _is_small(count: int, images_per_user: int | str, split: Split) -> bool:
     )
 
 
-def _choose_from_stored(settings: ImageSettings, stored: Split, where: str) -> Split:
+def _choose_from_stored(settings: ImageSettings, stored: Split, where: str, in_use: Collection[str]) -> Split:
     index = stored.index()
     _check_classes_known(settings, stored, where)
     named = _choose_classes(settings, index, where)
     split, known = _draw(settings, {name: index[name] for name in named}, stored), stored.keys()
+    _check_names(split.classes, where, in_use)
     return split.with_keys({place: known.get(place, _key_of_no_content(*place)) for place in _places(split)})
 
 

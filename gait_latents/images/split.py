@@ -311,7 +311,7 @@ def _key(value: object) -> str:
     return value
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """Returns the message of an error as one short line that can be printed."""
     return show_name(" ".join(str(error).split())[:200])
 

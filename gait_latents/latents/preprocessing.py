@@ -3,7 +3,6 @@
 In this order: `read_settings`, `open_work` (which images, which VAE, what is missing), `encode`, `account`.
 """
 
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -157,9 +156,11 @@ def _open(settings: PreprocessSettings, sources: dict[str, str], device: torch.d
     manifest = manifest_of_images(folder)
     if not selection.images_at_hand(settings, sources, may_lack=False):
         raise UserError(selection.no_images_message(settings.data_path))
-    split = selection.choose_images(settings, at_hand=True, stored=None, where=str(folder))
-    if manifest is not None:
-        _tell_changes(split, settings)
+    before = None if manifest is None else _split_before(folder)
+    in_use = () if before is None else before.classes
+    split = selection.choose_images(settings, at_hand=True, stored=None, where=str(folder), in_use=in_use)
+    if before is not None:
+        changes.tell_changes_of_cache(before, split, settings.data_path, folder)
     data_report.warn_of_equal_pictures(split)
     windows.warn_of_windows(split, settings.data_path, resize=settings.resize)
     chosen = vae_fit.choose_space(settings, sources, manifest and vae_fit.space_of_manifest(manifest), may_lack=False)
@@ -194,16 +195,13 @@ def _open(settings: PreprocessSettings, sources: dict[str, str], device: torch.d
     return Work(settings, split, entries, chosen, dataset, missing)
 
 
-def _tell_changes(split: Split, settings: PreprocessSettings) -> None:
-    """Says how the image folder differs from the one that the split in the cache was drawn from."""
-    folder = Path(settings.output_folder)
+def _split_before(folder: Path) -> Split | None:
+    """Returns the split that the cache has; None, and says so, where it cannot be read."""
     try:
-        stored = read_split(folder)
+        return read_split(folder)
     except UserError as error:
         say(f"the images were not compared with those of earlier, and their split is written again: {error}")
-        return
-    if stored is not None:
-        changes.tell_changes_of_cache(stored, split, settings.data_path, folder)
+        return None
 
 
 def _fill(dataset: LatentDataset, num_missing: int, ranks: Ranks) -> list[tuple[int, str]]:
@@ -294,6 +292,6 @@ def say_next(settings: PreprocessSettings) -> None:
     standard = cli.defaults(TrainSettings)["latents_cache_folder"]
     folder = settings.output_folder
     same = Path(folder).absolute() == Path(standard).absolute()
-    flag = "" if same else f" --latents_cache_folder {shlex.quote(folder)}"
+    flag = "" if same else f" {cli.typed('latents_cache_folder', [folder])}"
     say()
     say(f"next: {console.python_word()} train_latent_cfg.py{flag}")

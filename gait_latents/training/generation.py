@@ -1,9 +1,10 @@
 """Makes the images of a folder, or a strip over guidance scales, with the averaged network of a run."""
 
+import errno
 import os
-import shlex
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from gait_latents.common import cli, console, files, hardware, pictures
-from gait_latents.common.console import Progress, say, warn
+from gait_latents.common.console import Progress, say, show_name, warn
 from gait_latents.common.distributed import ALONE, Ranks
 from gait_latents.common.errors import DONE, UserError
 from gait_latents.common.layout import LABELS_NAME, OVERVIEW_NAME, RECORD_NAME, SPLIT_NAME, STRIP_NAME
@@ -32,6 +33,7 @@ from gait_latents.training.trained_model import FROM_RUN, TrainedModel
 _MOST_UNWRITTEN = 2 * BATCH_SIZE  # images that wait to be written while the next are made
 _OVERVIEW_ROWS, _OVERVIEW_COLUMNS = 16, 6
 _NUM_LISTED = 3  # damaged images
+_LONGEST_TEMPORARY = 64  # letters that the name of a file that is being written may have
 
 
 def open_generator(argv: Sequence[str] | None, description: str | None = None, ranks: Ranks = ALONE) -> "Generator":
@@ -120,9 +122,9 @@ class Generator(TrainedModel):
             f"{len(cells):,} images made in {self.folder} ({self.suffix[1:]}, {LABELS_NAME}); "
             f"peak memory {hardware.peak_memory(self.device)}"
         )
-        say(f"the first of each class: {self._draw_overview()}")
+        self._draw_overview()
         places = {"checkpoint": self.settings.checkpoint, "synthetic_path": self.settings.output_folder}
-        flags = "".join(f" --{name} {shlex.quote(place)}" for name, place in places.items())
+        flags = "".join(f" {cli.typed(name, [place])}" for name, place in places.items())
         say(f"next: {console.python_word()} evaluate_images.py{flags}")
         return DONE
 
@@ -200,14 +202,17 @@ class Generator(TrainedModel):
         num_bytes = count * self.meta.image_size**2 * pictures.BYTES_PER_PIXEL[self.suffix]
         console.tell(num_bytes, f"{count:,} images", self.folder, remedy="give another --output_folder")
 
-    def _draw_overview(self) -> Path:
+    def _draw_overview(self) -> None:
+        path = self.folder / OVERVIEW_NAME
+        if path.is_dir():  # of a class of that name in a run that began when it could have it
+            warn(f"no picture of the first of each class: {path} is the folder of a class")
+            return
         shown_classes = [name for name, count in self.counts.items() if count][:_OVERVIEW_ROWS]
         shown = [cell for cell in self._cells() if cell.index < _OVERVIEW_COLUMNS]
         side = self.meta.image_size
         rows = [[read_made(cell.path, side) for cell in shown if cell.class_name == name] for name in shown_classes]
-        path = self.folder / OVERVIEW_NAME
         pictures.save_picture(pictures.labelled_grid(rows, shown_classes), path)
-        return path
+        say(f"the first of each class: {path}")
 
     def _make_batch(self, cells: Sequence[Cell], writer: WriteBehind, bar: Progress, signals: StopSignals) -> None:
         """Makes these images, and hands each to the writer when it is decoded; after a signal, no more of them."""
@@ -239,9 +244,36 @@ class Generator(TrainedModel):
         for place in (self.folder, *(self.folder / name for name in self.classes.values())):
             files.remove_stale_temporaries(place)
         self._refuse_other_images()
+        self._make_folders()
         path = self.folder / RECORD_NAME
         if not os.path.lexists(path):  # else it stays as it is, with what an earlier version has written into it
             files.publish(path, generated.record_bytes(self._record(), {}))
+
+    def _make_folders(self) -> None:
+        """Makes a folder for each class, so that a disk that takes no such names is told before any image is made."""
+        owners: dict[tuple[int, int], str] = {}
+        for name in (name for name, count in self.counts.items() if count):
+            place = self.folder / name
+            try:
+                if name in (RECORD_NAME, LABELS_NAME):
+                    raise FileExistsError(errno.EEXIST, "a file is to have that name")
+                place.mkdir(parents=True, exist_ok=True)
+                status = place.stat()
+                for file in (file_name(name, 0, self.suffix), "x" * _LONGEST_TEMPORARY):
+                    with suppress(FileNotFoundError):
+                        (place.absolute() / file).lstat()
+            except OSError as error:
+                raise UserError(
+                    f"--output_folder {self.folder} cannot have a folder for the class {show_name(name)} "
+                    f"({error.strerror or error}); give another, or name the other classes with --classes"
+                ) from error
+            other = owners.setdefault((status.st_dev, status.st_ino), name)
+            if other != name:
+                raise UserError(
+                    f"--output_folder {self.folder} has one folder for the classes {show_name(other)} and "
+                    f"{show_name(name)}, as a disk does that takes their names for one; give another, or name one of "
+                    "them with --classes"
+                )
 
     def _refuse_other_images(self) -> None:
         record, path = self._record(), self.folder / RECORD_NAME
@@ -306,6 +338,9 @@ class Generator(TrainedModel):
         if not self.ranks.is_main:
             return DONE
         files.check_writable(self.folder, "output_folder")
+        path = self.folder / STRIP_NAME
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, of a class of that name; give another --output_folder")
         self.decoder.open()  # first, for it says how all is computed: float32 on a GPU as TF32 or not
         scales, columns = self.settings.strip, []
         labels = list(self.classes)
@@ -318,7 +353,6 @@ class Generator(TrainedModel):
                     bar.advance(len(part))
                 columns.append(column)
         rows = [list(row) for row in zip(*columns, strict=True)]
-        path = self.folder / STRIP_NAME
         picture = pictures.labelled_grid(rows, list(self.classes.values()), [f"{scale:g}" for scale in scales])
         pictures.save_picture(picture, path)
         say(f"classes from top to bottom, guidance scales from left to right: {path}")
@@ -357,7 +391,9 @@ def _choose_counts(settings: GenerateSettings, state: SavedState, chosen: Sequen
     named: dict[str, int] = {}
     fitting: dict[str, list[str]] = {}
     for name in asked:
-        fitting[name] = names.choose_names([name], state.meta.classes, setting="images_per_class", where="the model")
+        fitting[name] = names.choose_names(
+            [name], state.meta.classes, setting="images_per_class", where="the model", number=f"={asked[name]}"
+        )
         if not set(fitting[name]) <= set(chosen):
             raise UserError(f"--images_per_class names {name}, which --classes leaves out; leave it out here, too")
     giver: dict[str, str] = {}

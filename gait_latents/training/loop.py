@@ -1,7 +1,6 @@
 """What a training run does around its steps: log, saves, sample grids, trackers, time budget, and its end."""
 
 import math
-import shlex
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -136,7 +135,8 @@ class TrainingLoop:
     def finish(self) -> int:
         """Says that all steps are done, and how to go on; returns the exit code."""
         say(f"done: {self.trainer.finished_steps:,} steps; peak memory {hardware.peak_memory(self.trainer.device)}")
-        say(f"next: {console.python_word()} generate.py --checkpoint {shlex.quote(self.settings.results_folder)}")
+        flag = cli.typed("checkpoint", [self.settings.results_folder])
+        say(f"next: {console.python_word()} generate.py {flag}")
         return DONE
 
     def _log(self) -> None:

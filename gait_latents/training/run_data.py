@@ -111,7 +111,10 @@ def _run_split(plan: TrainingPlan, at_hand: bool) -> Split:
         changes.tell_changes_of_run(own, plan.settings.data_path, fresh=fresh)
         return fresh
     stored = read_split(plan.cache_folder)
-    split = selection.choose_images(plan.settings, at_hand=at_hand, stored=stored, where=str(plan.cache_folder))
+    in_use = () if plan.state is None else plan.state.meta.classes
+    split = selection.choose_images(
+        plan.settings, at_hand=at_hand, stored=stored, where=str(plan.cache_folder), in_use=in_use
+    )
     if at_hand and stored is not None and plan.manifest is not None:
         changes.tell_changes_of_cache(stored, split, plan.settings.data_path, plan.cache_folder)
     if plan.settings.skip_bad_images and stored is not None:

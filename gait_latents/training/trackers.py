@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from gait_latents.common import files, pictures
-from gait_latents.common.console import warn
+from gait_latents.common.console import harmless, warn
 from gait_latents.common.errors import UserError
 
 TENSORBOARD_FOLDER, WANDB_ID_NAME = "tensorboard", "wandb_id.txt"
@@ -202,11 +202,11 @@ class WandB:
             self._wandb = importlib.import_module("wandb")
             self._run = self._wandb.init(
                 project=project,
-                name=run_name,
+                name=harmless(run_name, one_line=True),
                 id=run_id,
                 resume="allow",
                 dir=str(folder),
-                config=dict(settings),
+                config={name: _shown(value) for name, value in settings.items()},
                 # Figures and grids alone: no output of the terminal, no code, nothing about the machine's repository.
                 settings=self._wandb.Settings(console="off", disable_git=True, save_code=False),
             )
@@ -229,6 +229,13 @@ class WandB:
     def close(self) -> None:
         """Sends what waits, and ends the run."""
         self._run.finish()
+
+
+def _shown(value: Any) -> Any:
+    """Returns a setting with its texts as a page may show them."""
+    if isinstance(value, list | tuple):
+        return [_shown(item) for item in value]
+    return harmless(value, one_line=True) if isinstance(value, str) else value
 
 
 def _read_id(path: Path) -> str | None:

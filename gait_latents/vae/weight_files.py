@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gait_latents.common import hardware
+from gait_latents.common.console import harmless
 from gait_latents.common.errors import UserError
 from gait_latents.vae import containers, stand_ins
 from gait_latents.vae.pickle_check import Refused
@@ -242,8 +243,7 @@ def printable(text: Any) -> str:
     Of a container its kind is shown: the text of a small one can be endless, where it holds the same again and again.
     """
     is_short = text is None or isinstance(text, str | int | float | BaseException)
-    text = str(text)[:200] if is_short else f"a {type(text).__name__}"
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
+    return harmless(str(text)[:200] if is_short else f"a {type(text).__name__}", one_line=True)
 
 
 # --- the tensors -------------------------------------------------------------------------------------------

@@ -272,10 +272,7 @@ def test_texts_of_every_kind_keep_the_page_whole(name):
     report = make_small_report(name)
     page = page_of(report)
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in page_of(make_small_report("x")).tags]
-    shown = re.sub(
-        r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]", "\ufffd", harmless(name)
-    )
-    assert " ".join(f"|{shown}|".replace("\r", "\n").split()) in page.text
+    assert " ".join(f"|{harmless(name)}|".split()) in page.text
 
 
 def make_small_report(text: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,51 @@ def test_a_file_cut_anywhere_is_refused_or_had_lost_no_pixel(account: Account, k
     assert len(taken) <= 25 + 40 * is_long
     wrong = sum(not np.array_equal(pixels, whole) for pixels in taken)
     account.add("image cut short", "many lengths", cases=len(lengths), wrong=wrong)
+
+
+def compressed_tiffs() -> dict[str, bytes]:
+    """Returns damaged TIFFs of which libtiff prints errors or warnings, by what is wrong with them."""
+    kinds = {"tiff_lzw": "RGB", "tiff_adobe_deflate": "RGB", "group4": "1", "jpeg": "RGB"}
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    good = {kind: encoded(noise.convert(mode), "TIFF", compression=kind) for kind, mode in kinds.items()}
+    found = {}
+    for kind in ("tiff_lzw", "tiff_adobe_deflate", "group4"):
+        start, end = 8, struct.unpack_from("<I", good[kind], 4)[0]
+        middle = (start + end) // 2
+        broken = bytes(byte ^ 0x5A for byte in good[kind][middle : middle + 40])
+        found[f"{kind} with other bytes"] = good[kind][:middle] + broken + good[kind][middle + 40 :]
+    directory = struct.unpack_from("<I", good["jpeg"], 4)[0]
+    last = directory + 2 + 12 * (struct.unpack_from("<H", good["jpeg"], directory)[0] - 1)  # the tables of the JPEG
+    found["jpeg without tables"] = good["jpeg"][:last] + struct.pack("<H", 65_000) + good["jpeg"][last + 2 :]
+    return found
+
+
+def test_what_libtiff_says_is_the_reason_and_is_printed_without_a_file_name_no_more(
+    account: Account, capfd: pytest.CaptureFixture[str]
+) -> None:
+    files = compressed_tiffs()
+    with ThreadPoolExecutor(4) as pool:  # several decode at once, and each gets its own reason
+        reasons = list(pool.map(lambda data: reason(data, image_size=SIZE), 5 * list(files.values())))
+    assert reasons == 5 * reasons[: len(files)] and len(set(reasons)) == len(files)
+    for told, words in zip(
+        reasons,
+        ("code not yet in table", "Decoding error", "Uncompressed data (not supported)", "Quantization table"),
+        strict=False,
+    ):
+        assert told.startswith("the file is damaged (") and words in told
+    good = encoded(smooth(40, 40), "TIFF", compression="tiff_lzw")
+    assert outcome(good) is not None  # a reason is of one picture alone
+    assert capfd.readouterr() == ("", "")
+    account.add("damaged TIFF", "lines of libtiff, four threads", cases=len(reasons), wrong=0)
+
+
+def test_libtiff_prints_again_for_others_once_nothing_is_decoded(capfd: pytest.CaptureFixture[str]) -> None:
+    data = compressed_tiffs()["tiff_lzw with other bytes"]
+    assert outcome(data) is None
+    assert capfd.readouterr().err == ""
+    with pytest.raises(OSError, match="decoder error"), Image.open(io.BytesIO(data)) as image:
+        image.load()
+    assert "code not yet in table" in capfd.readouterr().err
 
 
 # --- what claims to be an image ----------------------------------------------------------------------------
@@ -240,6 +286,7 @@ def spoil(data: Path) -> dict[str, str]:
         "strip.png": (encoded(Image.new("L", (1, 400_000)), "PNG"), "strip"),
         "float.tif": (tiff(grey16().astype(np.float32), photometric=1, bits=32, sample_format=3), "mode F"),
         "white.tif": (tiff(grey16(), photometric=0, bits=16), "zero is not black"),
+        "table.tif": (compressed_tiffs()["tiff_lzw with other bytes"], "code not yet in table"),
     }
     for name, (content, _) in bad.items():
         (data / "ID_2" / name).write_bytes(content)

@@ -3,7 +3,10 @@
 Each kind of folder that people have brought is made here by its name.
 """
 
+import contextlib
 import dataclasses
+import os
+import socket
 import unicodedata
 from pathlib import Path
 from typing import Literal
@@ -423,3 +426,36 @@ def test_a_class_with_just_as_many_images_as_are_asked_for_has_none_to_test(tmp_
     ]
     classes(tmp_path / "few", "a", "b", count=4)
     assert len(lines(data_path=str(tmp_path / "few"), images_per_user=4)) == 1  # no class has: its line says it
+
+
+def test_what_has_the_name_of_an_image_and_is_no_file_is_told_by_kind_and_number(tmp_path, lines):
+    data = classes(tmp_path / "data", "a", "b")
+    for name in ("a/p.jpg", "b/p.jpg", "b/q\x1b.png"):
+        os.mkfifo(data / name)
+    (data / "a" / "device.jpg").symlink_to("/dev/zero")
+    (data / "b" / "folder.jpg").mkdir()
+    (data / "b" / "notes").mkdir()
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(data / "a"):  # a socket's path must be short
+        server.bind("s.jpg")
+    found, passed_over = lines()
+    assert found.startswith("images: 2 classes")
+    for part in (
+        "passed over 6 files in the class folders: ",
+        r"3 named pipes (a/p.jpg, b/p.jpg, 'b/q\x1b.png')",
+        "1 device (a/device.jpg)",
+        "1 socket (a/s.jpg)",
+        "1 folder (b/folder.jpg)",
+    ):
+        assert part in passed_over
+
+
+def test_a_class_folder_of_pipes_alone_is_no_class_and_told(tmp_path, lines):
+    data = classes(tmp_path / "data", "a", "b")
+    (data / "c").mkdir()
+    os.mkfifo(data / "c" / "p.jpg")
+    assert "1 folder is no class, for want of images or as the system's own: c (1 named pipe (c/p.jpg))" in lines()[1]
+
+
+def test_names_that_windows_does_not_take_are_told(tmp_path, lines):
+    classes(tmp_path / "data", "ID_1", "x.", "a:b")
+    assert lines()[1].startswith("warning: Windows takes no folder called a:b, x.: generated images of such a class")

@@ -88,3 +88,45 @@ def test_a_name_in_other_case_and_names_joined_by_commas_are_told_as_they_should
 )
 def test_the_ending_of_a_name(name, found):
     assert names.ending(name) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("labels.csv", "generate.py writes a file of that name"),
+        ("Settings.JSON", "generate.py writes a file of that name"),
+        ("overview.png", "generate.py writes a file of that name"),
+        ("STRIP.png", "generate.py writes a file of that name"),
+        (".hidden", "hidden or the system's own"),
+        (".tmp-0", "hidden or the system's own"),
+        ("__MACOSX", "hidden or the system's own"),
+        ("a" * 256, "more than the 255 bytes"),
+        ("步" * 86, "more than the 255 bytes"),
+    ],
+)
+def test_a_class_whose_name_no_folder_of_generated_images_can_have_is_refused_with_the_remedy(name, why):
+    assert list(names.unusable(["ID_1", name])) == [name]
+    with pytest.raises(UserError) as error:
+        names.refuse_unusable(["ID_1", name], "here")
+    told = str(error.value)
+    assert told.startswith(f"the class {name} in here cannot have that name: ") and why in told
+    assert told.endswith("rename its folder, or name the other classes with --class_names")
+
+
+def test_every_other_name_is_left_alone():
+    usable = [*ODD, "labels", "labels.csv.old", "x..", "x. ", "CON", "a" * 255, "步" * 85, "a\udcff", "settings.yaml"]
+    assert names.unusable(usable) == {}
+    assert [name for name in usable if names.is_for_linux_alone(name)] == [
+        *['q"t', "trail ", "new\nline", "x..", "x. ", "CON"]
+    ]
+
+
+def test_a_name_like_a_flag_is_proposed_in_a_form_that_works():
+    with pytest.raises(UserError, match=r"has no class -rg; did you mean --classes=-rf\? it has -rf, ID_1"):
+        choose("-rg", known=["-rf", "ID_1"])
+    with pytest.raises(UserError, match=r"give the names as separate words: --classes=-rf ID_1; it has"):
+        choose("-rf,ID_1", known=["-rf", "ID_1"])
+    with pytest.raises(UserError, match=r"did you mean --classes \$'a\\x1b\[31mbcdef'\? it has"):
+        choose("a[31mbcdef", known=["a\x1b[31mbcdef"])
+    with pytest.raises(UserError, match=r"did you mean --images_per_class=-rf=5\?"):
+        choose_names(["-rg"], ["-rf"], setting="images_per_class", where="the model", number="=5")
