@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gait_latents.common.errors import UserError
+from gait_latents.common.errors import UserError, let_shortage_pass
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
@@ -79,6 +79,7 @@ def kind_of(path: Path) -> str:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
+        let_shortage_pass(error)
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     for kind, recognised in (
         ("zip", head.startswith(b"PK\x03\x04")),
@@ -117,6 +118,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {}
     except (SafetensorError, *UNREADABLE) as error:
+        let_shortage_pass(error)
         raise UserError(f"{path} is damaged or truncated ({error}); copy or download it again") from error
 
 
