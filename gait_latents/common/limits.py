@@ -106,6 +106,12 @@ def are_tight() -> bool:
     )
 
 
+def is_memory_for_threads_short() -> bool:
+    """Says whether a thread that cannot be started lacks the memory for its stack, and not the leave to be."""
+    own, threads = [limit for limit in memory_limits() if limit.is_own], thread_limit()
+    return bool(own) and (threads is None or threads[0] >= _TIGHT_THREADS)
+
+
 def is_stack_tight() -> bool:
     """Says whether the stacks of threads are so small that libraries run over their ends."""
     stack = _soft(resource.RLIMIT_STACK)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-from gait_latents.common import cli, cores, guard, shortage
+from gait_latents.common import cli, cores, guard, shortage, versions
 from gait_latents.common.console import harmless, print_error
 from gait_latents.common.errors import (
     DONE,
@@ -39,6 +39,8 @@ def run_script(
     argv: Sequence[str] | None,
     description: str | None,
     work: Callable[[Sequence[str] | None], int],
+    *,
+    reads_images: bool = True,
 ) -> int:
     """Runs a script, and returns its exit code for every way in which it ends: a user's mistake gives no traceback.
 
@@ -50,6 +52,7 @@ def run_script(
         argv: the flags; None takes those of this process.
         description: what --help says first.
         work: does what the script is for, given `argv`; returns the exit code.
+        reads_images: whether it does, so that holes in the package for that are told of.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the first lines of a script have left it
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -66,6 +69,8 @@ def run_script(
             return DONE
         if asks_for_help or num_ranks() == 1:
             cli.read_command_line(settings_class, argv, description=description)
+        if reads_images:
+            versions.warn_of_holes()
         return work(argv)
     except (Stopped, Told) as end:
         return end.exit_code

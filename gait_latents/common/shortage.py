@@ -93,7 +93,7 @@ def has_room(num_bytes: int) -> bool:
         bytearray(num_bytes)
     except MemoryError:
         return False
-    return limits.free_bytes() >= num_bytes
+    return limits.free_on_machine() >= num_bytes
 
 
 def describe(kind: str, *, found: str = "") -> str:
@@ -104,6 +104,8 @@ def describe(kind: str, *, found: str = "") -> str:
     """
     if kind == GPU:
         return LITTLE_ON_GPU
+    if kind == THREADS and limits.is_memory_for_threads_short():
+        kind = MEMORY
     what, remedy = _LINES[kind]()
     facts = f" ({found})" if found else ""
     return f"{what}{facts}: {remedy}; what was saved is whole, and the same command goes on from there"
@@ -125,9 +127,7 @@ def _threads() -> tuple[str, str]:
     known = f" ({limit[0]:,} by {limit[1]})" if limit else ""
     by = limit[1] if limit else "the limit"
     raise_it = "give the container more" if by == "the container" else f"raise {by}"
-    short = limits.smallest_memory_limit()
-    memory = f", or {short.by} for their memory" if short and short.is_own else ""
-    return f"no more threads or processes can be started{known}", f"{raise_it}{memory}, or set OMP_NUM_THREADS=1"
+    return f"no more threads or processes can be started{known}", f"{raise_it}, or set OMP_NUM_THREADS=1"
 
 
 def _files() -> tuple[str, str]:

@@ -125,8 +125,10 @@ def _let_shortage_pass(error: BaseException, data: bytes) -> None:
 
     Pillow's decoders say of either that the data are broken; a damaged file may claim any size, which says nothing.
     """
-    size = None if isinstance(error, UnidentifiedImageError | Image.DecompressionBombError) else _claimed_size(data)
-    pixels = 0 if size is None else min(size[0] * size[1], MAX_PIXELS)
+    pixels = 0
+    if not isinstance(error, UnidentifiedImageError | Image.DecompressionBombError):
+        width, height = _claimed_size(data) or _USUAL_SIZE
+        pixels = min(width * height, MAX_PIXELS)
     if not shortage.has_room(_ROOM_BYTES + _PIXEL_BYTES * pixels):
         raise Shortage(shortage.MEMORY) from error
 
@@ -137,6 +139,7 @@ def _claimed_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
+_USUAL_SIZE = (4096, 4096)  # of an image that cannot be opened, which it takes memory to do, too
 _ROOM_BYTES, _PIXEL_BYTES = 2**24, 16  # what reading takes at least, and for a pixel: as decoded, as RGB, turned
 _MARKER = re.compile(rb"\xff+[^\0\xff\xd0-\xd7]")  # within a scan, these bytes stand for anything but a marker
 
