@@ -44,10 +44,10 @@ bench: $(VENV)/installed
 	for name in encode train lazy start open ranks; do $(PY) benchmarks/bench_$$name.py --small --rounds 2 || exit 1; done
 	$(PY) benchmarks/bench_sample.py --small --seeds 2
 
-# Looks the pinned packages up among the known vulnerabilities, which needs the network.
+# Looks the pinned packages up among the known vulnerabilities, which needs the network; fails where it cannot.
 audit: $(VENV)/installed
 	$(PY) -m pip install --quiet pip-audit
-	$(PY) -m pip_audit -r constraints.txt --no-deps --disable-pip
+	$(PY) -m pip_audit -r constraints.txt --no-deps --disable-pip --strict
 
 $(VENV)/installed: requirements.txt constraints.txt
 	@echo "installing into $(VENV), which takes some minutes"

@@ -22,16 +22,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gait_latents.common.script import begin, run_script
+
+if __name__ == "__main__":
+    begin()  # before torch, which the next lines import
+
 import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from gait_latents.common import cli, console, errors, files, hardware, pictures, process, seeds
 from gait_latents.common.errors import UserError
-from gait_latents.common.script import run_script
 from gait_latents.diffusion.ema import EMA
 from gait_latents.images import folders, names, reading, selection
 from gait_latents.settings import ImageSettings, MachineSettings, SamplingSettings, differences_on_resume
@@ -432,13 +436,12 @@ def train_as_asked(argv: Sequence[str] | None) -> int:
             f"{len(train)} images to train on, {len(held_out)} held out; {num_parameters / 1e6:.2f} M parameters, "
             f"{str(trainer.dtype).removeprefix('torch.')} on {hardware.describe(device)}"
         )
-        try:
+        remedy = (
+            f"for --train_batch_size {settings.train_batch_size} and --image_size {settings.image_size}; lower one of "
+            "them, and give another --output_folder where a state was saved"
+        )
+        with hardware.plain_memory_error(remedy=remedy):
             run(trainer, held_out, stop)
-        except torch.OutOfMemoryError as error:
-            raise errors.Failed(
-                f"the GPU has too little memory for --train_batch_size {settings.train_batch_size} and --image_size "
-                f"{settings.image_size}; lower one of them, and give another --output_folder where a state was saved"
-            ) from error
     folder = Path(settings.output_folder)
     console.say(f"done: look at {folder / 'preview.png'}, which shows held-out images above what the VAE makes of them")
     path = shlex.quote(str(folder / "vae.safetensors"))

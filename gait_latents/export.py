@@ -27,7 +27,7 @@ from gait_latents.settings import ExportSettings
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exports a model or latents; returns the exit code. Of several processes of torchrun, the first does it all."""
-    return DONE if rank() else run_script(ExportSettings, argv, __doc__, read_and_export)
+    return DONE if rank() else run_script(ExportSettings, argv, __doc__, read_and_export, reads_images=False)
 
 
 def read_and_export(argv: Sequence[str] | None) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts that tests start, too
 # What is attached where the tests run, as in a notebook of Kaggle, is none of their business.
 os.environ["GAIT_LATENTS_KAGGLE_INPUT"] = str(Path(__file__).parent / "no-input-is-attached")
+os.environ["GAIT_LATENTS_OLD_PILLOW"] = "ok"  # the tests run with old versions, too
 
 import pipeline
 import pytest

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import unicodedata
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -97,9 +98,11 @@ def _tqdm() -> Any:
         UserError: with the command that installs it, when it is missing.
     """
     try:
+        from tqdm import TqdmMonitorWarning
         from tqdm.auto import tqdm
     except ImportError as error:
         raise missing_package(error) from error
+    warnings.filterwarnings("ignore", category=TqdmMonitorWarning)  # where no thread can be started for it
     return tqdm
 
 

@@ -60,7 +60,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gait_latents.common import console, errors, hardware, process
+from gait_latents.common import console, errors, process, shortage
 from gait_latents.common.errors import Failed, Stopped, Told, UserError
 from gait_latents.common.process import StopSignals
 
@@ -166,11 +166,10 @@ class Ranks:
             yield
         except OtherFailed:
             pass
-        except (UserError, Failed, OSError, Stopped) as caught:
+        except Exception as caught:
+            if not errors.is_told(caught):
+                raise
             error = caught
-        except torch.OutOfMemoryError as caught:
-            error = Failed(hardware.TOO_LITTLE_MEMORY)
-            error.__cause__ = caught
         found = None if error is None else errors.explain(error)
         if not self._largest(found is not None):
             return
@@ -433,9 +432,9 @@ class Ranks:
         """
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if shortage.kind_of(error) is not None:  # of this process
+                raise
             if not self.is_main:
                 raise Told(errors.FAILED) from error
             with suppress(RuntimeError):  # the store may have gone with the other
@@ -466,8 +465,8 @@ def join_ranks() -> Iterator[Ranks]:
     except (Stopped, Told):  # all processes know of it
         ranks.await_words_of_main()
         raise
-    except (UserError, Failed, OSError) as error:
-        if ranks.is_main or not ranks.leave_word(error):
+    except Exception as error:
+        if not errors.is_told(error) or ranks.is_main or not ranks.leave_word(error):
             raise
         raise Told(errors.explain(error)[1]) from error
     finally:

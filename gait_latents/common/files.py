@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gait_latents.common.errors import UserError
+from gait_latents.common.errors import UserError, let_shortage_pass
 
 
 def check_writable(folder: Path, setting: str, *, by_trying: bool = True) -> None:
@@ -197,6 +197,7 @@ def open_file(path: str | os.PathLike[str], *, follow_link: bool = False) -> int
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
+        let_shortage_pass(error)
         if error.errno == errno.ELOOP and os.path.islink(path) and not follow_link:  # noqa: PTH114
             raise OSError(
                 errno.ELOOP, "it is a link, and may lead anywhere; put the file itself there", str(path)
@@ -221,9 +222,12 @@ def read_whole(path: str | os.PathLike[str], *, at_most: int, follow_link: bool 
         OSError: naming `path`, when it cannot be read, is longer, or is no file.
     """
     with naming(path), open(open_file(path, follow_link=follow_link), "rb") as file:
-        if os.fstat(file.fileno()).st_size > at_most:
+        size = os.fstat(file.fileno()).st_size
+        if size > at_most:
             raise OSError(errno.EFBIG, f"it is larger than {at_most:,} bytes")
-        data = file.read(at_most + 1)  # it may grow meanwhile
+        data = file.read(size + 1)  # no more at once: as much as is asked for is taken of the memory first
+        if len(data) > size:  # it has grown meanwhile
+            data += file.read(at_most + 1 - len(data))
     if len(data) > at_most:
         raise OSError(errno.EFBIG, f"it is larger than {at_most:,} bytes", str(path))
     return data

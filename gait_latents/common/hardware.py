@@ -6,13 +6,12 @@ import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 
-from gait_latents.common import cores, process
+from gait_latents.common import cores, limits, process, shortage
 from gait_latents.common.console import warn
-from gait_latents.common.errors import Failed, UserError
+from gait_latents.common.errors import Failed, Shortage, UserError
 
 
 def warn_uncompiled(choice: str, obstacle: str) -> None:
@@ -35,7 +34,6 @@ def warn_uncompiled(choice: str, obstacle: str) -> None:
 _BFLOAT16_CAPABILITY, _FLOAT16_CAPABILITY = (8, 0), (7, 0)
 _TRITON_CAPABILITY = (7, 0)  # the oldest GPUs that torch.compile generates code for
 COMPILED_STEPS = 5000  # with fewer steps, compiling takes longer than it saves
-TOO_LITTLE_MEMORY = "the GPU has too little memory; end what else uses it, or give --device cpu"
 NUMBER_FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -84,12 +82,21 @@ def _try(device: torch.device) -> None:
 
 
 @contextmanager
-def plain_memory_error() -> Iterator[None]:
-    """Turns too little memory on the GPU into one sentence with a remedy."""
+def plain_memory_error(*, remedy: str = "") -> Iterator[None]:
+    """Turns too little memory, of the GPU or of the machine, into one sentence with a remedy.
+
+    Args:
+        remedy: what follows "the GPU has too little memory", or "this machine has"; without one, what helps any script.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise Failed(TOO_LITTLE_MEMORY) from error
+    except (MemoryError, RuntimeError) as error:
+        kind = shortage.kind_of(error)
+        if kind not in (shortage.GPU, shortage.MEMORY):
+            raise
+        if not remedy:
+            raise Shortage(kind) from error
+        raise Failed(f"{shortage.who_lacks_memory(kind)} has too little memory {remedy}") from error
 
 
 def no_kernels_message(gpu: str) -> str:
@@ -241,14 +248,12 @@ def free_memory_bytes(device: torch.device) -> int:
     """Returns how many bytes this process may still use on the device; processes on one host share its free memory."""
     if device.type == "cuda":  # each process has a GPU of its own
         return torch.cuda.mem_get_info(device)[0]
-    return _free_host_bytes() // process.num_local_ranks()
+    num_processes = process.num_local_ranks()
+    return min(_free_host_bytes() // num_processes, limits.free_bytes(num_processes))
 
 
 def _free_host_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return limits.free_on_machine()
 
 
 def synchronize(device: torch.device) -> None:

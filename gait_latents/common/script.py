@@ -15,11 +15,22 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
-from gait_latents.common import cli, cores
+from gait_latents.common import cli, cores, guard, shortage, versions
 from gait_latents.common.console import harmless, print_error
-from gait_latents.common.errors import DONE, SIGNALLED, Failed, Stopped, Told, UserError, explain, missing_package
+from gait_latents.common.errors import (
+    DONE,
+    SIGNALLED,
+    Shortage,
+    Stopped,
+    Told,
+    UserError,
+    explain,
+    is_told,
+    missing_package,
+)
 from gait_latents.common.process import num_ranks, rank
 
 
@@ -28,6 +39,8 @@ def run_script(
     argv: Sequence[str] | None,
     description: str | None,
     work: Callable[[Sequence[str] | None], int],
+    *,
+    reads_images: bool = True,
 ) -> int:
     """Runs a script, and returns its exit code for every way in which it ends: a user's mistake gives no traceback.
 
@@ -39,32 +52,60 @@ def run_script(
         argv: the flags; None takes those of this process.
         description: what --help says first.
         work: does what the script is for, given `argv`; returns the exit code.
+        reads_images: whether it does, so that holes in the package for that are told of.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the first lines of a script have left it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if argv is None:
-        _read_names_as_utf8()
-        _open_streams()
-        _name_the_user()
-        atexit.register(gc.freeze)  # else the end takes a second, in which Python collects all that torch has made
-    cores.wait_briefly()
     words = sys.argv[1:] if argv is None else argv
+    shortage.offer(field.name for field in fields(settings_class))
+    told = False
     try:
+        if argv is None:
+            begin()
+        cores.wait_briefly()
         _check_working_folder()
         asks_for_help = cli.asks_for_help(words)
         if asks_for_help and rank():
             return DONE
         if asks_for_help or num_ranks() == 1:
             cli.read_command_line(settings_class, argv, description=description)
+        if reads_images:
+            versions.warn_of_holes()
         return work(argv)
-    except (UserError, Failed, OSError) as error:
-        return _fail(*explain(error))
     except (Stopped, Told) as end:
         return end.exit_code
+    except Exception as error:
+        if not is_told(error):
+            raise
+        told = isinstance(error, Shortage) or shortage.kind_of(error) is not None
+        return _fail(*explain(error))
     except KeyboardInterrupt:
         if rank() == 0:
             print_error("\nstopped by Ctrl-C")
         return SIGNALLED + signal.SIGINT
+    finally:
+        guard.release(told=told)
+
+
+def begin() -> None:
+    """Prepares this process for a script; a script that imports torch at once calls it before. A second call is free.
+
+    Raises:
+        OSError: where the limits of this machine allow no second process.
+    """
+    global _has_begun  # of this process
+    if _has_begun:
+        return
+    _has_begun = True
+    _read_names_as_utf8()
+    _open_streams()
+    _name_the_user()
+    cores.wait_briefly()
+    guard.watch()
+    atexit.register(gc.freeze)  # else the end takes a second, in which Python collects all that torch has made
+
+
+_has_begun = False
 
 
 def _check_working_folder() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gait_latents.common import mounts
-from gait_latents.common.errors import UserError
+from gait_latents.common.errors import UserError, let_shortage_pass
 from gait_latents.settings import DOWNLOAD
 from gait_latents.vae import weight_files
 
@@ -85,6 +85,7 @@ def load_network(path: Path, device: torch.device, *, trust_pickle: bool = False
     try:
         network = _build(_package(), tensors)
     except RuntimeError as error:
+        let_shortage_pass(error)
         raise UserError(
             f"{path} does not hold the weights of pytorch-fid's InceptionV3 ({' '.join(str(error).split())[:150]})"
         ) from error

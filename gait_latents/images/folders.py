@@ -9,7 +9,7 @@ from pathlib import Path
 from gait_latents.common import mounts
 from gait_latents.common.cli import typed
 from gait_latents.common.console import show_name
-from gait_latents.common.errors import UserError
+from gait_latents.common.errors import UserError, let_shortage_pass
 from gait_latents.common.layout import (
     LABELS_NAME,
     MANIFEST_NAME,
@@ -155,6 +155,7 @@ def _children(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as children:
             return list(children)
     except OSError as error:
+        let_shortage_pass(error)
         raise UserError(f"the folder {show_name(folder)} cannot be listed: {error.strerror or error}") from error
 
 

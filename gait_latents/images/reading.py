@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from gait_latents.common import files
+from gait_latents.common import files, shortage
 from gait_latents.common.console import progress
+from gait_latents.common.errors import Shortage, let_shortage_pass
 from gait_latents.images import formats, tiff_messages
 from gait_latents.images.names import nfc, nfd
 from gait_latents.images.split import Entry, Skipped, one_line
@@ -118,9 +119,31 @@ def decode(data: bytes, *, image_size: int, resize: str = "crop", exact: bool = 
                     raise OSError("decoder error")
                 return _SQUARE[resize](_upright(_to_rgb(image), _orientation(image)), image_size)
         except _PILLOW_ERRORS as error:
+            _let_shortage_pass(error, data)
             raise BadImage(_reason(error, data)) from error
 
 
+def _let_shortage_pass(error: BaseException, data: bytes) -> None:
+    """Raises Shortage where an image cannot be read because this machine has no room for it, and not by its own fault.
+
+    Pillow's decoders say of either that the data are broken; a damaged file may claim any size, which says nothing.
+    """
+    pixels = 0
+    if not isinstance(error, UnidentifiedImageError | Image.DecompressionBombError):
+        width, height = _claimed_size(data) or _USUAL_SIZE
+        pixels = min(width * height, MAX_PIXELS)
+    if not shortage.has_room(_ROOM_BYTES + _PIXEL_BYTES * pixels):
+        raise Shortage(shortage.MEMORY) from error
+
+
+def _claimed_size(data: bytes) -> tuple[int, int] | None:
+    with suppress(*_PILLOW_ERRORS), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        return image.size
+    return None
+
+
+_USUAL_SIZE = (4096, 4096)  # of an image that cannot be opened, which it takes memory to do, too
+_ROOM_BYTES, _PIXEL_BYTES = 2**24, 16  # what reading takes at least, and for a pixel: as decoded, as RGB, turned
 _MARKER = re.compile(rb"\xff+[^\0\xff\xd0-\xd7]")  # within a scan, these bytes stand for anything but a marker
 
 
@@ -269,8 +292,11 @@ _TRANSPOSES = {
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
     # Broken EXIF data do not make the pixels wrong: such an image is not turned.
-    with suppress(*_PILLOW_ERRORS):
+    try:
         return _TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except _PILLOW_ERRORS as error:
+        if isinstance(error, MemoryError) and not shortage.has_room(_ROOM_BYTES):
+            raise Shortage(shortage.MEMORY) from error
     return None
 
 
@@ -396,6 +422,7 @@ def read_image(
     try:
         data = read_file(data_path, entry)
     except OSError as error:
+        let_shortage_pass(error)
         raise BadImage(f"cannot be read: {error.strerror or error}") from error
     if entry.key and image_key(data) != entry.key:
         raise BadImage(if_edited)

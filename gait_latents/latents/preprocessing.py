@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from gait_latents.common import cli, console, errors, files, hardware
+from gait_latents.common import cli, console, errors, files, hardware, shortage
 from gait_latents.common.console import say, show_name, warn
 from gait_latents.common.distributed import Ranks
-from gait_latents.common.errors import DONE, FAILED, Failed, UserError
+from gait_latents.common.errors import DONE, FAILED, Failed, Shortage, UserError, let_shortage_pass
 from gait_latents.common.layout import PREVIEW_NAME, SPLIT_NAME
 from gait_latents.common.process import StopSignals
 from gait_latents.images import changes, data_report, reading, selection, windows
@@ -206,7 +206,8 @@ def _split_before(folder: Path) -> Split | None:
 
 def _fill(dataset: LatentDataset, num_missing: int, ranks: Ranks) -> list[tuple[int, str]]:
     """Encodes what is missing under a progress bar; on a signal, what is encoded so far is kept."""
-    with StopSignals(after="this image") as signals, _plain_memory_error(dataset):
+    remedy = f"for --encode_batch_size {dataset.encode_batch_size}; give a smaller one: what is encoded already is kept"
+    with StopSignals(after="this image") as signals, hardware.plain_memory_error(remedy=remedy), _kept(dataset):
         try:
             return filling.fill_together(dataset, ranks, signals)
         except errors.Stopped:
@@ -214,10 +215,8 @@ def _fill(dataset: LatentDataset, num_missing: int, ranks: Ranks) -> list[tuple[
             kept = num_missing - len(dataset.missing())
             say(f"stopped; {kept:,} new latents are kept, and the same command goes on from there")
             raise
-        except torch.OutOfMemoryError:
-            dataset.cache.flush()
-            raise
         except OSError as error:
+            let_shortage_pass(error)
             raise Failed(
                 f"a shard could not be written to {dataset.cache.folder}: {error.strerror or error}; "
                 "what was written before is kept"
@@ -225,15 +224,14 @@ def _fill(dataset: LatentDataset, num_missing: int, ranks: Ranks) -> list[tuple[
 
 
 @contextmanager
-def _plain_memory_error(dataset: LatentDataset) -> Iterator[None]:
-    """Turns the error of a GPU with too little memory into Failed, with a remedy."""
+def _kept(dataset: LatentDataset) -> Iterator[None]:
+    """Keeps what is encoded where this machine or its GPU runs out of something in the block."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise Failed(
-            f"the GPU has too little memory for --encode_batch_size {dataset.encode_batch_size}; give a smaller "
-            "one: what is encoded already is kept"
-        ) from error
+    except Exception as error:
+        if isinstance(error, Shortage) or shortage.kind_of(error) is not None:
+            dataset.cache.flush()
+        raise
 
 
 def _record(work: Work) -> None:

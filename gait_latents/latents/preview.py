@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gait_latents.common import pictures
+from gait_latents.common import pictures, shortage
 from gait_latents.common.console import say, warn
 from gait_latents.common.errors import UserError
 from gait_latents.images import reading
@@ -59,8 +59,11 @@ def draw_preview(
     originals = [image for _, image in pairs]
     try:
         decoded = decode_means(dataset, chosen, settings.vae_path, device, trust_pickle=settings.trust_pickle)
-    except (UserError, torch.OutOfMemoryError) as error:  # the latents are good all the same
-        reason = error if isinstance(error, UserError) else "the GPU has too little memory for the VAE decoder"
+    except (UserError, MemoryError, RuntimeError) as error:  # the latents are good all the same
+        kind = shortage.kind_of(error)
+        if kind is None and not isinstance(error, UserError):
+            raise
+        reason = f"{shortage.who_lacks_memory(kind)} has too little memory for the VAE decoder" if kind else error
         warn(f"no {path.name}: {reason}")
         return
     scores = [pictures.psnr(a, b) for a, b in zip(originals, decoded, strict=True)]

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gait_latents.common import json_text
+from gait_latents.common.errors import let_shortage_pass
 from gait_latents.latents.space import FORMAT, Space
 
 SHARD_BYTES = 64 << 20  # moments in a full shard
@@ -145,7 +146,11 @@ def _check_header(text: bytes, data_bytes: int, space: Space) -> tuple[dict[str,
 def open_regular_file(path: Path) -> Iterator[tuple[int, int]]:
     """Opens a regular file for reading; gives (descriptor, size in bytes). Raises Invalid for others, OSError."""
     # Without O_NONBLOCK a named pipe would wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        let_shortage_pass(error)
+        raise
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

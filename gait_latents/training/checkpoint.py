@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gait_latents.common import files, json_text
-from gait_latents.common.errors import UserError
+from gait_latents.common.errors import UserError, let_shortage_pass
 
 FORMAT = 1
 _HEADER_BYTES = 4 << 20  # a larger header is refused unread
@@ -79,6 +79,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     except (SafetensorError, _Unreadable) as error:
         raise DamagedCheckpoint(f"{path}: {str(error)[:100]}") from None
     except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of safetensors.torch
+        let_shortage_pass(error)
         what = f"{type(error).__name__}: {error}"[:60]
         raise DamagedCheckpoint(f"{path}: it holds a tensor of an impossible type or shape ({what})") from None
     except MemoryError:

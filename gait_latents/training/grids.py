@@ -1,6 +1,7 @@
 """The pictures that training makes along the way: sample grids with class names, and the loss curve."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gait_latents.common import charts, files, pictures
+from gait_latents.common import charts, files, pictures, shortage
 from gait_latents.common.console import say, warn
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import LOSS_NAME
@@ -136,7 +137,7 @@ class GridMaker:
             sample_generator(settings.seed, "grid", self.names[label], column)
             for label, column in zip(labels, columns, strict=True)
         ]
-        try:
+        with _with_room(f"to make {BATCH_SIZE} samples at once"):
             return sample_padded(
                 self.network,
                 labels,
@@ -148,10 +149,6 @@ class GridMaker:
                 sampling_timesteps=steps,
                 progress=progress,
             )
-        except torch.OutOfMemoryError as error:  # a smaller --train_batch_size would not help
-            raise UserError(
-                f"the GPU has too little memory to make {BATCH_SIZE} samples at once; --num_samples 0 makes no grids"
-            ) from error
 
     def _score(self, samples: Tensor, labels: list[int], between: Callable[[], None]) -> float:
         if self.class_means is None:
@@ -163,18 +160,29 @@ class GridMaker:
         """Decodes samples to images; without a VAE it warns once and returns none."""
         if not self.can_draw:
             return []
-        try:
-            return self.decoder(samples, between)
-        except UserError as error:
-            self.can_draw = False
-            warn(f"sample grids are scored, but not drawn: {error}")
-            return []
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                "the GPU has too little memory for the VAE decoder; --num_samples 0 makes no grids"
-            ) from error
-        finally:
-            self.decoder.close()
+        with _with_room("for the VAE decoder"):
+            try:
+                return self.decoder(samples, between)
+            except UserError as error:
+                self.can_draw = False
+                warn(f"sample grids are scored, but not drawn: {error}")
+                return []
+            finally:
+                self.decoder.close()
+
+
+@contextmanager
+def _with_room(what: str) -> Iterator[None]:
+    """Raises UserError where the memory runs out in the block: a smaller --train_batch_size would not help there."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        kind = shortage.kind_of(error)
+        if kind not in (shortage.GPU, shortage.MEMORY):
+            raise
+        raise UserError(
+            f"{shortage.who_lacks_memory(kind)} has too little memory {what}; --num_samples 0 makes no grids"
+        ) from error
 
 
 def measure_class_means(dataset: LatentDataset, num_classes: int, between: Callable[[], None] = lambda: None) -> Tensor:

@@ -263,18 +263,18 @@ def _check_results_folder(plan: TrainingPlan) -> None:
 @contextmanager
 def plain_errors(plan: TrainingPlan) -> Iterator[None]:
     """Turns what may go wrong with images and the GPU into one sentence with a remedy."""
+    remedy = (
+        f"for --train_batch_size {plan.settings.train_batch_size}: give --join_passes false, and if that is not "
+        "enough, halve it and double --gradient_accumulate_every, which is the same training; or lower "
+        "--encode_batch_size"
+    )
     try:
-        yield
+        with hardware.plain_memory_error(remedy=remedy):
+            yield
     except BadImage as error:
         raise Failed(
             f"{error}; this run needs that image as it was: put it back, or start another run with another "
             "--results_folder"
-        ) from error
-    except torch.OutOfMemoryError as error:
-        raise Failed(
-            f"the GPU has too little memory for --train_batch_size {plan.settings.train_batch_size}: give "
-            "--join_passes false, and if that is not enough, halve it and double --gradient_accumulate_every, which "
-            "is the same training; or lower --encode_batch_size"
         ) from error
 
 

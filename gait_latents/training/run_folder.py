@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gait_latents.common import files, mounts
 from gait_latents.common.console import warn
-from gait_latents.common.errors import UserError
+from gait_latents.common.errors import UserError, let_shortage_pass
 from gait_latents.common.layout import SETTINGS_NAME, SPLIT_NAME
 from gait_latents.images.split import Split
 from gait_latents.training import checkpoint
@@ -89,6 +89,7 @@ def _newest_whole(folder: Path, pattern: re.Pattern[str]) -> WholeFile | None:
         except DamagedCheckpoint as error:
             warnings.append(f"{error}; taking the one before")
         except OSError as error:
+            let_shortage_pass(error)  # the file is whole, and an older one would be no remedy
             warnings.append(f"{path}: {error.strerror or error}; taking the one before")
     if warnings:
         raise UserError(

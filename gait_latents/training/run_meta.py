@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gait_latents.common import cli
-from gait_latents.common.errors import UserError
+from gait_latents.common.errors import UserError, let_shortage_pass
 from gait_latents.diffusion import build
 from gait_latents.images.split import is_file_name
 from gait_latents.latents.space import Space
@@ -107,6 +107,7 @@ class RunMeta:
         try:
             return cls._read(plain)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
+            let_shortage_pass(error)
             what = f"{type(error).__name__}: {error}"[:200]
             raise UserError(f"{path} is no checkpoint of a training run that can be gone on with ({what})") from error
 

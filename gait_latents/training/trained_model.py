@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from gait_latents.common import hardware
-from gait_latents.common.errors import Failed, UserError
+from gait_latents.common.errors import Failed, UserError, let_shortage_pass
 from gait_latents.common.seeds import sample_generator
 from gait_latents.diffusion import build
 from gait_latents.diffusion.model import LatentDiffusion
@@ -111,6 +111,7 @@ def averaged_diffusion(state: SavedState) -> LatentDiffusion:
     try:
         diffusion.load_state_dict(state.averages)
     except RuntimeError as error:
+        let_shortage_pass(error)
         raise UserError(
             f"the checkpoint holds other weights than those of its network: {' '.join(str(error).split())[:300]}"
         ) from error

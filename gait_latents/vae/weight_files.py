@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gait_latents.common import hardware
 from gait_latents.common.console import harmless
-from gait_latents.common.errors import UserError
+from gait_latents.common.errors import UserError, let_shortage_pass
 from gait_latents.vae import containers, stand_ins
 from gait_latents.vae.pickle_check import Refused
 
@@ -88,6 +88,7 @@ def kind_of(path: Path) -> str:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
+        let_shortage_pass(error)
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     for kind, recognised in (
         ("zip", head.startswith(b"PK\x03\x04")),
@@ -126,6 +127,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {}
     except (SafetensorError, *UNREADABLE) as error:
+        let_shortage_pass(error)
         raise UserError(f"{path} is damaged or truncated ({error}); copy or download it again") from error
 
 
@@ -141,6 +143,7 @@ def _read_pickle(path: Path, *, is_zip: bool, trust_pickle: bool) -> tuple[Any, 
     except Refused as refusal:
         raise UserError(_why_refused(path, refusal)) from refusal
     except UNREADABLE as error:
+        let_shortage_pass(error)  # the check has bounded what the file itself can take
         raise UserError(_why_unreadable(path, error)) from error
 
 
