@@ -20,7 +20,7 @@ from pathlib import Path
 from gait_latents.common import cli, cores
 from gait_latents.common.console import harmless, print_error
 from gait_latents.common.errors import DONE, SIGNALLED, Failed, Stopped, Told, UserError, explain, missing_package
-from gait_latents.common.process import num_ranks, rank
+from gait_latents.common.process import end_with_torchrun, num_ranks, rank
 
 
 def run_script(
@@ -46,6 +46,7 @@ def run_script(
         _read_names_as_utf8()
         _open_streams()
         _name_the_user()
+        end_with_torchrun()
         atexit.register(gc.freeze)  # else the end takes a second, in which Python collects all that torch has made
     cores.wait_briefly()
     words = sys.argv[1:] if argv is None else argv
