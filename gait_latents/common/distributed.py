@@ -20,11 +20,11 @@ GPUs. A collective fails when a process is gone, or after _ANSWER_SECONDS.
 
     <topic> <rank>      the process has come so far (`tell`)
     <topic> alive       a count that grows while a process works on the topic: a sign of life (`sign_of_life`)
+    signal              the number of a signal that one has got, and all are to stop (`raise_if_stopped`)
     word left           why a process that is not rank 0 ended by itself: [rank, message, exit code]
 
 with the topics
 
-    signal <n>          it has got the signal n, and all are to stop (`raise_if_stopped`)
     encoded             it has encoded its share of the images (latents.filling)
     filled              it has all latents, its own and those of the others; "filled failed": it could not encode
     drawn <step>        rank 0 has saved and drawn what was due after a step (training.loop)
@@ -45,10 +45,14 @@ the reason, has to come first:
    it looks between its work (`raise_if_stopped`), or when the collective fails that the other is missing in.
 4. One dies without a word, or rank 0 fails outside of `together`: the next collective or look into the store fails on
    the others. Rank 0 then raises `Failed` and says that another cannot be reached; any other process ends in silence.
+5. torchrun is killed: the system sends each process SIGTERM (`process.end_with_torchrun`), and they stop as on that.
+   The store has gone with torchrun, so whoever would look into it is `Stopped`; the group is still there, and the state
+   of a training is saved.
 """
 
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -64,7 +68,8 @@ from gait_latents.common import console, errors, process, shortage
 from gait_latents.common.errors import Failed, Stopped, Told, UserError
 from gait_latents.common.process import StopSignals
 
-TIME_IS_UP = 1  # a reason to stop, as are the numbers of the signals, 2 and 15, which are larger and so win
+TIME_IS_UP = 0  # a reason to stop, as are the numbers of the signals, which are larger and so win
+_NO_REASON = -1
 _JOIN_SECONDS = 300.0  # within which all processes must have started and imported torch
 # Whoever waits for others at the start says so after this time, and then each time that this has passed.
 _REST_SECONDS = 0.05
@@ -74,7 +79,8 @@ _ANSWER_SECONDS = 1800.0  # the longest that one process waits for another in a 
 # Between two looks into the store: this share of the time waited so far, but no more than so many seconds.
 _LOOK_SECONDS, _LOOK_SHARE = 0.5, 0.1
 _PATIENCE_SECONDS = 300.0  # without news, after which others are given up; latents are published each minute
-_WORD = "word left"  # store key under which a failing process leaves [rank, message, exit code]
+# Store keys: under which a failing process leaves [rank, message, exit code], and the number of a signal.
+_WORD, _SIGNAL = "word left", "signal"
 Item = TypeVar("Item")
 
 
@@ -241,22 +247,23 @@ class Ranks:
 
         The reason is the number of a signal that any of them has got, or TIME_IS_UP by the clock of rank 0.
         """
-        own = signal_number or (TIME_IS_UP if time_is_up and self.is_main else 0)
-        return self._largest(own) or None
+        own = TIME_IS_UP if time_is_up and self.is_main else _NO_REASON
+        reason = self._largest(own if signal_number is None else signal_number)
+        return None if reason == _NO_REASON else reason
 
     # --- the store: without waiting for an answer, in a block of `together` too ---
 
     def tell(self, topic: str) -> None:
         """Lets the others know that this process has come to the point that a topic names."""
         if self._store is not None:
-            with self._reaching_others():
+            with self._reaching_store():
                 self._store.set(f"{topic} {self.rank}", "")
 
     def _have_told(self, topic: str) -> list[int]:
         """Returns the ranks that have told of a topic by now."""
         if self._store is None:
             return []
-        with self._reaching_others():
+        with self._reaching_store():
             return [rank for rank in range(self.count) if self._store.check([f"{topic} {rank}"])]
 
     def raise_if_stopped(self, signals: StopSignals) -> None:
@@ -266,14 +273,17 @@ class Ranks:
             Stopped: when this process has got a signal, which it tells the others, or another has told of one.
             UserError or Failed: on rank 0, when another process has ended and left word why; Told elsewhere.
         """
-        for number in process.STOP_SIGNALS:
-            if signals.received == number:
-                self.tell(f"signal {number}")
-            elif not self._have_told(f"signal {number}"):
-                continue
+        number = signals.received
+        if self._store is not None:
+            with self._reaching_store():
+                if number is not None:
+                    self._store.set(_SIGNAL, str(number))
+                elif self._store.check([_SIGNAL]):
+                    number = int(self._store.get(_SIGNAL))
+                else:
+                    self._raise_word_left()
+        if number is not None:
             raise Stopped(number)
-        with self._reaching_others():
-            self._raise_word_left()
 
     def raise_if_failed(self, topic: str) -> None:
         """Raises OtherFailed when another process has told that it failed in its share of a topic."""
@@ -302,7 +312,7 @@ class Ranks:
     def sign_of_life(self, topic: str) -> None:
         """Lets those that wait for the end of a topic know that this process still works on it."""
         if self._store is not None:
-            with self._reaching_others():
+            with self._reaching_store():
                 self._store.add(f"{topic} alive", 1)
 
     def await_end(self, topic: str, between: Callable[[], object]) -> None:
@@ -339,7 +349,7 @@ class Ranks:
         last_sign = -1
         while not is_enough(self._have_told(topic)) and time.monotonic() - last_news < _PATIENCE_SECONDS:
             between()
-            with self._reaching_others():
+            with self._reaching_store():
                 sign = self._store.add(f"{topic} alive", 0)
             if sign != last_sign:
                 last_sign, last_news = sign, time.monotonic()
@@ -355,7 +365,7 @@ class Ranks:
             return True
         until = time.monotonic() + _LAST_WORDS_SECONDS
         has_ended = False
-        with suppress(Told):  # the store may be gone, since rank 0 holds it
+        with suppress(Told, Stopped):  # the store may be gone, since rank 0 or torchrun holds it
             while not has_ended and time.monotonic() < until:
                 time.sleep(_LOOK_SECONDS / 5)
                 has_ended = 0 in self._have_told("ended")
@@ -384,8 +394,8 @@ class Ranks:
         """
         if self._store is None:
             return False
-        with suppress(Told):  # the store may be gone
-            with self._reaching_others():
+        with suppress(Told, Stopped):  # the store may be gone
+            with self._reaching_store():
                 self._store.set(_WORD, json.dumps([self.rank, *errors.explain(error)]))
             dist.destroy_process_group()  # so that a collective in which the others wait for this process fails at once
             return self.await_words_of_main()
@@ -423,18 +433,32 @@ class Ranks:
         return [json.loads(bytes(one.tolist())) for one in texts]
 
     @contextmanager
+    def _reaching_store(self) -> Iterator[None]:
+        """Surrounds each use of the store as `_reaching_others` does; a store that went with torchrun is not used.
+
+        torch would print where in its code the use of that failed.
+        """
+        if process.has_lost_torchrun():
+            raise Stopped(signal.SIGTERM)
+        with self._reaching_others():
+            yield
+
+    @contextmanager
     def _reaching_others(self) -> Iterator[None]:
         """Surrounds each use of the group and of the store, which fail when another process is gone.
 
         Raises:
             UserError or Failed: on rank 0, what the other process left word of, or that it cannot be reached.
             Told: on the others.
+            Stopped: on each, when torchrun is gone.
         """
         try:
             yield
         except RuntimeError as error:
             if shortage.kind_of(error) is not None:  # of this process
                 raise
+            if process.has_lost_torchrun(within=_LOOK_SECONDS):  # its files are closed a moment before it is gone
+                raise Stopped(signal.SIGTERM) from error
             if not self.is_main:
                 raise Told(errors.FAILED) from error
             with suppress(RuntimeError):  # the store may have gone with the other
@@ -470,10 +494,9 @@ def join_ranks() -> Iterator[Ranks]:
             raise
         raise Told(errors.explain(error)[1]) from error
     finally:
-        if ranks.is_main and is_done:
-            ranks.tell("ended")
-        elif ranks.is_main:
-            ranks.let_others_hear()
+        if ranks.is_main:
+            with suppress(Stopped):  # the store has gone with torchrun, and so nobody waits for a word in it
+                ranks.tell("ended") if is_done else ranks.let_others_hear()
     # In torch 2.6 the end of a group waits for its threads and holds the interpreter meanwhile, which a thread that
     # lets go of its last tensor waits for: they are given a moment to come to rest.
     time.sleep(_REST_SECONDS)

@@ -31,7 +31,7 @@ from gait_latents.common.errors import (
     is_told,
     missing_package,
 )
-from gait_latents.common.process import num_ranks, rank
+from gait_latents.common.process import end_with_torchrun, num_ranks, rank
 
 
 def run_script(
@@ -100,6 +100,7 @@ def begin() -> None:
     _read_names_as_utf8()
     _open_streams()
     _name_the_user()
+    end_with_torchrun()
     cores.wait_briefly()
     guard.watch()
     atexit.register(gc.freeze)  # else the end takes a second, in which Python collects all that torch has made

@@ -30,7 +30,8 @@ _FORECAST_STEPS = 50  # steps after which the length of the run is told
 class TrainingLoop:
     """The work between the steps of a run, from the first step of this process to its end.
 
-    Within the block, Ctrl-C and SIGTERM are noted, not obeyed at once: `reason_to_stop` tells of them between steps.
+    Within the block, signals that ask for an end are noted, not obeyed at once: `reason_to_stop` tells of them between
+    steps.
     """
 
     def __init__(self, trainer: Trainer, plan: TrainingPlan) -> None:
@@ -58,11 +59,11 @@ class TrainingLoop:
         self._open = ExitStack()
 
     def __enter__(self) -> "TrainingLoop":
+        self.signals = self._open.enter_context(StopSignals(after="this step, or the image that is being encoded"))
         self._open.callback(self.trainer.dataset.close_encoder)
         self._open.callback(self.trainer.dataset.cache_flush)
         self._open.callback(self.trackers.close)
         self._open.enter_context(hardware.threads(self.trainer.num_threads))
-        self.signals = self._open.enter_context(StopSignals(after="this step, or the image that is being encoded"))
         self._open.enter_context(self.trainer.dataset.watched(self._after_images))
         total, done = self.trainer.num_steps, self.trainer.finished_steps
         self.bar = self._open.enter_context(console.progress(total=total, unit="steps", label="train", initial=done))
