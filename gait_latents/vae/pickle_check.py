@@ -388,14 +388,14 @@ class _Machine:
                 return _CALLS[called.name](self, *args.items)
             except TypeError as error:  # another number of arguments
                 raise Refused(f"it calls {called.name} with other arguments than a checkpoint has") from error
-        return self.new_object(called, args)
+        return self.inert(called, args)
 
     def new(self) -> None:
         args, called = self.pop(), self.pop()
         if type(args) is not _Tuple:
             raise Refused("it makes an object of what is no tuple")
         is_parameter = type(called) is _Global and called.name == _PARAMETER
-        self.stack.append(self.call(called, args) if is_parameter else self.new_object(called, args))
+        self.stack.append(self.call(called, args) if is_parameter else self.inert(called, args))
 
     def work(self, amount: int) -> None:
         """Counts what torch looks through at each call of a stand-in: all names that it was given."""
@@ -403,7 +403,7 @@ class _Machine:
         if self.call_work > _MAX_CALL_WORK:
             raise Refused("it makes too many objects that are no tensors")
 
-    def new_object(self, called: Any, args: _Tuple) -> _Made:
+    def inert(self, called: Any, args: _Tuple) -> _Made:
         self.work(200)
         self.take(_ITEM * len(args.items))  # which the stand-in keeps
         if type(called) is _Made and called.kind == "class":

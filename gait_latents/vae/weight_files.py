@@ -200,7 +200,7 @@ def _check_torch_version(path: Path, *, trust_pickle: bool) -> None:
 SAFE_TORCH = (2, 10)  # the first whose unpickler has no hole that is known
 # One line that makes safetensors of the state dict in a checkpoint.
 CONVERT = (
-    """python -c "import torch, safetensors.torch as s; d = torch.load('vae.pt', 'cpu', weights_only=True); """
+    """python -c "import torch as t, safetensors.torch as s; d = t.load('vae.pt', 'cpu', weights_only=True); """
     """s.save_file(d.get('model_state_dict', d.get('state_dict', d)), 'vae.safetensors')\""""
 )
 
