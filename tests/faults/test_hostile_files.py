@@ -38,7 +38,8 @@ from gait_latents import export
 from gait_latents.common import files, layout
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import METRICS_NAME, SETTINGS_NAME, SPLIT_NAME
-from gait_latents.images import reading
+from gait_latents.evaluation import report
+from gait_latents.images import generated, reading
 from gait_latents.images.split import Split, read_split
 from gait_latents.latents import manifest
 from gait_latents.latents import shard as shard_file
@@ -1139,6 +1140,9 @@ def test_the_limits_that_are_promised_are_those_of_the_code() -> None:
         f"headers above {checkpoint._HEADER_BYTES >> 20} MiB": checkpoint._HEADER_BYTES % (1 << 20),
         f"files above {reading.MAX_FILE_BYTES >> 20} MiB": reading.MAX_FILE_BYTES % (1 << 20),
         f"{reading.MAX_PIXELS:,} pixels": 0,
+        f"above 1 GiB and {generated.LARGEST_RECORD_BYTES >> 20} MiB": generated.LARGEST_RECORD_BYTES % (1 << 20),
+        f"above {report._LARGEST_REPORT_BYTES >> 20} MiB; links": report._LARGEST_REPORT_BYTES % (1 << 20),
+        f"above {report._LARGEST_PICTURE_BYTES >> 20} MiB; links": report._LARGEST_PICTURE_BYTES % (1 << 20),
         f"{reading.MAX_SCANS} scans": 0,
     }
     assert [words for words, rest in promised.items() if rest or words not in text] == []
