@@ -9,6 +9,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -457,7 +458,7 @@ def test_what_is_no_path_is_the_same_as_no_path(tmp_path, stored):
 # --- names that look like flags ----------------------------------------------------------------------------
 
 
-def typed_values(cls: type, *argv: str) -> dict[str, object]:
+def typed_values(cls: type, *argv: str) -> dict[str, Any]:
     return cli.read_command_line(cls, argv, description="A script.")[0].values
 
 
