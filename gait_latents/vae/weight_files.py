@@ -23,10 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gait_latents.common import shortage
 from gait_latents.common.errors import UserError, let_shortage_pass
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
+_ROOM_RATIO = 3  # times its size, which a file of weights takes while it is read
 MAX_HEADER_BYTES = (
     16_000_000  # enough for about 100,000 tensors; a larger header is refused, since parsing takes many times its size
 )
@@ -171,7 +173,14 @@ def _check_zip(path: Path) -> None:
 
 
 def _why_unreadable(path: Path, error: BaseException) -> str:
-    """Says why torch refused or could not read a pickle, and what to do."""
+    """Says why torch refused or could not read a pickle, and what to do.
+
+    Raises:
+        Shortage: where this machine, and not the file, is to blame; a file may claim any size and so lack memory, too.
+    """
+    kind = shortage.kind_of(error)
+    if kind is not None and (kind != shortage.MEMORY or not shortage.has_room(_ROOM_RATIO * path.stat().st_size)):
+        let_shortage_pass(error)
     refused = _REFUSED.search(str(error))
     if refused:
         return holds_no_weight(path, refused[1])
