@@ -26,6 +26,7 @@ from gait_latents.images.split import Entry
 from gait_latents.latents import shard
 from gait_latents.settings import SCRIPTS, ExportSettings, GenerateSettings, TrainSettings
 from gait_latents.training import run_folder
+from gait_latents.vae import weight_files
 
 ROOT = Path(__file__).resolve().parents[2]
 ENFORCED = (
@@ -205,7 +206,9 @@ def test_no_file_is_damaged_because_handles_ran_out(tmp_path):
     (tmp_path / "ID_1").mkdir()
     (tmp_path / "ID_1" / "1.png").write_bytes(tiny_images.SAMPLES["PNG"])
     (tmp_path / "state-00000004.safetensors").write_bytes(b"x")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "vae.pt")
     tries = (
+        lambda: weight_files.read_weights(tmp_path / "vae.pt"),
         lambda: reading.read_image(str(tmp_path), Entry("ID_1", "1.png", ""), image_size=16),
         lambda: files.read_whole(tmp_path / "ID_1" / "1.png", at_most=1 << 20),
         lambda: run_folder.find_newest(tmp_path),
