@@ -144,7 +144,7 @@ def _say_statistics(folder: Path, cache: LatentCache, keys: list[str]) -> None:
     statistics = cache_verify.ChannelStatistics.of(moments)
     path = folder / CHANNELS_NAME
     try:
-        files.publish(path, cache_verify.latents_picture(moments, statistics))
+        files.publish(path, cache_verify.latents_picture(moments, statistics), below=folder)
         where = f"see {path}"
     except UserError as error:
         where = f"{path.name} is not drawn: {error}"
@@ -201,6 +201,9 @@ def prune(settings: PreprocessSettings, sources: dict[str, str]) -> int:
     if plan.temporaries:
         size = console.size(plan.temporary_bytes)
         say(f"left over   {len(plan.temporaries):,} temporary files of killed processes ({size})")
+    told = plan.problems
+    for problem in told:
+        warn(f"{problem}; left alone")
     if plan.is_empty:
         say("nothing to remove")
         return DONE
@@ -215,7 +218,8 @@ def prune(settings: PreprocessSettings, sources: dict[str, str]) -> int:
             "needed is there, and the same command goes on"
         ) from error
     for problem in plan.problems:
-        warn(f"{problem}; left alone")
+        if problem not in told:
+            warn(f"{problem}; left alone")
     say(f"removed     {console.size(plan.num_bytes)}")
     return DONE
 

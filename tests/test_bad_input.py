@@ -462,8 +462,11 @@ def test_a_file_in_the_place_of_a_folder_is_refused_and_stays(ready, capsys, run
 def test_no_permission_and_no_space_are_refused_before_anything_is_done(ready, capsys, run, setting, call, number):
     place = ready / "new" / "folder"
 
+    def refuse(name: str, real: Callable, args: tuple) -> object:
+        return real(*args) if name == "open" and not args[1] & os.O_CREAT else raising(number)(name, real, args)
+
     def run_on_a_bad_disk() -> int:
-        with fault_at(-1, raising(number), only=(call,)):
+        with fault_at(-1, refuse, only=(call,)):
             return run(ready, **{setting: place})
 
     told = f"--{setting} {place} cannot be written to ({os.strerror(number)}); give another"

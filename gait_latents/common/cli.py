@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gait_latents.common import mounts
+from gait_latents.common import files, mounts
 from gait_latents.common.console import harmless, say, shell_word
 from gait_latents.common.errors import UserError, missing_package
 
@@ -495,11 +495,15 @@ def read_file(cls: type, path: str) -> Layer:
     return Layer(f"--config {path}", values, place)
 
 
+_LARGEST_CONFIG_BYTES = 1 << 20
+
+
 def _read_pairs(path: str, named: Container[str]) -> list[tuple[str, list[str]]]:
     """Returns (name, words) of each line; the settings in `named` may hold mappings, which give words NAME=NUMBER."""
     yaml = _yaml()
     try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = files.read_whole(path, at_most=_LARGEST_CONFIG_BYTES, follow_link=True).decode()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         reason = mounts.why_missing("config", path) or getattr(error, "strerror", None) or error
         raise UserError(f"--config {path} cannot be read: {reason}") from error

@@ -5,7 +5,7 @@ test can replace any of them by one that fails.
 """
 
 # os and descriptors instead of pathlib, which can neither sync a file nor create one exclusively with a mode.
-# ruff: noqa: PTH102, PTH104, PTH106, PTH108, PTH116
+# ruff: noqa: PTH102, PTH104, PTH106, PTH108
 
 import errno
 import functools
@@ -16,6 +16,7 @@ import stat
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 
 from gait_latents.common.errors import UserError, let_shortage_pass
@@ -40,31 +41,56 @@ _REPLY_LOST = {errno.ENOENT, errno.EIO}  # what NFS may answer to a rename that 
 Buffer = bytes | bytearray | memoryview
 
 
-def publish(path: str | os.PathLike[str], data: Buffer | Sequence[Buffer]) -> None:
-    """Writes `data` (one buffer, or several in a row) as `path`, replacing what had that name.
+def publish(
+    path: str | os.PathLike[str], data: Buffer | Sequence[Buffer], *, below: str | os.PathLike[str] | None = None
+) -> None:
+    """Writes `data` (one buffer, or several in a row) as `path`, replacing what had that name, be it a link.
 
     Returns only when the content and the name have reached the disk; missing folders are made.
+
+    Args:
+        below: the folder that the file must stay in: it has to be there, and no folder on the way from it to the file
+            may be a link. None makes and follows whatever leads to the file, as suits a path that the user names.
 
     Raises:
         OSError: naming `path`. The old file, if any, is then whole and no temporary is left; only where the
             sync of the folder failed is the new file in place, though it may not outlive a power cut.
     """
-    path = Path(path).absolute()
+    path, top = Path(path).absolute(), None if below is None else Path(below).absolute()
     views = [memoryview(part) for part in ([data] if isinstance(data, Buffer) else data)]
     chunks = [view.cast("B") for view in views if view.nbytes]
+    if top is not None:
+        refuse_links(path, below=top)
     try:
         try:
-            _publish_once(path, chunks)
+            _publish_once(path, chunks, top)
         except FileNotFoundError:  # another process removed the temporary or the folder meanwhile: write once more
-            _publish_once(path, chunks)
+            _publish_once(path, chunks, top)
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
 
 
-def _publish_once(path: Path, chunks: list[memoryview]) -> None:
+def append(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes at the end of a file, which is made where there is none, and does not wait for the disk.
+
+    Raises:
+        OSError: naming `path`, when that fails, or when a link or anything else but a file has that name.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    with naming(path), open(_open_regular(path, flags), "ab") as file:
+        file.write(data)
+
+
+def make_folder(folder: str | os.PathLike[str]) -> None:
+    """Makes a folder and what is missing above it, each name safely on the disk; raises OSError, naming it."""
+    with naming(folder):
+        _make_folder(Path(folder).absolute())
+
+
+def _publish_once(path: Path, chunks: list[memoryview], top: Path | None) -> None:
     folder = path.parent
-    _make_folder(folder)
+    _make_folder(folder, top)
     temporary = folder / _temporary_name()
     written = _write_new(temporary, chunks)
     try:
@@ -131,17 +157,19 @@ def _put_in_place(temporary: Path, path: Path, chunks: list[memoryview], written
 
 def _is_same_file(path: Path, written: os.stat_result) -> bool:
     try:
-        found = os.stat(path)
+        found = os.lstat(path)
     except OSError:
         return False
     return (found.st_ino, found.st_dev, found.st_size) == (written.st_ino, written.st_dev, written.st_size)
 
 
-def _make_folder(folder: Path) -> None:
-    """Makes `folder` and what is missing above it; each name is synced before the next is made."""
+def _make_folder(folder: Path, top: Path | None = None) -> None:
+    """Makes `folder` and what is missing above it, but not `top`; each name is synced before the next is made."""
     if folder.is_dir():
         return
-    _make_folder(folder.parent)
+    if folder == top:
+        raise FileNotFoundError(errno.ENOENT, "its folder is not there any more", str(folder))
+    _make_folder(folder.parent, top)
     with suppress(FileExistsError):  # another writer was faster; a plain file here fails at the next step
         os.mkdir(folder)
     _sync_folder(folder.parent)
@@ -193,23 +221,37 @@ def open_file(path: str | os.PathLike[str], *, follow_link: bool = False) -> int
     Raises:
         OSError: when it cannot be opened, or is no file: a named pipe would wait, a device never end.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_link else os.O_NOFOLLOW)
+    return _open_regular(path, os.O_RDONLY | (0 if follow_link else os.O_NOFOLLOW))
+
+
+def _open_regular(path: str | os.PathLike[str], flags: int) -> int:
+    """Opens a file with these flags, and nothing else that may have its name; raises OSError."""
     try:
-        descriptor = os.open(path, flags)
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as error:
         let_shortage_pass(error)
-        if error.errno == errno.ELOOP and os.path.islink(path) and not follow_link:  # noqa: PTH114
+        if error.errno == errno.ELOOP and os.path.islink(path) and flags & os.O_NOFOLLOW:  # noqa: PTH114
             raise OSError(
                 errno.ELOOP, "it is a link, and may lead anywhere; put the file itself there", str(path)
             ) from None
         raise
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "it is not a file", str(path))
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str], *, follow_link: bool = False) -> Iterator[BufferedReader]:
+    """Opens a file as `open_file` does, for a block that reads from it; an OSError of the block names it."""
+    with naming(path), open(open_file(path, follow_link=follow_link), "rb") as file:
+        yield file
 
 
 def read_whole(path: str | os.PathLike[str], *, at_most: int, follow_link: bool = False) -> bytes:
@@ -221,7 +263,7 @@ def read_whole(path: str | os.PathLike[str], *, at_most: int, follow_link: bool 
     Raises:
         OSError: naming `path`, when it cannot be read, is longer, or is no file.
     """
-    with naming(path), open(open_file(path, follow_link=follow_link), "rb") as file:
+    with reading(path, follow_link=follow_link) as file:
         size = os.fstat(file.fileno()).st_size
         if size > at_most:
             raise OSError(errno.EFBIG, f"it is larger than {at_most:,} bytes")
@@ -319,8 +361,9 @@ def remove_stale_temporaries(folder: str | os.PathLike[str]) -> int:
 def stale_temporaries(folder: str | os.PathLike[str]) -> list[Path]:
     """Finds what killed writers left in `folder`.
 
-    A temporary is stale when its process was of this machine and is dead, or when it is a day older than a file
-    made just now in the same folder: the clock of the file system decides, not ours.
+    A temporary of this machine is stale when its process is dead. One of another machine, or of this one under another
+    name or before its last start, is stale when it is a day older than a file made just now in the same folder: the
+    clock of the file system decides, not ours.
     """
     folder = Path(folder)
     try:
@@ -348,8 +391,11 @@ def _file_system_time(folder: Path) -> float:
 
 
 def _is_stale(path: Path, oldest: float) -> bool:
+    is_alive = _is_writer_alive(path.name)
+    if is_alive is not None:
+        return not is_alive  # however old it is: somebody may have set the clock
     try:
-        return _is_writer_dead(path.name) or path.lstat().st_mtime < oldest
+        return path.lstat().st_mtime < oldest
     except OSError:  # gone already
         return False
 
@@ -362,16 +408,16 @@ def _remove(path: Path) -> bool:
     return True
 
 
-def _is_writer_dead(name: str) -> bool:
-    """Says whether the process that made a temporary of this name is known to have ended."""
+def _is_writer_alive(name: str) -> bool | None:
+    """Says whether the process that made a temporary of this name goes on; None where that cannot be known."""
     host, _, rest = name.removeprefix(TEMPORARY_PREFIX).partition("-")
     process = rest.partition("-")[0]
-    if host != host_digest() or not process.isdecimal() or len(process) > 9:
-        return False
+    if host != host_digest() or not process.isdecimal() or not 0 < int(process[:10]) < 10**9:
+        return None
     try:
         os.kill(int(process), 0)
     except ProcessLookupError:
-        return True
-    except OSError:  # alive, and somebody else's
         return False
-    return False
+    except OSError:  # somebody else's
+        return True
+    return True

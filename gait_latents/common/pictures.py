@@ -73,9 +73,9 @@ def encode_image(image: Image.Image, suffix: str) -> bytes:
     return buffer.getvalue()
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Publishes a picture; its format follows the ending of the path."""
-    files.publish(path, encode_image(image, path.suffix))
+def save_picture(image: Image.Image, path: Path, *, below: Path | None = None) -> None:
+    """Publishes a picture; its format follows the ending of the path. `below` is as in `files.publish`."""
+    files.publish(path, encode_image(image, path.suffix), below=below)
 
 
 def psnr(reference: np.ndarray, other: np.ndarray) -> float:

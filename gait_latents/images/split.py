@@ -316,7 +316,7 @@ def one_line(error: BaseException | str) -> str:
     return show_name(" ".join(str(error).split())[:200])
 
 
-_LARGEST_SPLIT_BYTES = 1 << 30
+LARGEST_SPLIT_BYTES = 1 << 30
 
 
 def read_split(folder: Path) -> Split | None:
@@ -327,7 +327,7 @@ def read_split(folder: Path) -> Split | None:
     """
     path = folder / SPLIT_NAME
     try:
-        data = files.read_whole(path, at_most=_LARGEST_SPLIT_BYTES)
+        data = files.read_whole(path, at_most=LARGEST_SPLIT_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -12,8 +12,13 @@ the order of the shards' names.
 
 Nothing on disk is ever changed: shards are added, and removed when their rows are in others. So several processes may
 read and write one cache at the same time without a lock.
+
+No link in the cache folder is followed, for it may lead anywhere: a linked shard, or a linked folder of a space, counts
+as damaged. A cache that is removed while a process writes to it is not begun anew by that process, which could only
+put the later half of its rows there.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -37,8 +42,8 @@ from gait_latents.latents.shard import (
     header_bytes,
     keys_as_hex,
     keys_of_rows,
-    open_regular_file,
     open_shard,
+    open_to_read,
     problem,
     read_header,
     row_facts,
@@ -47,6 +52,13 @@ from gait_latents.latents.space import Space
 
 SHARD_SECONDS = 60.0  # how long a new row may wait in memory before it is published
 _LISTINGS = 5  # how often to list a folder again when a merge removes shards between listing and opening
+
+
+class Vanished(OSError):
+    """The cache folder, or all that was in it, was removed or renamed while it was in use."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(errno.ENOENT, "what was in it was removed or renamed meanwhile", str(folder))
 
 
 class _Index:
@@ -108,9 +120,12 @@ class LatentCache:
         self.acknowledged = 0
         self._pending: dict[str, Row] = {}
         self._shards: dict[str, Shard] = {}
+        self._was_there = self.folder.is_dir()
+        self._had_shards = False
         if writable:
             files.remove_stale_temporaries(self.folder)
-            files.remove_stale_temporaries(self._space_folder)
+            if not self._space_folder.is_symlink():
+                files.remove_stale_temporaries(self._space_folder)
         self.refresh()
 
     @property
@@ -125,6 +140,7 @@ class LatentCache:
             for _ in range(_LISTINGS):
                 if self._open_all(shard_file.list_shards(self._space_folder), known):
                     break
+        self._had_shards |= bool(self._shards)
         self._forget_index()
 
     def _open_all(self, paths: Sequence[Path], known: Mapping[str, Shard]) -> bool:
@@ -328,6 +344,21 @@ class LatentCache:
         """How many rows make a full shard."""
         return max(1, shard_file.SHARD_BYTES // self.space.row_bytes)
 
+    def claim_folder(self) -> None:
+        """Makes the cache folder for what is to be written into it, where there was none when this object was made.
+
+        Raises:
+            Vanished: when it was there, or had shards of this space, and has none any more.
+            OSError: when it cannot be made.
+        """
+        if not self._was_there:
+            files.make_folder(self.folder)
+            self._was_there = True
+        if self._had_shards and not any(os.path.lexists(shard.path) for shard in self._shards.values()):
+            self.refresh()  # another process may have merged them
+        if not self.folder.is_dir() or (self._had_shards and not self._shards):
+            raise Vanished(self.folder)
+
     def _publish_pending(self) -> None:
         """Publishes the rows that have waited longest, at most a full shard of them; raises OSError."""
         rows = dict(itertools.islice(self._pending.items(), self._full_shard_rows))
@@ -348,9 +379,10 @@ class LatentCache:
         header = header_bytes(self.space, len(rows), names, [[len(list(run)), record] for record, run in runs])
         parts = [header, seals.tobytes(), moments.reshape(-1).view(np.uint8).data, keys.tobytes()]
         path = self._space_folder / f"{digest(parts)[:32]}.safetensors"
-        files.publish(path, parts)
+        self.claim_folder()
+        files.publish(path, parts, below=self.folder)
         shard = Shard(path, sum(map(len, parts)), len(header) + seals.nbytes, keys, seals)
-        self._shards[path.name] = shard
+        self._shards[path.name], self._had_shards = shard, True
         self._forget_index()
         return shard
 
@@ -464,10 +496,20 @@ class LatentCache:
         ]
 
 
+def why_not_writable(folder: str | os.PathLike[str], space: Space) -> str | None:
+    """Returns why no shard of a space can be put into a cache folder, by trying; None where one can."""
+    reason = files.why_not_writable(folder)
+    if reason is None and (Path(folder) / space.id).is_symlink():
+        reason = f"{space.id} in it is a link, and may lead anywhere; remove it, or put the folder itself there"
+    return reason
+
+
 def spaces(folder: str | os.PathLike[str]) -> dict[str, dict]:
     """Returns {space id: spec} of the spaces in a cache folder that have a shard with a readable header."""
     found: dict[str, dict] = {}
     for space_folder in sorted(Path(folder).glob("*")):
+        if space_folder.is_symlink():
+            continue
         specs = (_stored_spec(path) for path in shard_file.list_shards(space_folder))
         spec = next((spec for spec in specs if spec is not None and Space(spec).id == space_folder.name), None)
         if spec is not None:
@@ -478,7 +520,7 @@ def spaces(folder: str | os.PathLike[str]) -> dict[str, dict]:
 def _stored_spec(path: Path) -> dict | None:
     """Reads which space the header of a shard names; None where it cannot be read or names none."""
     try:
-        with open_regular_file(path) as (descriptor, size):
+        with open_to_read(path) as (descriptor, size):
             header = json_text.parse(read_header(descriptor, size))
         metadata = header.get("__metadata__") if isinstance(header, dict) else None
         text = metadata.get("space") if isinstance(metadata, dict) else None

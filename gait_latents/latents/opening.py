@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gait_latents.common import cli, files, hardware, mounts
+from gait_latents.common import cli, hardware, mounts
 from gait_latents.common.console import say, warn
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import MANIFEST_NAME, SPLIT_NAME
 from gait_latents.images.reading import EDITED_BEFORE, EDITED_MEANWHILE, read_image
 from gait_latents.images.split import Entry, Split, read_split
+from gait_latents.latents import cache as latent_cache
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.latents.manifest import read_manifest, write_manifest
@@ -156,7 +157,8 @@ def open_cache(
         raise UserError(f"{folder} has no {MANIFEST_NAME} or no {SPLIT_NAME}; run preprocess_latents.py")
     layer = cli.stored_layer(PreprocessSettings, f"{folder}/{MANIFEST_NAME}", manifest.settings, only_about_cache=True)
     settings = replace(cli.resolve(PreprocessSettings, [layer]).settings, trust_pickle=trust_pickle)
-    cache = LatentCache(folder, manifest.space, writable=files.can_write(folder))
+    is_writable = latent_cache.why_not_writable(folder, manifest.space) is None
+    cache = LatentCache(folder, manifest.space, writable=is_writable)
 
     def open_it(*, can_encode: bool) -> LatentDataset:
         return open_dataset(

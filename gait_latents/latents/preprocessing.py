@@ -20,6 +20,7 @@ from gait_latents.common.layout import PREVIEW_NAME, SPLIT_NAME
 from gait_latents.common.process import StopSignals
 from gait_latents.images import changes, data_report, reading, selection, windows
 from gait_latents.images.split import Entry, Split, read_split
+from gait_latents.latents import cache as latent_cache
 from gait_latents.latents import filling, opening, vae_fit
 from gait_latents.latents import shard as shard_file
 from gait_latents.latents.cache import LatentCache
@@ -126,6 +127,7 @@ def encode(work: Work, ranks: Ranks) -> None:
         work.bad.extend(_fill(work.dataset, len(work.missing), ranks))
         if ranks.is_main:
             opening.merge_shards(work.dataset.cache)
+            work.dataset.cache.refresh()  # what is counted is what is there now
             _record(work)
 
 
@@ -164,6 +166,9 @@ def _open(settings: PreprocessSettings, sources: dict[str, str], device: torch.d
     data_report.warn_of_equal_pictures(split)
     windows.warn_of_windows(split, settings.data_path, resize=settings.resize)
     chosen = vae_fit.choose_space(settings, sources, manifest and vae_fit.space_of_manifest(manifest), may_lack=False)
+    reason = latent_cache.why_not_writable(folder, chosen.space)
+    if reason is not None:
+        raise UserError(f"--output_folder {folder} cannot be written to: {reason}")
     cache = LatentCache(folder, chosen.space, writable=True)
     for problem in cache.problems:
         warn(problem)
@@ -215,12 +220,22 @@ def _fill(dataset: LatentDataset, num_missing: int, ranks: Ranks) -> list[tuple[
             kept = num_missing - len(dataset.missing())
             say(f"stopped; {kept:,} new latents are kept, and the same command goes on from there")
             raise
+        except latent_cache.Vanished as error:
+            raise _vanished(dataset.cache) from error
         except OSError as error:
             let_shortage_pass(error)
             raise Failed(
                 f"a shard could not be written to {dataset.cache.folder}: {error.strerror or error}; "
                 "what was written before is kept"
             ) from error
+
+
+def _vanished(cache: LatentCache) -> Failed:
+    """Returns the error for a cache that was removed under this process; split and manifest are then not written."""
+    return Failed(
+        f"latents that were in {cache.folder} are not there any more: it was removed, renamed or emptied meanwhile; "
+        "put it back if you have it, and the same command encodes what is missing"
+    )
 
 
 @contextmanager
@@ -235,11 +250,22 @@ def _kept(dataset: LatentDataset) -> Iterator[None]:
 
 
 def _record(work: Work) -> None:
-    """Writes split and manifest; images that could not be encoded are left out of the split on --skip_bad_images."""
+    """Writes split and manifest; images that could not be encoded are left out of the split on --skip_bad_images.
+
+    Raises:
+        Failed: when latents that were encoded, or were there before, are gone from the folder.
+    """
     split, folder = work.split, Path(work.settings.output_folder)
+    cache, bad = work.dataset.cache, {position for position, _ in work.bad}
+    try:
+        cache.claim_folder()
+    except latent_cache.Vanished as error:
+        raise _vanished(cache) from error
+    if not cache.holds([key for position, key in enumerate(work.dataset.keys) if position not in bad]).all():
+        raise _vanished(cache)
     if work.bad and work.settings.skip_bad_images:
         split = split.without(reading.record_skipped(work.entries, work.bad))
-    files.publish(folder / SPLIT_NAME, split.to_bytes())
+    files.publish(folder / SPLIT_NAME, split.to_bytes(), below=folder)
     opening.record_manifest(folder, work.settings, work.chosen, len(work.entries))
 
 

@@ -69,7 +69,9 @@ def draw_preview(
     scores = [pictures.psnr(a, b) for a, b in zip(originals, decoded, strict=True)]
     names = [dataset.names[i].split("/")[0] for i in chosen]
     try:
-        pictures.save_picture(pictures.labelled_grid([originals, decoded], ["image", "decoded"], names), path)
+        pictures.save_picture(
+            pictures.labelled_grid([originals, decoded], ["image", "decoded"], names), path, below=path.parent
+        )
         where = f"see {path}"
     except OSError as error:  # a cache may be checked where it is read-only
         where = f"{path.name} cannot be written ({error.strerror or error})"

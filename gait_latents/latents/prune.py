@@ -103,7 +103,7 @@ def plan_prune(folder: Path, used: Space, needed: Mapping[str, Collection[str]])
 
     others = [(surplus(other.cache), other) for other in other_spaces(folder, used)]
     own = surplus(LatentCache(folder, used, writable=False))
-    places = [folder, *(child for child in folder.iterdir() if child.is_dir())]
+    places = [folder, *(child for child in folder.iterdir() if child.is_dir() and not child.is_symlink())]
     temporaries = [path for place in places for path in files.stale_temporaries(place)]
     return PrunePlan(
         own,

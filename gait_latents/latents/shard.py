@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import os
 import re
-import stat
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gait_latents.common import json_text
-from gait_latents.common.errors import let_shortage_pass
+from gait_latents.common import files, json_text
 from gait_latents.latents.space import FORMAT, Space
 
 SHARD_BYTES = 64 << 20  # moments in a full shard
@@ -143,25 +141,18 @@ def _check_header(text: bytes, data_bytes: int, space: Space) -> tuple[dict[str,
 
 
 @contextmanager
-def open_regular_file(path: Path) -> Iterator[tuple[int, int]]:
-    """Opens a regular file for reading; gives (descriptor, size in bytes). Raises Invalid for others, OSError."""
-    # Without O_NONBLOCK a named pipe would wait for a writer.
+def open_to_read(path: Path) -> Iterator[tuple[int, int]]:
+    """Opens the file of a shard; gives (descriptor, size in bytes). Raises OSError, also for a link."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        let_shortage_pass(error)
-        raise
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise Invalid("it is not a file")
-        yield descriptor, status.st_size
+        descriptor = files.open_file(path)
+        try:
+            yield descriptor, os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
     except OSError as error:
         if error.errno == errno.ESTALE:  # how NFS says that the file was removed
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
         raise
-    finally:
-        os.close(descriptor)
 
 
 def _read_at(descriptor: int, count: int, offset: int) -> bytearray:
@@ -191,7 +182,7 @@ def read_header(descriptor: int, size: int) -> bytes:
 
 def open_shard(path: Path, space: Space) -> tuple[Shard, dict[str, str]]:
     """Reads and checks all of a shard but its moments; returns it and its metadata. Raises Invalid, OSError."""
-    with open_regular_file(path) as (descriptor, size):
+    with open_to_read(path) as (descriptor, size):
         if size > max(_LARGEST_SHARD_BYTES, 2 * space.row_bytes):
             raise Invalid("it is larger than any shard")
         text = read_header(descriptor, size)
@@ -229,7 +220,7 @@ def sealed_rows(shard: Shard, rows: np.ndarray, space: Space) -> Iterator[tuple[
     """
     size = space.row_bytes
     longest = max(1, _READ_BYTES // size)
-    with open_regular_file(shard.path) as (descriptor, _):
+    with open_to_read(shard.path) as (descriptor, _):
         for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
             for begin in range(0, len(run), longest):
                 some = run[begin : begin + longest]
@@ -256,9 +247,14 @@ def keys_as_hex(rows: np.ndarray) -> list[str]:
 
 
 def list_shards(space_folder: Path) -> list[Path]:
-    """Returns the files named like shards, in the order of their names; none if the folder does not exist."""
+    """Returns the files named like shards, in the order of their names; none if the folder does not exist.
+
+    Raises:
+        OSError: when the folder cannot be listed, or is a link, which may lead out of the cache.
+    """
     if not _SPACE_NAME.fullmatch(space_folder.name) or not space_folder.is_dir():
         return []
+    files.refuse_links(space_folder / "any", below=space_folder.parent)
     with os.scandir(space_folder) as entries:
         return sorted(space_folder / entry.name for entry in entries if _SHARD_NAME.fullmatch(entry.name))
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gait_latents.common import charts
+from gait_latents.common import charts, files
 from gait_latents.common.console import show_name
 from gait_latents.images.split import Entry
 from gait_latents.latents import shard as shard_file
@@ -116,7 +116,7 @@ def _check_shard(path: Path, space: Space) -> _Check:
 
 def _file_digest(path: Path) -> str:
     """Returns the start of the SHA-256 of a file, as which a shard is named."""
-    with path.open("rb") as file:
+    with files.reading(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 

@@ -56,7 +56,11 @@ class Beginning:
 
     def to_json(self) -> dict[str, Any]:
         """Returns what the checkpoints of the new run say of this one."""
-        return {"place": self.place, "step": self.state.step, "digest": checkpoint.stamp(self.state.path)}
+        return {
+            "place": self.place,
+            "step": self.state.step,
+            "digest": checkpoint.stamp(self.state.path, follow_link=True),
+        }
 
 
 def read_beginning(place: str) -> Beginning:

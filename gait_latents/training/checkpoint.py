@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from gait_latents.common import files, json_text
@@ -40,13 +40,20 @@ class DamagedCheckpoint(Exception):
     """A file is no whole checkpoint; the text names it and says why."""
 
 
-def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+def save(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    *,
+    below: str | os.PathLike[str] | None = None,
+) -> None:
     """Publishes tensors of any device, and `meta`, as one file.
 
     Args:
         path: where to; a file of that name is replaced once the new one is whole.
         tensors: {name: tensor}; no two may share memory.
         meta: plain values as JSON knows them; tuples come back as lists.
+        below: as in `files.publish`.
 
     Raises:
         OSError: when the file cannot be published; what was there is untouched.
@@ -61,11 +68,14 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapp
     # a file of its own in place, with mode 0600 and no errno when that fails; both shuffle the metadata.
     order = sorted(stored, key=lambda name: (-stored[name].element_size(), name))  # keeps each tensor aligned
     header = _header({name: stored[name] for name in order}, facts)
-    files.publish(path, [header, *(_bytes(stored[name]) for name in order)])
+    files.publish(path, [header, *(_bytes(stored[name]) for name in order)], below=below)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(path: str | os.PathLike[str], *, follow_link: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads a file that `save` made; returns its tensors, on the CPU, and meta.
+
+    Args:
+        follow_link: as in `files.open_file`.
 
     Raises:
         DamagedCheckpoint: when it is not what `save` wrote.
@@ -74,7 +84,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     """
     path = Path(path)
     try:
-        facts, data = _read(path)
+        facts, data = _read(path, follow_link=follow_link)
         tensors = safetensors.torch.load(data)
     except (SafetensorError, _Unreadable) as error:
         raise DamagedCheckpoint(f"{path}: {str(error)[:100]}") from None
@@ -110,21 +120,33 @@ class _Unreadable(Exception):
     """A file cannot have been written by `save`; the text says why."""
 
 
-def _read(path: Path) -> tuple[dict[str, str], bytes]:
+def _read(path: Path, *, follow_link: bool) -> tuple[dict[str, str], bytes]:
     """Returns the metadata and the content of a file that is as long as the tensors that it lists.
 
     Both are checked before anything is read: a few bytes may claim to be terabytes, and a sparse file may have
     terabytes of nothing behind a few bytes.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a named pipe would wait; a folder is an OSError
-        raise _Unreadable("it is not a file")
-    with files.naming(path), path.open("rb") as file:
-        if _header_length(_start(file)) > _HEADER_BYTES:
+    with files.reading(path, follow_link=follow_link) as file:
+        start = _start(file)
+        if _header_length(start) > _HEADER_BYTES:
             raise _Unreadable("it does not begin like a checkpoint")
-        with safe_open(path, "numpy") as listed:  # looks at the header alone, and at the length of the file
-            facts = listed.metadata() or {}
+        facts, num_bytes = _listed(start[8:])
+        if num_bytes != os.fstat(file.fileno()).st_size - len(start):
+            raise _Unreadable("it is not as long as the tensors that it lists")
         file.seek(0)
         return facts, file.read()
+
+
+def _listed(header: bytes) -> tuple[dict[str, str], int]:
+    """Returns the metadata of a header, and how many bytes the tensors take that it lists; raises _Unreadable."""
+    try:
+        table = json_text.parse(header)
+        assert isinstance(table, dict)
+        facts = table.pop("__metadata__", {})
+        ends = [entry["data_offsets"][1] for entry in table.values()]
+        return dict(facts), max(ends, default=0)
+    except (AssertionError, LookupError, TypeError, ValueError) as error:
+        raise _Unreadable(f"its header cannot be read ({type(error).__name__}: {str(error)[:60]})") from None
 
 
 def _start(file: BinaryIO) -> bytes:
@@ -137,9 +159,9 @@ def _header_length(data: bytes) -> int:
     return int.from_bytes(data[:8], "little")
 
 
-def stamp(path: Path) -> str:
+def stamp(path: Path, *, follow_link: bool = False) -> str:
     """Returns a digest of the header, which no other save has; the file need not be whole. Raises OSError."""
-    with path.open("rb") as file:
+    with files.reading(path, follow_link=follow_link) as file:
         return hashlib.sha256(_start(file)).hexdigest()  # the header holds the checksum of all the rest
 
 

@@ -1,6 +1,7 @@
 """A model for programs that do not have these modules: the averaged U-Net of a run, and all that sampling needs."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,5 +92,11 @@ def _to_json(facts: dict[str, Any]) -> bytes:
 
 def _refuse_to_replace(path: Path, data: bytes) -> None:
     """Raises UserError when another file has that name: neither an earlier export nor a stranger's file is lost."""
-    if path.exists() and not (path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data):
+    if not os.path.lexists(path):
+        return
+    try:
+        is_same = files.read_whole(path, at_most=len(data)) == data
+    except OSError:  # it is longer, no file, a link, or cannot be read
+        is_same = False
+    if not is_same:
         raise UserError(f"{path} is there already and differs; remove it, or give another --output_folder")

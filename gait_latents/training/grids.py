@@ -91,7 +91,8 @@ class GridMaker:
             columns = self.settings.num_samples
             rows = [images[start : start + columns] for start in range(0, len(images), columns)]
             picture = pictures.labelled_grid(rows, self.names)
-            pictures.save_picture(picture, path)
+            self.metrics.check_folder()
+            pictures.save_picture(picture, path, below=self.folder)
             self.show(step, picture)
             message += f"; see {path}"
         say(message)
@@ -111,7 +112,8 @@ class GridMaker:
         except Exception as error:
             self._go_on_without_charts(error)
         else:
-            files.publish(self.folder / LOSS_NAME, picture)
+            self.metrics.check_folder()
+            files.publish(self.folder / LOSS_NAME, picture, below=self.folder)
 
     def _go_on_without_charts(self, error: Exception) -> None:
         self.can_chart = False

@@ -38,7 +38,11 @@ class TrainingLoop:
         self.trainer, self.plan, self.settings, self.ranks = trainer, plan, plan.settings, trainer.ranks
         with self.ranks.together():
             self.metrics = Metrics(
-                plan.results, step=trainer.finished_steps, earlier=plan.origin, writes=self.ranks.is_main
+                plan.results,
+                step=trainer.finished_steps,
+                earlier=plan.origin,
+                writes=self.ranks.is_main,
+                check_folder=trainer.check_folder,
             )
             self.trackers = open_trackers(self.settings, trainer.finished_steps, self.metrics, plan.origin)
         self.grids = GridMaker(
@@ -127,7 +131,7 @@ class TrainingLoop:
             raise Stopped(reason)
         with self.ranks.together():  # so that no process leaves before rank 0 has saved
             if trainer.saved_step != trainer.finished_steps:
-                trainer.save(self.plan.results, with_average=False)
+                trainer.save(with_average=False)
         say(f"stopped {why} at step {trainer.finished_steps:,}; saved, and the same command goes on from there")
         if reason != TIME_IS_UP:
             raise Stopped(reason)
@@ -164,7 +168,7 @@ class TrainingLoop:
 
     def _rehearse(self) -> None:
         """Saves and samples once after the first step, so that what cannot work fails now and not hours later."""
-        self.trainer.save(self.plan.results, with_average=False)
+        self.trainer.save(with_average=False)
         if self.ranks.is_main:
             if self.settings.num_samples:
                 say("the first step is saved; a sample is tried now, so that what cannot work fails at once")
@@ -183,7 +187,7 @@ class TrainingLoop:
 
         try:
             with ranks.while_main_works(topic, between), self.trainer.dataset.watched(between):
-                self.trainer.save(self.plan.results)
+                self.trainer.save()
                 if ranks.is_main:
                     self.grids.make(step, between=between)
         except Stopped:

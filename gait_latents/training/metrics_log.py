@@ -1,6 +1,7 @@
 """metrics.jsonl: a line of figures every log_every steps."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,24 @@ class Metrics:
     Args:
         earlier: the run folder to take the lines from where `folder` has none.
         writes: whether to write the file; of several processes of a run only one does.
+        check_folder: called before something is written; raises where the folder is not there any more.
+
+    Raises:
+        OSError: when the file is there and cannot be read, or is a link.
     """
 
-    def __init__(self, folder: Path, *, step: int, earlier: Path | None = None, writes: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        step: int,
+        earlier: Path | None = None,
+        writes: bool = True,
+        check_folder: Callable[[], None] = lambda: None,
+    ) -> None:
         self.on_row: Callable[[dict[str, Any]], None] = lambda row: None
-        self.path, self.writes = folder / METRICS_NAME, writes
-        source = self.path if self.path.exists() else (earlier or folder) / METRICS_NAME
+        self.path, self.writes, self.check_folder = folder / METRICS_NAME, writes, check_folder
+        source = self.path if os.path.lexists(self.path) else (earlier or folder) / METRICS_NAME
         self.rows = [row for row in _read_rows(source) if row["step"] <= step]
         if writes:
             files.publish(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
@@ -33,8 +46,8 @@ class Metrics:
         self.rows.append(row)
         if not self.writes:
             return
-        with files.naming(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self.check_folder()
+        files.append(self.path, f"{json.dumps(row)}\n".encode())
         self.on_row(row)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:

@@ -222,8 +222,10 @@ def _facts(plan: TrainingPlan) -> dict[str, object]:
         if name != "device" and not spec.path  # a machine may have its own folders
     }
     state = plan.state
-    step, digest = ("none", "none") if state is None else (state.step, checkpoint.stamp(state.path)[:16])
-    first = "none" if plan.beginning is None else checkpoint.stamp(plan.beginning.state.path)[:16]
+    step, digest = (
+        ("none", "none") if state is None else (state.step, checkpoint.stamp(state.path, follow_link=True)[:16])
+    )
+    first = "none" if plan.beginning is None else plan.beginning.to_json()["digest"][:16]
     return {
         "a run at step": step,
         "a saved state of the digest": digest,

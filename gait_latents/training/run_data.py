@@ -13,6 +13,7 @@ from gait_latents.common.process import StopSignals
 from gait_latents.images import changes, data_report, reading, selection, windows
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import Split, read_split
+from gait_latents.latents import cache as latent_cache
 from gait_latents.latents import filling, opening, vae_fit
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
@@ -68,7 +69,7 @@ def _open(plan: TrainingPlan, device: torch.device, ranks: Ranks) -> Data:
     _check_same_space(plan, chosen)
     if plan.beginning is not None:
         warn_of_seen_tests(plan.beginning, split)
-    reason = files.why_not_writable(folder)
+    reason = latent_cache.why_not_writable(folder, chosen.space)
     if reason is not None:
         say(f"cannot write to {folder} ({reason}); new latents stay in memory")
     cache = LatentCache(folder, chosen.space, writable=reason is None)
@@ -243,7 +244,8 @@ def write_cache_defaults(plan: TrainingPlan, data: Data) -> None:
     if plan.manifest is not None or not cache.writable:
         return
     try:
-        files.publish(plan.cache_folder / SPLIT_NAME, data.split.to_bytes())
+        cache.claim_folder()
+        files.publish(plan.cache_folder / SPLIT_NAME, data.split.to_bytes(), below=plan.cache_folder)
         opening.record_manifest(plan.cache_folder, plan.settings, data.chosen, len(data.dataset))
     except OSError as error:
         _go_on_in_memory(error)

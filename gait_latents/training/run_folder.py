@@ -9,6 +9,7 @@ results/grid-00002000.png, loss.png
 results/tensorboard/                the same figures and grids as events, where TensorBoard is installed
 """
 
+import hashlib
 import os
 import re
 from contextlib import suppress
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 
 from gait_latents.common import files, mounts
 from gait_latents.common.console import warn
-from gait_latents.common.errors import UserError, let_shortage_pass
+from gait_latents.common.errors import Failed, UserError, let_shortage_pass
 from gait_latents.common.layout import SETTINGS_NAME, SPLIT_NAME
-from gait_latents.images.split import Split
+from gait_latents.images.split import LARGEST_SPLIT_BYTES, Split
 from gait_latents.training import checkpoint
 from gait_latents.training.checkpoint import DamagedCheckpoint
 from gait_latents.training.optimizer_state import expected_bytes
@@ -49,10 +50,68 @@ def grid_name(step: int) -> str:
     return f"grid-{step:08d}.png"
 
 
-def write_plan(folder: Path, settings_yaml: str, split: Split) -> None:
-    """Publishes the settings and the split of a run; when it goes on, some settings may have changed."""
-    files.publish(folder / SETTINGS_NAME, settings_yaml.encode())
-    files.publish(folder / SPLIT_NAME, split.to_bytes())
+class OpenFolder:
+    """The folder of a run that is under way, known by its settings and its split, which this publishes.
+
+    When it goes on, some settings may have changed. Once it is open, nothing makes it anew: what a process would put
+    into another folder of the same name could not be gone on with.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path, settings_yaml: str, split: Split) -> None:
+        self.path = path
+        contents = {path / SETTINGS_NAME: settings_yaml.encode(), path / SPLIT_NAME: split.to_bytes()}
+        for name, content in contents.items():
+            files.publish(name, content)
+        self._digests = {name: hashlib.sha256(content).digest() for name, content in contents.items()}
+        self._note_identity()
+
+    def _note_identity(self) -> None:
+        self._folder = _identity(self.path)
+        self._files = {name: _identity(name) for name in self._digests}
+
+    def check(self) -> None:
+        """Raises Failed where the folder is gone, empty, or another one."""
+        if not self._is_there():
+            raise Failed(
+                f"the results folder {self.path} is not there any more: it was removed, renamed or replaced while this "
+                "training ran, which ends here and makes none anew; put the folder back, and the same command goes on "
+                "from its last save"
+            )
+
+    def _is_there(self) -> bool:
+        """Says whether one of the two files is the very one in the very folder, or both have the same content.
+
+        Some network file systems number their files anew from time to time; and a user may edit or remove one file.
+        """
+        if _identity(self.path) == self._folder and any(_identity(name) == one for name, one in self._files.items()):
+            return True
+        if not all(_has_digest(name, digest) for name, digest in self._digests.items()):
+            return False
+        self._note_identity()
+        return True
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Returns what no other file or folder has, as long as this one is there; None where there is none.
+
+    The number of a file that was removed is soon given to another one, which was not changed in the same nanosecond.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    changed = () if path.is_dir() else (status.st_mtime_ns,)
+    return status.st_dev, status.st_ino, *changed
+
+
+def _has_digest(path: Path, digest: bytes) -> bool:
+    try:
+        return hashlib.sha256(files.read_whole(path, at_most=LARGEST_SPLIT_BYTES)).digest() == digest
+    except OSError:
+        return False
 
 
 # --- which files are whole ---------------------------------------------------------------------------------
@@ -208,9 +267,9 @@ def newest_averages(folder: Path) -> SavedState | None:
 
 
 def read_state(path: Path) -> SavedState:
-    """Reads one checkpoint file."""
+    """Reads one checkpoint file that the user names, which may be a link."""
     try:
-        return _saved_state(WholeFile(path, *checkpoint.load(path), []))
+        return _saved_state(WholeFile(path, *checkpoint.load(path, follow_link=True), []))
     except DamagedCheckpoint as error:
         raise UserError(f"not a whole checkpoint: {error}; give another, or the folder of the run") from error
 

@@ -6,6 +6,7 @@ tracker that fails while training goes on is dropped with one warning.
 
 import importlib.util
 import os
+import re
 import secrets
 import socket
 import time
@@ -20,6 +21,7 @@ from gait_latents.common.console import harmless, warn
 from gait_latents.common.errors import UserError
 
 TENSORBOARD_FOLDER, WANDB_ID_NAME = "tensorboard", "wandb_id.txt"
+_WANDB_FOLDER = "wandb"  # which wandb makes in the folder of the run
 _GRID_TAG = "grid"
 _LARGEST_ID_BYTES = 1000
 
@@ -97,6 +99,7 @@ class Trackers:
 
     def _open_tensorboard(self, folder: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         place = folder / TENSORBOARD_FOLDER
+        files.refuse_links(place / "any", below=folder)
         is_new = not any(place.glob("*tfevents*"))
         tracker = TensorBoard(place, first_step=step + 1)
         self._open["tensorboard"] = tracker
@@ -153,9 +156,8 @@ class TensorBoard:
         self._proto = importlib.import_module("tensorboard.compat.proto.event_pb2")
         self._summary = importlib.import_module("tensorboard.compat.proto.summary_pb2").Summary
         records = importlib.import_module("tensorboard.summary.writer.record_writer")
-        folder.mkdir(parents=True, exist_ok=True)
-        # Files are read in the order of their names; one of the same second would else come in any order.
-        name = f"events.out.tfevents.{time.time():.3f}.{socket.gethostname()}.{os.getpid()}"
+        folder.mkdir(exist_ok=True)  # in the folder of the run, which is there
+        name = f"events.out.tfevents.{_next_time(folder)}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("xb")
         self._records = records.RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
@@ -186,6 +188,20 @@ class TensorBoard:
         self._file.close()
 
 
+_EVENTS_NAME = re.compile(r"events\.out\.tfevents\.([0-9]{1,10})\..*", re.DOTALL)
+
+
+def _next_time(folder: Path) -> str:
+    """Returns the time to name an event file by, in seconds: now, but later than those in the names that are there.
+
+    The files are read in the order of their names, and the clock may have been set back since the last one. Of one
+    second, they would else come in any order.
+    """
+    found = (_EVENTS_NAME.fullmatch(path.name) for path in folder.iterdir())
+    last = max((int(match[1]) for match in found if match), default=0)
+    return f"{max(time.time(), last + 1.0):014.3f}"
+
+
 class WandB:
     """A run in Weights & Biases, or in its offline folder; a run that goes on is the same run there.
 
@@ -195,6 +211,7 @@ class WandB:
     def __init__(
         self, folder: Path, *, earlier: Path | None, project: str, run_name: str, settings: Mapping[str, Any]
     ) -> None:
+        files.refuse_links(folder / _WANDB_FOLDER / "any", below=folder)
         places = [folder] if earlier is None else [folder, earlier]
         known = (_read_id(place / WANDB_ID_NAME) for place in places)
         run_id = next(filter(None, known), None) or secrets.token_hex(4)
@@ -216,7 +233,7 @@ class WandB:
                 f"--trackers wandb cannot start ({reason}); log in with `wandb login`, set WANDB_MODE=offline, or "
                 "leave it out"
             ) from error
-        files.publish(folder / WANDB_ID_NAME, run_id.encode())
+        files.publish(folder / WANDB_ID_NAME, run_id.encode(), below=folder)
 
     def add_figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Takes the figures of a step."""

@@ -72,6 +72,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.auto_steps = AUTO_STEPS
         self.began_from: Mapping[str, Any] | None = None
+        self.folder: run_folder.OpenFolder | None = None  # where rank 0 saves, once `start` has opened it
         self.finished_steps = 0
         self.saved_step = -1
         # Stamps that the newest state in the results folder may have without being the save of another run.
@@ -93,7 +94,7 @@ class Trainer:
         compiled = self.choose_network(None if plan.state is None else plan.state.meta.compiled)
         told_threads = self._choose_threads(plan.state)
         if self.ranks.is_main:
-            run_folder.write_plan(plan.results, cli.to_yaml(self.settings), self.data.split)
+            self.folder = run_folder.OpenFolder(plan.results, cli.to_yaml(self.settings), self.data.split)
         parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
         shared = "" if self.ranks.count == 1 else f", {self.share} on each of {self.ranks.count} processes"
         passes = "" if self.pass_size == self.share else f" in passes of {self.pass_size}"
@@ -322,14 +323,26 @@ class Trainer:
 
     # --- saving ---
 
-    def save(self, folder: Path, *, with_average: bool = True) -> None:
-        """Publishes, on rank 0, the averaged weights alone and the full state; then drops older full states."""
+    def save(self, *, with_average: bool = True) -> None:
+        """Publishes, on rank 0, the averaged weights alone and the full state; then drops older full states.
+
+        Raises:
+            Failed: when that cannot be done, or the results folder is not there any more.
+        """
         self.check_finite()  # a step that was skipped would else be forgotten: it is not in the saved state
         if self.ranks.is_main:
-            self._publish(folder, with_average=with_average)
+            self._publish(with_average=with_average)
         self.saved_step = self.finished_steps
 
-    def _publish(self, folder: Path, *, with_average: bool) -> None:
+    def check_folder(self) -> None:
+        """Raises Failed where the results folder is not there any more; only rank 0 looks."""
+        if self.folder is not None:
+            self.folder.check()
+
+    def _publish(self, *, with_average: bool) -> None:
+        assert self.folder is not None  # since `start`
+        self.check_folder()
+        folder = self.folder.path
         self._refuse_foreign_save(folder)
         tensors, training = optimizer_state.pack_training_state(
             self.diffusion, self.ema.model, self.optimizer, self.scaler
@@ -340,13 +353,17 @@ class Trainer:
         try:
             if with_average:  # before the full state: a run that goes on from that one would not write them again
                 average = {name: value for name, value in tensors.items() if name.startswith("ema.")}
-                checkpoint.save(folder / run_folder.ema_name(self.finished_steps), average, meta.to_json())
+                checkpoint.save(
+                    folder / run_folder.ema_name(self.finished_steps), average, meta.to_json(), below=folder
+                )
             checkpoint.save(
                 folder / run_folder.full_name(self.finished_steps),
                 tensors,
                 replace(meta, training=training).to_json(),
+                below=folder,
             )
         except OSError as error:
+            self.check_folder()
             raise Failed(
                 f"the checkpoint of step {self.finished_steps:,} could not be saved in {folder}: "
                 f"{error.strerror or error}; earlier ones are whole"

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from os_faults import fault_at, fork, raising, wait_for
+from os_faults import dead_process, fault_at, fork, raising, wait_for
 from properties import given, settings, st
 
 from gait_latents.common import files
@@ -241,12 +241,6 @@ def test_can_write_says_no_for_read_only_and_full_disks(tmp_path, call, number):
 
 
 # --- temporaries -------------------------------------------------------------------------------------------
-
-
-def dead_process() -> int:
-    process = fork(lambda: None)
-    wait_for(process)
-    return process
 
 
 def temporary(folder: Path, *, process: int, host: str | None = None, age_hours: float = 0.0) -> Path:

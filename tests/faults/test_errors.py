@@ -341,11 +341,18 @@ def _files(folder: Path) -> dict[str, bytes]:
 UNREADABLE = Path("/proc/self/mem")  # a file whose first byte gives EIO
 
 
-def _cannot_read(path: Path) -> None:
+@contextmanager
+def _cannot_read(path: Path) -> Iterator[None]:
+    """Opens a file that gives EIO in the place of another."""
     if not UNREADABLE.exists():
         pytest.skip(f"this system has no {UNREADABLE}")
-    path.unlink()
-    path.symlink_to(UNREADABLE)
+    real = os.open
+
+    def open_it(place: str | os.PathLike[str], *how: int) -> int:
+        return real(UNREADABLE if os.fspath(place) == str(path) else place, *how)
+
+    with mock.patch.object(os, "open", open_it):
+        yield
 
 
 def test_a_file_that_cannot_be_read_is_named(trained, tmp_path, account):
@@ -354,9 +361,9 @@ def test_a_file_that_cannot_be_read_is_named(trained, tmp_path, account):
     tally = Tally()
     for i, name in enumerate(names):
         root = shutil.copytree(trained, tmp_path / str(i))
-        _cannot_read(root / name)
         before = averages(root / "results")
-        code, text = said(lambda root=root: _train(root, train_num_steps=pipeline.STEPS + 1))
+        with _cannot_read(root / name):
+            code, text = said(lambda root=root: _train(root, train_num_steps=pipeline.STEPS + 1))
         is_kept = averages(root / "results") == before and run_folder.newest_state(root / "results") is not None
         tally += Tally(1, int(not is_kept), sum([code == 0, not is_one_sentence(code, text, root / name)]))
     account.add("a file that cannot be read", "EIO at its first byte", **vars(tally))
@@ -366,8 +373,8 @@ def test_a_state_that_cannot_be_read_is_no_new_start(trained, tmp_path, account)
     root = shutil.copytree(trained, tmp_path / "world")
     expected = _trained(root)
     newest = root / "results" / run_folder.full_name(pipeline.STEPS)
-    _cannot_read(newest)
-    code, text = said(lambda: _train(root))
+    with _cannot_read(newest):
+        code, text = said(lambda: _train(root))
     is_told = f"warning: {newest}: Input/output error; taking the one before" in text
     tally = verdict(
         lost="going on from step 4" not in text, wrong=code != 0 or not is_told or _trained(root) != expected

@@ -35,7 +35,7 @@ import generate as generate_script
 import preprocess_latents
 import train_latent_cfg
 from gait_latents import export
-from gait_latents.common import files, layout
+from gait_latents.common import cli, files, layout
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import METRICS_NAME, SETTINGS_NAME, SPLIT_NAME
 from gait_latents.evaluation import report
@@ -198,8 +198,7 @@ def test_what_is_no_file_but_named_like_a_shard_is_reported_and_skipped(tmp_path
         verify(cache, [key(0)])
         return [Path(line.split(": ")[0]).name[0] for line in cache.problems]
 
-    # A link that leads nowhere is a shard that somebody has merged meanwhile: no problem.
-    assert in_child(open_it)[0] == ["a", "b", "d", "e", "f"]
+    assert in_child(open_it)[0] == ["a", "b", "c", "d", "e", "f"]
     account.add("no file where a shard should be", "folder, links, pipe, device, empty", cases=len(ODDITIES) + 1)
 
 
@@ -1138,6 +1137,7 @@ def test_the_limits_that_are_promised_are_those_of_the_code() -> None:
         f"files above {shard_file._LARGEST_SHARD_BYTES >> 30} GiB": shard_file._LARGEST_SHARD_BYTES % (1 << 30),
         f"above {manifest._LARGEST_MANIFEST_BYTES >> 20} MiB": manifest._LARGEST_MANIFEST_BYTES % (1 << 20),
         f"headers above {checkpoint._HEADER_BYTES >> 20} MiB": checkpoint._HEADER_BYTES % (1 << 20),
+        f"| above {cli._LARGEST_CONFIG_BYTES >> 20} MiB;": cli._LARGEST_CONFIG_BYTES % (1 << 20),
         f"files above {reading.MAX_FILE_BYTES >> 20} MiB": reading.MAX_FILE_BYTES % (1 << 20),
         f"{reading.MAX_PIXELS:,} pixels": 0,
         f"above 1 GiB and {generated.LARGEST_RECORD_BYTES >> 20} MiB": generated.LARGEST_RECORD_BYTES % (1 << 20),

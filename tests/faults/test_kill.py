@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pipeline
@@ -109,8 +110,8 @@ def telling(tell: Tell) -> Iterator[None]:
     """Tells each row that was encoded, and after they have returned the saves and each row that was published."""
     save, put, publish = checkpoint.save, LatentCache.put, LatentCache._publish_shard
 
-    def told_save(path, tensors, meta) -> None:
-        save(path, tensors, meta)
+    def told_save(path, tensors, meta, **where) -> None:
+        save(path, tensors, meta, **where)
         tell(f"saved {Path(path).name} {digest(tensors)}")
 
     def told_put(cache, keys, *rest) -> None:
@@ -354,11 +355,11 @@ def test_kills_while_a_run_saves(world, reference, account, is_long):
     expected, publish, tally = trained(world), disk_files.publish, Tally()
 
     def train_and_die(name: str, call: str, after: bool, tell: Tell) -> None:
-        def deadly_publish(path: Path, data: list) -> None:
+        def deadly_publish(path: Path, data: list, **where: Any) -> None:
             is_last = (path.parent / run_folder.full_name(STEPS)).exists()
             is_due = path.name == name and (is_last or name != "loss.png")
             with fault_at(0 if is_due else None, killing(after=after), only=(call,)):
-                publish(path, data)
+                publish(path, data, **where)
 
         with mock.patch.object(disk_files, "publish", deadly_publish):
             _train(world, HALF, tell)
@@ -386,9 +387,9 @@ def test_kills_while_generating(trained, tmp_path, account):
         assert pipeline.generate(trained, output_folder=folder, classes=["ID_1"]) == 0
 
     def run_and_die(place: int, tell: Tell) -> None:
-        def deadly_publish(path: Path, data: bytes) -> None:
+        def deadly_publish(path: Path, data: bytes, **where: Any) -> None:
             with fault_at(0 if next(places) == place else None, killing(after=False), only=("rename",)):
-                publish(path, data)
+                publish(path, data, **where)
 
         with nothing_synced(), mock.patch.object(disk_files, "publish", deadly_publish):
             run(tell)
@@ -414,10 +415,10 @@ def test_a_kill_before_the_manifest_and_a_training_run(world, account):
     def encode_and_die(before: str, tell: Tell) -> None:
         publish = disk_files.publish
 
-        def deadly_publish(path: Path, data: bytes) -> None:
+        def deadly_publish(path: Path, data: bytes, **where: Any) -> None:
             if path.name == before:
                 os.kill(os.getpid(), signal.SIGKILL)
-            publish(path, data)
+            publish(path, data, **where)
 
         with nothing_synced(), mock.patch.object(disk_files, "publish", deadly_publish):
             pipeline.preprocess(world)

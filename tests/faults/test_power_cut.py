@@ -1,23 +1,43 @@
 """The power cut, modelled: whatever the disk may have kept, what was acknowledged is there and nothing is wrong."""
 
+import io
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from unittest import mock
 
 import pipeline
 import pytest
-from disk_model import Disk, power_cuts, put_down, recording
+import tiny_cache
+from disk_model import Disk, drawn_power_cuts, power_cuts, put_down, recording
 from os_faults import Tally, Tell, nothing_synced
-from publishings import WORKS, Work
+from publishings import (
+    CHECKPOINT,
+    FIRST_SHARD,
+    MANIFEST,
+    MERGE,
+    NEW_FOLDERS,
+    PRUNE,
+    REPLACED_FILE,
+    SECOND_SHARD,
+    WORKS,
+    Work,
+)
 from test_kill import Reference, Told, telling
+from tiny_checkpoint import same, tiny_tensors
 
+from gait_latents.common import files
+from gait_latents.common.errors import UserError
 from gait_latents.images.split import read_split
 from gait_latents.latents import cache as latent_cache
 from gait_latents.latents import manifest
 from gait_latents.latents import shard as shard_file
+from gait_latents.latents.cache import LatentCache
+from gait_latents.training import run_folder
 
 # --- the model ---------------------------------------------------------------------------------------------
 
@@ -173,3 +193,129 @@ def test_a_power_cut_while_training(world, account, is_long):
     assert looked.cases > 100
     account.add("power cut while training", "each state of the disk", **vars(looked))
     account.add("power cut while training", "goes on to its end", **vars(repeated))
+
+
+# --- a disk that lies --------------------------------------------------------------------------------------
+
+
+def test_in_the_model_a_disk_that_lies_may_have_lost_what_was_synced(tmp_path):
+    for name in ("before", "folder"):
+        (tmp_path / name).mkdir()
+    with recording(tmp_path / "folder") as recorder:
+        files.publish(tmp_path / "folder" / "new", b"ab")
+    states = list(drawn_power_cuts(tmp_path / "before", recorder.events, num_draws=50, seed=0))
+    assert all(state in states for state in ({}, {"new": b""}, {"new": b"a\0"}, {"new": b"ab"}))
+
+
+SEALED_WORKS = [work for work in WORKS if work not in (REPLACED_FILE, NEW_FOLDERS)]  # no plain file can tell a torn one
+
+
+@pytest.mark.parametrize("work", SEALED_WORKS, ids=str)
+def test_a_disk_that_lies_about_fsync(work, tmp_path, account, is_long):
+    """What was acknowledged may be lost; nothing is wrong, and all is there once it is done again."""
+    before, folder, after = tmp_path / "before", tmp_path / "folder", tmp_path / "after"
+    work.prepare(before)
+    shutil.copytree(before, folder)
+    with recording(folder) as recorder:
+        work.run(folder, lambda line: None)
+    tally = Tally()
+    for state in drawn_power_cuts(before, recorder.events, num_draws=60 if is_long else 12, seed=1):
+        put_down(state, after)
+        wrong = num_wrong(after)
+        with nothing_synced():
+            work.run(after, lambda line: None)
+            is_done = work not in ROW_WORKS or _has_all_rows(after / "cache")
+        if work is CHECKPOINT:
+            is_done = run_folder.find_newest(after).meta["step"] == 4  # type: ignore[union-attr]
+        if work is MANIFEST:
+            is_done = manifest.read_manifest(after).settings["version"] == 2  # type: ignore[union-attr]
+        tally += Tally(1, int(not is_done), wrong + num_wrong(after))
+    assert tally.cases >= 8
+    account.add("a disk that lies about fsync", f"{work}, states drawn", **vars(tally))
+
+
+ROW_WORKS = (FIRST_SHARD, SECOND_SHARD, MERGE, PRUNE)
+
+
+def num_wrong(folder: Path) -> int:
+    """Counts what a folder serves, of rows, manifest, split and states, that was never stored."""
+    rows = tiny_cache.reader(folder / "cache")
+    wrong = len(tiny_cache.strangers(rows, range(4)))
+    tiny_cache.found_rows(rows, range(4))  # asserts that each is right
+    with suppress(UserError):  # which names the damaged file, and what to do
+        found = manifest.read_manifest(folder)
+        wrong += found is not None and found.settings["version"] not in (1, 2)
+    with suppress(UserError):
+        split = read_split(folder)
+        wrong += split is not None and split.classes != ("ID_1",)
+    with suppress(UserError):
+        state = run_folder.find_newest(folder)
+        wrong += state is not None and not same(state.tensors, tiny_tensors(state.meta["step"]))
+    return wrong
+
+
+def _has_all_rows(folder: Path) -> bool:
+    """Stores the rows that are missing, as a later process would, and says whether all are there then."""
+    cache = LatentCache(folder, tiny_cache.SPACE, writable=True)
+    missing = sorted(set(range(4)) - set(tiny_cache.found_rows(cache, range(4))))
+    if missing:
+        tiny_cache.put(cache, missing)
+        cache.flush()
+    return tiny_cache.found_rows(tiny_cache.reader(folder), range(4)) == list(range(4))
+
+
+def lie_to_script(command: Command, world: Path, end: Callable[[Path], tuple], *, num_states: int) -> Tally:
+    """Lets a script go on from states drawn of a disk that lied while it ran, until it is at its end.
+
+    Where it ends with a line that names a damaged file, that is removed, as the line says.
+    """
+    before, folder, after = world / "before", world / "folder", world / "after"
+    before.mkdir()
+    folder.mkdir()
+    with recording(folder) as recorder:
+        command(world, folder, lambda line: None)
+    states = list(drawn_power_cuts(before, recorder.events, num_draws=5, seed=2))
+    tally = Tally()
+    for state in random.Random(3).sample(states, num_states):
+        put_down(state, after)
+        with nothing_synced():
+            _until_it_ends(lambda: command(world, after, lambda line: None), after)
+        tally += Tally(1, 0, int(end(after) != end(folder)))
+    return tally
+
+
+def _until_it_ends(command: Callable[[], object], root: Path) -> None:
+    for _ in range(5):  # manifest, split and states may each be damaged
+        output = io.StringIO()
+        try:
+            with redirect_stderr(output):
+                command()
+            return
+        except AssertionError:
+            lines = [line for line in output.getvalue().splitlines() if line.startswith("error: ")]
+            assert len(lines) == 1 and ("remove" in lines[0] or "move them away" in lines[0]), output.getvalue()
+            damaged = re.findall(r"(/\S+\.json) (?:is damaged|does not hold)", lines[0])
+            if "no checkpoint in" in lines[0] or "holds averaged weights of an earlier run" in lines[0]:
+                damaged = [str(path) for path in (root / "results").glob("*-*.safetensors")]
+            assert damaged, lines[0]
+            for path in damaged:
+                Path(path).unlink()
+    raise AssertionError("it does not come to its end")
+
+
+@pytest.mark.slow
+def test_a_disk_that_lied_while_encoding(world, account, is_long):
+    def end(folder: Path) -> tuple:
+        return pipeline.stored_moments(folder / "latents_cache"), read_split(folder / "latents_cache")
+
+    tally = lie_to_script(_encode, world, end, num_states=60 if is_long else 6)
+    account.add("a disk that lies about fsync", "encoding goes on to its end", **vars(tally))
+
+
+@pytest.mark.slow
+def test_a_disk_that_lied_while_training(world, account, is_long):
+    def end(folder: Path) -> tuple:
+        return pipeline.state_digests(folder / "results"), pipeline.stored_moments(folder / "latents_cache")
+
+    tally = lie_to_script(_train, world, end, num_states=40 if is_long else 6)
+    account.add("a disk that lies about fsync", "training goes on to its end", **vars(tally))

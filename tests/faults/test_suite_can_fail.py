@@ -98,15 +98,15 @@ def _open_shared(path: Path, flags: int, *mode: int) -> int:
     return os.open(path, (flags & ~os.O_EXCL) | os.O_TRUNC if flags & os.O_CREAT else flags, *mode)
 
 
-def _ignore_errors(path: Path, data: object, *, publish: Callable = files.publish) -> None:
+def _ignore_errors(path: Path, data: object, *, publish: Callable = files.publish, **where: object) -> None:
     with suppress(OSError):
-        publish(path, data)
+        publish(path, data, **where)
 
 
-def _remove_others_first(path: Path, data: object, *, publish: Callable = files.publish) -> None:
+def _remove_others_first(path: Path, data: object, *, publish: Callable = files.publish, **where: object) -> None:
     for other in path.parent.glob(f"*{path.suffix}"):
         other.unlink()
-    publish(path, data)
+    publish(path, data, **where)
 
 
 def _serve_unchecked(shard: object, rows: np.ndarray, space: object, *, read: Callable = shard_file.sealed_rows):

@@ -4,10 +4,14 @@ What was not synced may be there or not: of a file, its new content, its old one
 folder, each new, renamed or removed name by itself, and of a rename also both names. Real file systems leave fewer
 states (ext4 keeps the order of names; a rename is one step there), so that what is sound here is sound on them. What
 was synced is there: of a file its content, but not its name; of a folder its names, but not what is in the files.
+
+A disk that lies says that it has synced, and has not: then all that was written since the beginning may be lost. Such
+a disk has too many states to look at each, and some are drawn at random.
 """
 
 import itertools
 import os
+import random
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -123,14 +127,21 @@ class _Folder:
     def sync(self) -> None:
         self.synced, self.changes = dict(self.names), []
 
+    def _ways(self) -> list[tuple[Event | None, ...]]:
+        """Returns what may have become of each change."""
+        return [
+            (None, change, ("copy", *change[1:])) if change[0] == "move" else (None, change) for change in self.changes
+        ]
+
     def after_a_cut(self) -> Iterator[dict[str, "_File | _Folder"]]:
         """Yields the names that the folder may have."""
         assert len(self.changes) < 12, "so many unsynced names would take for ever"
-        ways = [
-            (None, change, ("copy", *change[1:])) if change[0] == "move" else (None, change) for change in self.changes
-        ]
-        for chosen in itertools.product(*ways):
-            yield _changed(self.synced, [change for change in chosen if change is not None])
+        for chosen in itertools.product(*self._ways()):
+            yield _changed(self.synced, filter(None, chosen))
+
+    def drawn_after_a_cut(self, draws: random.Random) -> dict[str, "_File | _Folder"]:
+        """Draws the names that the folder has."""
+        return _changed(self.synced, filter(None, [draws.choice(ways) for ways in self._ways()]))
 
 
 def _changed(names: dict[str, Any], changes: Iterable[Event]) -> dict[str, Any]:
@@ -148,14 +159,16 @@ def _changed(names: dict[str, Any], changes: Iterable[Event]) -> dict[str, Any]:
 
 
 class Disk:
-    """A disk under one folder, as it was made by the calls so far."""
+    """A disk under one folder, as it was made by the calls so far; one that lies does nothing on fsync."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = _read_folder(root)
+    def __init__(self, root: Path, *, lies: bool = False) -> None:
+        self._root, self._lies = _read_folder(root), lies
 
     def apply(self, event: Event) -> None:
         """Does what one recorded call did."""
         name, path, *rest = event
+        if name == "fsync" and self._lies:
+            return
         if name in ("write", "fsync"):
             self._change_content(self._find(path), *rest)
         elif name in ("create", "mkdir", "unlink", "rmdir", "rename"):
@@ -200,6 +213,20 @@ class Disk:
             files = {path: node for path, node in tree.items() if node is not None}
             for contents in itertools.product(*(sorted(node.after_a_cut()) for node in files.values())):
                 yield {**dict.fromkeys(tree), **dict(zip(files, contents, strict=True))}
+
+    def drawn_after_a_cut(self, draws: random.Random) -> State:
+        """Draws a state that the disk may be in when the power fails now; each change is there or not by itself."""
+        state: State = {}
+        waiting = [("", self._root)]
+        while waiting:
+            place, folder = waiting.pop()
+            for name, node in folder.drawn_after_a_cut(draws).items():
+                if isinstance(node, _Folder):
+                    state[f"{place}{name}"] = None
+                    waiting.append((f"{place}{name}/", node))
+                else:
+                    state[f"{place}{name}"] = draws.choice(sorted(node.after_a_cut()))
+        return state
 
 
 def _read_folder(path: Path) -> _Folder:
@@ -252,6 +279,21 @@ def power_cuts(before: Path, events: list[Event]) -> Iterator[tuple[State, list[
             if key not in seen:
                 seen.add(key)
                 yield state, told
+
+
+def drawn_power_cuts(before: Path, events: list[Event], *, num_draws: int, seed: int) -> Iterator[State]:
+    """Yields different states of a disk that lies, of `num_draws` drawn for a cut after each of the events."""
+    disk, draws, seen = Disk(before, lies=True), random.Random(seed), set()
+    for event in events:
+        if event[0] == "told":
+            continue
+        disk.apply(event)
+        for _ in range(num_draws):
+            state = disk.drawn_after_a_cut(draws)
+            key = frozenset(state.items())
+            if key not in seen:
+                seen.add(key)
+                yield state
 
 
 def put_down(state: State, folder: Path) -> Path:

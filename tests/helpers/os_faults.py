@@ -137,6 +137,13 @@ def wait_for(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+def dead_process() -> int:
+    """Returns the id of a process that has ended."""
+    process = fork(lambda: None)
+    wait_for(process)
+    return process
+
+
 class Child:
     """A forked child that tells lines to its parent, which stay told whatever then becomes of it."""
 

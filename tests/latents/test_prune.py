@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pipeline
 import pytest
@@ -230,11 +231,11 @@ def test_a_full_disk_is_made_room_on(crowded, monkeypatch, capsys):
     shutil.rmtree(crowded / "results")
     publish, room = files.publish, folder / pipeline.open_cache(folder).space.id
 
-    def full(path: Path, data: object) -> None:
+    def full(path: Path, data: object, **where: Any) -> None:
         spare = [place for place in folder.glob("*/*.safetensors") if place.parent != room]
         if spare or len(list(room.iterdir())) > 1:
             raise OSError(28, "No space left on device", str(path))
-        publish(path, data)  # type: ignore[arg-type]
+        publish(path, data, **where)  # type: ignore[arg-type]
 
     monkeypatch.setattr(files, "publish", full)
     monkeypatch.setattr(files, "why_not_writable", lambda place: "No space left on device")
@@ -251,7 +252,7 @@ def test_a_prune_that_cannot_publish_removes_nothing_that_is_needed(crowded, mon
     LatentCache(folder, pipeline.open_cache(folder).space, writable=True).merge()
     before = pipeline.stored_moments(folder)
 
-    def full(path: Path, data: object) -> None:
+    def full(path: Path, data: object, **where: Any) -> None:
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(files, "publish", full)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from event_files import read_events, shown_scalars
 from PIL import Image
 from pipeline import HALF, STEPS, assert_same_run, at_step, one_error, train
 
@@ -42,20 +43,6 @@ def expected_scalars(results: Path) -> dict[str, list[tuple[int, float]]]:
         for name, value in flat_figures(row).items():
             found.setdefault(name, []).append((row["step"], float(np.float32(value))))
     return found
-
-
-def read_events(results: Path):
-    """Opens the event files of a run with the reader of TensorBoard itself."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(
-        str(results / "tensorboard"), size_guidance={"scalars": 0, "images": 0}, purge_orphaned_data=True
-    )
-    return events.Reload()
-
-
-def shown_scalars(results: Path) -> dict[str, list[tuple[int, float]]]:
-    events = read_events(results)
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 # --- TensorBoard -------------------------------------------------------------------------------------------
