@@ -213,7 +213,7 @@ def test_no_file_is_damaged_because_handles_ran_out(tmp_path):
         lambda: files.read_whole(tmp_path / "ID_1" / "1.png", at_most=1 << 20),
         lambda: run_folder.find_newest(tmp_path),
         lambda: folders.list_images(tmp_path),
-        lambda: shard.open_regular_file(tmp_path / "ID_1" / "1.png").__enter__(),
+        lambda: shard.open_to_read(tmp_path / "ID_1" / "1.png").__enter__(),
     )
 
     def without_handles() -> None:

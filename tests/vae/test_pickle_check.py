@@ -311,7 +311,7 @@ def contents_of_checkpoints():
     network(torch.rand(2, 3, 8, 8)).sum().backward()
     optimizer.step()
     marked = torch.nn.Parameter(torch.rand(3))
-    marked.is_special = True
+    marked.is_special = True  # pyright: ignore[reportAttributeAccessIssue]
     shared = torch.rand(6)
     return {
         "state": network.state_dict(),
