@@ -18,23 +18,45 @@ class Metrics:
     Args:
         earlier: the run folder to take the lines from where `folder` has none.
         writes: whether to write the file; of several processes of a run only one does.
+        check: called with the step before a line is written; raises an error where another training writes there.
     """
 
-    def __init__(self, folder: Path, *, step: int, earlier: Path | None = None, writes: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        step: int,
+        earlier: Path | None = None,
+        writes: bool = True,
+        check: Callable[[int], None] = lambda step: None,
+    ) -> None:
         self.on_row: Callable[[dict[str, Any]], None] = lambda row: None
-        self.path, self.writes = folder / METRICS_NAME, writes
+        self.path, self.writes, self._check = folder / METRICS_NAME, writes, check
         source = self.path if self.path.exists() else (earlier or folder) / METRICS_NAME
         self.rows = [row for row in _read_rows(source) if row["step"] <= step]
-        if writes:
-            files.publish(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        self._size = 0  # of the file, as this training has left it
+
+    def publish(self) -> None:
+        """Writes the file anew."""
+        if self.writes:
+            text = "".join(json.dumps(row) + "\n" for row in self.rows).encode()
+            files.publish(self.path, text)
+            self._size = len(text)
 
     def add(self, **row: Any) -> None:
-        """Appends one line."""
+        """Appends one line; a file that another has changed meanwhile is written anew."""
         self.rows.append(row)
         if not self.writes:
             return
-        with files.naming(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with files.naming(self.path), self.path.open("ab") as file:
+            self._check(row["step"])  # with the file open: another training that begins now has another file there
+            if file.tell() == self._size:
+                self._size += file.write((json.dumps(row) + "\n").encode())
+                is_whole = True
+            else:
+                is_whole = False
+        if not is_whole:
+            self.publish()
         self.on_row(row)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:

@@ -1,6 +1,6 @@
 """What a run keeps on disk: settings, split, checkpoints, metrics. One home for their names and meaning.
 
-results/settings.yaml               the settings of the run, itself a valid --config
+results/settings.yaml               the settings of the run, itself a valid --config; its first line: who writes here
 results/split.json                  which images it trains on
 results/state-00002000.safetensors  everything needed to go on; the last two are kept
 results/ema-00002000.safetensors    the averaged weights alone; one at every save
@@ -11,6 +11,7 @@ results/tensorboard/                the same figures and grids as events, where 
 
 import os
 import re
+import secrets
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from gait_latents.common import files, mounts
 from gait_latents.common.console import warn
-from gait_latents.common.errors import UserError
+from gait_latents.common.errors import Failed, UserError
 from gait_latents.common.layout import SETTINGS_NAME, SPLIT_NAME
 from gait_latents.images.split import Split
 from gait_latents.training import checkpoint
@@ -49,10 +50,80 @@ def grid_name(step: int) -> str:
     return f"grid-{step:08d}.png"
 
 
-def write_plan(folder: Path, settings_yaml: str, split: Split) -> None:
-    """Publishes the settings and the split of a run; when it goes on, some settings may have changed."""
-    files.publish(folder / SETTINGS_NAME, settings_yaml.encode())
-    files.publish(folder / SPLIT_NAME, split.to_bytes())
+# --- who writes here ---------------------------------------------------------------------------------------
+
+_WRITER = re.compile(rb"# written by the training ([0-9a-f]{32})\b")
+_LARGEST_SETTINGS_BYTES = 1 << 20
+Stamp = tuple[str, str]  # from `newest_stamp`
+
+
+class Writer:
+    """A training among those that may write in one run folder: the last that has begun to write there goes on.
+
+    It begins when its first step is taken, so that one that fails before it disturbs nobody, and puts a random word
+    into settings.yaml. One that finds the word of another there ends. There is no lock: a network file system may
+    ignore it, and a killed process on another machine would hold it for ever.
+
+    Args:
+        folder: of the run.
+        known: the newest state there when this training looked for one to go on from, from `newest_stamp`.
+        settings_yaml: the settings of the run; when it goes on, some may have changed.
+        split: of the run.
+    """
+
+    def __init__(self, folder: Path, known: Stamp | None, settings_yaml: str, split: Split) -> None:
+        self.folder, self.settings_yaml, self.split = folder, settings_yaml, split
+        self.word = secrets.token_hex(16)
+        self.has_begun = False
+        self._known: set[Stamp | None] = {None, known}  # what may be the newest state without being that of another
+
+    def begin(self, step: int) -> None:
+        """Publishes the settings with the word, and the split; does nothing when that is done already.
+
+        Raises:
+            Failed: when another training has saved here since this one looked, or begins just now.
+        """
+        if self.has_begun:
+            return
+        self._refuse_foreign_save(step)
+        line = f"# written by the training {self.word}, which ends when another takes this place\n"
+        files.publish(self.folder / SETTINGS_NAME, (line + self.settings_yaml).encode())
+        self.has_begun = True
+        self.check(step)
+        files.publish(self.folder / SPLIT_NAME, self.split.to_bytes())
+
+    def check(self, step: int) -> None:
+        """Raises Failed when another training writes here; called before each write, in which it names the step."""
+        if not self.has_begun:
+            return
+        word = _word_in(self.folder)
+        if word is None:  # the file was removed, or is that of an older version: saves alone can tell
+            self._refuse_foreign_save(step)
+        elif word != self.word:
+            raise self._in_company("it has begun to write there after", step)
+
+    def note_save(self) -> None:
+        """Remembers the newest state as this training's own."""
+        self._known.add(newest_stamp(self.folder))
+
+    def _refuse_foreign_save(self, step: int) -> None:
+        newest = newest_stamp(self.folder)
+        if newest is not None and newest not in self._known:
+            raise self._in_company(f"{newest[0]} there is not of", step)
+
+    def _in_company(self, why: str, step: int) -> Failed:
+        return Failed(
+            f"another training saves in {self.folder} too: {why} this process, which ends unsaved at step {step:,}; "
+            "let the other go on alone, or give each its own --results_folder"
+        )
+
+
+def _word_in(folder: Path) -> str | None:
+    """Returns the word of the training that has begun last to write in a run folder; None where it cannot be read."""
+    with suppress(OSError):
+        found = _WRITER.match(files.read_whole(folder / SETTINGS_NAME, at_most=_LARGEST_SETTINGS_BYTES))
+        return None if found is None else found[1].decode()
+    return None
 
 
 # --- which files are whole ---------------------------------------------------------------------------------
@@ -98,7 +169,7 @@ def _newest_whole(folder: Path, pattern: re.Pattern[str]) -> WholeFile | None:
     return None
 
 
-def newest_stamp(folder: str | os.PathLike[str]) -> tuple[str, str] | None:
+def newest_stamp(folder: str | os.PathLike[str]) -> Stamp | None:
     """Returns the name of the newest full state, whole or not, and a digest that no other save has.
 
     Returns None when there is no state or it cannot be read just now.
