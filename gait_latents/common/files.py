@@ -16,7 +16,7 @@ import stat
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 
 from gait_latents.common.errors import UserError, let_shortage_pass
@@ -71,15 +71,16 @@ def publish(
         raise
 
 
-def append(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes at the end of a file, which is made where there is none, and does not wait for the disk.
+@contextmanager
+def appending(path: str | os.PathLike[str]) -> Iterator[BufferedWriter]:
+    """Opens a file that is there to write at its end, which does not wait for the disk.
 
     Raises:
         OSError: naming `path`, when that fails, or when a link or anything else but a file has that name.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
     with naming(path), open(_open_regular(path, flags), "ab") as file:
-        file.write(data)
+        yield file
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:

@@ -98,9 +98,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                handler = signal.getsignal(number)
-                is_ignored = handler is signal.SIG_IGN and number in _IGNORED_BY_WISH
-                if handler is not None and not is_ignored:  # None: of a C library, and could not be put back
+                if number not in _IGNORED_BY_WISH or signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._note)
         return self
 

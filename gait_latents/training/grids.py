@@ -91,7 +91,7 @@ class GridMaker:
             columns = self.settings.num_samples
             rows = [images[start : start + columns] for start in range(0, len(images), columns)]
             picture = pictures.labelled_grid(rows, self.names)
-            self.metrics.check_folder()
+            self.metrics.check(step)
             pictures.save_picture(picture, path, below=self.folder)
             self.show(step, picture)
             message += f"; see {path}"
@@ -112,7 +112,7 @@ class GridMaker:
         except Exception as error:
             self._go_on_without_charts(error)
         else:
-            self.metrics.check_folder()
+            self.metrics.check(steps[-1])
             files.publish(self.folder / LOSS_NAME, picture, below=self.folder)
 
     def _go_on_without_charts(self, error: Exception) -> None:

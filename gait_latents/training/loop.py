@@ -21,6 +21,7 @@ from gait_latents.training import run_folder, trackers
 from gait_latents.training.grids import GridMaker
 from gait_latents.training.metrics_log import Metrics
 from gait_latents.training.plan import TrainingPlan
+from gait_latents.training.run_folder import Writer
 from gait_latents.training.trainer import Trainer
 
 _SETTLING_STEPS = 10  # the first steps of a process are slow, with compiling and the first save: no pace is measured
@@ -36,13 +37,14 @@ class TrainingLoop:
 
     def __init__(self, trainer: Trainer, plan: TrainingPlan) -> None:
         self.trainer, self.plan, self.settings, self.ranks = trainer, plan, plan.settings, trainer.ranks
+        self.writer = Writer(plan.results, plan.newest_save, cli.to_yaml(self.settings), trainer.data.split)
         with self.ranks.together():
             self.metrics = Metrics(
                 plan.results,
                 step=trainer.finished_steps,
                 earlier=plan.origin,
                 writes=self.ranks.is_main,
-                check_folder=trainer.check_folder,
+                check=self.writer.check,
             )
             self.trackers = open_trackers(self.settings, trainer.finished_steps, self.metrics, plan.origin)
         self.grids = GridMaker(
@@ -89,6 +91,7 @@ class TrainingLoop:
         self.clock.forecast(trainer.num_steps)
         done = trainer.finished_steps
         with self.ranks.together():
+            self._begin_to_write()
             if done % settings.log_every == 0:  # before a save, which holds the losses not told yet
                 self._log()
             if self._is_first_step:
@@ -99,6 +102,12 @@ class TrainingLoop:
                 self._save_and_sample()
                 self.clock.note_save(time.monotonic() - started)
         self._watch_step()
+
+    def _begin_to_write(self) -> None:
+        """Makes the results folder that of this training, on rank 0, after the first step that it has taken."""
+        if self.ranks.is_main and not self.writer.has_begun:
+            self.writer.begin(self.trainer.finished_steps)
+            self.metrics.publish()
 
     def _watch_step(self) -> None:
         if self.core_watch is not None:
@@ -130,8 +139,9 @@ class TrainingLoop:
             say(f"stopped {why} before the first step; {kept}the same command begins again")
             raise Stopped(reason)
         with self.ranks.together():  # so that no process leaves before rank 0 has saved
+            self._begin_to_write()
             if trainer.saved_step != trainer.finished_steps:
-                trainer.save(with_average=False)
+                trainer.save(self.writer, with_average=False)
         say(f"stopped {why} at step {trainer.finished_steps:,}; saved, and the same command goes on from there")
         if reason != TIME_IS_UP:
             raise Stopped(reason)
@@ -168,7 +178,7 @@ class TrainingLoop:
 
     def _rehearse(self) -> None:
         """Saves and samples once after the first step, so that what cannot work fails now and not hours later."""
-        self.trainer.save(with_average=False)
+        self.trainer.save(self.writer, with_average=False)
         if self.ranks.is_main:
             if self.settings.num_samples:
                 say("the first step is saved; a sample is tried now, so that what cannot work fails at once")
@@ -187,7 +197,7 @@ class TrainingLoop:
 
         try:
             with ranks.while_main_works(topic, between), self.trainer.dataset.watched(between):
-                self.trainer.save()
+                self.trainer.save(self.writer)
                 if ranks.is_main:
                     self.grids.make(step, between=between)
         except Stopped:

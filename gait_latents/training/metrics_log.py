@@ -19,7 +19,8 @@ class Metrics:
     Args:
         earlier: the run folder to take the lines from where `folder` has none.
         writes: whether to write the file; of several processes of a run only one does.
-        check_folder: called before something is written; raises where the folder is not there any more.
+        check: called with the step before something is written; raises an error where the folder is not there any more,
+            or another training writes there.
 
     Raises:
         OSError: when the file is there and cannot be read, or is a link.
@@ -32,23 +33,42 @@ class Metrics:
         step: int,
         earlier: Path | None = None,
         writes: bool = True,
-        check_folder: Callable[[], None] = lambda: None,
+        check: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.on_row: Callable[[dict[str, Any]], None] = lambda row: None
-        self.path, self.writes, self.check_folder = folder / METRICS_NAME, writes, check_folder
+        self.path, self.writes, self.check = folder / METRICS_NAME, writes, check
         source = self.path if os.path.lexists(self.path) else (earlier or folder) / METRICS_NAME
         self.rows = [row for row in _read_rows(source) if row["step"] <= step]
-        if writes:
-            files.publish(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        self._size = 0  # of the file, as this training has left it
+
+    def publish(self) -> None:
+        """Writes the file anew, in a folder that is there."""
+        if self.writes:
+            text = "".join(json.dumps(row) + "\n" for row in self.rows).encode()
+            files.publish(self.path, text, below=self.path.parent)
+            self._size = len(text)
 
     def add(self, **row: Any) -> None:
-        """Appends one line."""
+        """Appends one line; a file that another has changed or removed meanwhile is written anew."""
         self.rows.append(row)
         if not self.writes:
             return
-        self.check_folder()
-        files.append(self.path, f"{json.dumps(row)}\n".encode())
+        if not self._append((json.dumps(row) + "\n").encode(), row["step"]):
+            self.publish()
         self.on_row(row)
+
+    def _append(self, line: bytes, step: int) -> bool:
+        """Appends a line where the file is as this training has left it; returns False where it is not."""
+        try:
+            with files.appending(self.path) as file:
+                self.check(step)  # with the file open: another training that begins now has another file there
+                is_ours = file.tell() == self._size
+                if is_ours:
+                    self._size += file.write(line)
+                return is_ours
+        except FileNotFoundError:
+            self.check(step)  # the folder may be gone with it
+            return False
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Returns the steps and values of one figure, over the lines that have it."""

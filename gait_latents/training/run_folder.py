@@ -1,6 +1,6 @@
 """What a run keeps on disk: settings, split, checkpoints, metrics. One home for their names and meaning.
 
-results/settings.yaml               the settings of the run, itself a valid --config
+results/settings.yaml               the settings of the run, itself a valid --config; its first line: who writes here
 results/split.json                  which images it trains on
 results/state-00002000.safetensors  everything needed to go on; the last two are kept
 results/ema-00002000.safetensors    the averaged weights alone; one at every save
@@ -9,9 +9,10 @@ results/grid-00002000.png, loss.png
 results/tensorboard/                the same figures and grids as events, where TensorBoard is installed
 """
 
-import hashlib
+import operator
 import os
 import re
+import secrets
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from gait_latents.common import files, mounts
 from gait_latents.common.console import warn
 from gait_latents.common.errors import Failed, UserError, let_shortage_pass
 from gait_latents.common.layout import SETTINGS_NAME, SPLIT_NAME
-from gait_latents.images.split import LARGEST_SPLIT_BYTES, Split
+from gait_latents.images.split import Split
 from gait_latents.training import checkpoint
 from gait_latents.training.checkpoint import DamagedCheckpoint
 from gait_latents.training.optimizer_state import expected_bytes
@@ -50,48 +51,97 @@ def grid_name(step: int) -> str:
     return f"grid-{step:08d}.png"
 
 
-class OpenFolder:
-    """The folder of a run that is under way, known by its settings and its split, which this publishes.
+# --- who writes here ---------------------------------------------------------------------------------------
 
-    When it goes on, some settings may have changed. Once it is open, nothing makes it anew: what a process would put
-    into another folder of the same name could not be gone on with.
+_WRITER = re.compile(rb"# written by the training ([0-9a-f]{32})\b")
+_LARGEST_SETTINGS_BYTES = 1 << 20
+Stamp = tuple[str, str]  # from `newest_stamp`
 
-    Attributes:
-        path: the folder.
+
+class Writer:
+    """A training among those that may write in one run folder: the last that has begun to write there goes on.
+
+    It begins when its first step is taken, so that one that fails before it disturbs nobody, and puts a random word
+    into settings.yaml. One that finds the word of another there ends. There is no lock: a network file system may
+    ignore it, and a killed process on another machine would hold it for ever.
+
+    Once it has begun, nothing makes the folder anew: what it would put into another folder of the same name could not
+    be gone on with.
+
+    Args:
+        folder: of the run.
+        known: the newest state there when this training looked for one to go on from, from `newest_stamp`.
+        settings_yaml: the settings of the run; when it goes on, some may have changed.
+        split: of the run.
     """
 
-    def __init__(self, path: Path, settings_yaml: str, split: Split) -> None:
-        self.path = path
-        contents = {path / SETTINGS_NAME: settings_yaml.encode(), path / SPLIT_NAME: split.to_bytes()}
-        for name, content in contents.items():
-            files.publish(name, content)
-        self._digests = {name: hashlib.sha256(content).digest() for name, content in contents.items()}
-        self._note_identity()
+    def __init__(self, folder: Path, known: Stamp | None, settings_yaml: str, split: Split) -> None:
+        self.folder, self.settings_yaml, self.split = folder, settings_yaml, split
+        self.word = secrets.token_hex(16)
+        self.has_begun = False
+        self._identities: list[tuple[int, ...] | None] = []  # of the folder and of its two files
+        self._known: set[Stamp | None] = {None, known}  # what may be the newest state without being that of another
 
-    def _note_identity(self) -> None:
-        self._folder = _identity(self.path)
-        self._files = {name: _identity(name) for name in self._digests}
+    def begin(self, step: int) -> None:
+        """Publishes the settings with the word, and the split; does nothing when that is done already.
 
-    def check(self) -> None:
-        """Raises Failed where the folder is gone, empty, or another one."""
-        if not self._is_there():
+        Raises:
+            Failed: when another training has saved here since this one looked, or begins just now.
+        """
+        if self.has_begun:
+            return
+        self._refuse_foreign_save(step)
+        line = f"# written by the training {self.word}, which ends when another takes this place\n"
+        files.publish(self.folder / SETTINGS_NAME, (line + self.settings_yaml).encode())
+        files.publish(self.folder / SPLIT_NAME, self.split.to_bytes())
+        self._identities, self.has_begun = self._look(), True
+        self.check(step)
+
+    def check(self, step: int) -> None:
+        """Looks whether the folder is still that of this training; called before each write there.
+
+        Some network file systems number their files anew from time to time; and a user may edit or remove one file.
+
+        Args:
+            step: which the error names.
+
+        Raises:
+            Failed: when another training writes there, or the folder was removed, renamed, emptied or replaced.
+        """
+        if not self.has_begun:
+            return
+        word, (folder, *inside) = _word_in(self.folder), self._look()
+        is_same = folder is not None and folder == self._identities[0]
+        if word == self.word:
+            self._identities = [folder, *inside]
+        elif is_same and word is not None:
+            raise self._in_company("it has begun to write there after", step)
+        elif is_same and any(map(operator.eq, inside, self._identities[1:])):
+            self._refuse_foreign_save(step)  # settings.yaml was removed or edited: saves alone can tell
+        else:
             raise Failed(
-                f"the results folder {self.path} is not there any more: it was removed, renamed or replaced while this "
+                f"the results folder {self.folder} is not there any more: it was removed, renamed or replaced while this "
                 "training ran, which ends here and makes none anew; put the folder back, and the same command goes on "
                 "from its last save"
             )
 
-    def _is_there(self) -> bool:
-        """Says whether one of the two files is the very one in the very folder, or both have the same content.
+    def _look(self) -> list[tuple[int, ...] | None]:
+        return [_identity(place) for place in (self.folder, self.folder / SETTINGS_NAME, self.folder / SPLIT_NAME)]
 
-        Some network file systems number their files anew from time to time; and a user may edit or remove one file.
-        """
-        if _identity(self.path) == self._folder and any(_identity(name) == one for name, one in self._files.items()):
-            return True
-        if not all(_has_digest(name, digest) for name, digest in self._digests.items()):
-            return False
-        self._note_identity()
-        return True
+    def note_save(self) -> None:
+        """Remembers the newest state as this training's own."""
+        self._known.add(newest_stamp(self.folder))
+
+    def _refuse_foreign_save(self, step: int) -> None:
+        newest = newest_stamp(self.folder)
+        if newest is not None and newest not in self._known:
+            raise self._in_company(f"{newest[0]} there is not of", step)
+
+    def _in_company(self, why: str, step: int) -> Failed:
+        return Failed(
+            f"another training saves in {self.folder} too: {why} this process, which ends unsaved at step {step:,}; "
+            "let the other go on alone, or give each its own --results_folder"
+        )
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
@@ -107,11 +157,12 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     return status.st_dev, status.st_ino, *changed
 
 
-def _has_digest(path: Path, digest: bytes) -> bool:
-    try:
-        return hashlib.sha256(files.read_whole(path, at_most=LARGEST_SPLIT_BYTES)).digest() == digest
-    except OSError:
-        return False
+def _word_in(folder: Path) -> str | None:
+    """Returns the word of the training that has begun last to write in a run folder; None where it cannot be read."""
+    with suppress(OSError):
+        found = _WRITER.match(files.read_whole(folder / SETTINGS_NAME, at_most=_LARGEST_SETTINGS_BYTES))
+        return None if found is None else found[1].decode()
+    return None
 
 
 # --- which files are whole ---------------------------------------------------------------------------------
@@ -158,7 +209,7 @@ def _newest_whole(folder: Path, pattern: re.Pattern[str]) -> WholeFile | None:
     return None
 
 
-def newest_stamp(folder: str | os.PathLike[str]) -> tuple[str, str] | None:
+def newest_stamp(folder: str | os.PathLike[str]) -> Stamp | None:
     """Returns the name of the newest full state, whole or not, and a digest that no other save has.
 
     Returns None when there is no state or it cannot be read just now.

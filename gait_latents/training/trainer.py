@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from gait_latents.training.beginning import Beginning, begin
 from gait_latents.training.draws import StepDraws, draw_step
 from gait_latents.training.plan import TrainingPlan, batch_size, num_steps, pass_size, plain_errors
 from gait_latents.training.run_data import Data, encode_sample, fill, write_cache_defaults
-from gait_latents.training.run_folder import SavedState
+from gait_latents.training.run_folder import SavedState, Writer
 from gait_latents.training.run_meta import RunMeta
 from gait_latents.vae.norm import LatentNorm
 
@@ -72,19 +71,15 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.auto_steps = AUTO_STEPS
         self.began_from: Mapping[str, Any] | None = None
-        self.folder: run_folder.OpenFolder | None = None  # where rank 0 saves, once `start` has opened it
         self.finished_steps = 0
         self.saved_step = -1
-        # Stamps that the newest state in the results folder may have without being the save of another run.
-        self.known_saves: set[tuple[str, str] | None] = {None}
         self.losses: list[Tensor] = []  # of the steps since the last log line, left on the device
         self.sample_losses: list[tuple[Tensor, Tensor]] = []  # the same by sample: timesteps [b] and losses [b]
         self.grad_norm = torch.zeros((), device=device)
         self.first_bad_step = torch.full((), -1, device=device)
 
     def start(self, plan: TrainingPlan) -> None:
-        """Restores the saved state, or begins a new run; writes down settings and split."""
-        self.known_saves.add(plan.newest_save)
+        """Restores the saved state, or begins a new run."""
         if plan.state is not None:
             self._restore(plan.state)
         elif plan.beginning is not None:
@@ -93,8 +88,6 @@ class Trainer:
             self._fit_norm()
         compiled = self.choose_network(None if plan.state is None else plan.state.meta.compiled)
         told_threads = self._choose_threads(plan.state)
-        if self.ranks.is_main:
-            self.folder = run_folder.OpenFolder(plan.results, cli.to_yaml(self.settings), self.data.split)
         parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
         shared = "" if self.ranks.count == 1 else f", {self.share} on each of {self.ranks.count} processes"
         passes = "" if self.pass_size == self.share else f" in passes of {self.pass_size}"
@@ -323,27 +316,19 @@ class Trainer:
 
     # --- saving ---
 
-    def save(self, *, with_average: bool = True) -> None:
+    def save(self, writer: Writer, *, with_average: bool = True) -> None:
         """Publishes, on rank 0, the averaged weights alone and the full state; then drops older full states.
 
         Raises:
-            Failed: when that cannot be done, or the results folder is not there any more.
+            Failed: when that cannot be done, or the results folder is gone or that of another training.
         """
         self.check_finite()  # a step that was skipped would else be forgotten: it is not in the saved state
         if self.ranks.is_main:
-            self._publish(with_average=with_average)
+            self._publish(writer, with_average=with_average)
         self.saved_step = self.finished_steps
 
-    def check_folder(self) -> None:
-        """Raises Failed where the results folder is not there any more; only rank 0 looks."""
-        if self.folder is not None:
-            self.folder.check()
-
-    def _publish(self, *, with_average: bool) -> None:
-        assert self.folder is not None  # since `start`
-        self.check_folder()
-        folder = self.folder.path
-        self._refuse_foreign_save(folder)
+    def _publish(self, writer: Writer, *, with_average: bool) -> None:
+        folder = writer.folder
         tensors, training = optimizer_state.pack_training_state(
             self.diffusion, self.ema.model, self.optimizer, self.scaler
         )
@@ -353,9 +338,11 @@ class Trainer:
         try:
             if with_average:  # before the full state: a run that goes on from that one would not write them again
                 average = {name: value for name, value in tensors.items() if name.startswith("ema.")}
+                writer.check(self.finished_steps)
                 checkpoint.save(
                     folder / run_folder.ema_name(self.finished_steps), average, meta.to_json(), below=folder
                 )
+            writer.check(self.finished_steps)
             checkpoint.save(
                 folder / run_folder.full_name(self.finished_steps),
                 tensors,
@@ -363,12 +350,12 @@ class Trainer:
                 below=folder,
             )
         except OSError as error:
-            self.check_folder()
+            writer.check(self.finished_steps)
             raise Failed(
                 f"the checkpoint of step {self.finished_steps:,} could not be saved in {folder}: "
                 f"{error.strerror or error}; earlier ones are whole"
             ) from error
-        self.known_saves.add(run_folder.newest_stamp(folder))
+        writer.note_save()
         run_folder.prune(folder, step=self.finished_steps)
 
     def losses_by_sample(self) -> tuple[Tensor, Tensor]:
@@ -376,18 +363,6 @@ class Trainer:
         empty = (torch.zeros(0, dtype=torch.long), torch.zeros(0))
         times, losses = zip(*(self.sample_losses or [empty]), strict=True)
         return torch.cat(times), torch.cat(losses).float()
-
-    def _refuse_foreign_save(self, folder: Path) -> None:
-        """Raises Failed if another run has saved here since our last save.
-
-        There is no lock: of two runs in one folder, the first to save goes on and the other ends here.
-        """
-        newest = run_folder.newest_stamp(folder)
-        if newest is not None and newest not in self.known_saves:
-            raise Failed(
-                f"another training saves in {folder} too: {newest[0]} there is not of this process, which ends unsaved "
-                f"at step {self.finished_steps:,}; let the other go on alone, or give each its own --results_folder"
-            )
 
     def _meta(self) -> RunMeta:
         chosen, dataset = self.data.chosen, self.dataset

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -313,8 +314,8 @@ def test_ctrl_c_is_a_sentence_once_a_script_has_begun(capsys):
     assert capsys.readouterr().err == "\nstopped by Ctrl-C\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_only_sets_a_flag_and_the_second_one_ends_the_program(number):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_the_first_signal_only_sets_a_flag_and_a_second_ctrl_c_ends_the_program(number):
     before = signal.getsignal(number)
     with StopSignals() as signals:
         signals.raise_if_received()
@@ -323,10 +324,74 @@ def test_the_first_signal_only_sets_a_flag_and_the_second_one_ends_the_program(n
         with pytest.raises(Stopped) as stopped:
             signals.raise_if_received()
         assert stopped.value.exit_code == 128 + number
+        for other in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):  # a queue and torchrun may both send one
+            os.kill(os.getpid(), other)
+        assert signals.received == number
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_what_nohup_lets_a_process_ignore_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), number)
+            assert signals.received is None and signal.getsignal(number) is signal.SIG_IGN
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_process_of_torchrun_ends_with_it_and_one_of_another_parent_goes_on(tmp_path):
+    """The parent is killed, which leaves it no time to end its processes."""
+    child = """
+import os, time
+from pathlib import Path
+from gait_latents.common import process
+process.end_with_torchrun()
+Path(os.environ["PLACE"]).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    for variables, survives in (({"TORCHELASTIC_RUN_ID": "none"}, False), ({"WORLD_SIZE": "2"}, True)):
+        place = tmp_path / f"{survives}"
+        environment = {**os.environ, **variables, "PLACE": str(place), "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen([sys.executable, "-c", parent], env=environment, cwd=ROOT) as started:
+            until = time.monotonic() + 60
+            while not (place.exists() and place.read_text()) and time.monotonic() < until:
+                time.sleep(0.01)
+            number = int(place.read_text())
+            started.kill()
+        until = time.monotonic() + (0.5 if survives else 30)
+        while _is_running(number) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert _is_running(number) == survives
+        if survives:
+            os.kill(number, signal.SIGKILL)
+
+
+def _is_running(number: int) -> bool:
+    """Says whether a process, which may be nobody's child any more, runs."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_process_whose_torchrun_was_gone_before_it_began_ends_at_once():
+    program = "from gait_latents.common import process; process.end_with_torchrun(); print(1)"
+    with socket.socket() as free:  # bound, and nobody listens
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        place |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2"}
+        done = start("-c", program, cwd=ROOT, **place)
+        assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
+        free.listen()
+        done = start("-c", program, cwd=ROOT, **place)
+        assert (done.returncode, done.stdout) == (0, "1\n")
 
 
 def test_signals_are_left_alone_outside_the_main_thread():

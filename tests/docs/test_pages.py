@@ -31,7 +31,7 @@ import train_latent_cfg
 
 # The names of modules that the checks need stand here alone, so that one that moves is renamed in one place.
 from gait_latents import export, settings
-from gait_latents.common import cli, errors
+from gait_latents.common import cli, errors, process
 from gait_latents.evaluation import figures
 from gait_latents.evaluation.page import FEW_PER_CLASS
 
@@ -46,7 +46,7 @@ CONSOLE_COMMANDS = {
 WRITTEN_BY_USERS = {"kl_vae_best.pt", "vae.pt", "001.jpg", "002.jpg"}
 KINDS_OF_FILE = "py|yaml|json|jsonl|toml|txt|md|png|jpg|csv|safetensors|pt|pth|ipynb|html|zip"
 OUR_FOLDERS = "gait_latents|tests|docs|demo|examples|configs|benchmarks"
-OTHER_FLAGS = {"--max_restarts", "--config", "--help", "--write", "--nproc_per_node"}
+OTHER_FLAGS = {"--signal", "--max_restarts", "--config", "--help", "--write", "--nproc_per_node"}
 OF_OTHER_PROGRAMS = {"MDSWriter", "DistributedDataParallel", "open", "index.json"}
 CHECKED = tuple(page for page in pages.ALL if page not in RECORDS)
 ENGLISH_CHECKED = tuple(page for page in ENGLISH if page not in RECORDS)
@@ -366,8 +366,7 @@ def test_exit_codes_are_those_of_the_program():
         errors.DONE,
         errors.FAILED,
         errors.USER_ERROR,
-        errors.Stopped(2).exit_code,
-        errors.Stopped(15).exit_code,
+        *(errors.Stopped(number).exit_code for number in sorted(process.STOP_SIGNALS)),
     ]
     assert [int(row[0]) for row in table[1:]] == expected
 

@@ -19,7 +19,7 @@ from gait_latents.common.errors import Failed
 from gait_latents.common.layout import MANIFEST_NAME, SETTINGS_NAME, SPLIT_NAME
 from gait_latents.images.split import make_split
 from gait_latents.latents import cache as latent_cache
-from gait_latents.training.run_folder import OpenFolder
+from gait_latents.training.run_folder import Writer
 from gait_latents.vae.batch_encoder import BatchEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,17 +122,18 @@ def test_it_is_noticed_wherever_something_is_written(
 def test_a_folder_is_known_by_its_files_where_their_numbers_change(tmp_path: Path) -> None:
     """As on some network file systems; and one file of the two may be edited or removed."""
     split = make_split({"a": ["1", "2"]}, num_users=1, images_per_user=1, seed=0, split="random", split_gap=0)
-    folder = OpenFolder(tmp_path / "results", "seed: 1\n", split)
+    writer = Writer(tmp_path / "results", None, "seed: 1\n", split)
+    writer.begin(1)
     for _ in range(2):
-        shutil.copytree(folder.path, tmp_path / "copy")
-        shutil.rmtree(folder.path)
-        (tmp_path / "copy").rename(folder.path)
-        folder.check()
-    (folder.path / SETTINGS_NAME).write_text("seed: 2\n")
-    folder.check()
-    (folder.path / SPLIT_NAME).unlink()
+        shutil.copytree(writer.folder, tmp_path / "copy")
+        shutil.rmtree(writer.folder)
+        (tmp_path / "copy").rename(writer.folder)
+        writer.check(2)
+    (writer.folder / SETTINGS_NAME).write_text("seed: 2\n")
+    writer.check(2)
+    (writer.folder / SPLIT_NAME).unlink()
     with pytest.raises(Failed, match="was removed, renamed or replaced"):
-        folder.check()
+        writer.check(2)
 
 
 @pytest.mark.slow

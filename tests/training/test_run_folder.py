@@ -1,14 +1,20 @@
-"""A folder of checkpoints: the newest whole one is found, and what is no longer needed goes."""
+"""A folder of checkpoints: the newest whole one is found, what is no longer needed goes, and one training writes."""
 
+import itertools
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from os_faults import fault_at, forked, killing
 from tiny_checkpoint import saved
 
-from gait_latents.common.errors import UserError
+from gait_latents.common.errors import Failed, UserError
+from gait_latents.common.layout import SETTINGS_NAME
+from gait_latents.images.split import Split
 from gait_latents.training import checkpoint, run_folder
+from gait_latents.training.metrics_log import Metrics
+from gait_latents.training.run_folder import Writer
 
 
 def test_names_sort_by_step():
@@ -74,3 +80,92 @@ def test_prune_clears_up_after_a_save_that_was_killed(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     run_folder.prune(tmp_path, step=4)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# --- who writes --------------------------------------------------------------------------------------------
+
+
+class Training:
+    """A training as far as it writes in a run folder: it begins, and then takes steps, each with a line of metrics."""
+
+    def __init__(self, folder: Path) -> None:
+        self.writer = Writer(folder, run_folder.newest_stamp(folder), "dim: 8\n", Split((), (), (), (), {}))
+        self.metrics = Metrics(folder, step=0, check=self.writer.check)
+        self.step, self.has_ended = 0, False
+
+    def go_on(self, *, steps: int) -> None:
+        """Takes a step, unless it has taken so many or has ended in company."""
+        if self.has_ended or self.step == steps:
+            return
+        self.step += 1
+        try:
+            if not self.writer.has_begun:
+                self.writer.begin(self.step)
+                self.metrics.publish()
+            self.metrics.add(step=self.step, loss=1.0)
+        except Failed as error:
+            assert "another training saves in" in str(error)
+            self.has_ended = True
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_of_trainings_that_begin_in_one_folder_in_any_order_the_last_goes_on(tmp_path, count):
+    steps, num_orders = 3, 0
+    for order in sorted(set(itertools.permutations(list(range(count)) * (4 if count == 2 else 2)))):
+        folder, num_orders = tmp_path / f"{num_orders}", num_orders + 1
+        trainings = [Training(folder) for _ in range(count)]
+        for one in order:
+            trainings[one].go_on(steps=steps)
+        for one in trainings:
+            for _ in range(steps):
+                one.go_on(steps=steps)
+        alive = [one for one in trainings if not one.has_ended]
+        rows = [row["step"] for row in Metrics(folder, step=steps).rows]
+        assert rows == list(range(1, steps + 1)) and alive, order
+        begun_last = max(range(count), key=order.index)
+        assert not trainings[begun_last].has_ended
+    assert num_orders in (70, 90)
+
+
+def test_a_training_that_has_looked_before_another_saved_ends_and_the_other_goes_on(tmp_path):
+    first, second = Training(tmp_path), Training(tmp_path)
+    first.go_on(steps=2)
+    saved(tmp_path, 1)
+    first.writer.note_save()
+    second.go_on(steps=2)
+    first.go_on(steps=2)
+    assert second.has_ended and not first.has_ended
+
+
+def test_a_killed_training_holds_up_none_that_comes_after_it(tmp_path):
+    Training(tmp_path).go_on(steps=1)
+    saved(tmp_path, 1)
+    after = Training(tmp_path)
+    after.go_on(steps=2)
+    after.go_on(steps=2)
+    assert not after.has_ended
+
+
+@pytest.mark.parametrize("text", [None, b"dim: 8\n", b"# written by the training of mine\n", b"\xff"])
+def test_where_the_settings_do_not_tell_who_writes_the_saves_do(tmp_path, text):
+    training = Training(tmp_path)
+    training.go_on(steps=3)
+    (tmp_path / SETTINGS_NAME).unlink()
+    if text is not None:
+        (tmp_path / SETTINGS_NAME).write_bytes(text)
+    training.go_on(steps=3)
+    assert not training.has_ended
+    saved(tmp_path, 2)
+    training.go_on(steps=3)
+    assert training.has_ended
+
+
+def test_metrics_that_another_has_changed_are_written_anew(tmp_path):
+    training = Training(tmp_path)
+    for harm in (b"", b'{"step": 1}\n{"step": 2}\n', None):
+        training.go_on(steps=9)
+        training.metrics.path.unlink()
+        if harm is not None:
+            training.metrics.path.write_bytes(harm)
+    training.go_on(steps=9)
+    assert [row["step"] for row in Metrics(tmp_path, step=9).rows] == [1, 2, 3, 4]
