@@ -327,7 +327,7 @@ def test_a_damaged_split_of_a_run_stops_it_rather_than_drawing_another(
     path.unlink()
     path.mkdir()
     assert train(finished, train_num_steps=STEPS + 1) == 2
-    assert f"{path} cannot be read: it is not a file" in capsys.readouterr().err
+    assert f"{path} cannot be read: Is a directory" in capsys.readouterr().err
 
 
 def test_a_damaged_manifest_or_split_of_a_cache_stops_every_script(
