@@ -120,9 +120,9 @@ class Writer:
             self._refuse_foreign_save(step)  # settings.yaml was removed or edited: saves alone can tell
         else:
             raise Failed(
-                f"the results folder {self.folder} is not there any more: it was removed, renamed or replaced while this "
-                "training ran, which ends here and makes none anew; put the folder back, and the same command goes on "
-                "from its last save"
+                f"the results folder {self.folder} is not there any more: it was removed, renamed or replaced while "
+                "this training ran, which ends here and makes none anew; put the folder back, and the same command "
+                "goes on from its last save"
             )
 
     def _look(self) -> list[tuple[int, ...] | None]:
