@@ -230,6 +230,11 @@ def use_all(folder: Path, data: dict[str, Any]) -> None:
         sweep.say_best(sorted(points, key=lambda one: (one["step"], one["guidance"])), 3)
 
 
+def alone(data: dict[str, Any], part: str) -> dict[str, Any]:
+    """Returns one part of a report, with those without which nobody looks at it."""
+    return {name: value for name, value in data.items() if name in (part, "evaluated", "memorisation")}
+
+
 def try_all(folder: Path, data: dict[str, Any], step: int) -> int:
     """Puts hostile values everywhere; returns how many cases there were."""
     use_all(folder, data)
@@ -241,14 +246,14 @@ def try_all(folder: Path, data: dict[str, Any], step: int) -> int:
     ):
         warnings.simplefilter("error")
         for place, value in cases:
-            changed = replaced(data, place, value)
+            changed = replaced(alone(data, str(place[0])), place, value)
             try:
                 page.write_html(changed, {"closest_pairs.png": b"x"})
                 use_all(folder, changed)
             except Exception as error:
                 raise AssertionError(f"{place} is {repr(value)[:50]}") from error
-        for place in places(data):
-            use_all(folder, without(data, place)) if step == 1 or hash(place) % step == 0 else None
+        for place in list(places(data))[::step]:
+            use_all(folder, without(alone(data, str(place[0])), place))
     return len(cases)
 
 
@@ -259,7 +264,7 @@ def test_hostile_values_in_a_report_end_neither_page_nor_table(folder):
 @pytest.mark.slow
 def test_no_hostile_value_in_a_report_ends_page_or_table(full, tmp_path):
     folder = shutil.copytree(full, tmp_path / "evaluation")
-    assert try_all(folder, stored(folder), step=1) > 3000
+    assert try_all(folder, stored(folder), step=3) > 3000
 
 
 def test_a_real_report_has_the_form_that_is_asked_for(first):
@@ -328,7 +333,7 @@ def test_the_script_computes_again_what_cannot_be_used(trained, synthetic, folde
 @pytest.mark.slow
 def test_the_script_on_hostile_values_everywhere(trained, synthetic, full, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    cases, wrong = run_all(trained, synthetic, full, tmp_path / "evaluation", step=53)
+    cases, wrong = run_all(trained, synthetic, full, tmp_path / "evaluation", step=101)
     assert cases > 60 and wrong == 0
 
 
