@@ -15,6 +15,7 @@ opcodes, and gives each the same effect. Whatever is not known here is refused:
 
 import pickle
 import struct
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -252,13 +253,12 @@ class _Machine:
         self.stack.append(struct.unpack(form, self.read(size))[0])
 
     def text(self, length: int, errors: str) -> None:
-        if self.at + length > len(self.data):
-            raise Refused("it ends in the middle")
-        self.take(4 * length)
         try:
-            self.stack.append(str(self.read(length), "utf-8", errors))
+            found = str(self.read(length), "utf-8", errors)
         except UnicodeDecodeError as error:
             raise Refused("a text in it is not UTF-8") from error
+        self.take(sys.getsizeof(found))
+        self.stack.append(found)
 
     def long(self) -> None:
         data = self.read(self.read(1)[0])
@@ -784,8 +784,8 @@ def _steps() -> dict[bytes, tuple[Callable[[_Machine], None], int]]:
         pickle.PROTO: (_Machine.proto, 0),
         pickle.MARK: (_Machine.mark, 80),
         pickle.LONG1: (_Machine.long, 48),
-        pickle.BINUNICODE: (lambda m: m.text(int.from_bytes(m.read(4), "little"), "surrogatepass"), 80),
-        pickle.SHORT_BINSTRING: (lambda m: m.text(m.read(1)[0], "strict"), 80),
+        pickle.BINUNICODE: (lambda m: m.text(int.from_bytes(m.read(4), "little"), "surrogatepass"), _ITEM),
+        pickle.SHORT_BINSTRING: (lambda m: m.text(m.read(1)[0], "strict"), _ITEM),
         pickle.EMPTY_TUPLE: (lambda m: m.tuple_of(()), _ITEM),
         pickle.TUPLE: (lambda m: m.tuple_of(m.pop_mark()), _ITEM),
         pickle.BINPUT: (lambda m: m.put(m.read(1)[0]), _MEMO),

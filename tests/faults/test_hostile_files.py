@@ -901,7 +901,7 @@ def test_zip_bombs_are_refused(tmp_path: Path, account: Account) -> None:
     for name, told in (
         ("zipped", "was compressed after"),
         ("bomb", "was compressed after"),
-        ("overlapping", "claims more"),
+        ("overlapping", "two of its records"),
     ):
         path = tmp_path / f"{name}.pt"
         found, memory = in_child(lambda path=path: error_of(path))

@@ -395,6 +395,12 @@ def test_all_that_checkpoints_hold_is_read(tmp_path, kind, form):
     assert found.foreign in ((), (f"{Mode.__module__}.Mode",))
 
 
+def test_large_arrays_of_numpy_are_read(tmp_path):
+    array = np.random.default_rng(0).random(3_000_000)  # which the pickle holds as a text of 36 MB
+    torch.save({"array": array, "a": torch.ones(2)}, tmp_path / "vae.pt")
+    assert read_weights(tmp_path / "vae.pt").tree["a"].tolist() == [1, 1]
+
+
 def test_other_code_that_allows_classes_changes_nothing(tmp_path):
     torch.save({"mode": Mode.FAST}, tmp_path / "vae.pt")
     with torch.serialization.safe_globals([Mode]):
