@@ -156,7 +156,7 @@ class TensorBoard:
         self._proto = importlib.import_module("tensorboard.compat.proto.event_pb2")
         self._summary = importlib.import_module("tensorboard.compat.proto.summary_pb2").Summary
         records = importlib.import_module("tensorboard.summary.writer.record_writer")
-        folder.mkdir(exist_ok=True)  # in the folder of the run, which is there
+        files.make_folder(folder)
         name = f"events.out.tfevents.{_next_time(folder)}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("xb")
         self._records = records.RecordWriter(self._file)
@@ -211,6 +211,7 @@ class WandB:
     def __init__(
         self, folder: Path, *, earlier: Path | None, project: str, run_name: str, settings: Mapping[str, Any]
     ) -> None:
+        files.make_folder(folder)
         files.refuse_links(folder / _WANDB_FOLDER / "any", below=folder)
         places = [folder] if earlier is None else [folder, earlier]
         known = (_read_id(place / WANDB_ID_NAME) for place in places)

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gait_latents.common import hardware
+from gait_latents.common import hardware, shortage
 from gait_latents.common.console import harmless
 from gait_latents.common.errors import UserError, let_shortage_pass
 from gait_latents.vae import containers, stand_ins
@@ -127,6 +127,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {}
     except (SafetensorError, *UNREADABLE) as error:
+        size, free = path.stat().st_size, hardware.free_memory_bytes(torch.device("cpu"))
+        if shortage.kind_of(error) == shortage.MEMORY and size > free:
+            raise UserError(
+                f"{path} has {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; give a file with the VAE "
+                "alone"
+            ) from error
         let_shortage_pass(error)
         raise UserError(f"{path} is damaged or truncated ({error}); copy or download it again") from error
 

@@ -373,7 +373,7 @@ def test_inception_features_are_compared_when_weights_are_given(trained, generat
         advance(len(pixels))
         return pixels.float().mean((1, 2))
 
-    monkeypatch.setattr(inception, "load_network", lambda *_: None)
+    monkeypatch.setattr(inception, "load_network", lambda *_, **__: None)
     monkeypatch.setattr(inception, "features", mean_colours)
     monkeypatch.setattr(inception, "NUM_FEATURES", 3)
     asked = {"inception_weights": tmp_path / "weights.pth"}
@@ -381,7 +381,7 @@ def test_inception_features_are_compared_when_weights_are_given(trained, generat
     found = read_report(evaluated)["inception"]
     assert seen == [(12, SIZE, SIZE, 3), (15, SIZE, SIZE, 3), (9, SIZE, SIZE, 3)]
     assert found["directions"] is None and found["synthetic"]["frechet"] > 0
-    monkeypatch.setattr(inception, "load_network", lambda *_: pytest.fail("looked again"))
+    monkeypatch.setattr(inception, "load_network", lambda *_, **__: pytest.fail("looked again"))
     assert evaluate(trained, generated, evaluated, **asked) == 0
     assert evaluate(trained, generated, evaluated) == 0
     assert "inception" not in read_report(evaluated)

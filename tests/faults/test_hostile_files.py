@@ -1097,9 +1097,12 @@ def test_the_network_is_named_in_few_places() -> None:
     assert len(texts) > 60
     named = {name.removeprefix(f"{PACKAGE}/") for name, text in texts.items() if words.search(text)}
     asking = {"common/files.py", "training/trackers.py"}  # for the name of this machine
-    waiting = "common/distributed.py"  # asks whether the process that torchrun names answers
-    assert named == {"vae/load.py", "evaluation/inception.py", waiting, *asking}
-    assert set(re.findall(r"socket\.\w+", texts[f"{PACKAGE}/{waiting}"])) == {"socket.create_connection"}
+    waiting = {"common/distributed.py", "common/process.py"}  # ask whether what torchrun names answers
+    naming = {"images/folders.py"}  # calls a kind of file by its name
+    assert named == {"vae/load.py", "evaluation/inception.py", *waiting, *asking, *naming}
+    for name in waiting:
+        assert set(re.findall(r"socket\.\w+", texts[f"{PACKAGE}/{name}"])) == {"socket.create_connection"}
+    assert "import socket" not in texts[f"{PACKAGE}/images/folders.py"]
     for name in asking:
         assert set(re.findall(r"socket\.\w+", texts[f"{PACKAGE}/{name}"])) == {"socket.gethostname"}
     fetches = {name: found for name, text in texts.items() if (found := re.findall(r"torch\.hub\.\w+", text))}

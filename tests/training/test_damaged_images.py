@@ -286,6 +286,7 @@ def test_a_link_that_comes_while_images_are_made_is_not_written_through(trained,
     make_batch: Callable[..., None] = generation.Generator._make_batch
 
     def put_link(self: generation.Generator, *facts: Any) -> None:
+        (folder / "ID_1").rmdir()
         (folder / "ID_1").symlink_to(outside)
         make_batch(self, *facts)
 
