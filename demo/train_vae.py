@@ -134,7 +134,7 @@ def read_images(folder: str, image_size: int) -> tuple[np.ndarray, str]:
 
     def read(path: Path) -> tuple[np.ndarray | None, str]:
         try:
-            data = path.read_bytes()
+            data = files.read_whole(path, at_most=reading.MAX_FILE_BYTES, follow_link=True)
             return reading.decode(data, image_size=image_size), reading.image_key(data)
         except (reading.BadImage, OSError) as error:
             return None, str(error)

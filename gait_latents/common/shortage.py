@@ -5,6 +5,7 @@ short. Only errors that can have no other reason count; each other one is a defe
 """
 
 import errno
+import mmap
 import re
 from collections.abc import Iterable
 from concurrent.futures import BrokenExecutor
@@ -90,8 +91,8 @@ def who_lacks_memory(kind: str | None) -> str:
 def has_room(num_bytes: int) -> bool:
     """Says whether so much memory may be taken just now; none of it is touched."""
     try:
-        bytearray(num_bytes)
-    except MemoryError:
+        mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE).close()
+    except (OSError, MemoryError):
         return False
     return limits.free_on_machine() >= num_bytes
 
@@ -104,16 +105,19 @@ def describe(kind: str, *, found: str = "") -> str:
     """
     if kind == GPU:
         return LITTLE_ON_GPU
-    if kind == THREADS and limits.is_memory_for_threads_short():
-        kind = MEMORY
-    what, remedy = _LINES[kind]()
+    try:
+        if kind == THREADS and limits.is_memory_for_threads_short():
+            kind = MEMORY
+        what, remedy = _LINES[kind]()
+    except (MemoryError, OSError):  # there is not even enough left to look at the limits
+        what, remedy = _SHORTEST
     facts = f" ({found})" if found else ""
     return f"{what}{facts}: {remedy}; what was saved is whole, and the same command goes on from there"
 
 
 def _memory() -> tuple[str, str]:
     limit = limits.smallest_memory_limit()
-    what, more = "this machine has too little memory", "end other programs, or take a machine with more"
+    what, more = _SHORTEST
     if limit is not None:
         who = "this container" if limit.by == "the container" else "this process"
         what = f"{who} may take {_size(limit.num_bytes)} of memory, and that is too little"
@@ -144,6 +148,7 @@ def _stack() -> tuple[str, str]:
     return "the stack of a thread is too small, as ulimit -s sets it", "raise it with ulimit -s 8192"
 
 
+_SHORTEST = "this machine has too little memory", "end other programs, or take a machine with more"
 _LINES = {MEMORY: _memory, THREADS: _threads, FILES: _files, STACK: _stack, HELPER: _helper}
 
 

@@ -15,8 +15,13 @@ _LARGEST_FIGURE, _LARGEST_COUNT = 1e30, 2**48  # far beyond any that is measured
 
 
 def is_figure(value: object) -> TypeGuard[float]:
-    """Says whether a value out of a report is a finite number that can be shown and drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST_FIGURE
+    """Says whether a value out of a report is a finite number that can be shown and drawn.
+
+    A whole number must also fit into those of numpy, which draw it.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < (_LARGEST_COUNT if isinstance(value, int) else _LARGEST_FIGURE)
 
 
 def unfit_parts(report: Mapping[str, Any], *, num_classes: int | None = None) -> list[str]:

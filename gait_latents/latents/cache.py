@@ -61,6 +61,13 @@ class Vanished(OSError):
         super().__init__(errno.ENOENT, "what was in it was removed or renamed meanwhile", str(folder))
 
 
+def _has_content(folder: Path) -> bool:
+    """Says whether a folder holds more than what another process, trying whether it may write there, takes away."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        return any(not entry.name.startswith(files.TEMPORARY_PREFIX) for entry in entries)
+    return False
+
+
 class _Index:
     """Finds where the row of a key lies: the first copy, in the order of the shards, that is not known to be damaged.
 
@@ -120,7 +127,7 @@ class LatentCache:
         self.acknowledged = 0
         self._pending: dict[str, Row] = {}
         self._shards: dict[str, Shard] = {}
-        self._was_there = self.folder.is_dir()
+        self._was_there = _has_content(self.folder)
         self._had_shards = False
         if writable:
             files.remove_stale_temporaries(self.folder)
@@ -345,15 +352,14 @@ class LatentCache:
         return max(1, shard_file.SHARD_BYTES // self.space.row_bytes)
 
     def claim_folder(self) -> None:
-        """Makes the cache folder for what is to be written into it, where there was none when this object was made.
+        """Makes the cache folder for what is to be written into it, where there was nothing when this object was made.
 
         Raises:
             Vanished: when it was there, or had shards of this space, and has none any more.
             OSError: when it cannot be made.
         """
-        if not self._was_there:
+        if not (self._was_there or self._had_shards):
             files.make_folder(self.folder)
-            self._was_there = True
         if self._had_shards and not any(os.path.lexists(shard.path) for shard in self._shards.values()):
             self.refresh()  # another process may have merged them
         if not self.folder.is_dir() or (self._had_shards and not self._shards):

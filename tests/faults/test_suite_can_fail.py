@@ -87,7 +87,7 @@ def _sync_again(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
-def _write_in_place(path: Path, chunks: list[memoryview]) -> None:
+def _write_in_place(path: Path, chunks: list[memoryview], top: Path | None) -> None:
     files._make_folder(path.parent)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     files._fill_and_close(descriptor, chunks)
@@ -147,7 +147,7 @@ MUTATIONS = [
     Mutation(
         "a new folder is not synced",
         files,
-        {"_make_folder": lambda folder: folder.mkdir(parents=True, exist_ok=True)},
+        {"_make_folder": lambda folder, top=None: folder.mkdir(parents=True, exist_ok=True)},
         partial(power_cuts_in, NEW_FOLDERS),
     ),
     Mutation(

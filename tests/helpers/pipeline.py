@@ -98,12 +98,13 @@ def open_cache(folder: Path) -> LatentCache:
     return LatentCache(folder, manifest.space, writable=False)
 
 
-def stored_moments(folder: Path) -> dict[str, bytes]:
-    """Returns the bytes of each row of a cache by its key."""
+def stored_moments(folder: Path, *, may_be_damaged: bool = False) -> dict[str, bytes]:
+    """Returns the bytes of each row of a cache by its key; damaged rows, if there may be any, are left out."""
     cache = open_cache(folder)
-    moments, found = cache.read(cache.keys())
-    assert found.all()
-    return {key: row.tobytes() for key, row in zip(cache.keys(), moments, strict=True)}
+    keys = cache.keys()
+    moments, found = cache.read(keys)
+    assert may_be_damaged or found.all()
+    return {key: row.tobytes() for key, row, is_found in zip(keys, moments, found, strict=True) if is_found}
 
 
 def state_digests(results: Path) -> dict[str, str]:
