@@ -26,6 +26,7 @@ from gait_latents.latents.vae_fit import ChosenSpace, check_vae_of_cache
 from gait_latents.settings import ImageSettings, PreprocessSettings
 from gait_latents.vae import load
 from gait_latents.vae.batch_encoder import BatchEncoder
+from gait_latents.vae.formats import layout
 
 
 def merge_shards(cache: LatentCache) -> None:
@@ -92,7 +93,7 @@ def open_dataset(
             settings.vae_path,
             device,
             parts="encoder",
-            memory_format=torch.channels_last,
+            memory_format=layout(device),
             trust_pickle=settings.trust_pickle,
         ),
         device=device,

@@ -17,6 +17,7 @@ from gait_latents.images.split import Entry
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.settings import PreprocessSettings
 from gait_latents.vae import load
+from gait_latents.vae.formats import layout
 
 _NUM_PREVIEWS = 6  # images decoded again for the PSNR and the picture
 _LOW_PSNR_DB = 20  # below this mean PSNR the decoded images are visibly others than the images
@@ -98,7 +99,7 @@ def decode_means(
 ) -> list[np.ndarray]:
     """Decodes the posterior means at `positions`; returns uint8 images [S S 3]."""
     decoder = load.load_vae(
-        vae_path, device, parts="decoder", memory_format=torch.channels_last, trust_pickle=trust_pickle
+        vae_path, device, parts="decoder", memory_format=layout(device), trust_pickle=trust_pickle
     )
     moments = dataset.moments(torch.tensor(positions))
     means = moments[:, : moments.shape[1] // 2]

@@ -4,12 +4,13 @@ An image gets the same moments, bit for bit, whichever images are encoded with i
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gait_latents.common import hardware
+from gait_latents.vae.base import VAE
+from gait_latents.vae.formats import Formats, layout
 
 Encode = Callable[[Tensor], Tensor]  # uint8 images [B S S 3] -> moments [B 2C h w] float32
 
@@ -24,7 +25,7 @@ class BatchEncoder:
     float32.
 
     Args:
-        load: builds the VAE, an object whose `encode` turns float32 images [B 3 S S] in [0, 1] into moments.
+        load: builds the VAE, or its encoder.
         device: where it encodes.
         batch_size: images per call on a GPU; a call with fewer is filled up with black ones.
         dtype: number format that the encoder computes in.
@@ -33,9 +34,9 @@ class BatchEncoder:
         record: how moments are made here (precision, device, version of torch), to be stored beside them.
     """
 
-    def __init__(self, load: Callable[[], Any], *, device: torch.device, batch_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, load: Callable[[], VAE], *, device: torch.device, batch_size: int, dtype: torch.dtype) -> None:
         self.load, self.device, self.dtype = load, device, dtype
-        self.vae: Any = None  # what `load` gave; None until the first call
+        self._formats: Formats | None = None  # of what `load` gave; None until the first call
         self.batch_size = 1 if device.type == "cpu" else batch_size
         self.num_threads = torch.get_num_threads()
         self.record = {
@@ -59,7 +60,7 @@ class BatchEncoder:
         padded[: len(images)] = images
         # ToTensor divides by 255 in float32; multiplying by 1/255 gives other bits.
         sent = padded.to(self.device, non_blocking=True)
-        pixels = sent.permute(0, 3, 1, 2).to(torch.float32) / 255  # B 3 S S, channels last in memory
+        pixels = (sent.permute(0, 3, 1, 2).to(torch.float32) / 255).contiguous(memory_format=layout(self.device))
         moments = self._encode(pixels, self.dtype)
         if self.dtype == torch.float32:
             return moments[: len(images)].cpu()
@@ -72,13 +73,13 @@ class BatchEncoder:
 
     def _encode(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """Encodes pixels [B 3 S S] in a number format; returns moments float32."""
-        self.vae = self.vae or self.load()
-        with hardware.autocast(self.device, dtype):
-            return self.vae.encode(pixels).float()
+        self._formats = self._formats or Formats(self.load(), self.device)
+        with self._formats.at(dtype) as vae:
+            return vae.encode(pixels).float()
 
     def close(self) -> None:
         """Frees the VAE; a later call builds it again."""
-        self.vae = None
+        self._formats = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gait_latents.common import hardware, pictures
 from gait_latents.common.console import warn
-from gait_latents.vae import base, load
+from gait_latents.vae import load
+from gait_latents.vae.formats import Formats, layout
 from gait_latents.vae.norm import LatentNorm
 
 _AS_GOOD_DB = 45.0  # from this PSNR on images look the same; rounding to 8 bits alone gives 59 dB
@@ -41,7 +42,7 @@ class ImageDecoder:
     ) -> None:
         self.vae_path, self.norm, self.device, self.dtype = vae_path, norm.to(device), device, dtype
         self.trust_pickle = trust_pickle
-        self.vae: base.VAE | None = None
+        self._formats: Formats | None = None
         self._is_tried = dtype == torch.float32
 
     def __call__(self, samples: Tensor, between: Callable[[], None] = lambda: None) -> list[np.ndarray]:
@@ -53,70 +54,71 @@ class ImageDecoder:
 
     def each(self, samples: Tensor, between: Callable[[], None] = lambda: None) -> Iterator[np.ndarray]:
         """Yields the images that a call gives, each as soon as it is decoded."""
-        decoder = self.open()
+        self.open()
         for latent in self.norm.to_unscaled(samples.to(self.device)):
             between()
             with torch.inference_mode():
-                image = self._image(decoder, latent[None])
+                image = self._image(latent[None])
             yield image
 
-    def _image(self, decoder: base.VAE, latent: Tensor) -> np.ndarray:
+    def _image(self, latent: Tensor) -> np.ndarray:
         """Decodes a latent, in float32 where the number format overflows, which a trial with noise may not show.
 
         The host waits once: whether all pixels are finite comes in the same copy as the image.
         """
         if self.dtype != torch.float32:
-            pixels = self._pixels(decoder, latent, self.dtype)
+            pixels = self._pixels(latent, self.dtype)
             image = pictures.to_bytes(pixels)[0]
             *content, is_finite = (
                 torch.cat([image.flatten(), pixels.isfinite().all().byte()[None]]).cpu().split([image.numel(), 1])
             )
             if is_finite:
                 return content[0].view(image.shape).numpy()
-        return pictures.to_uint8(self._pixels(decoder, latent, torch.float32))[0]
+        return pictures.to_uint8(self._pixels(latent, torch.float32))[0]
 
-    def _pixels(self, decoder: base.VAE, latent: Tensor, dtype: torch.dtype) -> Tensor:
+    def _pixels(self, latent: Tensor, dtype: torch.dtype) -> Tensor:
         """Decodes unscaled latents [B C h w] in a number format; returns float32 pixels [B 3 S S] in [0, 1]."""
-        with hardware.autocast(self.device, dtype):
+        assert self._formats is not None  # `open` comes first
+        with self._formats.at(dtype) as decoder:
             return decoder.decode(latent).float()
 
-    def open(self) -> base.VAE:
+    def open(self) -> None:
         """Builds the decoder if there is none yet; raises UserError when there is no VAE."""
-        if self.vae is None:
+        if self._formats is None:
             hardware.allow_tf32()
-            self.vae = load.load_vae(
+            decoder = load.load_vae(
                 self.vae_path,
                 self.device,
                 parts="decoder",
-                memory_format=torch.channels_last,
+                memory_format=layout(self.device),
                 trust_pickle=self.trust_pickle,
             )
+            self._formats = Formats(decoder, self.device)
         if not self._is_tried:
-            quality = self._quality(self.vae)
+            quality = self._quality()
             if quality < _AS_GOOD_DB:
                 name = str(self.dtype).removeprefix("torch.")
                 warn(f"images are decoded in float32, as {name} would change them (PSNR {quality:.1f} dB)")
                 self.dtype = torch.float32
             self._is_tried = True
-        return self.vae
 
     def go_on_in(self, dtype: torch.dtype) -> None:
         """Computes in this number format without a trial, as images that are already there were decoded."""
         self.dtype, self._is_tried = dtype, True
 
     @torch.inference_mode()
-    def _quality(self, decoder: base.VAE) -> float:
+    def _quality(self) -> float:
         """Decodes unit noise in `dtype` and in float32; returns the PSNR of the one against the other, in dB."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, len(self.norm.shift), _TRIAL_SIZE, _TRIAL_SIZE, generator=generator)
         latent = self.norm.to_unscaled(noise.to(self.device))
-        exact, found = (self._pixels(decoder, latent, dtype) for dtype in (torch.float32, self.dtype))
+        exact, found = (self._pixels(latent, dtype) for dtype in (torch.float32, self.dtype))
         if not found.isfinite().all():
             return -math.inf
         return pictures.psnr(pictures.to_uint8(exact), pictures.to_uint8(found))
 
     def close(self) -> None:
         """Frees the VAE; a later call builds it again."""
-        self.vae = None
+        self._formats = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

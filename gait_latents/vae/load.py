@@ -133,7 +133,7 @@ def load_vae(
             Face hub, from which it is then downloaded.
         device: where to put it.
         parts: "both", "encoder" or "decoder". The half that is left out takes no memory and cannot be called.
-        memory_format: torch.channels_last is faster, on CPUs and GPUs; values differ from the default's by rounding.
+        memory_format: how the weights lie in memory; torch.channels_last is faster on a CPU, and changes the rounding.
         trust_pickle: whether a file that is a pickle is opened by torch below 2.10, too, which has a hole there.
 
     Raises:

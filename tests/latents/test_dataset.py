@@ -536,7 +536,7 @@ def test_the_vae_is_built_at_the_first_call_and_again_after_it_was_freed():
     encode(random_images(2))
     assert len(built) == 1
     encode.close()
-    assert encode.vae is None
+    assert encode._formats is None
     assert torch.equal(encode(random_images(1)), first) and len(built) == 2
 
 

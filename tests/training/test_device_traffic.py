@@ -1,7 +1,6 @@
 """What a GPU would wait for: a step of training reads nothing back and gets its draws in one copy."""
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from device_traffic import DEVICE, Traffic
 from tiny_cache import RECORD, key, make_space
 from tiny_vae import tiny_vae
 
-from gait_latents.common import hardware
 from gait_latents.images.split import Split
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
@@ -22,6 +20,7 @@ from gait_latents.training.run_data import Data
 from gait_latents.training.trainer import Trainer
 from gait_latents.vae.batch_encoder import BatchEncoder
 from gait_latents.vae.decoder import ImageDecoder
+from gait_latents.vae.formats import Formats
 from gait_latents.vae.norm import LatentNorm
 
 CLASSES = ("a", "b")
@@ -91,8 +90,7 @@ def test_draws_sent_one_by_one_are_seen(trainer: Trainer, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_call_of_the_encoder_copies_once_and_waits_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "autocast", lambda *_: nullcontext())  # there is none for this device
+def test_a_call_of_the_encoder_copies_once_and_waits_once(dtype: torch.dtype) -> None:
     encoder = BatchEncoder(lambda: tiny_vae().to(DEVICE), device=DEVICE, batch_size=4, dtype=dtype)
     with Traffic():
         encoder(torch.zeros(1, 16, 16, 3, dtype=torch.uint8))  # builds the VAE
@@ -103,12 +101,9 @@ def test_a_call_of_the_encoder_copies_once_and_waits_once(dtype: torch.dtype, mo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_host_waits_once_for_each_image_that_is_decoded(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hardware, "autocast", lambda *_: nullcontext())
+def test_the_host_waits_once_for_each_image_that_is_decoded(dtype: torch.dtype) -> None:
     decoder = ImageDecoder("none", LatentNorm.from_scale_factor(4, 1.0, 0.0), DEVICE)
-    decoder.vae = tiny_vae().to(DEVICE)
+    decoder._formats = Formats(tiny_vae().to(DEVICE), DEVICE)
     decoder.go_on_in(dtype)
     with Traffic() as traffic:
         images = decoder(torch.zeros(3, 4, 8, 8, device=DEVICE))
