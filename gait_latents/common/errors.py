@@ -59,6 +59,18 @@ def let_shortage_pass(error: BaseException) -> None:
         raise Shortage(kind) from error
 
 
+def make_sure_of_room_for_scipy() -> None:
+    """Raises Shortage where memory is too short to load scipy: its OpenBLAS then tries to get some without end.
+
+    Call it before an import that loads scipy, as that of the diffusion library does.
+    """
+    if not shortage.has_room(_ROOM_FOR_SCIPY):
+        raise Shortage(shortage.MEMORY)
+
+
+_ROOM_FOR_SCIPY = 1 << 27  # bytes; it takes three quarters of that
+
+
 class Told(Exception):
     """The run has failed, and another of its processes prints why; this one ends with the same exit code in silence."""
 

@@ -33,6 +33,7 @@ _LAST_WORDS = (
     ("out of memory", shortage.MEMORY),
     ("MemoryError", shortage.MEMORY),
     ("Cannot allocate memory", shortage.MEMORY),
+    ("Memory allocation still failed", shortage.MEMORY),
     ("Too many open files", shortage.FILES),
 )
 _real_stderr: int | None = None  # the descriptor, in a child under watch
@@ -140,8 +141,8 @@ def _print(text: str) -> None:
 
 
 def _told_or_traced(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints one line where an error says that the machine has run out of something, else its traceback."""
-    is_told = shortage.kind_of(error) is not None
+    """Prints one line where an error says what is wrong, else its traceback."""
+    is_told = isinstance(error, Exception) and errors.is_told(error)
     if is_told:
         print_error(f"error: {harmless(errors.explain(error)[0])}")
     release(told=is_told)

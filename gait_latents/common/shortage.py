@@ -4,8 +4,8 @@ Such an error says nothing about the file that was being read when it came: no i
 short. Only errors that can have no other reason count; each other one is a defect, and keeps its traceback.
 """
 
+import ctypes
 import errno
-import mmap
 import re
 from collections.abc import Iterable
 from concurrent.futures import BrokenExecutor
@@ -39,8 +39,12 @@ _BY_TEXT = (
 _IF_SHORT = (
     (RuntimeError, re.compile(r"^could not (create|execute) a primitive$"), MEMORY),
     (ImportError, re.compile(r"cannot allocate memory in static TLS block"), MEMORY),
+    # Python's own words where it had no memory to make a MemoryError.
+    (SystemError, re.compile(r"error return without exception set|without setting an exception"), MEMORY),
 )
 _SHORT_BYTES = 1 << 28
+_LIBC = ctypes.CDLL(None)
+_LIBC.malloc.restype, _LIBC.malloc.argtypes, _LIBC.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 _LONGEST_CHAIN = 8  # of causes; one may be its own
 # Settings that memory grows with, the one that helps most first.
 _SMALLER = ("train_batch_size", "encode_batch_size", "image_size", "dim", "width", "classifier_image_size")
@@ -90,11 +94,9 @@ def who_lacks_memory(kind: str | None) -> str:
 
 def has_room(num_bytes: int) -> bool:
     """Says whether so much memory may be taken just now; none of it is touched."""
-    try:
-        mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE).close()
-    except (OSError, MemoryError):
-        return False
-    return limits.free_on_machine() >= num_bytes
+    place = _LIBC.malloc(num_bytes)  # which Python's own objects would fill
+    _LIBC.free(place)
+    return place is not None and limits.free_on_machine() >= num_bytes
 
 
 def describe(kind: str, *, found: str = "") -> str:

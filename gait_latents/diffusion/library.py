@@ -8,7 +8,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from gait_latents.common.errors import UserError
+from gait_latents.common.errors import UserError, make_sure_of_room_for_scipy
 
 LIBRARY = "denoising-diffusion-pytorch"
 LIBRARY_MODULE = "denoising_diffusion_pytorch"
@@ -61,5 +61,8 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 check_library()  # first: an old copy may pass the import below and fail much later, with a puzzling message
+
+make_sure_of_room_for_scipy()
+import scipy.linalg  # noqa: E402, F401  # the library loads it, too, but after taking some of the room
 
 from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet  # noqa: E402, F401

@@ -29,11 +29,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from gait_latents.common.errors import UserError
+from gait_latents.common.errors import UserError, make_sure_of_room_for_scipy
 from gait_latents.common.seeds import draw_positions, sample_generator
 
 REAL, SYNTHETIC, BOTH = "real", "synthetic", "real + synthetic"
@@ -290,6 +289,14 @@ def _deviation(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
+def _student_quantile(probability: float, degrees: int) -> float:
+    """Returns a quantile of Student's t distribution with so many degrees of freedom."""
+    make_sure_of_room_for_scipy()
+    from scipy import stats
+
+    return float(stats.t.ppf(probability, degrees))
+
+
 def _difference(scores: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
     """Compares "real + synthetic" with "real", seed by seed, by a 95 % t interval of the mean difference.
 
@@ -300,7 +307,7 @@ def _difference(scores: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -
     mean, deviation = statistics.fmean(values), _deviation(values)
     low = high = None
     if deviation is not None:
-        reach = float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
+        reach = _student_quantile(0.975, len(values) - 1) * deviation / math.sqrt(len(values))
         low, high = mean - reach, mean + reach
     verdict, sentence = _verdict(mean, low, high, len(seeds))
     return {

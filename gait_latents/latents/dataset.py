@@ -153,9 +153,15 @@ class LatentDataset(Dataset):
         """Returns the moments [B 2C h w] float32 at `positions` [B], on the device; missing ones are encoded first."""
         self.ensure(positions)
         if self._table is None:
-            return self._read_rows(self._row_of[positions.cpu().numpy()].tolist()).to(self.device).float()
+            return self._on_device(self._read_rows(self._row_of[positions.cpu().numpy()].tolist())).float()
         positions = positions.to(self._rows.device)
-        return self._table.index_select(0, self._rows[positions]).to(self.device).float()
+        return self._on_device(self._table.index_select(0, self._rows[positions])).float()
+
+    def _on_device(self, moments: Tensor) -> Tensor:
+        """Copies moments to the device; a GPU copies them by itself, while the host goes on."""
+        if self.device.type == "cuda" and moments.device.type == "cpu":
+            moments = moments.pin_memory()
+        return moments.to(self.device, non_blocking=True)
 
     def _read_rows(self, rows: list[int]) -> Tensor:
         """Reads moments [B 2C h w] float16 from the shards; rows that are damaged by now are encoded again."""
@@ -167,9 +173,15 @@ class LatentDataset(Dataset):
             moments, found = self.cache.read([self._row_keys[row] for row in rows])
         return torch.from_numpy(moments)
 
-    def batch(self, positions: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws latents at `positions` [B] with unit normal `noise` [B C h w]; returns them and the labels [B]."""
-        latents = self._norm_here().to_latent(self.moments(positions), noise.to(self.device))
+    def batch(
+        self, positions: Tensor, noise: Tensor, host_positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draws latents at `positions` [B] with unit normal `noise` [B C h w]; returns them and the labels [B].
+
+        Where the moments are in the memory of the host, `host_positions`, which are the same on the host, spare a wait.
+        """
+        there = positions if host_positions is None or self.place == str(self.device) else host_positions
+        latents = self._norm_here().to_latent(self.moments(there), noise.to(self.device))
         return latents, self._device_labels[positions.to(self.device)]
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:

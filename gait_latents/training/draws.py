@@ -5,7 +5,8 @@ them. So neither gradient accumulation, nor several processes, nor a restart cha
 touches torch's global generator.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from itertools import accumulate
 
@@ -25,20 +26,76 @@ class StepDraws:
     noise: Tensor  # B C h w, float32
     cond_keep_mask: Tensor  # B, bool, True where the class is shown to the network
     shifts: Tensor  # B, int64, columns that a latent is moved to the right by
+    host_positions: Tensor  # B, the positions once more, which stay on the host: what is read there needs no wait
 
     def slice(self, start: int, stop: int) -> "StepDraws":
         """Gives rows start to stop - 1, the share of a micro-batch or a rank."""
         return StepDraws(*(getattr(self, field.name)[start:stop] for field in fields(self)))
 
-    def to(self, device: torch.device | str) -> "StepDraws":
-        """Gives the same draws on another device: in one copy, for which the host does not wait."""
-        device = torch.device(device)
-        if device.type == "cpu":
-            return self
-        tensors = [getattr(self, field.name) for field in fields(self)]
-        return StepDraws(
-            *unpacked(packed(tensors, pinned=device.type == "cuda").to(device, non_blocking=True), tensors)
-        )
+    def tensors(self) -> list[Tensor]:
+        """Returns what a device needs of them."""
+        return [getattr(self, field.name) for field in fields(self)[:-1]]
+
+
+class DeviceDraws:
+    """Puts the draws of one step after another into the same memory of a device.
+
+    Each step takes one copy, for which the host does not wait; the addresses never change, as a recorded graph of
+    kernels needs it. Draws that were sent before are then those of the new step.
+
+    Args:
+        device: where the network is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def send(self, draws: StepDraws, buffer: Tensor) -> StepDraws:
+        """Returns draws on the device, which hold until the next call.
+
+        Args:
+            draws: those on the host.
+            buffer: the same, packed.
+        """
+        if self._memory.shape != buffer.shape:
+            self._memory = torch.empty(buffer.shape, dtype=buffer.dtype, device=self.device)
+        self._memory.copy_(buffer, non_blocking=True)
+        return StepDraws(*unpacked(self._memory, draws.tensors()), draws.host_positions)
+
+
+class DrawsAhead:
+    """Makes the draws of the next steps in a thread, so that a GPU need not wait for them.
+
+    A step's draws depend on its number alone, so that whoever asks for another than the next step gets it, too.
+
+    Args:
+        draw: makes the draws of a step on the host.
+        own: the rows that this process takes.
+        pinned: whether they are packed into memory that a GPU copies from by itself; torch keeps such a buffer until the
+            copy is done, and gives it out again afterwards.
+    """
+
+    STEPS = 3
+
+    def __init__(self, draw: Callable[[int], StepDraws], own: slice, *, pinned: bool) -> None:
+        self._draw, self._own, self._pinned = draw, own, pinned
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draws")
+        self._coming: dict[int, Future[tuple[StepDraws, StepDraws, Tensor]]] = {}
+
+    def of(self, step: int) -> tuple[StepDraws, StepDraws, Tensor]:
+        """Returns the draws of a step, the rows of this process among them, and these rows packed."""
+        wanted = range(step, step + 1 + self.STEPS)
+        self._coming = {number: found for number, found in self._coming.items() if number in wanted}
+        for number in wanted:
+            if number not in self._coming:
+                self._coming[number] = self._thread.submit(self._make, number)
+        return self._coming.pop(step).result()
+
+    def _make(self, step: int) -> tuple[StepDraws, StepDraws, Tensor]:
+        draws = self._draw(step)
+        own = draws.slice(self._own.start, self._own.stop)
+        return draws, own, packed(own.tensors(), pinned=self._pinned)
 
 
 def packed(tensors: Sequence[Tensor], *, pinned: bool = False) -> Tensor:
@@ -86,11 +143,13 @@ def draw_step(
     """
     generator = sample_generator(seed, "step", step)
     noise_shape = (batch, *latent_shape)
+    positions = draw_positions(seed, step * batch, batch, size)
     return StepDraws(
-        positions=draw_positions(seed, step * batch, batch, size),
+        positions=positions,
         posterior_noise=torch.randn(noise_shape, generator=generator, dtype=torch.float32),
         times=torch.randint(timesteps, (batch,), generator=generator),
         noise=torch.randn(noise_shape, generator=generator, dtype=torch.float32),
         cond_keep_mask=torch.rand(batch, generator=generator, dtype=torch.float64) >= cond_drop_prob,
         shifts=torch.randint(-largest_shift, largest_shift + 1, (batch,), generator=generator),
+        host_positions=positions,
     )

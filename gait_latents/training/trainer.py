@@ -20,7 +20,7 @@ from gait_latents.latents import vae_fit
 from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings
 from gait_latents.training import checkpoint, optimizer_state, run_folder
 from gait_latents.training.beginning import Beginning, begin
-from gait_latents.training.draws import StepDraws, draw_step
+from gait_latents.training.draws import DeviceDraws, DrawsAhead, StepDraws, draw_step
 from gait_latents.training.plan import TrainingPlan, batch_size, num_steps, pass_size, plain_errors
 from gait_latents.training.run_data import Data, encode_sample, fill, write_cache_defaults
 from gait_latents.training.run_folder import SavedState, Writer
@@ -53,6 +53,8 @@ class Trainer:
         self.share = self.batch // ranks.count
         self.own = slice(ranks.rank * self.share, (ranks.rank + 1) * self.share)  # the rows of the batch that are ours
         self.pass_size = pass_size(settings, self.dataset.latent_shape, num_ranks=ranks.count)
+        self._ahead = DrawsAhead(self._draw, self.own, pinned=device.type == "cuda")
+        self._sent = DeviceDraws(device)
         hardware.allow_tf32()
         self.dtype, self.precision_reason = hardware.pick_precision(settings.precision, device)
         torch.manual_seed(settings.seed)  # for the first weights; steps have generators of their own
@@ -226,7 +228,7 @@ class Trainer:
             share = losses.sum() / self.batch
             self.scaler.scale(share).backward()
             loss = loss + share.detach()
-            by_sample.append((part.times, losses.detach()))
+            by_sample.append((part.times.clone(), losses.detach()))  # the next step's times take their place
         return loss, by_sample
 
     def _add_others(
@@ -248,8 +250,19 @@ class Trainer:
 
         Latents of the step that were not encoded yet are encoded first.
         """
+        if self.device.type == "cpu":  # where a thread beside the step would take its core
+            draws = self._draw(step)
+            own = draws.slice(self.own.start, self.own.stop)
+            self.dataset.ensure(draws.positions, self._upcoming(step + 1))
+        else:
+            draws, own, buffer = self._ahead.of(step)
+            self.dataset.ensure(draws.positions, self._upcoming(step + 1))
+            own = self._sent.send(own, buffer)
+        return [own.slice(start, start + self.pass_size) for start in range(0, self.share, self.pass_size)]
+
+    def _draw(self, step: int) -> StepDraws:
         settings = self.settings
-        draws = draw_step(
+        return draw_step(
             settings.seed,
             step,
             batch=self.batch,
@@ -259,13 +272,10 @@ class Trainer:
             cond_drop_prob=settings.cond_drop_prob,
             largest_shift=self.largest_shift,
         )
-        self.dataset.ensure(draws.positions, self._upcoming(step + 1))
-        own = draws.slice(self.own.start, self.own.stop).to(self.device)
-        return [own.slice(start, start + self.pass_size) for start in range(0, self.share, self.pass_size)]
 
     def latents_of(self, part: StepDraws) -> tuple[Tensor, Tensor]:
         """Draws the latents [b C h w] of a part of a step; returns them and their labels [b]."""
-        latents, labels = self.dataset.batch(part.positions, part.posterior_noise)
+        latents, labels = self.dataset.batch(part.positions, part.posterior_noise, part.host_positions)
         return (shift_along_width(latents, part.shifts) if self.largest_shift else latents), labels
 
     def _update(self, loss: Tensor, step: int) -> None:

@@ -112,6 +112,37 @@ def test_what_has_other_reasons_counts_where_memory_is_short(monkeypatch):
     monkeypatch.setattr(limits, "free_on_machine", lambda: 1 << 20)
     assert shortage.kind_of(RuntimeError("could not create a primitive")) == shortage.MEMORY
     assert shortage.kind_of(ImportError("a.so: cannot allocate memory in static TLS block")) == shortage.MEMORY
+    assert shortage.kind_of(SystemError("error return without exception set")) == shortage.MEMORY
+    assert shortage.kind_of(SystemError("<built-in> returned NULL without setting an exception")) == shortage.MEMORY
+
+
+def test_looking_for_room_takes_none():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert shortage.has_room(1 << 29) and not shortage.has_room(1 << 62)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 16  # in kB
+
+
+@pytest.mark.parametrize("room", [40, 60, 110])
+def test_scipy_is_loaded_where_there_is_room_for_it_and_else_that_is_told(room):
+    """Where its OpenBLAS gets a part of what it needs, loading it does not end."""
+    program = f"""
+import os, resource
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+from gait_latents.common import errors
+taken = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+resource.setrlimit(resource.RLIMIT_AS, (taken + ({room} << 20),) * 2)
+errors.make_sure_of_room_for_scipy()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "Shortage: this process may take" in done.stderr
+
+
+def test_where_the_limits_cannot_even_be_looked_at_the_shortest_line_is_told(monkeypatch):
+    def fails() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(limits, "smallest_memory_limit", fails)
+    assert shortage.describe(shortage.MEMORY).startswith("this machine has too little memory: end other programs")
 
 
 def test_errors_that_are_told_already_keep_their_words_and_codes():

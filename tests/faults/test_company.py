@@ -102,7 +102,7 @@ def test_four_encoders_and_a_trainer_that_are_killed_fill_one_cache(world, encod
     assert preprocess(world, **ALL) == 0
     assert train(world, **ALL, num_samples=0) == 0
     truth = stored_moments(world / "latents_cache")
-    for seed in range(10 if is_long else 1):
+    for seed in range(3 if is_long else 1):
         company = Company(world, truth, num_rounds=3, seed=seed)
         company.go()
         assert company.num_kills
@@ -187,7 +187,7 @@ def write_in_rounds(folder: Path, numbers: Sequence[int], *, merge: bool) -> Non
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_writers_on_one_folder_lose_nothing_and_readers_see_whole_rows(tmp_path, account, is_long, merge):
-    length = 120 if is_long else 15
+    length = 30 if is_long else 15
     numbers = [range(start, start + length) for start in (0, length // 2, length)]
     children = [fork(lambda some=some: write_in_rounds(tmp_path, some, merge=merge)) for some in numbers]
     old = reader(tmp_path)
@@ -209,7 +209,7 @@ def test_writers_on_one_folder_lose_nothing_and_readers_see_whole_rows(tmp_path,
 @pytest.mark.slow
 def test_merges_killed_beside_a_reader_lose_nothing(tmp_path, account, is_long):
     generator, old, kills, lost = random.Random(2), reader(tmp_path), 0, 0
-    count = 60 if is_long else 12
+    count = 25 if is_long else 12
     for start in range(count):
         stored(tmp_path, [start, start + 1])
 
@@ -280,7 +280,7 @@ def test_of_several_copies_all_processes_see_the_same_whatever_the_times(tmp_pat
 
     copies = [{rows_of_writer(writer, count)[i].tobytes() for writer in range(4)} for i in range(count)]
     expected, wrong = first_by_name(), 0
-    for _ in range(40 if is_long else 4):
+    for _ in range(12 if is_long else 4):
         for path in (tmp_path / SPACE.id).iterdir():
             when = generator.uniform(0, 4e9)
             os.utime(path, (when, when))

@@ -410,7 +410,7 @@ def test_a_flipped_bit_in_any_file_of_a_cache_and_a_run_gives_no_wrong_data_and_
     unchecked = [name for name in files if name.suffix in (".png", ".jsonl", ".yaml")]  # no run depends on them
     checked = [name for name in files if name not in unchecked]
     for number, names in enumerate(
-        [[name] for name in files] * 12 if is_long else [*([n] for n in checked), unchecked]
+        [[name] for name in files] * 3 if is_long else [*([n] for n in checked), unchecked]
     ):
         copy = shutil.copytree(root, tmp_path / f"case {number}")
         for name in names:

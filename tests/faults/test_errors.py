@@ -270,7 +270,7 @@ def struck(
 
 
 def _places(script: Script, world: Path, is_long: bool) -> list[int]:
-    """Returns the numbers of the calls to strike: all (of many writes in a row the first), or a few of them.
+    """Returns the numbers of some calls to strike, evenly spread (of many writes in a row the first alone).
 
     Reading an image is left out: the next test looks at that.
     """
@@ -280,7 +280,8 @@ def _places(script: Script, world: Path, is_long: bool) -> list[int]:
     log = calls.log
     is_image = [path.startswith(str(world / "data")) for _, path in log]
     places = [i for i in range(len(log)) if not is_image[i] and (log[i][0] != "write" or log[i - 1] != log[i])]
-    return places if is_long else places[:: len(places) // (10 if script is ENCODE else 5)]
+    wanted = {ENCODE: 100, TRAIN: 40} if is_long else {ENCODE: 10, TRAIN: 5}
+    return places[:: -(-len(places) // wanted[script])]
 
 
 @pytest.mark.slow
@@ -290,28 +291,37 @@ def test_an_error_at_each_call_of_a_script(world, account, is_long, script):
     like, tally = undisturbed(script, world), Tally()
     for i, place in enumerate(_places(script, world, is_long)):
         case, code, text, calls = struck(script, world, like, place, raising(ERRORS[i % len(ERRORS)]))
-        tally += case
+        if calls.log[place][1].startswith(str(world / "data")):
+            continue  # images are read by several threads, so that the calls come in another order each time
         if script is TRAIN and calls.log[place][1].startswith(str(world / "latents_cache")):
-            tally.lost += code != 0
-            tally.wrong += text.count("the cache cannot be written to") > 1
+            case.lost += code != 0 and "cannot be read" not in text  # what cannot be read is not begun anew
+            case.wrong += text.count("the cache cannot be written to") > 1
+        if case.lost or case.wrong:
+            print(calls.log[place], ERRORS[i % len(ERRORS)], case, code, text[-700:])
+        tally += case
     assert tally.cases >= 5
     account.add(f"errors while {script.name}", "at calls of the script", **vars(tally))
 
 
-def test_an_image_that_the_disk_fails_on_is_named_and_the_others_are_encoded(world, account):
-    like, tally, image = undisturbed(ENCODE, world), Tally(), world / "data" / "ID_2" / "walk_3.jpg"
+@pytest.mark.parametrize("time", [0, 3], ids=["looked at", "encoded"])
+def test_an_image_that_the_disk_fails_on_is_named_and_the_others_are_encoded(world, account, time):
+    like, count = undisturbed(ENCODE, world), itertools.count()
+    entry = read_split(world / "latents_cache").train[0]
+    name_of_image = f"{entry.class_name}/{entry.name}"
+    image = world / "data" / name_of_image
     forget_run(world)
-    with nothing_synced(), fault_at(None) as calls:
-        assert said(lambda: _encode(world))[0] == 0
-    for place in [i for i, (_, path) in enumerate(calls.log) if path == str(image)]:
-        forget_run(world)
-        with nothing_synced(), fault_at(place, raising(errno.EIO)):
-            code, text = said(lambda: _encode(world))
-        is_told = "1 image(s) failed" in text and "ID_2/walk_3.jpg: cannot be read: Input/output error" in text
-        again, _ = said(lambda: _encode(world))
-        tally += verdict(lost=again != 0 or _encoded(world) != like[1], wrong=code != 1 or not is_told)
-    assert tally.cases >= 2
-    account.add("errors while encoding", "at calls that read an image", **vars(tally))
+
+    def fails(name: str, real: Callable, args: tuple) -> object:
+        if name == "open" and str(args[0]) == str(image) and next(count) == time:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(image))
+        return real(*args)
+
+    with nothing_synced(), fault_at(-1, fails):
+        code, text = said(lambda: _encode(world))
+    is_told = "1 image(s) failed" in text and f"{name_of_image}: " in text
+    again, _ = said(lambda: _encode(world))
+    tally = verdict(lost=again != 0 or _encoded(world) != like[1], wrong=code != 1 or not is_told)
+    account.add("errors while encoding", "at a call that opens an image", **vars(tally))
 
 
 @pytest.mark.slow
@@ -319,7 +329,10 @@ def test_an_image_that_the_disk_fails_on_is_named_and_the_others_are_encoded(wor
 def test_a_disk_that_is_full_from_each_call_of_a_script_on(world, account, is_long, script):
     like, tally = undisturbed(script, world), Tally()
     for place in _places(script, world, is_long):
-        tally += struck(script, world, like, -1, full_from(place))[0]
+        case, code, text, _ = struck(script, world, like, -1, full_from(place))
+        if case.lost or case.wrong:
+            print(place, case, code, text[-700:])
+        tally += case
     assert tally.cases >= 5
     account.add(f"disk full while {script.name}", "from calls of the script on", **vars(tally))
 
@@ -338,7 +351,7 @@ def test_a_fault_at_each_call_of_generating(trained, tmp_path, account, is_long)
     _, _, calls = run(None, None)
     lists = ("labels.csv", "settings.json")  # of what is whole at the end
     expected, tally = _files(folder), {"errors": Tally(), "disk full": Tally()}
-    for place in range(0, len(calls.log), 1 if is_long else 25):
+    for place in range(0, len(calls.log), 3 if is_long else 25):
         for fault, index, harm in (("errors", place, raising(errno.EIO)), ("disk full", -1, full_from(place))):
             shutil.rmtree(folder)
             code, text, calls = run(index, harm)

@@ -291,7 +291,7 @@ def test_a_run_killed_anywhere_again_and_again_is_the_uninterrupted_one(cached, 
     whole = Run(cached, "whole", kind)
     assert whole.go() == 0
     assert_exercised(kind, whole.results)
-    for number in range(8 if is_long else 1):
+    for number in range(3 if is_long else 1):
         run = Run(cached, f"run {number}", kind)
         generator = random.Random(f"{kind} {number}")
         kills, lost = kill_again_and_again(run, generator, at_most=5 if is_long else 3)
@@ -591,10 +591,10 @@ def test_an_image_that_vanishes_from_a_lazy_run_ends_it_in_one_line(world, capsy
 def test_real_processes_killed_and_stopped_at_any_time_are_one_run(cached, is_long, account):
     if not is_long:
         pytest.skip("starts real processes; --all does")
-    num_steps, generator, ends = 1500, random.Random(5), []
+    num_steps, generator, ends = 700, random.Random(5), []
     command = [sys.executable, "train_latent_cfg.py"]
     command += pipeline.train_flags(cached, train_num_steps=num_steps, save_and_sample_every=25, num_samples=0)
-    while len(ends) < 16:
+    while len(ends) < 8:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         time.sleep(generator.uniform(0.5, 9.0))
         process.send_signal(generator.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))

@@ -49,7 +49,7 @@ from gait_latents.training.metrics_log import Metrics
 from gait_latents.training.run_folder import read_state
 from gait_latents.vae.load import load_vae, read_identity
 
-CASES, SECONDS = 300, 60.0  # of the short form, and of the long one
+CASES, SECONDS = 300, 8.0  # of the short form, and of the long one
 MEMORY = 800_000_000  # bytes that all cases of one opener may add to its process
 
 Try = Callable[[random.Random], bool]  # mangles and opens one file; says whether what came out is wrong

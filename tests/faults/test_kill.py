@@ -292,7 +292,7 @@ def test_kills_at_random_while_encoding(world, account, is_long):
         command,
         end,
         functools.partial(reference.check, world),
-        num_kills=200 if is_long else 20,
+        num_kills=60 if is_long else 20,
         seconds=seconds,
     )
     account.add("SIGKILL while encoding", "at random times", **vars(tally))
@@ -342,7 +342,7 @@ def test_kills_at_random_while_training(world, reference, account, is_long):
         command,
         end,
         functools.partial(reference.check, world),
-        num_kills=200 if is_long else 20,
+        num_kills=60 if is_long else 20,
         seconds=seconds,
     )
     account.add("SIGKILL while training", "at random times", **vars(tally))
@@ -484,7 +484,7 @@ def test_the_real_encoding_is_killed(world, account, is_long):
     reference = Reference(pipeline.open_cache(folder).space, pipeline.stored_moments(folder), {})
     forget_run(world)
     tally, published = Tally(), set()
-    for _ in range(20):
+    for _ in range(8):
         is_through = command.kill()
         tally += reference.check_rows(folder, published)
         published = set(LatentCache(folder, reference.space, writable=False).keys())
@@ -502,7 +502,7 @@ def test_the_real_training_is_killed(world, reference, account, is_long):
     command = RealCommand(["train_latent_cfg.py", *flags], seed=2)
     expected, tally, told = trained(world), Tally(), Told()
     forget_run(world)
-    for _ in range(20):
+    for _ in range(8):
         is_through = command.kill()
         tally += reference.check(world, told)
         names = [path.name for path in (world / "results").glob("*-*.safetensors")]

@@ -73,8 +73,8 @@ def busy(cached: Path, trained: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", HAS_BEGUN)
-def test_each_signal_ends_each_script_in_each_stage_with_its_code_and_no_traceback(busy, account, is_long, stage):
-    for number in SIGNALS * (3 if is_long else 1):
+def test_each_signal_ends_each_script_in_each_stage_with_its_code_and_no_traceback(busy, account, stage):
+    for number in SIGNALS:
         log = busy / "log"
         with (
             log.open("w") as file,
@@ -105,7 +105,7 @@ def test_a_training_whose_terminal_is_closed_saves_and_goes_on_where_it_ignores_
     program += "signal.signal(signal.SIGHUP, signal.SIG_IGN); " * is_ignored
     program += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     metrics = busy / "results" / "metrics.jsonl"
-    for _ in range(5 if is_long else 1):
+    for _ in range(2 if is_long else 1):
         ours, theirs = os.openpty()
         words = [sys.executable, "-c", program, *words_of("train", busy)]
         with subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdin=theirs, stdout=theirs, stderr=theirs) as process:
@@ -155,7 +155,7 @@ def is_running(number: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["start", "imports", "train", "generate", "encode"])
 def test_the_processes_of_a_killed_torchrun_end_soon_and_save(busy, account, is_long, stage):
-    for number in range(4 if is_long else 1):
+    for number in range(2 if is_long else 1):
         log = busy / "log"
         process = start_two(words_of(stage, busy), log)
         workers = workers_of(process)
@@ -184,7 +184,7 @@ def test_of_two_equal_trainings_that_start_together_one_ends_and_the_other_is_as
     cached, trained, account, is_long
 ):
     words = [sys.executable, "train_latent_cfg.py", *pipeline.train_flags(cached, save_and_sample_every=2)]
-    for number in range(20 if is_long else 3):
+    for number in range(6 if is_long else 3):
         both = []
         for delay in (0.0, 0.1 * (number % 4)):
             time.sleep(delay)

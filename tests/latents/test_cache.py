@@ -242,6 +242,20 @@ def test_a_cache_that_is_not_writable_writes_nothing_at_all(tmp_path, monkeypatc
 # --- what else may lie there -------------------------------------------------------------------------------
 
 
+def test_a_folder_that_another_process_has_made_to_see_whether_it_can_counts_as_new(tmp_path):
+    """Such a process takes it away again, while this one may already have opened it."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    probe = folder / f"{disk_files.TEMPORARY_PREFIX}other"
+    probe.touch()
+    cache = LatentCache(folder, SPACE, writable=True)
+    probe.unlink()
+    folder.rmdir()
+    put(cache, [0])
+    cache.flush()
+    assert found_rows(reader(folder), range(2)) == [0]
+
+
 def test_other_names_do_not_exist_for_the_cache(tmp_path):
     path = stored(tmp_path, [0])
     for name in (".tmp-x", "x.safetensors", f"{'A' * 32}.safetensors", path.name + ".bak", f"{'a' * 31}.safetensors"):

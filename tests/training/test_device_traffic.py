@@ -10,6 +10,7 @@ from device_traffic import DEVICE, Traffic
 from tiny_cache import RECORD, key, make_space
 from tiny_vae import tiny_vae
 
+from gait_latents.common import hardware
 from gait_latents.images.split import Split
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
@@ -26,23 +27,28 @@ from gait_latents.vae.norm import LatentNorm
 CLASSES = ("a", "b")
 
 
-@pytest.fixture
-def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
-    """A trainer whose network, optimizer and latents are on the device."""
-    monkeypatch.setattr(
-        sys.modules[torch.optim.Optimizer.__module__], "_get_fused_kernels_supported_devices", lambda: ["meta"]
-    )
+def trainer_on(device: torch.device, folder: Path) -> Trainer:
+    """Makes a trainer whose network, optimizer and latents are on a device."""
     space = make_space((8, 8, 8))
-    cache = LatentCache(tmp_path, space, writable=True)
+    cache = LatentCache(folder, space, writable=True)
     keys = [key(i) for i in range(20)]
-    cache.put(keys, np.zeros((20, 8, 8, 8), np.float16), keys, RECORD)
+    cache.put(keys, np.random.default_rng(0).standard_normal((20, 8, 8, 8)).astype(np.float16), keys, RECORD)
     cache.flush()
-    facts = {"encode": None, "read_image": None, "encode_batch_size": 1, "device": DEVICE}
+    facts = {"encode": None, "read_image": None, "encode_batch_size": 1, "device": device}
     dataset = LatentDataset(cache, keys, [i % 2 for i in range(20)], keys, **facts)
     dataset.set_norm(LatentNorm.from_scale_factor(4, 1.0, 0.0))
     settings = TrainSettings(dim=8, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2, ema_update_every=2)
     split = Split(classes=CLASSES, train=(), test=(), skipped=(), rule={})
-    return Trainer(settings, Data(split, ChosenSpace(space, 1.0, 0.0, vae_at_hand=False), dataset), DEVICE)
+    return Trainer(settings, Data(split, ChosenSpace(space, 1.0, 0.0, vae_at_hand=False), dataset), device)
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """A trainer on the device that has no values."""
+    monkeypatch.setattr(
+        sys.modules[torch.optim.Optimizer.__module__], "_get_fused_kernels_supported_devices", lambda: ["meta"]
+    )
+    return trainer_on(DEVICE, tmp_path)
 
 
 def traffic_of_steps(trainer: Trainer, count: int) -> Traffic:
@@ -82,11 +88,49 @@ def test_a_value_that_is_read_back_and_a_second_copy_are_seen(
 
 
 def test_draws_sent_one_by_one_are_seen(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_by_one(self: draws.StepDraws, device: torch.device) -> draws.StepDraws:
-        return draws.StepDraws(*(value.to(device) for value in vars(self).values()))
+    def one_by_one(_: draws.DeviceDraws, host: draws.StepDraws, _buffer: torch.Tensor) -> draws.StepDraws:
+        return draws.StepDraws(*(value.to(DEVICE) for value in host.tensors()), host.host_positions)
 
-    monkeypatch.setattr(draws.StepDraws, "to", one_by_one)
+    monkeypatch.setattr(draws.DeviceDraws, "send", one_by_one)
     assert traffic_of_steps(trainer, 1).to_device.total() == 6
+
+
+def test_where_the_moments_are_on_the_host_a_step_copies_these_too_and_waits_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(hardware, "free_memory_bytes", lambda device: 0 if device == DEVICE else 1 << 30)
+    trainer = request.getfixturevalue("trainer")
+    assert trainer.dataset.place == "cpu"
+    traffic = traffic_of_steps(trainer, 3)
+    assert traffic.waits.total() == 0 and traffic.to_device.total() == 6
+
+
+def state_of(trainer: Trainer) -> list[torch.Tensor]:
+    """Returns all that a step changes: weights, averages, moments of the optimizer."""
+    moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    return [*trainer.diffusion.parameters(), *trainer.ema.model.parameters(), *moments]
+
+
+def test_a_step_on_fixed_memory_is_that_of_today_bit_for_bit_and_no_address_changes(tmp_path: Path) -> None:
+    """As a recorded graph of kernels would need it: the way of a GPU, gone on a CPU beside the usual one."""
+    usual, fixed = (trainer_on(torch.device("cpu"), tmp_path / name) for name in ("usual", "fixed"))
+    sent = []
+
+    def parts_of(step: int) -> list[draws.StepDraws]:
+        _, own, buffer = fixed._ahead.of(step)
+        sent.append(fixed._sent.send(own, buffer))
+        return [sent[-1]]
+
+    fixed.parts_of = parts_of  # type: ignore[method-assign]
+    places = set()
+    for _ in range(5):
+        usual.train_step()
+        fixed.train_step()
+        places.add(tuple(tensor.data_ptr() for tensor in [*state_of(fixed), *sent[-1].tensors()]))
+    assert len(places) == 1
+    assert all(torch.equal(one, other) for one, other in zip(state_of(usual), state_of(fixed), strict=True))
+    assert torch.equal(torch.stack(usual.losses), torch.stack(fixed.losses))
+    assert all(map(torch.equal, usual.losses_by_sample(), fixed.losses_by_sample()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -9,7 +9,7 @@ from device_traffic import DEVICE, Traffic
 from properties import given, settings, st
 
 from gait_latents.common.seeds import draw_positions, sample_generator
-from gait_latents.training.draws import StepDraws, draw_step, packed, unpacked
+from gait_latents.training.draws import DeviceDraws, DrawsAhead, StepDraws, draw_step, packed, unpacked
 
 SHAPE = (4, 8, 8)
 NAMES = [field.name for field in fields(StepDraws)]
@@ -196,18 +196,46 @@ def test_the_seed_of_a_stream_is_pinned():
     assert sample_generator(42, "ID_7", 12).initial_seed() == expected
 
 
-def test_to_moves_everything():
-    moved = draw(0).to("meta")
-    assert {getattr(moved, name).device.type for name in NAMES} == {"meta"}
-
-
 def test_draws_go_to_a_device_in_one_copy_with_the_same_bits():
     draws = draw(3, batch=5)  # 5 bools and 5 rows: nothing ends where the next may begin
-    tensors = [getattr(draws, name) for name in NAMES]
+    tensors = draws.tensors()
     buffer = packed(tensors)
     found = unpacked(buffer, tensors)
     assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(found, tensors, strict=True))
     assert {one.untyped_storage().data_ptr() for one in found} == {buffer.untyped_storage().data_ptr()}
     with Traffic() as traffic:
-        sent = draws.to(DEVICE)
+        sent = DeviceDraws(DEVICE).send(draws, buffer)
     assert traffic.to_device.total() == 1 and sent.noise.shape == draws.noise.shape
+    assert {one.device.type for one in sent.tensors()} == {"meta"} and sent.host_positions is draws.host_positions
+
+
+def test_draws_of_all_steps_lie_in_the_same_memory_of_a_device():
+    device, places = DeviceDraws(torch.device("cpu")), set()
+    for step in range(4):
+        draws = draw(step)
+        sent = device.send(draws, packed(draws.tensors()))
+        assert all(same(sent, draws))
+        places.add(tuple(tensor.data_ptr() for tensor in sent.tensors()))
+    assert len(places) == 1
+
+
+def test_draws_that_are_made_ahead_are_those_of_their_step_wherever_one_begins():
+    ahead = DrawsAhead(draw, slice(4, 12), pinned=False)
+    for step in (7, 8, 9, 10, 11, 3, 4, 100, 5, 5):  # in a row, back, far away, and once more
+        whole, own, buffer = ahead.of(step)
+        expected = draw(step)
+        assert all(same(whole, expected)) and all(same(own, expected.slice(4, 12)))
+        assert all(map(torch.equal, unpacked(buffer, own.tensors()), own.tensors()))
+
+
+def test_what_fails_while_draws_are_made_ahead_is_raised_where_they_are_wanted():
+    def fails_at_two(step: int) -> StepDraws:
+        if step == 2:
+            raise MemoryError
+        return draw(step)
+
+    ahead = DrawsAhead(fails_at_two, slice(0, 16), pinned=False)
+    ahead.of(0)
+    ahead.of(1)
+    with pytest.raises(MemoryError):
+        ahead.of(2)
