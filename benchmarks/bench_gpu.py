@@ -37,7 +37,7 @@ SECONDS = {  # what a stage takes on a T4; shares of the time are in proportion
 }
 _SECONDS_TO_SAY_NO = 12  # that the stage on two GPUs takes where there is one
 _RESERVE_SECONDS = 15.0  # for the starts and ends around the stages
-_PATIENCE_SECONDS = 5.0  # within which what is told to end must
+_PATIENCE_SECONDS = 3.0  # within which what is told to end must
 _NUM_WINDOWS = 5
 JOB_IMAGES, JOB_CLASSES = 1550, 31
 TFLOP_PER_IMAGE = 0.218  # of the encoder at 256x256 (RESULTS.md)

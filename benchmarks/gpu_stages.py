@@ -21,11 +21,10 @@ from typing import Any
 import bench_encode
 import bench_ranks
 import bench_train
+import gpu_truth
 import harness
 from harness import Round, Window
 
-PSNR_DB = 45.0  # from this on, a decoder in another number format is used (vae/decoder.py)
-LOSS_TOLERANCE = 1e-4  # of the first loss on the device against that on the CPU, without TF32
 USERS_LOOP, EAGER, COMPILED, DRAWS = "users' loop", "ours, eager", "ours, compiled", "data and draws of ours"
 USERS_SCRIPT = f"users' script: PIL, batches of {bench_encode.BASELINE_BATCH}, one .pt per image"
 SAMPLE, DECODE, JPEG, PUBLISH = "sampling", "decoding", "JPEG", "writing and fsync"
@@ -35,7 +34,7 @@ DOING = "> "  # how a line on standard error begins that says what is being done
 NETWORK_FORMAT, REDUCED_FORMAT = "number format of --precision auto", "reduced number format"
 SPEED, STEP_MS, IMAGES_PER_SECOND, PEAK_GB = "speed", "ms per step", "images per second", "peak GB on the device"
 IMAGE_MS, RATE, SHARE, COMPILE_SECONDS = "ms per image", "TFLOP/s", "share of a step", "s of the first steps"
-_TOO_LARGE_SCALE = 2.0**60  # of a loss: its gradients overflow float16
+_STARTED = time.monotonic()  # about when the process did: torch is not imported yet
 _RANK = "rank"  # the word that a process of the stage on two GPUs is started with
 
 
@@ -65,10 +64,9 @@ class Stage:
         import torch
 
         from gait_latents.common import hardware
-        from gait_latents.common.process import PROCESS_START
 
         self.small, self.folder = arguments.small, arguments.folder
-        self.deadline = PROCESS_START + 0.9 * arguments.seconds
+        self.deadline = _STARTED + 0.9 * arguments.seconds
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.formats = harness.number_formats()
         self.usual = str(hardware.pick_precision("auto", self.device)[0]).removeprefix("torch.")
@@ -122,6 +120,16 @@ class Stage:
         sizes = argparse.Namespace(small=self.small, images=310)
         settings = {"compile": "false", **chosen}
         return bench_train.make_trainer(sizes, self.new_folder(), device or self.device, **settings)
+
+    def decoder(self, name: str) -> Any:
+        """Returns the decoder of vae.pt in the folder of the stage, in a number format, without a trial."""
+        from gait_latents.common import hardware
+        from gait_latents.vae.decoder import ImageDecoder
+        from gait_latents.vae.norm import LatentNorm
+
+        found = ImageDecoder(str(self.folder / "vae.pt"), LatentNorm.from_scale_factor(4, 1.0, 0.0), self.device)
+        found.go_on_in(hardware.NUMBER_FORMATS[name])
+        return found
 
 
 def per_unit(windows: list[Window], factor: float = 1.0) -> dict[str, float]:
@@ -284,175 +292,6 @@ def traffic(stage: Stage) -> None:
         stage.row(name, **figures)
 
 
-# --- truth -------------------------------------------------------------------------------------------------
-
-
-def truth(stage: Stage) -> None:
-    """Runs the trainer and the decoder, and says of each promise whether it is kept on this device."""
-    import torch
-
-    from gait_latents.common import hardware
-
-    hardware.make_deterministic()  # before anything is computed; for the checks of bits alone
-    for name, (check, is_exact) in CHECKS.items():
-        stage.say(name)
-        torch.use_deterministic_algorithms(is_exact)
-        try:
-            passed, found = check(stage)
-        except Exception as error:  # whatever it is, it is what the row tells
-            passed, found = False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        verdict = "not on a CPU" if passed is None else "pass" if passed else "FAIL"
-        stage.row(name, result=verdict, found=found)
-
-
-Check = tuple[bool | None, str]  # whether it passes, None where it cannot be asked on a CPU, and what was found
-
-
-def never_waits(stage: Stage) -> Check:
-    """Takes ten steps, over an update of the average, in which torch raises an error where the host waits."""
-    import torch
-
-    if stage.is_cpu:
-        return None, ""
-    trainer = stage.trainer()
-    for _ in range(3):
-        trainer.train_step()
-    harness.wait_for_device()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(10):
-            trainer.train_step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return True, f"10 steps in {trainer.dtype}"
-
-
-def repeats_and_resumes(stage: Stage) -> Check:
-    """Compares four steps with the same four, and with two and two after a save."""
-    import torch
-
-    from gait_latents.training import optimizer_state
-
-    def state_after(trainer: Any, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        for _ in range(steps):
-            trainer.train_step()
-        tensors, values = optimizer_state.pack_training_state(
-            trainer.diffusion, trainer.ema.model, trainer.optimizer, trainer.scaler
-        )
-        return {name: tensor.clone() for name, tensor in tensors.items()}, values
-
-    first, second, resumed = stage.trainer(), stage.trainer(), stage.trainer()
-    whole, _ = state_after(first, 4)
-    half, values = state_after(second, 2)
-    again, _ = state_after(second, 2)
-    optimizer_state.unpack_training_state(
-        half, values, resumed.diffusion, resumed.ema.model, resumed.optimizer, resumed.scaler
-    )
-    resumed.finished_steps = 2
-    after, _ = state_after(resumed, 2)
-    changed = [name for name in whole if not torch.equal(whole[name], again[name])]
-    lost = [name for name in whole if not torch.equal(whole[name], after[name])]
-    text = f"{len(whole)} tensors in {first.dtype}; {len(changed)} differ when repeated, {len(lost)} when resumed"
-    return not changed and not lost and not first.losses[-1].isnan().item(), text
-
-
-def overflow_is_skipped(stage: Stage) -> Check:
-    """Forces an overflow in float16: the step must change no weight, and halve the loss scale."""
-    import torch
-
-    trainer = stage.trainer(precision="float16")
-    trainer.train_step()
-    trainer.scaler.update(_TOO_LARGE_SCALE)
-    before = [parameter.clone() for parameter in trainer.diffusion.parameters()]
-    trainer.train_step()
-    kept = all(map(torch.equal, before, trainer.diffusion.parameters()))
-    scale = trainer.scaler.get_scale()
-    trainer.check_finite()  # an overflow is no failure of the run
-    return kept and scale == _TOO_LARGE_SCALE / 2, f"weights {'kept' if kept else 'CHANGED'}, scale {scale:g}"
-
-
-def sick_step_is_named(stage: Stage) -> Check:
-    """Puts a NaN into a weight before the second step, which must then be named, and must change nothing more."""
-    import torch
-
-    from gait_latents.common.errors import Failed
-
-    trainer = stage.trainer()
-    trainer.train_step()
-    parameters = list(trainer.diffusion.parameters())
-    with torch.no_grad():
-        parameters[0][0].fill_(torch.nan)
-    before = [parameter.clone() for parameter in parameters[1:]]
-    trainer.train_step()
-    kept = all(map(torch.equal, before, parameters[1:]))
-    try:
-        trainer.check_finite()
-    except Failed as error:
-        return kept and "step 2 is not finite" in str(error), str(error)[:60]
-    return False, "nothing was said"
-
-
-def loss_is_that_of_the_cpu(stage: Stage) -> Check:
-    """Compares the loss of the first step in float32, without TF32, with that on the CPU."""
-    import torch
-
-    from gait_latents.common import hardware
-
-    losses = []
-    for device in (stage.device, torch.device("cpu")):
-        trainer = stage.trainer(device, precision="float32")
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        try:
-            trainer.train_step()
-        finally:
-            hardware.allow_tf32()
-        losses.append(trainer.losses[0].item())
-    difference = abs(losses[0] / losses[1] - 1)
-    return (
-        difference <= LOSS_TOLERANCE,
-        f"{losses[0]:.6f} and {losses[1]:.6f}, a relative difference of {difference:.1e}",
-    )
-
-
-def decodes_alike(stage: Stage) -> Check:
-    """Compares images decoded in the reduced number formats with those in float32."""
-    import torch
-
-    from gait_latents.common import pictures
-
-    shape = bench_train.latent_shape(stage.sizes)
-    latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(stage.device)
-    bench_encode.save_vae(stage.folder / "vae.pt", stage.sizes)
-    exact = decoder(stage, "float32")(latents)
-    found = {}
-    for name in stage.formats[1:]:
-        pairs = zip(exact, decoder(stage, name)(latents), strict=True)
-        found[name] = min(min(99.0, pictures.psnr(*pair)) for pair in pairs)
-    good = all(quality >= PSNR_DB for quality in found.values())
-    return good, ", ".join(f"{name} {quality:.1f} dB" for name, quality in found.items())
-
-
-def decoder(stage: Stage, name: str) -> Any:
-    """Returns the decoder of vae.pt in the folder of the stage, in a number format, without a trial."""
-    from gait_latents.common import hardware
-    from gait_latents.vae.decoder import ImageDecoder
-    from gait_latents.vae.norm import LatentNorm
-
-    found = ImageDecoder(str(stage.folder / "vae.pt"), LatentNorm.from_scale_factor(4, 1.0, 0.0), stage.device)
-    found.go_on_in(hardware.NUMBER_FORMATS[name])
-    return found
-
-
-CHECKS: dict[str, tuple[Callable[[Stage], Check], bool]] = {  # name -> check, and whether torch is to be deterministic
-    "the host never waits in ten steps": (never_waits, False),
-    "with --deterministic, repeated and resumed bit for bit": (repeats_and_resumes, True),
-    "an overflow in float16 skips the step and halves the scale": (overflow_is_skipped, False),
-    "a step that is not finite is named": (sick_step_is_named, False),
-    "the first loss is that of the CPU": (loss_is_that_of_the_cpu, False),
-    f"reduced formats decode as float32 does, to {PSNR_DB:g} dB": (decodes_alike, False),
-}
-
-
 # --- encode ------------------------------------------------------------------------------------------------
 
 
@@ -539,6 +378,9 @@ def train(stage: Stage) -> None:
     works[USERS_LOOP] = with_usual_flags(works[USERS_LOOP])
     works[DRAWS] = partial(draws_of, trainers[EAGER])
     time_steps(stage, works, peaks, share=0.3)
+    if stage.small and stage.is_cpu:
+        stage.row(COMPILED, note="not measured: it takes minutes on a CPU")
+        return
     stage.say("compiling")
     try:
         started = time.perf_counter()
@@ -640,7 +482,7 @@ def generate(stage: Stage) -> None:
     works: dict[str, Round] = {}
     for name in dict.fromkeys(("float32", stage.reduced)):
         works[f"{SAMPLE}, {name}"] = sampling(stage, name)
-        works[f"{DECODE}, {name}"] = partial(decode, decoder(stage, name))
+        works[f"{DECODE}, {name}"] = partial(decode, stage.decoder(name))
     works |= {JPEG: encode_jpeg, PUBLISH: publish}
     for name, windows in stage.turns(works).items():
         figures = {IMAGE_MS: per_unit(windows, 1e3)}
@@ -733,7 +575,7 @@ def rank_of_two(stage: Stage) -> None:
 STAGES: dict[str, Callable[[Stage], None]] = {
     "facts": facts,
     "micro": micro,
-    "truth": truth,
+    "truth": gpu_truth.truth,
     "encode": encode,
     "train": train,
     "generate": generate,
