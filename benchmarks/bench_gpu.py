@@ -124,8 +124,7 @@ def run_stage(command: Sequence[str], seconds: float, environment: Mapping[str, 
         Its state ("done", "failed" or "out of time"), the seconds, the rows that it handed in, and where it is not done
         what it was doing and its last line.
     """
-    options = {"mode": "w+", "encoding": "utf-8", "errors": "replace"}
-    with tempfile.TemporaryFile(**options) as rows, tempfile.TemporaryFile(**options) as said:
+    with tempfile.TemporaryFile() as rows, tempfile.TemporaryFile() as said:
         started = time.monotonic()
         process = subprocess.Popen(
             command,
@@ -144,8 +143,8 @@ def run_stage(command: Sequence[str], seconds: float, environment: Mapping[str, 
         taken = round(time.monotonic() - started, 1)
         rows.seek(0)
         said.seek(0)
-        last = {} if state == "done" else last_words(said.read())
-        return {"state": state, "seconds": taken, **last, "rows": read_rows(rows.read())}
+        last = {} if state == "done" else last_words(said.read().decode(errors="replace"))
+        return {"state": state, "seconds": taken, **last, "rows": read_rows(rows.read().decode(errors="replace"))}
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -224,7 +223,8 @@ def job_minutes(report: Mapping[str, Any]) -> Rows:
         return JOB_IMAGES * max(sample + decode, jpeg + write) / 60e3  # a thread writes while the next are made
 
     ours = [encoding("ours, float32"), training(COMPILED) or training(EAGER), generating()]
-    whole = None if None in ours else sum(ours)
+    measured = [minutes for minutes in ours if minutes is not None]
+    whole = sum(measured) if len(measured) == len(ours) else None
     theirs = [encoding(USERS_SCRIPT), training(USERS_LOOP)]
     heads = ("minutes, ours", "minutes, users' way")
     return {

@@ -178,6 +178,7 @@ def facts(stage: Stage) -> None:
         properties = torch.cuda.get_device_properties(0)
         found["capability"] = f"{properties.major}.{properties.minor}"
         found["GB on the device"] = round(properties.total_memory / 1e9, 1)
+        found["convolutions in float32"] = "by TF32" if properties.major >= 8 else "plain"
         found["multiprocessors"] = properties.multi_processor_count
     commit = ["git", "-C", str(harness.ROOT), "log", "-1", "--format=%h of %cs"]
     found["commit"] = output_of(commit)
