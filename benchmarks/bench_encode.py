@@ -5,7 +5,8 @@
 The baseline opens each image with PIL, encodes batches of 32 in float32 and contiguous memory, and writes one `.pt`
 file per image with torch.save; the lazy baseline does the same one image at a time. Ours goes the whole way of
 preprocess_latents.py: read, hash, decode, encode in calls of 16, seal, publish. All encode the same JPGs with the same
-VAE of random weights and the usual width. A round of ours starts from an empty cache.
+VAE of random weights and the usual width. A round of ours starts from an empty cache. With --only, give "one at a time"
+or number formats.
 """
 
 import argparse
@@ -20,8 +21,6 @@ from typing import Any
 import harness
 from harness import Round
 
-OURS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
-CPU_VARIANTS = ("one at a time", "float32", "bfloat16")
 BASELINE_BATCH = 32
 
 
@@ -32,10 +31,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             serve(arguments, Path(folder))
         return
-    import torch
-
-    known = ("one at a time", *OURS) if torch.cuda.is_available() else CPU_VARIANTS
-    harness.compare(__file__, ["baseline", *(arguments.only or known)], arguments, "image")
+    variants = arguments.only or ("one at a time", *harness.number_formats())
+    harness.compare(__file__, ["baseline", *variants], arguments, "image")
 
 
 def serve(arguments: argparse.Namespace, folder: Path) -> None:
@@ -130,12 +127,12 @@ def ours(arguments: argparse.Namespace, folder: Path, facts: dict[str, float]) -
         data_path=str(folder / "data"),
         image_size=image_size(arguments),
         images_per_user="all",
-        encode_precision=OURS[arguments.worker],
+        encode_precision=arguments.worker,
     )
     sources = {"vae_path": "flag", "data_path": "flag"}
     split = selection.choose_images(settings, at_hand=True, stored=None, where="")
     chosen = vae_fit.choose_space(settings, sources, None, may_lack=False)
-    output = folder / "latents_cache"
+    output = folder / f"cache_{arguments.worker}"
 
     def open_dataset(encoder: Any = None) -> Any:
         dataset = opening.open_dataset(

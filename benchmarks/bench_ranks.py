@@ -58,7 +58,7 @@ def serve(arguments: argparse.Namespace) -> None:
     with join_ranks() as ranks, tempfile.TemporaryDirectory() as folder:
 
         def prepare() -> Round:
-            step, exchange = set_up(arguments, Path(folder), ranks)
+            step, exchange = set_up(arguments, Path(folder), ranks, on_one_thread())
             facts["s of that exchanged"] = median_seconds(step, exchange)
 
             def work() -> int:
@@ -78,7 +78,7 @@ def follow(arguments: argparse.Namespace) -> None:
     from gait_latents.common.distributed import join_ranks
 
     with join_ranks() as ranks, tempfile.TemporaryDirectory() as folder:
-        step, exchange = set_up(arguments, Path(folder), ranks)
+        step, exchange = set_up(arguments, Path(folder), ranks, on_one_thread())
         median_seconds(step, exchange)
         while ranks.of_main("") == "go on":
             for _ in range(arguments.steps):
@@ -90,29 +90,27 @@ def median_seconds(step: Action, exchange: Action) -> float:
     step()
     taken = []
     for _ in range(_EXCHANGES):
+        harness.wait_for_device()
         started = time.perf_counter()
         exchange()
+        harness.wait_for_device()
         taken.append(time.perf_counter() - started)
     return statistics.median(taken)
 
 
-def set_up(arguments: argparse.Namespace, folder: Path, ranks: Any) -> tuple[Action, Action]:
+def on_one_thread() -> Any:
+    """Returns the CPU as a device, on which this process computes with one thread from now on."""
+    import torch
+
+    torch.set_num_threads(1)
+    return torch.device("cpu")
+
+
+def set_up(arguments: argparse.Namespace, folder: Path, ranks: Any, device: Any) -> tuple[Action, Action]:
     """Builds the trainer; returns a step as the loop takes it, and what of it the processes exchange."""
     import torch
 
-    from gait_latents.images.split import Split
-    from gait_latents.latents.vae_fit import ChosenSpace
-    from gait_latents.settings import TrainSettings
-    from gait_latents.training import run_data
-    from gait_latents.training.trainer import Trainer
-
-    torch.set_num_threads(1)
-    dataset = bench_train.random_dataset(arguments, folder, torch.device("cpu"))
-    split = Split(tuple(f"ID_{i}" for i in range(bench_train.NUM_CLASSES)), train=(), test=(), skipped=(), rule={})
-    data = run_data.Data(split, ChosenSpace(dataset.cache.space, 1.0, 0.0, vae_at_hand=False), dataset)
-    settings = TrainSettings(**bench_train.network_settings(arguments), compile="false")
-    trainer = Trainer(settings, data, dataset.device, ranks)
-    dataset.fit_norm(seed=0, num_images=64)
+    trainer = bench_train.make_trainer(arguments, folder, device, ranks, compile="false")
 
     def agree() -> None:
         with ranks.together():
@@ -124,7 +122,8 @@ def set_up(arguments: argparse.Namespace, folder: Path, ranks: Any) -> tuple[Act
         agree()
 
     def exchange() -> None:
-        ranks.add_up(trainer.diffusion, torch.zeros(()), torch.zeros(2, trainer.batch))
+        zero = torch.zeros((), device=device)
+        ranks.add_up(trainer.diffusion, zero, zero.expand(2, trainer.batch).clone())
         agree()
 
     return step, exchange

@@ -26,7 +26,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float16": {"precision": "float16", "compile": "false"},
     "float16 compiled": {"precision": "float16", "compile": "true"},
 }
-CPU_VARIANTS = ("float32", "float32 compiled", "bfloat16", "bfloat16 compiled")
 MICRO_BATCH, ACCUMULATE, NUM_CLASSES = 8, 2, 31
 LEARNING_RATE, BETAS, DECAY, UPDATE_EVERY = 1e-4, (0.9, 0.99), 0.9995, 10
 
@@ -39,11 +38,22 @@ def main() -> None:
     if arguments.worker:
         serve(arguments)
         return
+    harness.compare(__file__, ["baseline", *(arguments.only or known_variants())], arguments, "step")
+
+
+def known_variants() -> list[str]:
+    """Returns the variants that this machine is made for."""
     import torch
 
-    known = VARIANTS if torch.cuda.is_available() else CPU_VARIANTS
-    names = ["baseline", *(arguments.only or known)]
-    harness.compare(__file__, names, arguments, "step")
+    from gait_latents.common import hardware
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compiles, formats = hardware.why_not_compile(device) is None, harness.number_formats()
+    return [
+        name
+        for name, variant in VARIANTS.items()
+        if variant["precision"] in formats and (compiles or variant["compile"] == "false")
+    ]
 
 
 def network_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -101,9 +111,11 @@ def baseline(arguments: argparse.Namespace, folder: Path) -> Round:
     average = copy.deepcopy(diffusion)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=LEARNING_RATE, betas=BETAS, foreach=False)
 
+    files = Files()
+
     def endless() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
-            yield from DataLoader(Files(), batch_size=MICRO_BATCH, shuffle=True, drop_last=True)
+            yield from DataLoader(files, batch_size=MICRO_BATCH, shuffle=True, drop_last=True)
 
     data, step = endless(), 0
 
@@ -148,21 +160,8 @@ def ours(arguments: argparse.Namespace, folder: Path, shares: list[Callable[[], 
     """
     import torch
 
-    from gait_latents.images.split import Split
-    from gait_latents.latents.vae_fit import ChosenSpace
-    from gait_latents.settings import TrainSettings
-    from gait_latents.training import run_data
-    from gait_latents.training.trainer import Trainer
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dataset = random_dataset(arguments, folder, device)
-    settings = TrainSettings(**network_settings(arguments), **VARIANTS[arguments.worker])
-    classes = tuple(f"ID_{i}" for i in range(1, NUM_CLASSES + 1))
-    split = Split(classes=classes, train=(), test=(), skipped=(), rule={})
-    chosen = ChosenSpace(dataset.cache.space, 1.0, 0.0, vae_at_hand=False)
-    trainer = Trainer(settings, run_data.Data(split, chosen, dataset), device)
-    trainer.choose_network(None)
-    dataset.fit_norm(seed=0, num_images=64)
+    trainer = make_trainer(arguments, folder, device, **VARIANTS[arguments.worker])
 
     def one_round() -> int:
         started = time.perf_counter()
@@ -175,6 +174,26 @@ def ours(arguments: argparse.Namespace, folder: Path, shares: list[Callable[[], 
         return arguments.steps
 
     return one_round
+
+
+def make_trainer(arguments: argparse.Namespace, folder: Path, device: Any, ranks: Any = None, **chosen: Any) -> Any:
+    """Builds a trainer of the default recipe, but for the `chosen` settings, on a new cache of random latents."""
+    from gait_latents.common.distributed import ALONE
+    from gait_latents.images.split import Split
+    from gait_latents.latents.vae_fit import ChosenSpace
+    from gait_latents.settings import TrainSettings
+    from gait_latents.training import run_data
+    from gait_latents.training.trainer import Trainer
+
+    dataset = random_dataset(arguments, folder, device)
+    settings = TrainSettings(**network_settings(arguments), **chosen)
+    classes = tuple(f"ID_{i}" for i in range(1, NUM_CLASSES + 1))
+    split = Split(classes=classes, train=(), test=(), skipped=(), rule={})
+    space = ChosenSpace(dataset.cache.space, 1.0, 0.0, vae_at_hand=False)
+    trainer = Trainer(settings, run_data.Data(split, space, dataset), device, ranks or ALONE)
+    trainer.choose_network(None)
+    dataset.fit_norm(seed=0, num_images=64)
+    return trainer
 
 
 def random_dataset(arguments: argparse.Namespace, folder: Path, device: Any) -> Any:
@@ -204,6 +223,7 @@ def data_seconds(trainer: Any, steps: int) -> float:
     for step in range(steps):
         for part in trainer.parts_of(step):
             trainer.latents_of(part)
+    harness.wait_for_device()
     return time.perf_counter() - started
 
 

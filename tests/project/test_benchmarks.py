@@ -1,9 +1,15 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import bench_gpu
+import gpu_stages
+import harness
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +32,7 @@ def test_a_benchmark_prints_a_table_and_ends_in_a_line_of_json():
     assert [line.split(" | ")[0] for line in table[2:]] == ["| baseline", "| float32"]
     result = json.loads(last)
     assert result["benchmark"] == "bench_train" and result["versions"]["torch"]
+    assert isinstance(result["cpu_features"], list)
     for figures in result["variants"].values():
         assert 0 < figures["seconds_min"] <= figures["seconds"] <= figures["seconds_max"]
         assert figures["speed"] > 0 and figures["host_gb"] > 0.1
@@ -80,3 +87,195 @@ def test_what_is_no_variant_is_told():
         done = run("bench_sample", "--small", "--variants", text)
         assert done.returncode == 2 and repr(text) in done.stderr
     assert "give --checkpoint" in run("bench_sample").stderr
+
+
+# --- bench_gpu.py ------------------------------------------------------------------------------------------
+
+# Stands in for gpu_stages.py: a stage says which stages the report has by then; "micro" fails, and "truth" never ends.
+STAGE = """
+import json, subprocess, sys, time
+from pathlib import Path
+name, folder = sys.argv[1], Path(sys.argv[sys.argv.index("--folder") + 1])
+report = folder.parent / "gpu_report.json"
+known = json.loads(report.read_text())["stages"] if report.exists() else {}
+print(json.dumps({"name": "before", "value": list(known)}))
+print("no row {", flush=True)
+print("> working", file=sys.stderr)
+if name == "micro":
+    raise ValueError("the card is broken")
+if name == "truth":
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(json.dumps({"name": "other", "value": other.pid}), flush=True)
+    time.sleep(600)
+"""
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_stage_that_fails_leaves_its_last_line_and_the_rest_go_on(tmp_path, capsys):
+    report = {"date": "2026-11-29", "small": True, "stages": {}}
+    bench_gpu.run_stages(report, ["facts", "micro", "generate"], [sys.executable, "-c", STAGE], 600, tmp_path)
+    stages = report["stages"]
+    assert [result["state"] for result in stages.values()] == ["done", "failed", "done"]
+    assert stages["micro"]["last_line"] == "ValueError: the card is broken" and stages["micro"]["doing"] == "working"
+    rows = [result["rows"] for result in stages.values()]
+    assert rows == [{"before": {"value": found}} for found in ([], ["facts"], ["facts", "micro"])]
+    assert json.loads((tmp_path / "gpu_report.json").read_text()) == report
+    text = (tmp_path / "gpu_report.md").read_text()
+    assert "while working; its last line: `ValueError: the card is broken`" in text and bench_gpu.SMALL in text
+    assert [line for line in text.splitlines() if line.startswith("## ")][:4] == [
+        "## facts",
+        "## micro",
+        "## generate",
+        "## verdict",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu_report.json", "gpu_report.md"]
+    assert "## generate" in capsys.readouterr().out
+
+
+def test_a_stage_whose_time_is_up_is_ended_with_all_that_it_started(tmp_path):
+    command = [sys.executable, "-c", STAGE, "truth", "--folder", str(tmp_path / "scratch")]
+    result = bench_gpu.run_stage(command, 8, {})
+    assert result["state"] == "out of time" and result["doing"] == "working" and result["last_line"] == "> working"
+    assert not is_running(result["rows"]["other"]["value"])
+
+
+def test_time_that_a_stage_leaves_goes_to_the_next_and_one_gpu_needs_little_for_two():
+    names, report = list(bench_gpu.SECONDS), {"stages": {}}
+    left, shares = 500.0, []
+    for i, name in enumerate(names):
+        shares.append(bench_gpu.share_of(name, names[i:], left, report))
+        left -= shares[-1]
+    assert left == pytest.approx(0) and min(shares) > 0
+    assert bench_gpu.share_of("train", ["train"], 100, report) == 100
+    one = {"stages": {"facts": {"rows": {"GPUs": {"value": 1}}}}}
+    assert bench_gpu.share_of("train", names[4:], 300, one) > bench_gpu.share_of("train", names[4:], 300, report)
+
+
+def median(value: float) -> dict[str, float]:
+    return {"median": value, "min": value / 2, "max": 2 * value, "windows": 5}
+
+
+def measured_report() -> dict[str, Any]:
+    """A report of a T4 with round figures."""
+    facts = {"gpu": "Tesla T4", "GPUs": 1, "reduced number format": "float16"}
+    facts["number format of --precision auto"] = "float16"
+    speed, step, image = ("images per second", "ms per step", "ms per image")
+    rows = {
+        "facts": {name: {"value": value} for name, value in facts.items()},
+        "micro": {
+            "convolution, float32 NCHW": {"TFLOP/s": median(4.36)},
+            "convolution, float32 NHWC": {"TFLOP/s": median(2.0)},
+        },
+        "encode": {
+            gpu_stages.USERS_SCRIPT: {speed: median(5)},
+            "ours, float32": {speed: median(15.5), "peak GB on the device": 2.5},
+            "ours, float16": {speed: median(62)},
+        },
+        "train": {
+            "users' loop": {step: median(200), "speed": median(1)},
+            "ours, eager": {step: median(30), "speed": median(7), "peak GB on the device": 0.9},
+            "ours, compiled": {step: median(12), "speed": median(16), "s of the first steps": 60.0},
+            "data and draws of ours": {"share of a step": median(0.01)},
+        },
+        "generate": {
+            "sampling, float16": {image: median(20)},
+            "decoding, float16": {image: median(10)},
+            "JPEG": {image: median(2)},
+            "writing and fsync": {image: median(40)},
+        },
+    }
+    return {"small": False, "stages": {name: {"rows": found} for name, found in rows.items()}}
+
+
+def test_the_verdict_adds_up_what_the_stages_measured():
+    minutes = bench_gpu.job_minutes(measured_report())
+    ours = {name: row["minutes, ours"] for name, row in minutes.items()}
+    train = (14_532 * 0.012 + 60) / 60  # 150 passes over 1,550 images by 16
+    expected = {
+        "encode 1,550 images": 1550 / 15.5 / 60,
+        "(encode with --encode_precision float16)": 1550 / 62 / 60,
+        "train 14,532 steps": train,
+        "generate 1,550 images": 1550 * 0.042 / 60,  # the disk takes longer than the GPU
+    }
+    expected["whole job"] = 1550 / 15.5 / 60 + train + 1550 * 0.042 / 60
+    assert ours == pytest.approx(expected)
+    assert minutes["train 14,532 steps"]["minutes, users' way"] == pytest.approx(14_532 * 0.2 / 60)
+    assert minutes["encode 1,550 images"]["minutes, users' way"] == pytest.approx(1550 / 5 / 60)
+
+
+def test_a_target_is_met_missed_or_not_measured():
+    report = measured_report()
+    rows = bench_gpu.targets(report)
+    assert {name: row["result"] for name, row in rows.items()} == {
+        "training step, times the users' loop": "met",
+        "training step on an H100, ms": "not measured",
+        "training step on a T4, ms": "met",
+        "encoding in float32, of the rate of a convolution": "met",
+        "encoding in float16, of the rate of a convolution": "not measured",
+        "whole job on a T4, minutes": "met",
+        "whole job on an H100, minutes": "not measured",
+        "data and draws, share of a step": "met",
+        "peak memory of encoding, GB": "missed",
+        "peak memory of training, GB": "not measured",
+    }
+    assert rows["encoding in float32, of the rate of a convolution"]["found"] == pytest.approx(15.5 * 0.218 / 4.36)
+    report["stages"]["train"]["rows"].pop("ours, compiled")
+    rows = bench_gpu.targets(report)
+    assert (
+        rows["training step on a T4, ms"]["result"]
+        == rows["training step, times the users' loop"]["result"]
+        == "missed"
+    )
+    assert rows["peak memory of training, GB"]["result"] == "met"
+    report["stages"] = {}
+    assert {row["result"] for row in bench_gpu.targets(report).values()} == {"not measured"}
+    assert bench_gpu.job_minutes(report)["whole job"]["minutes, ours"] is None
+
+
+def test_works_take_turns_and_a_work_without_time_still_gets_a_window():
+    calls: list[str] = []
+
+    def work(name: str, count: int) -> int:
+        calls.append(name)
+        time.sleep(0.002)
+        return count
+
+    works = {"one": lambda: work("one", 1), "two": lambda: work("two", 2)}
+    found = harness.take_turns(works, seconds=60, window=0.01, rounds=3)
+    assert [len(windows) for windows in found.values()] == [3, 3]
+    turns = [name for name, before in zip(calls, ["", *calls], strict=False) if name != before]
+    assert turns == ["one", "two"] * 4  # warmed up, then timed in three rounds
+    for windows in found.values():
+        for window in windows:
+            assert 0 < window.host_seconds <= window.seconds and window.each == window.seconds / window.count
+    ratios = harness.speed(found["two"], found["one"])
+    assert ratios["windows"] == 3 and ratios["min"] <= ratios["median"] <= ratios["max"]
+    assert [len(windows) for windows in harness.take_turns(works, seconds=0).values()] == [1, 1]
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_gpus_runs_at_tiny_sizes_on_a_cpu(tmp_path):
+    done = run("bench_gpu", "--small", "--minutes", "20", "--output_folder", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "gpu_report.json").read_text())
+    assert list(report["stages"]) == list(bench_gpu.SECONDS)
+    for name, result in report["stages"].items():
+        assert result["state"] == "done" and result["rows"], (name, result)
+    facts, micro, truth, encode, train, generate, two = (result["rows"] for result in report["stages"].values())
+    assert facts["torch"]["value"] and {row["result"] for row in truth.values()} == {"pass", "not on a CPU"}
+    assert len(micro) == 13 and len(truth) == 6 and len(encode) == 7 and len(train) == 4 and len(generate) == 6
+    assert "not measured" in train["ours, compiled"]["note"] and two["two GPUs, eager"]["ms per step"]["median"] > 0
+    assert report["verdict"]["minutes"]["whole job"]["minutes, ours"] > 0
+    assert {row["result"] for row in report["verdict"]["targets"].values()} == {"not measured"}
+    assert (tmp_path / "gpu_report.md").read_text().count(bench_gpu.SMALL) == 3
+
+
+def test_without_a_gpu_only_tiny_sizes_are_run(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run("bench_gpu", "--output_folder", str(tmp_path / "report"))
+    assert done.returncode == 1 and "torch sees no GPU" in done.stderr and not (tmp_path / "report").exists()
