@@ -84,8 +84,8 @@ HELP_ZH = {
     ),
     "images left out between training and test of a contiguous split": "连续划分时训练与测试之间空出的图像数",
     "go on without images that cannot be read, and record them": "跳过无法读取的图像继续运行，并记录在案",
-    "images per encoder call on a GPU; on a CPU, where it is faster, always one": (
-        "GPU 上编码器每次处理的图像数；CPU 上总是一次一张，这样更快"
+    "images of 256x256 per encoder call on a GPU, of larger ones fewer; on a CPU, where it is faster, always one": (
+        "GPU 上编码器每次处理的 256x256 图像数，更大的图像更少；CPU 上总是一次一张，这样更快"
     ),
     "number format of the encoder; what is stored is float16 moments in any case": (
         "编码器的数值格式；无论选哪种，存盘的都是 float16 的 moments（均值与对数方差）"

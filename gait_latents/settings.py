@@ -147,7 +147,7 @@ class ImageSettings(MachineSettings):
         16,
         int,
         CACHE,
-        "images per encoder call on a GPU; on a CPU, where it is faster, always one",
+        "images of 256x256 per encoder call on a GPU, of larger ones fewer; on a CPU, where it is faster, always one",
         low=1,
         high=1024,
         free=True,

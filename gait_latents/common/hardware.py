@@ -215,10 +215,10 @@ def _is_compiler_error(error: BaseException) -> bool:
     """Says whether an error comes from torch.compile, and not from what it compiled."""
     # By name: importing the module of these classes takes a second.
     modules = {cls.__module__ for cls in type(error).__mro__}
-    return any(module.startswith(("torch._dynamo", "torch._inductor")) for module in modules)
+    return any(module.startswith(("torch._dynamo", "torch._inductor", "triton")) for module in modules)
 
 
-def compiler_obstacle(error: RuntimeError) -> str:
+def compiler_obstacle(error: Exception) -> str:
     """Returns in one line what torch.compile failed at; raises the error again if what was compiled failed."""
     if not _is_compiler_error(error):
         raise error

@@ -64,5 +64,4 @@ check_library()  # first: an old copy may pass the import below and fail much la
 
 make_sure_of_room_for_scipy()
 import scipy.linalg  # noqa: E402, F401  # the library loads it, too, but after taking some of the room
-
 from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet  # noqa: E402, F401

@@ -173,9 +173,7 @@ class LatentDataset(Dataset):
             moments, found = self.cache.read([self._row_keys[row] for row in rows])
         return torch.from_numpy(moments)
 
-    def batch(
-        self, positions: Tensor, noise: Tensor, host_positions: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def batch(self, positions: Tensor, noise: Tensor, host_positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draws latents at `positions` [B] with unit normal `noise` [B C h w]; returns them and the labels [B].
 
         Where the moments are in the memory of the host, `host_positions`, which are the same on the host, spare a wait.

@@ -98,9 +98,7 @@ def decode_means(
     dataset: LatentDataset, positions: list[int], vae_path: str, device: torch.device, *, trust_pickle: bool
 ) -> list[np.ndarray]:
     """Decodes the posterior means at `positions`; returns uint8 images [S S 3]."""
-    decoder = load.load_vae(
-        vae_path, device, parts="decoder", memory_format=layout(device), trust_pickle=trust_pickle
-    )
+    decoder = load.load_vae(vae_path, device, parts="decoder", memory_format=layout(device), trust_pickle=trust_pickle)
     moments = dataset.moments(torch.tensor(positions))
     means = moments[:, : moments.shape[1] // 2]
     return [image for mean in means for image in pictures.to_uint8(decoder.decode(mean[None]))]

@@ -72,8 +72,8 @@ class DrawsAhead:
     Args:
         draw: makes the draws of a step on the host.
         own: the rows that this process takes.
-        pinned: whether they are packed into memory that a GPU copies from by itself; torch keeps such a buffer until the
-            copy is done, and gives it out again afterwards.
+        pinned: whether they are packed into memory that a GPU copies from by itself; torch keeps such a buffer until
+            the copy is done, and gives it out again afterwards.
     """
 
     STEPS = 3

@@ -247,7 +247,6 @@ def pick_device(plan: TrainingPlan, ranks: Ranks) -> torch.device:
         if ranks.is_main:
             _check_results_folder(plan)
     ranks.use(device)
-    ranks.say_unused(plan.settings.device, "train_latent_cfg.py")
     return device
 
 

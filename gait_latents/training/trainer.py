@@ -195,7 +195,7 @@ class Trainer:
         result, obstacle = None, None
         try:
             result = self._gradients(parts)
-        except RuntimeError as error:
+        except Exception as error:  # Triton's are no RuntimeErrors
             obstacle = hardware.compiler_obstacle(error)
         if not self.has_compiled:
             obstacle, self.has_compiled = self.ranks.first_of(obstacle), True

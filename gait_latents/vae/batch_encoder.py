@@ -12,6 +12,7 @@ from gait_latents.common import hardware
 from gait_latents.vae.base import VAE
 from gait_latents.vae.formats import Formats, layout
 
+_USUAL_SIZE = 256  # side of an image, in pixels
 Encode = Callable[[Tensor], Tensor]  # uint8 images [B S S 3] -> moments [B 2C h w] float32
 
 
@@ -27,7 +28,8 @@ class BatchEncoder:
     Args:
         load: builds the VAE, or its encoder.
         device: where it encodes.
-        batch_size: images per call on a GPU; a call with fewer is filled up with black ones.
+        batch_size: images of 256x256 per call on a GPU; of larger ones a call has so many fewer that it takes no more
+            memory. A call with fewer is filled up with black ones.
         dtype: number format that the encoder computes in.
 
     Attributes:
@@ -49,14 +51,16 @@ class BatchEncoder:
     def __call__(self, images: Tensor) -> Tensor:
         """Encodes uint8 images [B S S 3]; returns moments [B 2C h w] float32 on the CPU."""
         with hardware.threads(self.num_threads):
-            return torch.cat([self._encode_padded(part) for part in images.split(self.batch_size)])
+            size = self._call_size(images.shape[1])
+            return torch.cat([self._encode_padded(part, size) for part in images.split(size)])
 
-    def _encode_padded(self, images: Tensor) -> Tensor:
-        """Encodes at most `batch_size` images [B S S 3] in a call of exactly so many."""
+    def _call_size(self, image_size: int) -> int:
+        return max(1, min(self.batch_size, self.batch_size * _USUAL_SIZE**2 // image_size**2))
+
+    def _encode_padded(self, images: Tensor, size: int) -> Tensor:
+        """Encodes at most `size` images [B S S 3] in a call of exactly so many."""
         # Of pinned memory, which torch keeps until it is copied, so that the host need not wait for the copy.
-        padded = torch.zeros(
-            self.batch_size, *images.shape[1:], dtype=images.dtype, pin_memory=self.device.type == "cuda"
-        )
+        padded = torch.zeros(size, *images.shape[1:], dtype=images.dtype, pin_memory=self.device.type == "cuda")
         padded[: len(images)] = images
         # ToTensor divides by 255 in float32; multiplying by 1/255 gives other bits.
         sent = padded.to(self.device, non_blocking=True)

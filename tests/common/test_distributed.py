@@ -719,13 +719,16 @@ def test_a_gpu_that_is_not_used_is_told_of(monkeypatch, capsys):
     assert capsys.readouterr().out == said
 
 
-def test_each_script_tells_of_a_gpu_that_is_not_used(cached, trained, tmp_path, monkeypatch, capsys):
+def test_each_script_that_several_gpus_speed_up_tells_of_one_that_is_not_used(
+    cached, trained, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert train(cached, device="auto", train_num_steps=1) == preprocess(cached, device="auto") == 0
     assert generate(trained, device="auto", output_folder=tmp_path / "synthetic", images_per_class=1) == 0
     said = capsys.readouterr().out
-    for name in ("train_latent_cfg.py", "preprocess_latents.py", "generate.py"):
+    for name in ("preprocess_latents.py", "generate.py"):
         assert said.count(f"torchrun --nproc_per_node=2 {name}, with the same flags") == 1
+    assert said.count("GPUs is used") == 2
 
 
 # --- torchrun ----------------------------------------------------------------------------------------------

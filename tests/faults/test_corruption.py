@@ -409,9 +409,7 @@ def test_a_flipped_bit_in_any_file_of_a_cache_and_a_run_gives_no_wrong_data_and_
     files = sorted(file.relative_to(root) for folder in folders for file in folder.rglob("*") if file.is_file())
     unchecked = [name for name in files if name.suffix in (".png", ".jsonl", ".yaml")]  # no run depends on them
     checked = [name for name in files if name not in unchecked]
-    for number, names in enumerate(
-        [[name] for name in files] * 3 if is_long else [*([n] for n in checked), unchecked]
-    ):
+    for number, names in enumerate([[name] for name in files] * 3 if is_long else [*([n] for n in checked), unchecked]):
         copy = shutil.copytree(root, tmp_path / f"case {number}")
         for name in names:
             data = bytearray((copy / name).read_bytes())

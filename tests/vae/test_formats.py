@@ -81,3 +81,21 @@ def test_weights_in_a_number_format_give_what_autocast_gives_within_its_rounding
     assert found.dtype == usual.dtype == torch.float32 and isinstance(reduced, VAE)
     assert vae.dtype == torch.float32  # the copy is another object
     assert 0 < (found - exact).abs().max() < 2 * (usual - exact).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("image_size", "expected"), [(64, [6, 6]), (256, [6, 6]), (512, [1] * 7), (300, [4, 4]), (4096, [1] * 7)]
+)
+def test_larger_images_are_encoded_fewer_at_once(
+    image_size: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call takes no more memory than one of as many images of 256x256 as are asked for."""
+    encoder, sizes = BatchEncoder(tiny_vae, device=DEVICE, batch_size=6, dtype=torch.float32), []
+
+    def noted(images: Tensor, size: int) -> Tensor:
+        sizes.append(size)
+        return torch.zeros(len(images), 8, 1, 1)
+
+    monkeypatch.setattr(encoder, "_encode_padded", noted)
+    assert encoder(torch.zeros(7, image_size, image_size, 3, dtype=torch.uint8)).shape[0] == 7
+    assert sizes == expected
