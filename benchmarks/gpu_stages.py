@@ -249,7 +249,7 @@ def traffic(stage: Stage) -> None:
     import torch
 
     from gait_latents.settings import TrainSettings
-    from gait_latents.training.draws import draw_step
+    from gait_latents.training.draws import DeviceDraws, draw_step, packed
     from gait_latents.training.plan import batch_size
 
     settings, launches = TrainSettings(), 200
@@ -264,6 +264,7 @@ def traffic(stage: Stage) -> None:
         timesteps=settings.timesteps,
         cond_drop_prob=settings.cond_drop_prob,
     )
+    memory = DeviceDraws(stage.device)
 
     def copy() -> int:
         target.copy_(source)
@@ -275,12 +276,12 @@ def traffic(stage: Stage) -> None:
         return launches
 
     def pageable() -> int:
-        for tensor in vars(draws).values():
+        for tensor in draws.tensors():
             tensor.to(stage.device)
         return 1
 
     def pinned() -> int:
-        draws.to(stage.device)
+        memory.send(draws, packed(draws.tensors(), pinned=stage.device.type == "cuda"))
         return 1
 
     copies = {"draws of a step, one by one from pageable memory": pageable, "draws of a step, as we copy them": pinned}

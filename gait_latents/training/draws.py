@@ -61,7 +61,7 @@ class DeviceDraws:
         if self._memory.shape != buffer.shape:
             self._memory = torch.empty(buffer.shape, dtype=buffer.dtype, device=self.device)
         self._memory.copy_(buffer, non_blocking=True)
-        return StepDraws(*unpacked(self._memory, draws.tensors()), draws.host_positions)
+        return StepDraws(*[*unpacked(self._memory, draws.tensors()), draws.host_positions])
 
 
 class DrawsAhead:

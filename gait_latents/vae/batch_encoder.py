@@ -4,12 +4,12 @@ An image gets the same moments, bit for bit, whichever images are encoded with i
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gait_latents.common import hardware
-from gait_latents.vae.base import VAE
 from gait_latents.vae.formats import Formats, layout
 
 _USUAL_SIZE = 256  # side of an image, in pixels
@@ -26,7 +26,7 @@ class BatchEncoder:
     float32.
 
     Args:
-        load: builds the VAE, or its encoder.
+        load: builds the VAE, an object whose `encode` turns float32 images [B 3 S S] in [0, 1] into moments.
         device: where it encodes.
         batch_size: images of 256x256 per call on a GPU; of larger ones a call has so many fewer that it takes no more
             memory. A call with fewer is filled up with black ones.
@@ -36,7 +36,7 @@ class BatchEncoder:
         record: how moments are made here (precision, device, version of torch), to be stored beside them.
     """
 
-    def __init__(self, load: Callable[[], VAE], *, device: torch.device, batch_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, load: Callable[[], Any], *, device: torch.device, batch_size: int, dtype: torch.dtype) -> None:
         self.load, self.device, self.dtype = load, device, dtype
         self._formats: Formats | None = None  # of what `load` gave; None until the first call
         self.batch_size = 1 if device.type == "cpu" else batch_size

@@ -306,7 +306,9 @@ def test_an_error_at_each_call_of_a_script(world, account, is_long, script):
 @pytest.mark.parametrize("time", [0, 3], ids=["looked at", "encoded"])
 def test_an_image_that_the_disk_fails_on_is_named_and_the_others_are_encoded(world, account, time):
     like, count = undisturbed(ENCODE, world), itertools.count()
-    entry = read_split(world / "latents_cache").train[0]
+    split = read_split(world / "latents_cache")
+    assert split is not None
+    entry = split.train[0]
     name_of_image = f"{entry.class_name}/{entry.name}"
     image = world / "data" / name_of_image
     forget_run(world)

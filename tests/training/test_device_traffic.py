@@ -89,7 +89,7 @@ def test_a_value_that_is_read_back_and_a_second_copy_are_seen(
 
 def test_draws_sent_one_by_one_are_seen(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     def one_by_one(_: draws.DeviceDraws, host: draws.StepDraws, _buffer: torch.Tensor) -> draws.StepDraws:
-        return draws.StepDraws(*(value.to(DEVICE) for value in host.tensors()), host.host_positions)
+        return draws.StepDraws(*[*(value.to(DEVICE) for value in host.tensors()), host.host_positions])
 
     monkeypatch.setattr(draws.DeviceDraws, "send", one_by_one)
     assert traffic_of_steps(trainer, 1).to_device.total() == 6
