@@ -486,8 +486,8 @@ def test_a_signal_to_one_process_cuts_the_grid_of_rank_0_short(cached, monkeypat
 @pytest.mark.parametrize("asked", ["true", "auto"])
 @pytest.mark.parametrize("failing", [0, 1])
 def test_what_cannot_be_compiled_in_one_process_is_not_compiled_in_any(cached, trained, monkeypatch, asked, failing):
-    class CompilerError(RuntimeError):
-        __module__ = "torch._inductor.exc"
+    class CompilerError(Exception):  # Triton's are no RuntimeErrors
+        __module__ = "triton.compiler.errors"
 
     def compile_or_fail(network: LatentDiffusion, **_: object) -> Callable[..., torch.Tensor]:
         def fail(*_: object, **__: object) -> torch.Tensor:
