@@ -108,10 +108,65 @@ def _some(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
 # --- nearest neighbours ------------------------------------------------------------------------------------
 
 
-def nearest(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns for each of the points [N ...] the distance to the nearest of `among` [M ...], and its index."""
-    found = [rows.min(1) for rows in _distances(points, among)]
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+def nearest_moved(points: Tensor, among: Tensor, *, largest_shift: int) -> tuple[Tensor, Tensor]:
+    """Returns for each of the points the distance to the nearest of `among`, moved sideways or not, and its index.
+
+    Moved ones are compared in the columns that both have, and their distance is that of as many columns as there are:
+    times (w / (w - |shift|))^(1/2).
+
+    Args:
+        points: [N C h w]; points of other shapes are not moved.
+        among: [M C h w].
+        largest_shift: columns that one may be moved by, to either side.
+    """
+    shifts = range(-largest_shift, largest_shift + 1) if points.ndim == 4 else range(1)
+    best = torch.full((len(points),), torch.inf)
+    index, shift = torch.zeros(len(points), dtype=torch.long), torch.zeros(len(points), dtype=torch.long)
+    for moved in sorted(shifts, key=abs):  # of equals the least moved
+        ours, theirs = _in_common(points, among, moved)
+        for start in range(0, len(points), _ROWS):
+            rows = slice(start, start + _ROWS)
+            found = torch.cdist(ours[rows].float(), theirs.float()).min(1)  # in float32, to find which it is
+            values = found.values * _stretch(points, moved)
+            is_better = values < best[rows]
+            best[rows] = torch.where(is_better, values, best[rows])
+            index[rows] = torch.where(is_better, found.indices, index[rows])
+            shift[rows] = torch.where(is_better, moved, shift[rows])
+    exact = []
+    for i, (other, moved) in enumerate(zip(index.tolist(), shift.tolist(), strict=True)):
+        one, two = _in_common(points[i : i + 1], among[other : other + 1], moved)
+        # Without the matrix product: it would make the distance of equal points 1e-7 instead of 0.
+        apart = torch.cdist(one, two, compute_mode="donot_use_mm_for_euclid_dist")
+        exact.append(float(apart) * _stretch(points, moved))
+    return torch.tensor(exact, dtype=torch.float64), index
+
+
+def _in_common(points: Tensor, others: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """Returns, flattened, the columns that points and others, moved to the right by `shift`, have in common."""
+    if shift:
+        width = points.shape[-1]
+        points = points[..., max(shift, 0) : width + min(shift, 0)]
+        others = others[..., max(-shift, 0) : width - max(shift, 0)]
+    return _flat(points), _flat(others)
+
+
+def _stretch(points: Tensor, shift: int) -> float:
+    return (points.shape[-1] / (points.shape[-1] - abs(shift))) ** 0.5 if shift else 1.0
+
+
+def copying_score(distances: Tensor, of_unseen: Tensor) -> float:
+    """Returns C_T, how far below the distances of unseen points those of generated points are, in deviations.
+
+    The Mann-Whitney statistic of the two samples, less its mean and over its deviation where both are of one
+    distribution (Meehan et al. 2020, section 3.1): about 0 then, and below -3 where generated points are copies.
+
+    Args:
+        distances: of generated points to their nearest training point [N].
+        of_unseen: the same of points that were not trained on [M].
+    """
+    one, two = len(distances), len(of_unseen)
+    wins = (distances[:, None] > of_unseen).double().sum() + (distances[:, None] == of_unseen).double().sum() / 2
+    return float((wins - one * two / 2) / (one * two * (one + two + 1) / 12) ** 0.5)
 
 
 def _distances(points: Tensor, others: Tensor) -> Iterator[Tensor]:

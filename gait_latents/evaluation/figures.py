@@ -21,6 +21,7 @@ from gait_latents.evaluation.distances import Projection
 NUM_DIRECTIONS = 16  # principal directions in which latents are compared by the Fréchet distance
 NUM_PAIRS = 8  # so many pairs of a synthetic image and its nearest training image are shown, the closest ones
 NEAR_SHARE = 0.05  # the distance below which this share of the test images lies counts as near to a training image
+LARGEST_MOVE = 0.25  # of the width
 MANY_NEAR = 3 * NEAR_SHARE  # where a larger share of the samples is near, they look like copies
 _FEWEST = 3  # a class with fewer images is not compared by itself
 _NUM_SUBSETS, _LARGEST_SUBSET = 100, 1000  # of the kernel distance
@@ -192,13 +193,17 @@ def recognition(points: Points, training: Points) -> float:
 def memorisation(synthetic: Points, training: Points, test: Points, *, seed: int) -> dict[str, Any]:
     """Measures whether synthetic images are nearer to single training images than unseen test images are.
 
+    A copy that was moved sideways is a copy: distances are to the nearest training image in any place up to
+    LARGEST_MOVE of its width, for synthetic and test images alike.
+
     Returns:
         Distances of each synthetic and each test image to its nearest training image; medians; the share of
         synthetic images that are nearer than all but NEAR_SHARE of the test images; the share that is nearer to a
         training than to a test image, of equally many; limits that both shares pass by chance once in forty times or
-        so; and the closest pairs as indices. Without test images only what needs none.
+        so; C_T, in all and of each class (`distances.copying_score`); and the closest pairs as indices. Without test
+        images only what needs none.
     """
-    distances, indices = latent_distances.nearest(synthetic.points, training.points)
+    distances, indices = _nearest(synthetic, training)
     order = distances.argsort(stable=True)[:NUM_PAIRS]
     facts: dict[str, Any] = {
         "distances": distances.tolist(),
@@ -207,7 +212,7 @@ def memorisation(synthetic: Points, training: Points, test: Points, *, seed: int
     }
     if not len(test):
         return facts
-    seen = latent_distances.nearest(test.points, training.points)[0]
+    seen = _nearest(test, training)[0]
     threshold = float(torch.quantile(seen, NEAR_SHARE))
     is_near = distances < threshold
     per_class = {}
@@ -217,6 +222,7 @@ def memorisation(synthetic: Points, training: Points, test: Points, *, seed: int
             "median": _median(distances[own]),
             "test_median": _median(seen[others]) if others.any() else None,
             "near_share": float(is_near[own].double().mean()),
+            "copying": latent_distances.copying_score(distances[own], seen[others]) if others.any() else None,
         }
     return {
         **facts,
@@ -226,9 +232,23 @@ def memorisation(synthetic: Points, training: Points, test: Points, *, seed: int
         "test_near_share": NEAR_SHARE,
         "near_share": float(is_near.double().mean()),
         "near_share_limit": _limit(NEAR_SHARE, 1 / len(synthetic) + 1 / len(test)),
+        "copying": _weighted(per_class, test),
         "per_class": per_class,
         **_nearer_to_training(synthetic, training, test, seed=seed),
     }
+
+
+def _nearest(points: Points, among: Points) -> tuple[Tensor, Tensor]:
+    largest = round(LARGEST_MOVE * points.points.shape[-1]) if points.points.ndim == 4 else 0
+    return latent_distances.nearest_moved(points.points, among.points, largest_shift=largest)
+
+
+def _weighted(per_class: dict[int, dict[str, Any]], test: Points) -> float | None:
+    """Returns the mean of the C_T of the classes, each as often as the class has test images (Meehan et al. 2020)."""
+    weights = {label: test.count(label) for label, found in per_class.items() if found["copying"] is not None}
+    if not weights:
+        return None
+    return sum(per_class[label]["copying"] * count for label, count in weights.items()) / sum(weights.values())
 
 
 def _median(values: Tensor) -> float:
@@ -245,7 +265,7 @@ def _nearer_to_training(synthetic: Points, training: Points, test: Points, *, se
     if not chosen.any():
         return {"nearer_to_training": None, "nearer_to_training_limit": None}
     synthetic = synthetic.take(chosen)
-    to_training, to_test = (latent_distances.nearest(synthetic.points, real.points)[0] for real in (training, test))
+    to_training, to_test = (_nearest(synthetic, real)[0] for real in (training, test))
     wins = (to_training < to_test).double() + (to_training == to_test).double() / 2
     return {
         "nearer_to_training": float(wins.mean()),

@@ -164,7 +164,7 @@ _WITH_TEST = {
     **dict.fromkeys(("test_median", "threshold", "near_share", "near_share_limit"), _MEASURED),
     **dict.fromkeys(("nearer_to_training", "nearer_to_training_limit"), _FIGURE),
 }
-_NEARNESS = _Record({"median": _FIGURE, "test_median": _FIGURE, "near_share": _FIGURE})
+_NEARNESS = _Record({"median": _FIGURE, "test_median": _FIGURE, "near_share": _FIGURE}, {"copying": _FIGURE})
 _MEMORISATION = _Record(
     {
         "distances": _ListOf(_MEASURED),
@@ -177,6 +177,7 @@ _MEMORISATION = _Record(
     {
         **_WITH_TEST,
         "test_near_share": _MEASURED,
+        "copying": _FIGURE,
         **dict.fromkeys(("picture_sha256", "why_no_picture"), _Maybe(_is_text)),
     },
     _all_or_none(_WITH_TEST),

@@ -24,14 +24,15 @@ folder and stand in label order. Keys that are not listed here (digests, for exa
             frechet_per_class, kernel_per_class     {class: distance}
             precision, recall, density, coverage
         recognition             {synthetic, test: share nearest to the mean of their own class}, latents only
-    memorisation                distances in latent space to the nearest training image
+    memorisation                distances in latent space to the nearest training image, moved sideways or not
         distances, median       of each synthetic image
         test_distances, test_median     of each test image
         threshold               the distance that few of the test images stay below
         test_near_share         how few: the share that makes the threshold
         near_share, near_share_limit    share of synthetic images below it; what chance alone seldom exceeds
         nearer_to_training, nearer_to_training_limit    share nearer to a training than to a test image; likewise
-        per_class               {class: {median, test_median, near_share}}
+        copying                 C_T: about 0 where synthetic images are no nearer than test images, below -3: copies
+        per_class               {class: {median, test_median, near_share, copying}}
         pairs                   [{synthetic, training: class/file, distance}], the closest
         picture, why_no_picture key of the picture of the pairs in `pictures`, or a sentence
         same_content            [{synthetic, same_as: class/file, kind: training, test or synthetic}], equal files
@@ -352,8 +353,12 @@ def _memorisation(part: dict[str, Any], files: dict[str, bytes]) -> list[_Block]
         (chance, _share(part.get("near_share_limit")), ""),
         ("share nearer to a training than to a test image", _share(part.get("nearer_to_training")), _round_share(0.5)),
         (chance, _share(part.get("nearer_to_training_limit")), ""),
+        ("C_T, far below 0 where they are copies", _number(part.get("copying")), "0"),
     ]
     return [
+        _text(
+            "A copy that was moved sideways is a copy: training images may be moved by up to a quarter of the width."
+        ),
         _table("Distances in latent space", ("figure", "synthetic", _TEST), rows),
         _histogram(part),
         *_closest(part, files),
@@ -413,10 +418,16 @@ def _memorisation_per_class(part: dict[str, Any]) -> _Block:
     classes = part.get("per_class") or {}
     write = _column(p.get(name) for p in classes.values() for name in ("median", "test_median"))
     rows = [
-        (name, write(p.get("median")), write(p.get("test_median")), _share(p.get("near_share")))
+        (
+            name,
+            write(p.get("median")),
+            write(p.get("test_median")),
+            _share(p.get("near_share")),
+            _number(p.get("copying")),
+        )
         for name, p in classes.items()
     ]
-    head = ("class", "median, synthetic", f"median, {_TEST}", _nearer_than(part))
+    head = ("class", "median, synthetic", f"median, {_TEST}", _nearer_than(part), "C_T")
     return _table("Distance to the nearest training image", head, rows, folded="Distances of each class")
 
 

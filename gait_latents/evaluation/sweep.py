@@ -231,7 +231,7 @@ def made_of_sweep(plan: EvaluationPlan, real: RealImages, sampling: GenerateSett
     """Returns all that the points of a sweep depend on; with another value they are computed anew."""
     return {
         **made_of_real(plan, real),
-        "figures": 2,  # to be raised when the points get other figures
+        "figures": 3,  # to be raised when the points get other figures
         "neighbours": plan.settings.neighbours,
         "images_per_class": plan.settings.sweep_images,
         "guidance_interval": sampling.guidance_interval,
@@ -271,11 +271,22 @@ def best_point(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Returns the point with the lowest Fréchet distance per class (the mean over the classes).
 
     A model that draws its training images again comes near to the test images, too, so points with many near copies
-    count only where there are no others.
+    count only where there are no others. And samples that look like no real image may lie near in the mean, which
+    happens where sets are small: of the points that count, those with less than half of another's precision or
+    coverage are left out.
     """
     known = [point for point in points if point["frechet_mean"] is not None]
-    varied = [point for point in known if not _draws_copies(point)]
-    return min(varied or known, key=lambda point: point["frechet_mean"], default=None)
+    varied = [point for point in known if not _draws_copies(point)] or known
+    real = [point for point in varied if _looks_real(point, varied)]
+    return min(real, key=lambda point: point["frechet_mean"], default=None)
+
+
+def _looks_real(point: dict[str, Any], points: Sequence[dict[str, Any]]) -> bool:
+    for name in ("precision", "coverage"):
+        most = max((other[name] for other in points if other[name] is not None), default=0.0)
+        if point[name] is not None and point[name] < most / 2:
+            return False
+    return True
 
 
 def _draws_copies(point: dict[str, Any]) -> bool:
@@ -311,9 +322,13 @@ def _about_copies(points: Sequence[dict[str, Any]], best: dict[str, Any]) -> str
     if _draws_copies(best):
         return f"{share}, and no point has few: train for fewer steps, or with more images."
     nearer = [p for p in points if p["frechet_mean"] is not None and p["frechet_mean"] < best["frechet_mean"]]
-    if nearer:
-        return f"{share}; points that are nearer draw copies, up to {max(p['near_share'] for p in nearer):.0%}."
-    return f"{share}."
+    copying = [p["near_share"] for p in nearer if _draws_copies(p)]
+    told = f"{share}; points that are nearer draw copies, up to {max(copying):.0%}." if copying else f"{share}."
+    unreal = [p for p in nearer if not _draws_copies(p)]
+    if unreal:
+        told += f" {_name_point(unreal[0])} is nearer still, but its samples look less real (precision "
+        told += f"{format_figure(unreal[0]['precision'])}, coverage {format_figure(unreal[0]['coverage'])})."
+    return told
 
 
 def _name_point(point: dict[str, Any]) -> str:

@@ -232,10 +232,9 @@ def encode_sample(dataset: LatentDataset, settings: TrainSettings) -> None:
                 with dataset.watched(advance):
                     dataset.ensure(positions)
             except Stopped:
+                dataset.cache_flush()
                 say("stopped; what is encoded is kept, and the same command goes on from there")
                 raise
-            finally:  # before signals end the program at once again
-                dataset.cache_flush()
 
 
 def write_cache_defaults(plan: TrainingPlan, data: Data) -> None:

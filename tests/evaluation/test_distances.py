@@ -9,11 +9,12 @@ import torch
 from gait_latents.evaluation import distances as latent_distances
 from gait_latents.evaluation.distances import (
     Projection,
+    copying_score,
     coverage,
     frechet_distance,
     kernel_distance,
     kernel_distance_of_subsets,
-    nearest,
+    nearest_moved,
 )
 
 
@@ -129,11 +130,46 @@ def test_the_nearest_is_that_of_a_loop_and_an_equal_point_is_at_distance_zero(mo
     monkeypatch.setattr(latent_distances, "_ROWS", 4)
     points, among = normal(0, 9, 6).reshape(9, 2, 3), normal(1, 7, 6).reshape(7, 2, 3)
     points[5] = among[3]
-    distances, indices = nearest(points, among)
+    distances, indices = nearest_moved(points, among, largest_shift=0)
     by_hand = [min((distance(x, y), j) for j, y in enumerate(among)) for x in points]
     assert indices.tolist() == [j for _, j in by_hand]
     assert distances.tolist() == pytest.approx([d for d, _ in by_hand], rel=1e-12)
     assert distances[5] == 0.0 and distances.count_nonzero() == 8
+
+
+def moved_by_hand(x: torch.Tensor, y: torch.Tensor, largest: int) -> float:
+    """Compares two pictures [C h w] column by column, at each shift."""
+    width, found = x.shape[-1], []
+    for shift in range(-largest, largest + 1):
+        columns = [j for j in range(width) if 0 <= j - shift < width]
+        apart = distance(x[..., columns], y[..., [j - shift for j in columns]])
+        found.append(apart * (width / len(columns)) ** 0.5)
+    return min(found)
+
+
+def test_the_nearest_moved_is_that_of_a_loop_over_shifts(monkeypatch):
+    monkeypatch.setattr(latent_distances, "_ROWS", 4)
+    points, among = normal(0, 7, 2 * 3 * 8).reshape(7, 2, 3, 8), normal(1, 5, 2 * 3 * 8).reshape(5, 2, 3, 8)
+    points[4, ..., 2:] = among[3, ..., :-2]  # a copy, moved to the right
+    points[6] = among[1]
+    distances, indices = nearest_moved(points, among, largest_shift=3)
+    by_hand = [min((moved_by_hand(x, y, 3), j) for j, y in enumerate(among)) for x in points]
+    assert indices.tolist() == [j for _, j in by_hand]
+    assert distances.tolist() == pytest.approx([d for d, _ in by_hand], rel=1e-12, abs=1e-12)
+    assert distances[4] == distances[6] == 0.0 and distances.count_nonzero() == 5
+    still = nearest_moved(points, among, largest_shift=0)[0]
+    assert (still >= distances).all() and still[4] > 1
+
+
+def test_the_copying_score_is_the_statistic_of_mann_and_whitney():
+    from scipy import stats
+
+    generated, unseen = normal(2, 40, 1).flatten(), normal(3, 25, 1).flatten() + 0.4
+    generated[:3] = unseen[:3]  # ties
+    found = stats.mannwhitneyu(generated.numpy(), unseen.numpy(), alternative="less", method="asymptotic")
+    expected = (found.statistic - 40 * 25 / 2) / (40 * 25 * 66 / 12) ** 0.5
+    assert copying_score(generated, unseen) == pytest.approx(expected, abs=1e-12)
+    assert copying_score(generated - 9, unseen) == pytest.approx(-((3 * 40 * 25 / 66) ** 0.5))
 
 
 def coverage_by_hand(real: torch.Tensor, generated: torch.Tensor, k: int) -> tuple[float, float, float, float]:

@@ -675,7 +675,8 @@ def test_more_seeds_train_only_what_is_missing(trained, evaluated, trainings):
 
 
 def point(distance: float | None, near_share: float, **facts: Any) -> dict[str, Any]:
-    return {"frechet_mean": distance, "near_share": near_share, "near_share_limit": 0.08, "guidance": 1, **facts}
+    usual = {"near_share_limit": 0.08, "guidance": 1, "precision": 0.5, "coverage": None}
+    return {"frechet_mean": distance, "near_share": near_share, **usual, **facts}
 
 
 def test_a_point_that_draws_copies_is_best_only_where_all_do():
@@ -691,3 +692,18 @@ def test_a_point_that_draws_copies_is_best_only_where_all_do():
     assert sweep_module.best_point([{**copying, "near_share_limit": 0.8}, varied]) is not varied  # so few images
     assert sweep_module.best_point([points[-1]]) is None
     assert sweep_module.say_best([points[-1]], 2)[0].startswith("No point is the best: 2 samples per class")
+
+
+def test_a_point_whose_samples_look_unreal_is_not_the_best_however_near_it_lies():
+    """As with 20 images of each class: early samples lay nearest in the mean, and hardly one looked real."""
+    early = point(182.0, 0.04, step=1000, precision=0.05, coverage=0.005)
+    late, copying = point(187.0, 0.05, step=1875, precision=0.18, coverage=0.04), point(192.0, 0.25, step=5000)
+    copying |= {"precision": 0.31, "coverage": 0.1}
+    assert sweep_module.best_point([early, late, copying]) is late
+    told = sweep_module.say_best([early, late, copying], 20)[1]
+    assert told.endswith(
+        " guidance 1 at step 1,000 is nearer still, but its samples look less real (precision 0.05, coverage 0.005)."
+    )
+    assert sweep_module.best_point([early, {**late, "precision": 0.09, "coverage": 0.01}]) is early
+    assert sweep_module.best_point([early, {**late, "precision": 0.09}]) is not early  # for its coverage
+    assert sweep_module.best_point([{**early, "precision": None, "coverage": None}, late])["step"] == 1000

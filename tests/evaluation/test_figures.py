@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gait_latents.evaluation.distances import Projection, coverage, frechet_distance, kernel_distance
+from gait_latents.evaluation.distances import Projection, coverage, frechet_distance, kernel_distance, nearest_moved
 from gait_latents.evaluation.figures import NUM_PAIRS, Points, closeness, match_counts, memorisation, recognition
 
 NUM_CLASSES = 3
@@ -156,7 +156,25 @@ def test_the_closest_pairs_come_first_and_name_their_images():
     values = [value for _, _, value in found["pairs"]]
     assert values == sorted(values) and values[0] == 0.0
     i, j, value = found["pairs"][3]
-    assert value == pytest.approx(float((synthetic.points[i] - TRAINING.points[j]).norm()), rel=1e-5)
+    alone = nearest_moved(synthetic.points[i : i + 1], TRAINING.points[j : j + 1], largest_shift=1)[0]
+    assert value == pytest.approx(float(alone), rel=1e-5)
+
+
+def pictures(seed: int, count: int) -> Points:
+    """Returns latents [n 2 4 16] of three classes that are noise, blurred along the width as signals are."""
+    noise = torch.randn(3 * count, 2, 4, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Points(noise.unfold(-1, 5, 1).mean(-1), torch.arange(3).repeat_interleave(count))
+
+
+def test_copies_that_were_moved_are_copies():
+    training, test, fresh = pictures(0, 20), pictures(1, 15), pictures(2, 15)
+    moved = Points(training.points.roll(3, -1), training.labels)
+    moved.points[..., :3] = moved.points[..., 3:4]  # the edge repeated, as a model may do that saw it so
+    found, unseen = (memorisation(points, training, test, seed=0) for points in (moved, fresh))
+    assert found["near_share"] == 1.0 and found["copying"] < -4.9 and found["median"] < 1e-9
+    assert all(i == j for i, j, _ in found["pairs"])
+    assert [figures["copying"] < -3 for figures in found["per_class"].values()] == [True] * 3
+    assert unseen["near_share"] <= unseen["near_share_limit"] and abs(unseen["copying"]) < 3
 
 
 def test_without_test_images_there_are_distances_and_no_verdict():
