@@ -83,6 +83,8 @@ class BatchEncoder:
 
     def close(self) -> None:
         """Frees the VAE; a later call builds it again."""
+        if self._formats is None:
+            return
         self._formats = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -119,6 +119,8 @@ class ImageDecoder:
 
     def close(self) -> None:
         """Frees the VAE; a later call builds it again."""
+        if self._formats is None:
+            return
         self._formats = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
