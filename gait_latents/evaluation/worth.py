@@ -41,15 +41,13 @@ def equal_error_rate(own: Tensor, others: Tensor) -> float:
         others: scores [M] that should be low.
     """
     thresholds = torch.cat([own, others]).unique()
-    refused = torch.searchsorted(own.sort().values, thresholds) / len(own)  # below each threshold
-    taken = 1 - torch.searchsorted(others.sort().values, thresholds) / len(others)
+    refused = torch.searchsorted(own.sort().values, thresholds).double() / len(own)  # below each threshold
+    taken = 1 - torch.searchsorted(others.sort().values, thresholds).double() / len(others)
     # From taking all to refusing all: the difference of the rates rises from -1 to 1.
-    refused = torch.cat([refused.double(), torch.ones(1, dtype=torch.float64)])
-    taken = torch.cat([taken.double(), torch.zeros(1, dtype=torch.float64)])
+    refused = torch.cat([refused, refused.new_ones(1)])
+    taken = torch.cat([taken, taken.new_zeros(1)])
     difference = refused - taken
-    after = int((difference >= 0).nonzero()[0])
-    if after == 0:
-        return float(refused[0] + taken[0]) / 2
+    after = int((difference >= 0).nonzero()[0])  # not the first, at which all are taken
     share = -difference[after - 1] / (difference[after] - difference[after - 1])
     return float(refused[after - 1] + share * (refused[after] - refused[after - 1]))
 
