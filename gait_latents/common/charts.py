@@ -127,8 +127,9 @@ def learning_curve(
         axes.axhline(100 * scores[-1], color="0.5", linestyle="--", linewidth=1, label="all real windows")
         axes.plot(counts, [100 * score for score in scores], marker="o", color=_BLUE, linewidth=2, label="real")
         for number, (name, points) in enumerate(marks.items()):
-            style = {"marker": "s^Dv<>"[number % 6], "color": _MARKS[number % len(_MARKS)], "linestyle": ":"}
-            axes.plot([n for n, _ in points], [100 * score for _, score in points], **style, label=name)
+            x, y = [count for count, _ in points], [100 * score for _, score in points]
+            colour = _MARKS[number % len(_MARKS)]
+            axes.plot(x, y, marker="s^Dv<>"[number % 6], color=colour, linestyle=":", label=name)
         axes.set_xscale("log")
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()

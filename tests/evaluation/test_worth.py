@@ -1,6 +1,7 @@
 """Likelihood, equal error rate and worth: against closed forms, plain loops and other programs."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def rate_by_a_plain_loop(own: np.ndarray, others: np.ndarray) -> float:
         refused, taken = (np.interp(place, range(len(points)), [p[i] for p in points]) for i in (0, 1))
         return float(refused - taken)
 
-    crossing = optimize.brentq(gap, 0, len(points) - 1)
+    crossing: Any = optimize.brentq(gap, 0, len(points) - 1)
     return float(np.interp(crossing, range(len(points)), [p[0] for p in points]))
 
 
