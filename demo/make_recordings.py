@@ -3,8 +3,8 @@
 The walkers of make_demo.py are seen by its radar for minutes instead of seconds, several times each. Who somebody is
 lies in the body and the gait: height, stride, step rate, arm swing, knees, echoes, a slight limp. What differs between
 two recordings of one walker, and says nothing about the walker, is the start, the pace, the direction from which the
-radar looks, arm swing and bend of the elbows on that day, the clutter of the room and the noise. Pace and direction
-drift within a recording as well, so that its end tells more than its beginning alone.
+radar looks, arm swing and bend of the elbows on that day, the clutter of the room and the noise. Most of this drifts
+within a recording, and further than it differs between recordings: a longer recording tells more of what may be.
 
     python demo/make_recordings.py --output laboratory
     python demo/make_recordings.py --output small --people 4 --windows 20 --image_size 32
@@ -19,8 +19,9 @@ Shapes: T radar pulses, P scatterers, A antennas, C columns of a spectrogram, S 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import make_demo
 import numpy as np
@@ -31,18 +32,19 @@ IMAGE_SIZES = (32, 64, 128)  # a window shows the same time and the same speeds 
 OVERLAP = 0.75
 SEEDS_APART = 1000  # of make_demo's numbered people, each seed has its own
 
-# What a recording adds. A pace of one recording or moment changes stride and step rate alike, by its square root: the
-# walk ratio is a trait of a person (Sekiya and Nagasaki 1998).
-PACE_SD, PACE_DRIFT_SD = 0.02, 0.03
-ASPECT_DEGREES, ASPECT_DRIFT_SD = 10.0, 5.0  # the first to either side, evenly
-ARM_SWING_SD, ELBOW_SD = 0.06, 2.0  # a factor; degrees
+# What a recording adds: pace and arm swing as factors, the aspect evenly to either side, the elbows in degrees. A pace
+# changes stride and step rate alike, by its square root: their ratio is a trait of a person (Sekiya and Nagasaki 1998).
+PACE_SD, ASPECT_DEGREES, ARM_SWING_SD, ELBOW_SD = 0.012, 5.0, 0.04, 1.5
+LEAST_ELBOW = 5.0  # degrees
 SHADOW_DB = 8.0  # which the torso takes from the far side where the radar looks straight from the side
-NOISE_DB = (-20.0, -17.0)  # per pulse, relative to one torso scatterer
-CLUTTER_DB = (-12.0, -9.0)  # of what stands still
-FAN_DB, FAN_HERTZ = (-34.0, -28.0), (3.0, 9.0)  # of what turns, and how often it does
-TOP_DB = (0.0, 1.0)  # how much louder than the loudest of its beginning the top of the colours of a recording is
+NOISE_DB = (-19.5, -17.5)  # per pulse, relative to one torso scatterer
+CLUTTER_DB = (-11.5, -9.5)  # of what stands still
+FAN_DB, FAN_HERTZ = (-34.0, -30.0), (3.0, 9.0)  # of what turns, and how often it does
+TOP_DB = (0.0, 0.6)  # how much louder than the loudest of its beginning the top of the colours of a recording is
+# What changes within a recording: standard deviations, every DRIFT_SECONDS anew and in between on a straight line.
+DRIFTS = {"pace": 0.045, "aspect": 8.0, "arm_swing": 0.10, "elbow": 3.5, "clutter_db": 1.5, "loudness_db": 1.2}
 NUM_SCATTERERS, NUM_OF_TORSO = 71, 5  # of make_demo.body_points; then come those of the left and the right limbs
-DRIFT_SECONDS, FADING_SECONDS = 6.0, 0.45
+DRIFT_SECONDS, FADING_SECONDS = 4.0, 0.45
 CHUNK_COLUMNS = 256  # simulated at a time, and never less, so that the end of a recording changes no bit before it
 
 
@@ -86,7 +88,7 @@ class Circumstances:
             cadence=who.cadence * self.pace**0.5,
             stride=who.stride * self.pace**0.5,
             arm_swing=who.arm_swing * self.arm_swing,
-            elbow=max(5.0, who.elbow + self.elbow),
+            elbow=max(LEAST_ELBOW, who.elbow + self.elbow),
         )
 
 
@@ -103,39 +105,58 @@ def recording_db(seed: int, number: int, recording: int, num_columns: int) -> np
 
     0 dB is the top of its colours.
     """
-    of_day, of_pace, of_aspect, of_fading = (
-        np.random.default_rng([seed, number, recording, part]) for part in range(4)
-    )
+    of_day, of_drifts, of_fading = (np.random.default_rng([seed, number, recording, part]) for part in range(3))
     how = Circumstances.draw(of_day)
     who = how.of_the_day(walker(seed, number))
     num_chunks = -(-num_columns // CHUNK_COLUMNS)
     num_pulses = make_demo.STFT_WINDOW + make_demo.STFT_HOP * (num_chunks * CHUNK_COLUMNS - 1)
     seconds = np.arange(num_pulses) / make_demo.PULSES_PER_SECOND
+    drifts = draw_drifts(of_drifts, seconds)
     # Where somebody walks faster for a while, the time of the gait runs faster.
-    pace = np.exp(PACE_DRIFT_SD * drift(of_pace, seconds))
+    pace = np.exp(drifts["pace"])
     own_seconds = np.cumsum(pace) / make_demo.PULSES_PER_SECOND
-    aspect = how.aspect + np.deg2rad(ASPECT_DRIFT_SD) * drift(of_aspect, seconds)
+    aspect = how.aspect + np.deg2rad(drifts["aspect"])
     closer = who.speed * np.cumsum(np.cos(aspect) * pace) / make_demo.PULSES_PER_SECOND  # to the radar, in m
     fading = Fading.draw(of_fading, seconds[-1])
     parts = []
     for chunk in range(num_chunks):
         first = chunk * CHUNK_COLUMNS * make_demo.STFT_HOP
         pulses = slice(first, first + make_demo.STFT_WINDOW + make_demo.STFT_HOP * (CHUNK_COLUMNS - 1))
-        ranges, amplitudes = scene(who, how, own_seconds[pulses], aspect[pulses], closer[pulses])
-        phasors = np.exp(-4j * np.pi / make_demo.WAVELENGTH_M * ranges) * amplitudes
-        signal = fading.sum_echoes(phasors, seconds[pulses]) + clutter(how, fading, seconds[pulses])
+        now = {name: values[pulses] for name, values in drifts.items()}
+        ranges, amplitudes = scene(moved(who, now), how, own_seconds[pulses], aspect[pulses], closer[pulses])
+        phasors = np.exp(-4j * np.pi / make_demo.WAVELENGTH_M * ranges) * amplitudes * ratio(now["loudness_db"])
+        room = clutter(how, seconds[pulses], now["clutter_db"])
+        signal = fading.sum_echoes(phasors, seconds[pulses]) + fading.clutter_phases[:, None] * room
         # The pulses that two chunks share hear other noise in each, as no column belongs to both.
-        of_noise = np.random.default_rng([seed, number, recording, 4, chunk])
-        noise = of_noise.standard_normal((2, *signal.shape)) * 10 ** (how.noise_db / 20)
+        of_noise = np.random.default_rng([seed, number, recording, 3, chunk])
+        noise = of_noise.standard_normal((2, *signal.shape)) * ratio(how.noise_db)
         parts.append(make_demo.spectrogram_db(signal + noise[0] + 1j * noise[1]))
     level = np.concatenate(parts, axis=1)[:, :num_columns]
     return level - np.percentile(level[:, : make_demo.IMAGE_SIZE], 99.5) - how.top_db
 
 
-def drift(rng: np.random.Generator, seconds: np.ndarray) -> np.ndarray:
-    """Draws what changes slowly within a recording, at these moments [T]: standard normal every DRIFT_SECONDS."""
+def ratio(level_db: Any) -> Any:
+    """Returns the ratio of amplitudes that a level in dB stands for."""
+    return 10 ** (level_db / 20)
+
+
+def draw_drifts(rng: np.random.Generator, seconds: np.ndarray) -> dict[str, np.ndarray]:
+    """Draws what changes within a recording, at these moments: name of DRIFTS -> [T] around 0."""
     at = seconds / DRIFT_SECONDS
-    return np.interp(at, np.arange(int(at[-1]) + 2), rng.standard_normal(int(at[-1]) + 2))
+    knots = rng.standard_normal((int(at[-1]) + 2, len(DRIFTS)))
+    return {
+        name: deviation * np.interp(at, np.arange(len(knots)), knots[:, place])
+        for place, (name, deviation) in enumerate(DRIFTS.items())
+    }
+
+
+def moved(who: make_demo.Person, now: Mapping[str, np.ndarray]) -> make_demo.Person:
+    """Returns a walker whose arms swing otherwise at each moment [T]."""
+    changes: dict[str, Any] = {
+        "arm_swing": who.arm_swing * np.exp(now["arm_swing"]),
+        "elbow": np.maximum(LEAST_ELBOW, who.elbow + now["elbow"]),
+    }
+    return dataclasses.replace(who, **changes)
 
 
 def scene(
@@ -158,7 +179,7 @@ def scene(
     num_per_side = (NUM_SCATTERERS - NUM_OF_TORSO) // 2
     side = np.repeat([0, 1, -1], [NUM_OF_TORSO, num_per_side, num_per_side])
     shadow_db = SHADOW_DB * np.minimum(0, side[:, None] * np.sin(aspect))
-    return ranges, 10 ** ((levels_db[:, None] + shadow_db) / 20)
+    return ranges, ratio(levels_db[:, None] + shadow_db)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,11 +210,10 @@ class Fading:
         return signal
 
 
-def clutter(how: Circumstances, fading: Fading, seconds: np.ndarray) -> np.ndarray:
-    """Returns the echoes [A T] of the room: walls that stand still, and a fan whose blades come and go."""
+def clutter(how: Circumstances, seconds: np.ndarray, change_db: np.ndarray) -> np.ndarray:
+    """Returns the echoes [T] of the room: walls that stand still, and a fan whose blades come and go."""
     swing = 4 * np.pi / make_demo.WAVELENGTH_M * 0.02 * np.sin(2 * np.pi * how.fan_hertz * seconds)
-    room = 10 ** (how.clutter_db / 20) + 10 ** (how.fan_db / 20) * np.exp(1j * swing)
-    return fading.clutter_phases[:, None] * room
+    return ratio(how.clutter_db + change_db) + ratio(how.fan_db) * np.exp(1j * swing)
 
 
 # --- windows -----------------------------------------------------------------------------------------------

@@ -53,11 +53,22 @@ def test_chunks_join_without_a_seam():
 
 def test_the_torso_moves_at_the_pace_of_the_recording_as_the_radar_sees_it():
     for number, recording in ((1, 1), (2, 1), (2, 3)):
-        rng = np.random.default_rng([0, number, recording, 0])
-        how = make_recordings.Circumstances.draw(rng)
+        how = make_recordings.Circumstances.draw(np.random.default_rng([0, number, recording, 0]))
         who = make_recordings.walker(0, number)
         assert how.of_the_day(who).speed == pytest.approx(who.speed * how.pace)
-        assert torso_speed(number, recording) == pytest.approx(who.speed * how.pace * np.cos(how.aspect), rel=0.12)
+        seconds = np.linspace(0, 256 * make_demo.STFT_HOP / make_demo.PULSES_PER_SECOND, 500)
+        drifts = make_recordings.draw_drifts(np.random.default_rng([0, number, recording, 1]), seconds)
+        seen = np.exp(drifts["pace"]) * np.cos(how.aspect + np.deg2rad(drifts["aspect"]))
+        assert torso_speed(number, recording) == pytest.approx(who.speed * how.pace * seen.mean(), rel=0.08)
+
+
+def test_drifts_have_their_deviations_and_those_of_a_longer_recording_begin_alike():
+    seconds = np.arange(0, 4000, make_recordings.DRIFT_SECONDS)
+    drifts = make_recordings.draw_drifts(np.random.default_rng(0), seconds)
+    for name, deviation in make_recordings.DRIFTS.items():
+        assert drifts[name].std() == pytest.approx(deviation, rel=0.1)
+        shorter = make_recordings.draw_drifts(np.random.default_rng(0), seconds[:9])
+        assert np.array_equal(shorter[name], drifts[name][:9])
 
 
 def test_recordings_differ_in_their_circumstances_and_walkers_in_themselves():
