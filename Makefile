@@ -44,6 +44,7 @@ bench: $(VENV)/installed
 	for name in encode train lazy start open ranks; do $(PY) benchmarks/bench_$$name.py --small --rounds 2 || exit 1; done
 	$(PY) benchmarks/bench_sample.py --small --seeds 2
 	$(PY) benchmarks/bench_gpu.py --small --output_folder $$(mktemp -d)
+	$(PY) benchmarks/bench_usefulness.py --small
 
 # Looks the pinned packages up among the known vulnerabilities, which needs the network; fails where it cannot.
 audit: $(VENV)/installed

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _P = ParamSpec("_P")
 _BLUE, _VERMILION = "#0072B2", "#D55E00"
+_MARKS = (_VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # of the same palette
 _OF_THE_PAGE = "#010203"  # stands for the colour of the page's text until the SVG is done
 _STYLE = {
     "font.size": 10.5,
@@ -107,6 +108,37 @@ def _log_scale(axes: "Axes") -> None:
 def _running_median(values: np.ndarray) -> np.ndarray:
     half = max(1, len(values) // 40)
     return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+
+
+def learning_curve(
+    counts: Sequence[int],
+    scores: Sequence[float],
+    marks: Mapping[str, Sequence[tuple[int, float]]],
+) -> bytes:
+    """Draws the accuracy that real images reach against how many there are, and what other training sets reach.
+
+    Args:
+        counts: of real images of each class, rising; the axis is logarithmic.
+        scores: shares from 0 to 1. The last is drawn as the ceiling, too.
+        marks: name of a training set -> (count of real images, share) of each trial.
+    """
+    with _style():
+        figure, axes = _new(6.4, 4.2)
+        axes.axhline(100 * scores[-1], color="0.5", linestyle="--", linewidth=1, label="all real windows")
+        axes.plot(counts, [100 * score for score in scores], marker="o", color=_BLUE, linewidth=2, label="real")
+        for number, (name, points) in enumerate(marks.items()):
+            x, y = [count for count, _ in points], [100 * score for _, score in points]
+            colour = _MARKS[number % len(_MARKS)]
+            axes.plot(x, y, marker="s^Dv<>"[number % 6], color=colour, linestyle=":", label=name)
+        axes.set_xscale("log")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("real images of each class")
+        axes.set_ylabel("accuracy, %")
+        axes.grid()
+        axes.legend()
+        return _png(figure)
 
 
 def channel_histograms(panels: Sequence[tuple[str, str, np.ndarray]], edges: np.ndarray, expected: np.ndarray) -> bytes:

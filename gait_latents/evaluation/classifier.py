@@ -55,6 +55,8 @@ class Score:
 
 
 _Images = tuple[Tensor, Tensor]  # uint8 [N S S 3] and labels [N]
+# Changes the images of a batch [B S S 3] and their targets, which are labels [B] or probabilities [B K].
+Augment = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
 def train_and_test(
@@ -86,21 +88,56 @@ def train_and_test(
         batch_size: images per step; a smaller set fills a batch by more than one round.
         progress: called after each step; what it raises ends the work.
     """
+    logits = train_and_classify(
+        sets,
+        test[0],
+        num_classes=num_classes,
+        num_steps=num_steps,
+        seed=seed,
+        device=device,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return _score(logits.argmax(1), test[1], num_classes)
+
+
+def train_and_classify(
+    sets: Sequence[_Images],
+    test: Tensor,
+    *,
+    num_classes: int,
+    num_steps: int,
+    seed: int,
+    device: torch.device,
+    batch_size: int = _BATCH_SIZE,
+    learning_rate: float = _LARGEST_LEARNING_RATE,
+    augment: Augment | None = None,
+    progress: Callable[[], None] | None = None,
+) -> Tensor:
+    """Trains as `train_and_test` does; returns the logits [M K] of the test images [M S S 3], float32 on the CPU.
+
+    Args:
+        learning_rate: the largest of the one-cycle schedule.
+        augment: what takes the place of the shift along the width; it is given the probabilities of the classes as
+            targets, and may return images of any number format, in levels from 0 to 255.
+    """
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         network = _build(num_classes, sets[0][0].shape[1], seed).to(device)
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         normalise = _Normalisation.of([images for images, _ in sets], device)
-        optimiser = torch.optim.AdamW(network.parameters(), lr=_LARGEST_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _LARGEST_LEARNING_RATE, total_steps=num_steps + 1)
-        for images, labels in _batches(sets, num_steps, batch_size, seed):
-            loss = nn.functional.cross_entropy(network(normalise(images)), labels.to(device))
+        optimiser = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=_WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=num_steps + 1)
+        if augment is not None:
+            sets = [(images, nn.functional.one_hot(labels, num_classes).float()) for images, labels in sets]
+        for images, targets in _batches(sets, num_steps, batch_size, seed, augment):
+            loss = nn.functional.cross_entropy(network(normalise(images)), targets.to(device))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
             if progress is not None:
                 progress()
-        return _score(_classify(network.eval(), test[0], normalise), test[1], num_classes)
+        return _classify(network.eval(), test, normalise)
 
 
 def _build(num_classes: int, image_size: int, seed: int) -> nn.Module:
@@ -119,7 +156,7 @@ def _build(num_classes: int, image_size: int, seed: int) -> nn.Module:
 
 @dataclass(frozen=True, eq=False)
 class _Normalisation:
-    """Brings uint8 images to zero mean and unit variance in each channel, on the device."""
+    """Brings images to zero mean and unit variance in each channel, on the device."""
 
     mean: Tensor  # 1 3 1 1, in levels from 0 to 255
     deviation: Tensor
@@ -133,7 +170,7 @@ class _Normalisation:
         return cls(*(t.float().reshape(1, 3, 1, 1).to(device) for t in (mean, deviation)))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Returns float images [B 3 S S] of uint8 ones [B S S 3]."""
+        """Returns float images [B 3 S S] of images [B S S 3] in levels from 0 to 255."""
         return (images.to(self.mean.device).permute(0, 3, 1, 2).float() - self.mean) / self.deviation
 
 
@@ -145,8 +182,10 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     return shares @ levels, shares @ levels.square()
 
 
-def _batches(sets: Sequence[_Images], num_steps: int, batch_size: int, seed: int) -> Iterator[_Images]:
-    """Yields batches of shifted images, with an equal share of each set; every set has an order of its own."""
+def _batches(
+    sets: Sequence[_Images], num_steps: int, batch_size: int, seed: int, augment: Augment | None = None
+) -> Iterator[_Images]:
+    """Yields batches of changed images, with an equal share of each set; every set has an order of its own."""
     share = batch_size // len(sets)
     seeds = [sample_generator(seed, "classifier", "order", i).initial_seed() for i in range(len(sets))]
     for step in range(num_steps):
@@ -155,12 +194,16 @@ def _batches(sets: Sequence[_Images], num_steps: int, batch_size: int, seed: int
             for images_and_labels, own in zip(sets, seeds, strict=True)
         ]
         images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-        yield _shift_images(images, sample_generator(seed, "classifier", "shift", step)), labels
+        yield (augment or _shift_in_time)(images, labels, sample_generator(seed, "classifier", "shift", step))
 
 
 def _take(images_and_labels: _Images, positions: Tensor) -> _Images:
     images, labels = images_and_labels
     return images[positions], labels[positions]
+
+
+def _shift_in_time(images: Tensor, labels: Tensor, generator: torch.Generator) -> _Images:
+    return _shift_images(images, generator), labels
 
 
 def _shift_images(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -174,7 +217,7 @@ def _shift_images(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.inference_mode()
 def _classify(network: nn.Module, images: Tensor, normalise: _Normalisation) -> Tensor:
-    return torch.cat([network(normalise(part)).argmax(1).cpu() for part in images.split(_BATCH_SIZE)])
+    return torch.cat([network(normalise(part)).cpu() for part in images.split(_BATCH_SIZE)])
 
 
 def _score(said: Tensor, truth: Tensor, num_classes: int) -> Score:

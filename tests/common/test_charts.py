@@ -48,6 +48,18 @@ def boxes(svg: str, colour: str, how: str = "fill") -> list[tuple[float, float, 
 # --- PNG files ---------------------------------------------------------------------------------------------
 
 
+def test_the_learning_curve_rises_to_its_ceiling_and_marks_lie_where_their_score_is():
+    drawn = pixels_of(charts.learning_curve([4, 16, 64], [0.2, 0.4, 0.8], {"both": [(16, 0.8)], "synthetic": []}))
+    assert drawn.shape == (630, 960, 3)
+    drawn[400:, 680:] = 255  # the legend
+    heights = {}
+    for name, colour in (("real", [0, 114, 178]), ("both", [213, 94, 0])):
+        rows, columns = np.nonzero(np.abs(drawn - colour).max(2) < 30)
+        heights[name] = (rows.min(), columns)
+    assert abs(heights["real"][0] - heights["both"][0]) < 6  # at the ceiling both
+    assert abs(np.median(heights["both"][1]) - np.mean([heights["real"][1].min(), heights["real"][1].max()])) < 12
+
+
 def test_the_loss_curve_falls_where_the_loss_falls():
     steps = list(range(1, 101))
     curve = pixels_of(charts.loss_curve(steps, [10.0 / step for step in steps]))

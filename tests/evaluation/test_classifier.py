@@ -235,3 +235,22 @@ def test_a_class_without_images_is_refused_by_its_name():
         run({}, [], images=(*synthetic, *real, *test))
     with pytest.raises(UserError, match="needs test images"):
         run({}, [], images=(*real, *real, *coloured([0, 0, 0])))
+
+
+def test_the_logits_are_those_of_the_score_and_an_augmentation_takes_the_place_of_the_shift():
+    train, test = coloured([6, 6, 6]), coloured([5, 5, 5], seed=5)
+    size: dict[str, Any] = {"num_classes": 3, "num_steps": 4, "seed": 1, "device": CPU, "batch_size": 6}
+    logits = classifier.train_and_classify([train], test[0], **size)
+    assert logits.shape == (15, 3)
+    assert classifier._score(logits.argmax(1), test[1], 3) == train_and_test([train], test, **size)
+    seen = []
+
+    def as_they_are(images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        seen.append(targets)
+        return images.float(), targets
+
+    other = classifier.train_and_classify([train], test[0], **size, augment=as_they_are)
+    assert len(seen) == 4 and all(targets.shape == (6, 3) and (targets.sum(1) == 1).all() for targets in seen)
+    assert not torch.equal(other, logits)
+    slower = classifier.train_and_classify([train], test[0], **size, augment=as_they_are, learning_rate=1e-4)
+    assert not torch.equal(other, slower)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import bench_gpu
+import bench_usefulness
 import gpu_stages
 import harness
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -279,3 +281,124 @@ def test_without_a_gpu_only_tiny_sizes_are_run(tmp_path):
         pytest.skip("there is a GPU")
     done = run("bench_gpu", "--output_folder", str(tmp_path / "report"))
     assert done.returncode == 1 and "torch sees no GPU" in done.stderr and not (tmp_path / "report").exists()
+
+
+# --- whether generated images help ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory):
+    """A finished tiny laboratory with two splits, as (folder, what was printed)."""
+    folder = tmp_path_factory.mktemp("laboratory")
+    words = ("--small", "--folder", str(folder), "--splits", "2", "--generators", "1", "--classifiers", "1")
+    begun = run("bench_usefulness", *words, "--minutes", "0")
+    assert begun.returncode == 0 and "nothing was measured yet" in begun.stdout
+    done = run("bench_usefulness", *words)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.mark.slow
+def test_the_whole_way_is_gone_in_the_laboratory_and_kept(laboratory):
+    folder, done = laboratory
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["benchmark"] == "bench_usefulness" and found["is_done"]
+    rows = {(line["windows"], line["row"]): line for line in found["table"]}
+    arms = ["real", "real + posterior", "synthetic", "real + synthetic"]
+    assert list(rows) == [*((4, arm) for arm in arms), (12, "real")]
+    for line in rows.values():
+        assert line["runs"] == 2 and 0 <= line["accuracy"] <= 1 and line["nll"] > 0 and 0 <= line["eer"] <= 1
+    difference = rows[4, "real + synthetic"]["difference"]
+    assert difference["covers"] == ["split", "generator", "classifier", "walker", "recording"]
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+    assert difference["mean"] == pytest.approx(rows[4, "real + synthetic"]["accuracy"] - rows[4, "real"]["accuracy"])
+    kept = json.loads((folder / "results.json").read_text())
+    assert len(kept["runs"]) == 10 and kept["table"] == found["table"]
+    assert done.stdout.startswith((folder / "results.md").read_text())
+    with Image.open(folder / "curve.png") as drawn:
+        assert drawn.width > 600
+
+
+@pytest.mark.slow
+def test_training_and_test_windows_are_of_different_recordings_and_the_vae_saw_the_first_alone(laboratory):
+    folder, _ = laboratory
+    for split, learnt, asked in ((1, 1, 2), (2, 2, 1)):
+        trial = folder / f"split_{split}" / "windows_4"
+        names = {path.name for path in (trial / "training").rglob("*.jpg")}
+        assert len(names) == 12 and all(f"_recording_{learnt}_" in name for name in names)
+        for path in (trial / "predictions").glob("*.npz"):
+            with np.load(path) as predictions:
+                assert set(predictions["recordings"]) == {asked} and predictions["logits"].shape == (9, 3)
+        assert len([*(trial / "posterior").rglob("*.jpg")]) == 6
+        assert len([*(trial / "default_generator_1" / "synthetic").glob("ID_*/*.jpg")]) == 6
+        tried = json.loads((trial / "tuning.json").read_text())
+        assert tried["chosen"]["validation_nll"] == min(row["validation_nll"] for row in tried["tried"])
+
+
+@pytest.mark.slow
+def test_what_is_done_is_not_done_again_and_another_recipe_shares_the_rest(laboratory, tmp_path):
+    folder, _ = laboratory
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".npz", ".safetensors")}
+    recipe = tmp_path / "guided.yaml"
+    recipe.write_text("cond_scale: 3\n")
+    words = ("--small", "--folder", str(folder), "--splits", "1", "--generators", "1", "--classifiers", "1")
+    done = run("bench_usefulness", *words, "--recipe", str(recipe))
+    assert done.returncode == 0, done.stderr
+    rows = [line["row"] for line in json.loads(done.stdout.splitlines()[-1])["table"] if line["windows"] == 4]
+    assert "synthetic (guided)" in rows and "real + synthetic (guided)" in rows and "synthetic" in rows
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    other = run("bench_usefulness", "--folder", str(folder), "--minutes", "0")
+    assert other.returncode == 1 and "was begun with other sizes" in other.stderr
+
+
+def test_the_curve_doubles_up_to_all_windows():
+    assert bench_usefulness.counts_of_curve([4, 8, 20, 50], 240) == [4, 8, 20, 50, 100, 240]
+    assert bench_usefulness.counts_of_curve([4], 12) == [4, 12]
+    assert bench_usefulness.counts_of_curve([12], 12) == [12]
+
+
+@pytest.mark.parametrize(
+    ("count", "first", "last"), [(3, 2, 2), (4, 2, 3), (8, 4, 6), (20, 12, 15), (50, 35, 38), (240, 177, 180)]
+)
+def test_the_last_quarter_chooses_and_what_overlaps_it_is_left_out(count, first, last):
+    assert bench_usefulness.validation(count) == (first, last)
+
+
+def test_a_difference_is_paired_by_split_and_seed_and_says_what_it_covers():
+    def made(arm: str, split: int, classifier: int, level: float, **facts: object) -> bench_usefulness.Run:
+        cells = np.full((4, 2), level)
+        cells[:, split - 1] = np.nan  # the recording learnt from
+        facts = {"arm": arm, "split": split, "classifier": classifier, "windows": 4, **facts}
+        return bench_usefulness.Run(facts, cells, level, 1.0, None)
+
+    real = [made("real", split, seed, 0.1 * split) for split in (1, 2) for seed in (1, 2)]
+    both = [
+        made("real + synthetic", split, seed, 0.1 * split + 0.01 * split, generator=1, recipe="default")
+        for split in (1, 2)
+        for seed in (1, 2, 3)  # there is no third of real windows
+    ]
+    found = bench_usefulness.difference(both, real)
+    assert found is not None and found["mean"] == pytest.approx(0.015)
+    assert (found["low"], found["high"]) == pytest.approx((0.01, 0.02))
+    assert found["covers"] == ("split", "generator", "classifier", "walker", "recording") and not found["leaves_out"]
+    alone = bench_usefulness.difference(both[:1], real)
+    assert alone is not None and alone["leaves_out"] == ("split", "generator", "classifier")
+    assert bench_usefulness.difference(both[2:3], real) is None
+    lines = bench_usefulness.markdown([bench_usefulness.summarise(real + both, 4, "real + synthetic", {4: 0.15})], {})
+    assert "| 4 | real + synthetic | 6 | 16.5%" in lines and "+1.5 (+1.0 to +2.0)" in lines
+    assert "more than 4" in lines and "cover the chance of split, generator, classifier, walker, recording." in lines
+
+
+def test_what_the_laboratory_cannot_do_is_told(capsys, tmp_path):
+    (tmp_path / "default.yaml").touch()
+    for words, message in (
+        (["--small", "--windows", "2"], "--windows are from 3"),
+        (["--small", "--windows", "13"], "to 12"),
+        (["--small", "--splits", "0"], "at least 1"),
+        ([], "give --folder"),
+        (["--small", "--recipe", str(tmp_path / "none.yaml")], "is no file"),
+        (["--small", "--recipe", str(tmp_path / "default.yaml")], "the name of the recipe without one"),
+    ):
+        with pytest.raises(SystemExit):
+            bench_usefulness.read_arguments(words)
+        assert message in capsys.readouterr().err
