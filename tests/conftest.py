@@ -7,6 +7,7 @@ import os
 import shutil
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts that tests start, too
 # What is attached where the tests run, as in a notebook of Kaggle, is none of their business.
@@ -16,6 +17,7 @@ os.environ["GAIT_LATENTS_OLD_PILLOW"] = "ok"  # the tests run with old versions,
 import pipeline
 import pytest
 import torch
+from fault_account import ACCOUNT, Account, table
 
 from gait_latents.vae import weight_files
 
@@ -64,6 +66,37 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+# --- the account of the fault suite, which a run ends with: only this file is known to all its processes ------
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hands the rows of a process of pytest-xdist to the one that prints."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["fault rows"] = session.config.stash.get(ACCOUNT, Account()).rows
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes the rows of a process of pytest-xdist that has ended."""
+    account = node.config.stash.setdefault(ACCOUNT, Account())
+    account.rows += [tuple(row) for row in getattr(node, "workeroutput", {}).get("fault rows", [])]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Prints the table."""
+    account = config.stash.get(ACCOUNT, None)
+    if account is None or not account.rows:
+        return
+    terminalreporter.section("faults")
+    for line in table(account):
+        terminalreporter.write_line(line)
+
+
+# --- the tiny world ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

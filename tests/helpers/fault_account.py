@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import pytest
+
 
 @dataclass
 class Account:
@@ -23,6 +25,9 @@ class Account:
         self.rows.append((fault, how, cases, lost, wrong))
         assert cases > 0, f"{fault}: nothing was tried"
         assert lost == wrong == 0, f"{fault}: of {cases} cases {lost} lost and {wrong} wrong"
+
+
+ACCOUNT = pytest.StashKey[Account]()  # of the account of a run, in its configuration
 
 
 def table(account: Account) -> Iterator[str]:
