@@ -1,7 +1,9 @@
 """What a GPU would wait for: a step of training reads nothing back and gets its draws in one copy."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from device_traffic import DEVICE, Traffic
 from tiny_cache import RECORD, key, make_space
 from tiny_vae import tiny_vae
 
-from gait_latents.common import hardware
+from gait_latents.common import cli, hardware
+from gait_latents.diffusion import build, sampling
 from gait_latents.images.split import Split
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.dataset import LatentDataset
@@ -153,3 +156,32 @@ def test_the_host_waits_once_for_each_image_that_is_decoded(dtype: torch.dtype) 
         images = decoder(torch.zeros(3, 4, 8, 8, device=DEVICE))
     assert [image.shape for image in images] == [(16, 16, 3)] * 3
     assert traffic.waits.total() == 3 and traffic.to_device.total() == 0
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "ddim", "ddpm"])
+def test_no_step_of_sampling_waits(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The levels of noise, which are read from the device once for each call, are given as numbers here."""
+    settings = TrainSettings(dim=8, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2)
+    diffusion = build.build_diffusion(cli.to_dict(settings), num_classes=2, latent_shape=(4, 8, 8))
+    levels = diffusion._usable_levels()
+    monkeypatch.setattr(diffusion, "_usable_levels", lambda: levels)
+    diffusion.to(DEVICE)
+
+    def traffic(steps: int, progress: Callable[[], Any] | None = None) -> Traffic:
+        how: dict[str, Any] = {
+            "dtype": torch.float32,
+            "cond_scale": 1.5,
+            "guidance_interval": (0, 1),
+            "sampler": sampler,
+        }
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        with Traffic() as seen:
+            sampling.sample_padded(diffusion, [0, 1], generators, sampling_timesteps=steps, progress=progress, **how)
+        return seen
+
+    few, many = traffic(4), traffic(8)
+    assert few.waits.total() == many.waits.total() == 0
+    more = many.to_device.total() - few.to_device.total()
+    assert more == (4 if sampler == "ddpm" else 0)  # which draws new noise in each step
+    one = torch.zeros((), device=DEVICE)
+    assert traffic(4, lambda: one.item()).waits.total() == 4  # a wait that is put in is seen
