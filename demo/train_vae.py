@@ -40,6 +40,7 @@ from gait_latents.diffusion.ema import EMA
 from gait_latents.images import folders, names, reading, selection
 from gait_latents.settings import ImageSettings, MachineSettings, SamplingSettings, differences_on_resume
 from gait_latents.training import checkpoint, optimizer_state, run_folder
+from gait_latents.vae import trained_on
 from gait_latents.vae.network import KLVAE
 
 
@@ -125,12 +126,12 @@ def find_images(folder: str) -> list[Path]:
     return [root / path for path in sorted(found, key=lambda path: [names.natural_key(part) for part in path.parts])]
 
 
-def read_images(folder: str, image_size: int) -> tuple[np.ndarray, str]:
-    """Reads a folder into memory; returns uint8 [N S S 3] and a digest of what was read.
+def read_images(folder: str, image_size: int) -> tuple[np.ndarray, list[str]]:
+    """Reads a folder into memory; returns uint8 [N S S 3] and the key of each image, the SHA-256 of its file.
 
     Images that cannot be read are left out, each with a warning that says why.
     """
-    digest, pixels = hashlib.sha256(), []
+    keys, pixels = [], []
 
     def read(path: Path) -> tuple[np.ndarray | None, str]:
         try:
@@ -145,23 +146,29 @@ def read_images(folder: str, image_size: int) -> tuple[np.ndarray, str]:
             if image is None:
                 console.warn(f"{path} is left out: {word}")
             else:
-                digest.update(word.encode())
+                keys.append(word)
                 pixels.append(image)
             bar.advance()
     if len(pixels) < 2:
         raise UserError(f"--data_path {folder} has {len(pixels)} readable images; training needs at least 2")
-    return np.stack(pixels), digest.hexdigest()
+    return np.stack(pixels), keys
+
+
+def are_held_out(count: int) -> Tensor:
+    """Says for each of `count` images whether it is one of the few that are held out, bool [count]."""
+    chosen = torch.zeros(count, dtype=torch.bool)
+    spacing = max(HELD_OUT_EVERY, math.ceil(count / MOST_HELD_OUT))
+    chosen[spacing // 2 :: spacing] = True
+    if not chosen.any():
+        chosen[-1] = True
+    return chosen
 
 
 def hold_out(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     """Splits images [N S S 3] into those to train on and a few held out, both uint8 [n 3 S S]."""
     channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    is_held_out = torch.zeros(len(pixels), dtype=torch.bool)
-    spacing = max(HELD_OUT_EVERY, math.ceil(len(pixels) / MOST_HELD_OUT))
-    is_held_out[spacing // 2 :: spacing] = True
-    if not is_held_out.any():
-        is_held_out[-1] = True
-    return channels_first[~is_held_out], channels_first[is_held_out]
+    chosen = are_held_out(len(pixels))
+    return channels_first[~chosen], channels_first[chosen]
 
 
 # --- the model ---------------------------------------------------------------------------------------------
@@ -235,8 +242,11 @@ def pick_compile(settings: VAESettings, device: torch.device, dtype: torch.dtype
 class Trainer:
     """Holds everything that a training step changes, and how to take, save and restore it."""
 
-    def __init__(self, settings: VAESettings, train: Tensor, digest: str, device: torch.device):
+    def __init__(
+        self, settings: VAESettings, train: Tensor, digest: str, device: torch.device, keys: Sequence[str] = ()
+    ):
         self.settings, self.train, self.digest, self.device = settings, train, digest, device
+        self.keys = keys  # of the images to train on
         self.dtype, _ = hardware.pick_precision(settings.precision, device)
         self.vae = build_vae(settings).to(device)
         self.ema = EMA(self.vae, decay=settings.ema_decay, update_every=1)
@@ -351,10 +361,11 @@ def latent_std(moments: Tensor) -> Tensor:
     return (mean.var(dim=(0, 2, 3)) + logvar.exp().mean(dim=(0, 2, 3))).sqrt()
 
 
-def vae_bytes(vae: KLVAE, scale_factor: float) -> bytes:
-    """Returns the VAE as a float16 safetensors file that `vae.load_vae` reads."""
+def vae_bytes(vae: KLVAE, scale_factor: float, keys: Sequence[str] = ()) -> bytes:
+    """Returns the VAE as a float16 safetensors file that `vae.load_vae` reads, and that names its images by key."""
     tensors = {name: tensor.half().contiguous().cpu() for name, tensor in vae.state_dict().items()}
-    return to_safetensors(tensors, metadata={"scale_factor": repr(scale_factor)})
+    metadata = {"scale_factor": repr(scale_factor), trained_on.NAME: trained_on.to_text(keys)}
+    return to_safetensors(tensors, metadata=metadata if keys else {"scale_factor": repr(scale_factor)})
 
 
 def save_all(trainer: Trainer, held_out: Tensor) -> str:
@@ -365,7 +376,7 @@ def save_all(trainer: Trainer, held_out: Tensor) -> str:
     decoded = reconstruct(vae, moments, trainer.device)
     originals = held_out.permute(0, 2, 3, 1).numpy()
     std = latent_std(moments)
-    files.publish(folder / "vae.safetensors", vae_bytes(vae, 1 / std.square().mean().sqrt().item()))
+    files.publish(folder / "vae.safetensors", vae_bytes(vae, 1 / std.square().mean().sqrt().item(), trainer.keys))
     shown = slice(None, None, math.ceil(len(originals) / 8))
     grid = pictures.labelled_grid([[*originals[shown]], [*decoded[shown]]], ["image", "VAE"])
     pictures.save_picture(grid, folder / "preview.png")
@@ -421,9 +432,11 @@ def train_as_asked(argv: Sequence[str] | None) -> int:
     check_settings(settings)
     device = hardware.pick_device(settings.device)
     with process.StopSignals() as stop:
-        pixels, digest = read_images(settings.data_path, settings.image_size)
+        pixels, keys = read_images(settings.data_path, settings.image_size)
         train, held_out = hold_out(pixels)
-        trainer = Trainer(settings, train, digest, device)
+        digest = hashlib.sha256("".join(keys).encode()).hexdigest()
+        to_train_on = [key for key, is_out in zip(keys, are_held_out(len(keys)), strict=True) if not is_out]
+        trainer = Trainer(settings, train, digest, device, to_train_on)
         if trainer.resume():
             console.say(f"going on from step {trainer.step}")
         if trainer.step >= settings.train_num_steps:

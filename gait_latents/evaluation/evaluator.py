@@ -33,7 +33,7 @@ from gait_latents.evaluation.terminal import print_figures
 from gait_latents.evaluation.trials import Trials
 from gait_latents.images import generated, selection
 from gait_latents.settings import with_later_settings
-from gait_latents.vae import base
+from gait_latents.vae import base, trained_on
 
 
 class Evaluation:
@@ -226,6 +226,7 @@ def evaluate(plan: EvaluationPlan) -> None:
     for line in warnings:
         warn(line)
     evaluated, settings = describe(plan, synthetic, real), cli.to_dict(plan.settings)
+    say(f"test images that the VAE was trained on: {evaluated['vae_saw']}")
     report.begin(evaluated=evaluated, warnings=warnings, settings=settings)
     Evaluation(plan, synthetic, real, report).run()
     print_figures(report.data)
@@ -240,6 +241,7 @@ def describe(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -> dic
         "synthetic_path": str(synthetic.folder.absolute()),
         "synthetic_digest": synthetic.digest(),
         "made_with": made_with(synthetic.folder),
+        "vae_saw": what_the_vae_saw(plan)[1],
         "split": plan.split.rule["split"],
         "image_size": plan.images.image_size,
         "images": {part.name: len(part) for part in sets},
@@ -247,6 +249,14 @@ def describe(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -> dic
             name: {part.name: part.latents.count(label) for part in sets} for label, name in enumerate(plan.classes)
         },
     }
+
+
+def what_the_vae_saw(plan: EvaluationPlan) -> tuple[int | None, str]:
+    """Returns how many of the test images the VAE was trained on, None where nobody knows, and the same in words."""
+    found = trained_on.num_seen(plan.settings.vae_path or "", [entry.key for entry in plan.split.test])
+    if found is None:
+        return None, "nobody knows, as the file of the VAE does not say on which it was trained"
+    return found, f"{found:,} of {len(plan.split.test):,}"
 
 
 def made_with(folder: Path) -> dict[str, Any]:
@@ -262,6 +272,12 @@ def find_warnings(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -
     found = warnings_of_run(plan)
     if not len(real.test):
         found.append(f"{NO_TEST_IMAGES}, so that only the distances to training images can be computed")
+    seen = what_the_vae_saw(plan)[0]
+    if seen:
+        found.append(
+            f"the VAE was trained on {seen:,} of the {len(plan.split.test):,} test images, so that figures and "
+            "classifiers look better than they are; train a VAE on training images alone"
+        )
     missing = [name for label, name in enumerate(plan.classes) if not synthetic.latents.count(label)]
     if missing:
         found.append(f"there are no synthetic images of {list_names(missing)}; the figures are about the other classes")

@@ -185,7 +185,7 @@ _MEMORISATION = _Record(
 _EVALUATED = _Record(
     {},
     {
-        **dict.fromkeys(("checkpoint", "synthetic_digest"), _is_text),
+        **dict.fromkeys(("checkpoint", "synthetic_digest", "vae_saw"), _is_text),
         "step": _FIGURE,
         **dict.fromkeys(("synthetic_path", "split", "image_size"), is_setting),
         "made_with": _MapOf(is_setting),

@@ -560,6 +560,7 @@ _FACTS = (  # part, its fact, what it is called
     ("evaluated", "step", "training step"),
     ("evaluated", "synthetic_path", "folder of the synthetic images"),
     ("evaluated", "split", "how test images were chosen"),
+    ("evaluated", "vae_saw", "test images that the VAE was trained on"),
     ("evaluated", "image_size", "image size, pixels"),
     ("made_with", "step", "step that the images were made with"),
     ("made_with", "cond_scale", "guidance scale"),

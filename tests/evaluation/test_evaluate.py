@@ -15,6 +15,7 @@ import tiny_vae
 import torch
 from PIL import Image
 from pipeline import CLASSES, HALF, SIZE, STEPS, one_error
+from safetensors.torch import save_file
 
 import evaluate_images
 from gait_latents.common import errors
@@ -25,7 +26,7 @@ from gait_latents.images import reading
 from gait_latents.images.split import read_split
 from gait_latents.training import run_folder
 from gait_latents.training.trained_model import TrainedModel
-from gait_latents.vae import load
+from gait_latents.vae import load, trained_on
 from gait_latents.vae.batch_encoder import BatchEncoder
 
 PER_CLASS = 4  # synthetic images
@@ -130,6 +131,22 @@ def test_the_figures_are_those_of_the_images_in_the_folders(trained, generated, 
     i, j, _ = copies["pairs"][0]
     assert first["synthetic"] == f"{made[i].parent.name}/{made[i].name}"
     assert first["training"] == f"{training[j].parent.name}/{training[j].name}"
+
+
+def test_a_vae_that_was_trained_on_test_images_is_told_of(trained, synthetic, first_evaluation, tmp_path, capsys):
+    assert read_report(first_evaluation)["evaluated"]["vae_saw"].startswith("nobody knows, as the file of the VAE does")
+    split, vae = read_split(trained / "results"), tmp_path / "vae.safetensors"
+    assert split is not None
+    seen = [entry.key for entry in (*split.test[:2], *split.train)]
+    weights = torch.load(trained / "vae.pt", weights_only=True)
+    save_file(weights, vae, {"trained_on": trained_on.to_text(seen)})
+    assert evaluate(trained, synthetic, tmp_path / "evaluation", vae_path=vae) == 0
+    said = capsys.readouterr()
+    assert "warning: the VAE was trained on 2 of the 9 test images, so that figures" in said.err
+    assert "test images that the VAE was trained on: 2 of 9\n" in said.out
+    report = read_report(tmp_path / "evaluation")
+    assert report["evaluated"]["vae_saw"] == "2 of 9"
+    assert any(line.startswith("the VAE was trained on 2 of") for line in report["warnings"])
 
 
 def test_the_report_says_what_was_evaluated(first_evaluation, generated):

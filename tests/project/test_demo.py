@@ -15,7 +15,7 @@ from torch._inductor.exc import CppCompileError
 
 from gait_latents.common import pictures
 from gait_latents.images import folders, reading
-from gait_latents.vae import load
+from gait_latents.vae import load, trained_on
 
 DEMO = Path(make_demo.__file__).parent
 UNSEEN = range(5001, 5007)  # people whom the shipped VAE has never met
@@ -154,14 +154,17 @@ def test_trained_vae_is_a_vae_that_the_other_scripts_take(folder, tmp_path, caps
     with Image.open(tmp_path / "out" / "preview.png") as preview:
         assert preview.height > 2 * 16
     assert load_file(tmp_path / "out" / "vae.safetensors")["quant_conv.weight"].dtype == torch.float16
+    _, keys = train_vae.read_images(str(folder), 16)
+    held_out = sum(train_vae.are_held_out(len(keys)).tolist())
+    assert trained_on.num_seen(str(tmp_path / "out" / "vae.safetensors"), keys) == len(keys) - held_out > 0
 
 
 def test_training_lowers_the_error(folder, tmp_path):
     settings = train_vae.VAESettings(
         image_size=16, multipliers=(1, 1), train_num_steps=80, train_batch_size=4, train_lr=5e-3
     )
-    pixels, digest = train_vae.read_images(str(folder), 16)
-    trainer = train_vae.Trainer(settings, train_vae.hold_out(pixels)[0], digest, torch.device("cpu"))
+    pixels, _ = train_vae.read_images(str(folder), 16)
+    trainer = train_vae.Trainer(settings, train_vae.hold_out(pixels)[0], "of no folder", torch.device("cpu"))
     errors = [float(trainer.train_step()[0]) for _ in range(30)]
     assert np.mean(errors[-5:]) < 0.8 * np.mean(errors[:5])
 
