@@ -535,6 +535,7 @@ class Generator:
 
     def train(self) -> None:
         """Trains the diffusion model on the latents of the training windows."""
+        self._check_recipe()
         if (self.folder / "trained").exists():
             return
         import train_latent_cfg
@@ -549,9 +550,19 @@ class Generator:
             **self._sizes(train_latent_cfg),
         }
         run_script(train_latent_cfg.main, settings, self.recipe)
-        if self.recipe:
-            shutil.copyfile(self.recipe, self.folder / "recipe.yaml")
         (self.folder / "trained").touch()
+
+    def _check_recipe(self) -> None:
+        """Keeps the recipe beside the model; ends the program where another one of the same name was used before."""
+        if self.recipe is None:
+            return
+        kept, content = self.folder / "recipe.yaml", self.recipe.read_bytes()
+        if kept.exists() and kept.read_bytes() != content:
+            raise SystemExit(
+                f"error: {self.folder} was made with other settings than {self.recipe} has now; give it another name"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(content)
 
     def generate(self) -> None:
         """Makes its images."""
@@ -642,27 +653,31 @@ def write_results(laboratory: Laboratory, *, is_done: bool) -> dict[str, Any] | 
         "runs": [{**run.facts, "accuracy": run.accuracy, "nll": run.nll, "eer": run.eer} for run in runs],
     }
     save_json(laboratory.folder / "results.json", kept)
-    files.publish(laboratory.folder / "results.md", markdown(table, curve).encode())
+    ceiling = curve.get(laboratory.sizes.windows)
+    files.publish(laboratory.folder / "results.md", markdown(table, ceiling).encode())
     marks = {
         row: [(line["windows"], line["accuracy"]) for line in table if line["row"] == row]
         for row in dict.fromkeys(line["row"] for line in table)
         if row != REAL
     }
     if curve:
-        files.publish(laboratory.folder / "curve.png", charts.learning_curve([*curve], [*curve.values()], marks))
+        drawn = charts.learning_curve([*curve], [*curve.values()], marks, ceiling=ceiling)
+        files.publish(laboratory.folder / "curve.png", drawn)
     return kept
 
 
 def learning_curve(runs: Sequence[Run]) -> dict[int, float]:
-    """Returns the mean accuracy of real windows for each count of which all splits have a figure."""
-    real = [run for run in runs if run.facts["arm"] == REAL]
-    splits = {run.facts["split"] for run in real}
-    found = {}
-    for count in sorted({run.facts["windows"] for run in real}):
-        own = [run for run in real if run.facts["windows"] == count]
-        if {run.facts["split"] for run in own} == splits:
-            found[count] = statistics.fmean(run.accuracy for run in own)
-    return found
+    """Returns the mean accuracy of real windows for each count, over the splits that have got furthest."""
+    counts: dict[int, set[int]] = {}
+    for run in (run for run in runs if run.facts["arm"] == REAL):
+        counts.setdefault(run.facts["split"], set()).add(run.facts["windows"])
+    most = max(map(len, counts.values()), default=0)
+    whole = {split for split, found in counts.items() if len(found) == most}
+    real = [run for run in runs if run.facts["arm"] == REAL and run.facts["split"] in whole]
+    return {
+        count: statistics.fmean(run.accuracy for run in real if run.facts["windows"] == count)
+        for count in sorted({run.facts["windows"] for run in real})
+    }
 
 
 def order_of_rows(row: str) -> tuple[int, str]:
@@ -723,8 +738,8 @@ def difference(own: Sequence[Run], real: Sequence[Run]) -> dict[str, Any] | None
     return dataclasses.asdict(bootstrap_interval(values, (of_runs, OF_PEOPLE), seed=0))
 
 
-def markdown(table: Sequence[Mapping[str, Any]], curve: Mapping[int, float]) -> str:
-    """Returns the table as Markdown, and below it what the intervals cover."""
+def markdown(table: Sequence[Mapping[str, Any]], ceiling: float | None) -> str:
+    """Returns the table as Markdown, and below it what all windows reach, where known, and what the intervals cover."""
     heads = ("windows", "trained on", "runs", "accuracy (deviation)", "NLL", "macro EER", "worth N real windows")
     lines = ["| " + " | ".join((*heads, "points against real (95 %)")) + " |", "|---" * (len(heads) + 1) + "|"]
     for line in table:
@@ -740,8 +755,8 @@ def markdown(table: Sequence[Mapping[str, Any]], curve: Mapping[int, float]) -> 
             _interval(line.get("difference")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    if curve:
-        lines += ["", f"Ceiling: all {[*curve][-1]} windows of each walker reach {[*curve.values()][-1]:.1%}."]
+    if ceiling is not None:
+        lines += ["", f"Ceiling: all windows of a recording reach {ceiling:.1%}."]
     scopes = {(tuple(d["covers"]), tuple(d["leaves_out"])) for line in table if (d := line.get("difference"))}
     for covers, leaves_out in sorted(scopes):
         rest = f"; there is one {' and one '.join(leaves_out)}, whose chance is not in them" if leaves_out else ""

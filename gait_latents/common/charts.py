@@ -114,17 +114,21 @@ def learning_curve(
     counts: Sequence[int],
     scores: Sequence[float],
     marks: Mapping[str, Sequence[tuple[int, float]]],
+    *,
+    ceiling: float | None,
 ) -> bytes:
     """Draws the accuracy that real images reach against how many there are, and what other training sets reach.
 
     Args:
         counts: of real images of each class, rising; the axis is logarithmic.
-        scores: shares from 0 to 1. The last is drawn as the ceiling, too.
+        scores: shares from 0 to 1.
         marks: name of a training set -> (count of real images, share) of each trial.
+        ceiling: the share that all real images reach, where that is known.
     """
     with _style():
         figure, axes = _new(6.4, 4.2)
-        axes.axhline(100 * scores[-1], color="0.5", linestyle="--", linewidth=1, label="all real windows")
+        if ceiling is not None:
+            axes.axhline(100 * ceiling, color="0.5", linestyle="--", linewidth=1, label="all real images")
         axes.plot(counts, [100 * score for score in scores], marker="o", color=_BLUE, linewidth=2, label="real")
         for number, (name, points) in enumerate(marks.items()):
             x, y = [count for count, _ in points], [100 * score for _, score in points]

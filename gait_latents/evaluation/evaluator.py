@@ -96,7 +96,7 @@ class Evaluation:
 
     def look_for_copies(self) -> None:
         """Measures how near synthetic images are to single training images, and draws the closest pairs."""
-        made_of = {**self.made_of, "figures": 2}  # to be raised when there are others
+        made_of = {**self.made_of, "figures": 2}  # to be raised when this part gets other figures
         figures = self.report.part("memorisation", made_of)
         pairs = self._pairs_of(figures) if figures is not None else None
         if figures is None or pairs is None:

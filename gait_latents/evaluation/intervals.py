@@ -41,7 +41,7 @@ def bootstrap_interval(
     classifier) or (class, recording). In each chain the outermost factor with two levels or more is resampled, and all
     inside of it goes with it: the levels that it has differ by what is inside as well. Chains cross each other, and are
     resampled independently, which makes the interval too wide rather than too narrow (Owen 2007, the pigeonhole
-    bootstrap). Of n levels n - 1 are drawn with replacement, which are weighted by n / (n - 1): with few levels the
+    bootstrap). Of n levels n - 1 are drawn with replacement: with few levels the
     usual bootstrap finds too small a variance, this one the unbiased one (Rao and Wu 1988). Even so, two or three
     levels show little of how a factor varies.
 
@@ -89,9 +89,7 @@ def _resampled(shape: Sequence[int], chains: Sequence[Sequence[str]]) -> tuple[l
 
 def _means(sums: np.ndarray, counts: np.ndarray, rng: np.random.Generator, num_draws: int) -> np.ndarray:
     """Draws the levels of every axis again and again; returns the mean of each draw in which there is a figure."""
-    weights = [
-        rng.multinomial(size - 1, np.full(size, 1 / size), size=num_draws) * (size / (size - 1)) for size in sums.shape
-    ]
+    weights = [rng.multinomial(size - 1, np.full(size, 1 / size), size=num_draws).astype(float) for size in sums.shape]
     totals = np.stack([_weighted(table, weights) for table in (sums, counts)])
     totals = totals[:, totals[1] > 0]
     return totals[0] / totals[1]

@@ -31,7 +31,7 @@ folder and stand in label order. Keys that are not listed here (digests, for exa
         test_near_share         how few: the share that makes the threshold
         near_share, near_share_limit    share of synthetic images below it; what chance alone seldom exceeds
         nearer_to_training, nearer_to_training_limit    share nearer to a training than to a test image; likewise
-        copying                 C_T: about 0 where synthetic images are no nearer than test images, below -3: copies
+        copying                 C_T: about 0 where synthetic images are no nearer than test images, else below
         per_class               {class: {median, test_median, near_share, copying}}
         pairs                   [{synthetic, training: class/file, distance}], the closest
         picture, why_no_picture key of the picture of the pairs in `pictures`, or a sentence
@@ -353,7 +353,7 @@ def _memorisation(part: dict[str, Any], files: dict[str, bytes]) -> list[_Block]
         (chance, _share(part.get("near_share_limit")), ""),
         ("share nearer to a training than to a test image", _share(part.get("nearer_to_training")), _round_share(0.5)),
         (chance, _share(part.get("nearer_to_training_limit")), ""),
-        ("C_T, far below 0 where they are copies", _number(part.get("copying")), "0"),
+        ("C_T, far below 0 where they are nearer than test images", _number(part.get("copying")), "0"),
     ]
     return [
         _text(

@@ -273,11 +273,11 @@ def best_point(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     A model that draws its training images again comes near to the test images, too, so points with many near copies
     count only where there are no others. And samples that look like no real image may lie near in the mean, which
     happens where sets are small: of the points that count, those with less than half of another's precision or
-    coverage are left out.
+    coverage are left out, unless that would leave none.
     """
     known = [point for point in points if point["frechet_mean"] is not None]
     varied = [point for point in known if not _draws_copies(point)] or known
-    real = [point for point in varied if _looks_real(point, varied)]
+    real = [point for point in varied if _looks_real(point, varied)] or varied
     return min(real, key=lambda point: point["frechet_mean"], default=None)
 
 

@@ -360,6 +360,7 @@ class LatentCache:
         """
         if not (self._was_there or self._had_shards):
             files.make_folder(self.folder)
+            self._was_there = True
         if self._had_shards and not any(os.path.lexists(shard.path) for shard in self._shards.values()):
             self.refresh()  # another process may have merged them
         if not self.folder.is_dir() or (self._had_shards and not self._shards):

@@ -152,6 +152,9 @@ class LatentDataset(Dataset):
     def moments(self, positions: Tensor) -> Tensor:
         """Returns the moments [B 2C h w] float32 at `positions` [B], on the device; missing ones are encoded first."""
         self.ensure(positions)
+        return self._stored(positions)
+
+    def _stored(self, positions: Tensor) -> Tensor:
         if self._table is None:
             return self._on_device(self._read_rows(self._row_of[positions.cpu().numpy()].tolist())).float()
         positions = positions.to(self._rows.device)
@@ -176,10 +179,12 @@ class LatentDataset(Dataset):
     def batch(self, positions: Tensor, noise: Tensor, host_positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draws latents at `positions` [B] with unit normal `noise` [B C h w]; returns them and the labels [B].
 
-        Where the moments are in the memory of the host, `host_positions`, which are the same on the host, spare a wait.
+        With `host_positions`, the same positions on the host, nothing waits for the device.
         """
-        there = positions if host_positions is None or self.place == str(self.device) else host_positions
-        latents = self._norm_here().to_latent(self.moments(there), noise.to(self.device))
+        on_host = positions if host_positions is None else host_positions
+        self.ensure(on_host)
+        moments = self._stored(positions if self.place == str(self.device) else on_host)
+        latents = self._norm_here().to_latent(moments, noise.to(self.device))
         return latents, self._device_labels[positions.to(self.device)]
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:

@@ -40,8 +40,8 @@ class StepDraws:
 class DeviceDraws:
     """Puts the draws of one step after another into the same memory of a device.
 
-    Each step takes one copy, for which the host does not wait; the addresses never change, as a recorded graph of
-    kernels needs it. Draws that were sent before are then those of the new step.
+    Each step takes one copy, for which the host does not wait, and no new memory. Draws that were sent before are then
+    those of the new step.
 
     Args:
         device: where the network is.

@@ -231,9 +231,10 @@ def encode_sample(dataset: LatentDataset, settings: TrainSettings) -> None:
             try:
                 with dataset.watched(advance):
                     dataset.ensure(positions)
-            except Stopped:
+            except BaseException as error:  # a bad image, too, comes after good ones
                 dataset.cache_flush()
-                say("stopped; what is encoded is kept, and the same command goes on from there")
+                if isinstance(error, Stopped):
+                    say("stopped; what is encoded is kept, and the same command goes on from there")
                 raise
 
 

@@ -3,6 +3,7 @@
 An image gets the same moments, bit for bit, whichever images are encoded with it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +29,8 @@ class BatchEncoder:
     Args:
         load: builds the VAE, an object whose `encode` turns float32 images [B 3 S S] in [0, 1] into moments.
         device: where it encodes.
-        batch_size: images of 256x256 per call on a GPU; of larger ones a call has so many fewer that it takes no more
-            memory. A call with fewer is filled up with black ones.
+        batch_size: images of up to 256x256 per call on a GPU; of larger ones as many are encoded in several calls. A
+            call with fewer is filled up with black ones.
         dtype: number format that the encoder computes in.
 
     Attributes:
@@ -55,7 +56,8 @@ class BatchEncoder:
             return torch.cat([self._encode_padded(part, size) for part in images.split(size)])
 
     def _call_size(self, image_size: int) -> int:
-        return max(1, min(self.batch_size, self.batch_size * _USUAL_SIZE**2 // image_size**2))
+        num_calls = math.ceil(image_size**2 / _USUAL_SIZE**2)
+        return math.ceil(self.batch_size / num_calls)
 
     def _encode_padded(self, images: Tensor, size: int) -> Tensor:
         """Encodes at most `size` images [B S S 3] in a call of exactly so many."""

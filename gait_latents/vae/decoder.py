@@ -13,7 +13,7 @@ from gait_latents.vae import load
 from gait_latents.vae.formats import Formats, layout
 from gait_latents.vae.norm import LatentNorm
 
-_AS_GOOD_DB = 45.0  # from this PSNR on images look the same; rounding to 8 bits alone gives 59 dB
+AS_GOOD_DB = 45.0  # from this PSNR on images look the same; rounding to 8 bits alone gives 59 dB
 _TRIAL_SIZE = 16  # height and width of the latent with which a number format is tried
 
 
@@ -95,8 +95,8 @@ class ImageDecoder:
             )
             self._formats = Formats(decoder, self.device)
         if not self._is_tried:
-            quality = self._quality()
-            if quality < _AS_GOOD_DB:
+            quality = self.quality()
+            if quality < AS_GOOD_DB:
                 name = str(self.dtype).removeprefix("torch.")
                 warn(f"images are decoded in float32, as {name} would change them (PSNR {quality:.1f} dB)")
                 self.dtype = torch.float32
@@ -107,8 +107,11 @@ class ImageDecoder:
         self.dtype, self._is_tried = dtype, True
 
     @torch.inference_mode()
-    def _quality(self) -> float:
-        """Decodes unit noise in `dtype` and in float32; returns the PSNR of the one against the other, in dB."""
+    def quality(self) -> float:
+        """Decodes unit noise in `dtype` and in float32; returns the PSNR of the one against the other, in dB.
+
+        There must be a decoder (`open`).
+        """
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, len(self.norm.shift), _TRIAL_SIZE, _TRIAL_SIZE, generator=generator)
         latent = self.norm.to_unscaled(noise.to(self.device))

@@ -49,7 +49,8 @@ def boxes(svg: str, colour: str, how: str = "fill") -> list[tuple[float, float, 
 
 
 def test_the_learning_curve_rises_to_its_ceiling_and_marks_lie_where_their_score_is():
-    drawn = pixels_of(charts.learning_curve([4, 16, 64], [0.2, 0.4, 0.8], {"both": [(16, 0.8)], "synthetic": []}))
+    marks = {"both": [(16, 0.8)], "synthetic": []}
+    drawn = pixels_of(charts.learning_curve([4, 16, 64], [0.2, 0.4, 0.8], marks, ceiling=0.8))
     assert drawn.shape == (630, 960, 3)
     drawn[400:, 680:] = 255  # the legend
     heights = {}

@@ -723,5 +723,7 @@ def test_a_point_whose_samples_look_unreal_is_not_the_best_however_near_it_lies(
     )
     assert sweep_module.best_point([early, {**late, "precision": 0.09, "coverage": 0.01}]) is early
     assert sweep_module.best_point([early, {**late, "precision": 0.09}]) is not early  # for its coverage
+    faithful, wide = {**early, "precision": 1.0, "coverage": 0.1}, {**late, "precision": 0.4, "coverage": 0.9}
+    assert sweep_module.best_point([faithful, wide]) is faithful  # of which each would leave the other out
     unknown = {**early, "precision": None, "coverage": None}
     assert sweep_module.best_point([unknown, late]) is unknown

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench_gpu
@@ -384,9 +385,38 @@ def test_a_difference_is_paired_by_split_and_seed_and_says_what_it_covers():
     alone = bench_usefulness.difference(both[:1], real)
     assert alone is not None and alone["leaves_out"] == ("split", "generator", "classifier")
     assert bench_usefulness.difference(both[2:3], real) is None
-    lines = bench_usefulness.markdown([bench_usefulness.summarise(real + both, 4, "real + synthetic", {4: 0.15})], {})
+    lines = bench_usefulness.markdown([bench_usefulness.summarise(real + both, 4, "real + synthetic", {4: 0.15})], None)
     assert "| 4 | real + synthetic | 6 | 16.5%" in lines and "+1.5 (+1.0 to +2.0)" in lines
     assert "more than 4" in lines and "cover the chance of split, generator, classifier, walker, recording." in lines
+
+
+def test_the_learning_curve_is_that_of_the_splits_that_have_got_furthest():
+    def real(split: int, count: int, level: float) -> bench_usefulness.Run:
+        facts = {"arm": "real", "split": split, "classifier": 1, "windows": count}
+        return bench_usefulness.Run(facts, np.full((4, 2), level), level, 1.0, None)
+
+    first = [real(1, 4, 0.3), real(1, 240, 0.8)]
+    assert bench_usefulness.learning_curve([*first, real(2, 4, 0.5)]) == {4: 0.3, 240: 0.8}
+    assert bench_usefulness.learning_curve([*first, real(2, 4, 0.5), real(2, 240, 0.6)]) == {
+        4: pytest.approx(0.4),
+        240: pytest.approx(0.7),
+    }
+    assert bench_usefulness.learning_curve([]) == {}
+    assert "Ceiling" not in bench_usefulness.markdown([], None)
+    assert "Ceiling: all windows of a recording reach 80.0%." in bench_usefulness.markdown([], 0.8)
+
+
+def test_a_recipe_that_was_changed_is_not_taken_for_the_one_before(tmp_path):
+    recipe, generator = tmp_path / "warm.yaml", object.__new__(bench_usefulness.Generator)
+    recipe.write_text("cond_scale: 1")
+    trial = SimpleNamespace(folder=tmp_path)
+    for name, value in {"recipe": recipe, "trial": trial, "number": 1}.items():
+        object.__setattr__(generator, name, value)
+    generator._check_recipe()
+    generator._check_recipe()
+    recipe.write_text("cond_scale: 2")
+    with pytest.raises(SystemExit, match="was made with other settings than"):
+        generator._check_recipe()
 
 
 def test_what_the_laboratory_cannot_do_is_told(capsys, tmp_path):

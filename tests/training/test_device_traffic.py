@@ -1,5 +1,6 @@
 """What a GPU would wait for: a step of training reads nothing back and gets its draws in one copy."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,14 +31,21 @@ from gait_latents.vae.norm import LatentNorm
 CLASSES = ("a", "b")
 
 
-def trainer_on(device: torch.device, folder: Path) -> Trainer:
-    """Makes a trainer whose network, optimizer and latents are on a device."""
+def trainer_on(device: torch.device, folder: Path, *, num_stored: int = 20) -> Trainer:
+    """Makes a trainer whose network, optimizer and latents are on a device, and whose cache may lack some of these."""
     space = make_space((8, 8, 8))
     cache = LatentCache(folder, space, writable=True)
     keys = [key(i) for i in range(20)]
-    cache.put(keys, np.random.default_rng(0).standard_normal((20, 8, 8, 8)).astype(np.float16), keys, RECORD)
+    moments = np.random.default_rng(0).standard_normal((20, 8, 8, 8)).astype(np.float16)
+    stored = keys[:num_stored]
+    cache.put(stored, moments[:num_stored], stored, RECORD)
     cache.flush()
-    facts = {"encode": None, "read_image": None, "encode_batch_size": 1, "device": device}
+    facts = {
+        "encode": lambda images: torch.zeros(len(images), 8, 8, 8),
+        "read_image": lambda position: np.zeros((16, 16, 3), np.uint8),
+        "encode_batch_size": 4,
+        "device": device,
+    }
     dataset = LatentDataset(cache, keys, [i % 2 for i in range(20)], keys, **facts)
     dataset.set_norm(LatentNorm.from_scale_factor(4, 1.0, 0.0))
     settings = TrainSettings(dim=8, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2, ema_update_every=2)
@@ -67,6 +75,16 @@ def test_a_step_of_training_reads_nothing_back_and_copies_once(trainer: Trainer)
     traffic = traffic_of_steps(trainer, 6)
     assert traffic.waits.total() == 0 and traffic.to_device.total() == 6
     assert trainer.finished_steps == 7
+
+
+def test_a_step_waits_for_nothing_while_some_images_are_not_encoded_yet(trainer: Trainer, tmp_path: Path) -> None:
+    """The trainer of the fixture lets the other one have its optimizer on this device."""
+    early = trainer_on(DEVICE, tmp_path / "early", num_stored=2)
+    early.settings = dataclasses.replace(early.settings, train_batch_size=1)
+    early.batch = early.share = early.pass_size = 2
+    early.own = slice(0, 2)
+    early._ahead = draws.DrawsAhead(early._draw, early.own, pinned=False)
+    assert traffic_of_steps(early, 3).waits.total() == 0 and early.dataset.missing()
 
 
 def test_a_step_in_several_passes_copies_once_too(trainer: Trainer) -> None:
