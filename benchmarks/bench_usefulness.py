@@ -29,7 +29,6 @@ again, so the same command goes on where it stopped. It writes results.md, resul
 import argparse
 import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -461,7 +460,7 @@ class Trial:
         """Yields the trainings of one training set, each of which keeps its predictions."""
         name = arm.replace(" + ", "_and_") + (f"_{generator.name}" if generator else "")
         for seed in seeds:
-            path = self.folder / "predictions" / f"{name}_classifier_{seed}.npz"
+            path = self.folder / "predictions" / f"{name}_classifier_{seed}.safetensors"
             key = {"arm": arm, "split": self.split, "windows": self.count, "classifier": seed}
             key |= {"recipe": generator.recipe_name, "generator": generator.number} if generator else {}
             if not path.exists():
@@ -469,7 +468,7 @@ class Trial:
 
     def classify(self, key: Mapping[str, Any], path: Path, generator: "Generator | None") -> None:
         """Trains one classifier, and keeps what it answers for each test window."""
-        import numpy as np
+        from safetensors.torch import save as to_safetensors
 
         from gait_latents.common import files
 
@@ -484,15 +483,8 @@ class Trial:
         started = time.monotonic()
         logits = self.train(sets, images, seed=key["classifier"], **how)
         facts = {**key, **how, "steps": self.num_steps, "seconds": round(time.monotonic() - started, 1)}
-        buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer,
-            logits=logits.numpy(),
-            labels=labels.numpy(),
-            recordings=recordings.numpy(),
-            facts=np.array(json.dumps(facts)),
-        )
-        files.publish(path, buffer.getvalue())
+        tensors = {"logits": logits.contiguous(), "labels": labels, "recordings": recordings}
+        files.publish(path, to_safetensors(tensors, metadata={"facts": json.dumps(facts)}))
 
 
 def validation(count: int) -> tuple[int, int]:
@@ -605,13 +597,13 @@ class Run:
     def open(cls, path: Path) -> "Run":
         """Reads kept predictions."""
         import numpy as np
-        import torch
+        from safetensors import safe_open
 
         from gait_latents.evaluation import worth
 
-        with np.load(path) as kept:
-            logits, labels = torch.from_numpy(kept["logits"]), torch.from_numpy(kept["labels"])
-            recordings, facts = torch.from_numpy(kept["recordings"]), json.loads(str(kept["facts"]))
+        with safe_open(path, framework="pt") as kept:
+            logits, labels, recordings = (kept.get_tensor(name) for name in ("logits", "labels", "recordings"))
+            facts = json.loads(kept.metadata()["facts"])
         is_right = (logits.argmax(1) == labels).double()
         cells = np.full((logits.shape[1], int(recordings.max())), np.nan)
         for label, recording in {*zip(labels.tolist(), recordings.tolist(), strict=True)}:
@@ -636,7 +628,7 @@ def write_results(laboratory: Laboratory, *, is_done: bool) -> dict[str, Any] | 
     """Writes results.json, results.md and curve.png; returns what is in the first, None where nothing was measured."""
     from gait_latents.common import charts, files
 
-    runs = [Run.open(path) for path in sorted(laboratory.folder.glob("split_*/windows_*/predictions/*.npz"))]
+    runs = [Run.open(path) for path in sorted(laboratory.folder.glob("split_*/windows_*/predictions/*.safetensors"))]
     if not runs:
         return None
     curve = learning_curve(runs)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -327,9 +328,9 @@ def test_training_and_test_windows_are_of_different_recordings_and_the_vae_saw_t
         trial = folder / f"split_{split}" / "windows_4"
         names = {path.name for path in (trial / "training").rglob("*.jpg")}
         assert len(names) == 12 and all(f"_recording_{learnt}_" in name for name in names)
-        for path in (trial / "predictions").glob("*.npz"):
-            with np.load(path) as predictions:
-                assert set(predictions["recordings"]) == {asked} and predictions["logits"].shape == (9, 3)
+        for path in (trial / "predictions").glob("*.safetensors"):
+            predictions = load_file(path)
+            assert set(predictions["recordings"].tolist()) == {asked} and predictions["logits"].shape == (9, 3)
         assert len([*(trial / "posterior").rglob("*.jpg")]) == 6
         assert len([*(trial / "default_generator_1" / "synthetic").glob("ID_*/*.jpg")]) == 6
         tried = json.loads((trial / "tuning.json").read_text())
@@ -339,7 +340,7 @@ def test_training_and_test_windows_are_of_different_recordings_and_the_vae_saw_t
 @pytest.mark.slow
 def test_what_is_done_is_not_done_again_and_another_recipe_shares_the_rest(laboratory, tmp_path):
     folder, _ = laboratory
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".npz", ".safetensors")}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix == ".safetensors"}
     recipe = tmp_path / "guided.yaml"
     recipe.write_text("cond_scale: 3\n")
     words = ("--small", "--folder", str(folder), "--splits", "1", "--generators", "1", "--classifiers", "1")
