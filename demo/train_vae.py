@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import shlex
 import sys
@@ -34,7 +35,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from gait_latents.common import cli, console, errors, files, hardware, pictures, process, seeds
+from gait_latents.common import cli, console, errors, files, hardware, json_text, pictures, process, seeds
 from gait_latents.common.errors import UserError
 from gait_latents.diffusion.ema import EMA
 from gait_latents.images import folders, names, reading, selection
@@ -364,8 +365,12 @@ def latent_std(moments: Tensor) -> Tensor:
 def vae_bytes(vae: KLVAE, scale_factor: float, keys: Sequence[str] = ()) -> bytes:
     """Returns the VAE as a float16 safetensors file that `vae.load_vae` reads, and that names its images by key."""
     tensors = {name: tensor.half().contiguous().cpu() for name, tensor in vae.state_dict().items()}
-    metadata = {"scale_factor": repr(scale_factor), trained_on.NAME: trained_on.to_text(keys)}
-    return to_safetensors(tensors, metadata=metadata if keys else {"scale_factor": repr(scale_factor)})
+    facts = {"scale_factor": repr(scale_factor)} | ({trained_on.NAME: trained_on.to_text(keys)} if keys else {})
+    # safetensors writes several facts in another order each time; the same training is to give the same file.
+    data = to_safetensors(tensors, metadata=facts)
+    end = 8 + int.from_bytes(data[:8], "little")
+    table = json.loads(data[8:end]) | {"__metadata__": facts}
+    return json_text.safetensors_header(json.dumps(table, separators=(",", ":"))) + data[end:]
 
 
 def save_all(trainer: Trainer, held_out: Tensor) -> str:

@@ -159,6 +159,16 @@ def test_trained_vae_is_a_vae_that_the_other_scripts_take(folder, tmp_path, caps
     assert trained_on.num_seen(str(tmp_path / "out" / "vae.safetensors"), keys) == len(keys) - held_out > 0
 
 
+def test_a_vae_is_written_in_the_same_bytes_each_time_and_read_by_safetensors(tmp_path):
+    network, keys = train_vae.build_vae(train_vae.VAESettings(multipliers=(1, 1))), [f"{i:064x}" for i in range(9)]
+    written = {train_vae.vae_bytes(network, 0.5, keys) for _ in range(20)}
+    assert len(written) == 1
+    path = tmp_path / "vae.safetensors"
+    path.write_bytes(written.pop())
+    assert load.read_identity(path).scale_factor == 0.5 and trained_on.num_seen(str(path), keys[:3]) == 3
+    assert load_file(path).keys() == network.state_dict().keys()
+
+
 def test_training_lowers_the_error(folder, tmp_path):
     settings = train_vae.VAESettings(
         image_size=16, multipliers=(1, 1), train_num_steps=80, train_batch_size=4, train_lr=5e-3
