@@ -158,7 +158,7 @@ def copying_score(distances: Tensor, of_unseen: Tensor) -> float:
     """Returns C_T, how far below the distances of unseen points those of generated points are, in deviations.
 
     The Mann-Whitney statistic of the two samples, less its mean and over its deviation where both are of one
-    distribution (Meehan et al. 2020, section 3.1): about 0 then, and far below where generated points are nearer.
+    distribution (Meehan et al. 2020): about 0 then, and far below where generated points are nearer.
 
     Args:
         distances: of generated points to their nearest training point [N].

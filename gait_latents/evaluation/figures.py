@@ -21,7 +21,7 @@ from gait_latents.evaluation.distances import Projection
 NUM_DIRECTIONS = 16  # principal directions in which latents are compared by the Fréchet distance
 NUM_PAIRS = 8  # so many pairs of a synthetic image and its nearest training image are shown, the closest ones
 NEAR_SHARE = 0.05  # the distance below which this share of the test images lies counts as near to a training image
-LARGEST_MOVE = 0.25  # of the width
+LARGEST_MOVE = 0.25  # of its width that a training image may be moved by to be the nearest
 MANY_NEAR = 3 * NEAR_SHARE  # where a larger share of the samples is near, they look like copies
 _FEWEST = 3  # a class with fewer images is not compared by itself
 _NUM_SUBSETS, _LARGEST_SUBSET = 100, 1000  # of the kernel distance
@@ -239,7 +239,7 @@ def memorisation(synthetic: Points, training: Points, test: Points, *, seed: int
 
 
 def _nearest(points: Points, among: Points) -> tuple[Tensor, Tensor]:
-    largest = round(LARGEST_MOVE * points.points.shape[-1]) if points.points.ndim == 4 else 0
+    largest = round(LARGEST_MOVE * points.points.shape[-1])
     return latent_distances.nearest_moved(points.points, among.points, largest_shift=largest)
 
 

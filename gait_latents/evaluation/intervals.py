@@ -41,9 +41,9 @@ def bootstrap_interval(
     classifier) or (class, recording). In each chain the outermost factor with two levels or more is resampled, and all
     inside of it goes with it: the levels that it has differ by what is inside as well. Chains cross each other, and are
     resampled independently, which makes the interval too wide rather than too narrow (Owen 2007, the pigeonhole
-    bootstrap). Of n levels n - 1 are drawn with replacement: with few levels the
-    usual bootstrap finds too small a variance, this one the unbiased one (Rao and Wu 1988). Even so, two or three
-    levels show little of how a factor varies.
+    bootstrap). Of n levels n - 1 are drawn with replacement: with few levels the usual bootstrap finds too small a
+    variance, this one the unbiased one (Rao and Wu 1988). Even so, two or three levels show little of how a factor
+    varies.
 
     Args:
         values: one axis for each factor, in the order of the chains; NaN where there is no figure. All figures have

@@ -62,6 +62,7 @@ from markupsafe import Markup, escape
 from gait_latents.common import charts
 from gait_latents.common.console import harmless
 from gait_latents.evaluation import forms
+from gait_latents.evaluation.figures import LARGEST_MOVE
 from gait_latents.evaluation.forms import is_figure
 
 _CLOSE, _NEAR = 1.25, 2.0  # times the yardstick
@@ -357,7 +358,8 @@ def _memorisation(part: dict[str, Any], files: dict[str, bytes]) -> list[_Block]
     ]
     return [
         _text(
-            "A copy that was moved sideways is a copy: training images may be moved by up to a quarter of the width."
+            "A copy that was moved sideways is a copy: training images may be moved by up to "
+            f"{LARGEST_MOVE:.0%} of the width to be the nearest."
         ),
         _table("Distances in latent space", ("figure", "synthetic", _TEST), rows),
         _histogram(part),

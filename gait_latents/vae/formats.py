@@ -17,7 +17,10 @@ from gait_latents.vae.base import VAE
 
 
 def layout(device: torch.device) -> torch.memory_format:
-    """Returns the memory format in which a VAE is fast on a device; another one changes only the rounding."""
+    """Returns the memory format that a VAE has on a device; another one changes only speed and rounding.
+
+    On a CPU it was measured to be the faster one; on a GPU no speed was measured yet.
+    """
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 

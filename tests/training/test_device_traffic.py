@@ -176,6 +176,27 @@ def test_the_host_waits_once_for_each_image_that_is_decoded(dtype: torch.dtype) 
     assert traffic.waits.total() == 3 and traffic.to_device.total() == 0
 
 
+def test_a_wait_that_is_put_into_encoding_or_decoding_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def waiting(work: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def work_and_wait(*arguments: Any) -> torch.Tensor:
+            found = work(*arguments)
+            float(found.sum())
+            return found
+
+        return work_and_wait
+
+    monkeypatch.setattr(BatchEncoder, "_encode", waiting(BatchEncoder._encode))
+    monkeypatch.setattr(ImageDecoder, "_pixels", waiting(ImageDecoder._pixels))
+    encoder = BatchEncoder(lambda: tiny_vae().to(DEVICE), device=DEVICE, batch_size=4, dtype=torch.float32)
+    decoder = ImageDecoder("none", LatentNorm.from_scale_factor(4, 1.0, 0.0), DEVICE)
+    decoder._formats = Formats(tiny_vae().to(DEVICE), DEVICE)
+    with Traffic() as encoding:
+        encoder(torch.zeros(8, 16, 16, 3, dtype=torch.uint8))
+    with Traffic() as decoding:
+        decoder(torch.zeros(3, 4, 8, 8, device=DEVICE))
+    assert (encoding.waits.total(), decoding.waits.total()) == (2 * 2, 2 * 3)
+
+
 @pytest.mark.parametrize("sampler", ["dpm++", "ddim", "ddpm"])
 def test_no_step_of_sampling_waits(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The levels of noise, which are read from the device once for each call, are given as numbers here."""
