@@ -50,6 +50,7 @@ FIGURES = {  # figure -> its head; the first is what the picture shows
 
 COSTS = {"passes": "passes per image", "seconds": "s per image", "speed": "speed"}
 REAL = "real"
+LEARNING_RATE, AUGMENTATION_STRENGTH = 2e-3, 0.5  # of the classifiers
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ class Bench:
         self.shape = plan.state.meta.latent_shape
         self.generator = TrainedModel(sweep.sampling_settings(plan), plan.state, plan.device)
         self.diffusion, self.dtype = self.generator.diffusion, self.generator.dtype
-        self.trials = Trials.of(plan, real) if classifier_steps else None
+        self.trials = Trials.of(plan, real, test=real.test) if classifier_steps else None
         self.on_real: dict[int, float] = {}  # accuracy of the classifier on real images, by seed
         facts = plan.state.meta.network_facts
         self.library = GaussianDiffusion(
@@ -371,16 +372,21 @@ class Bench:
         return {"alone": self._accuracy([synthetic], test, seed), "gain": 100 * (both - self.on_real[seed])}
 
     def _accuracy(self, sets: Sequence[Any], test: Any, seed: int) -> float:
-        from gait_latents.evaluation.classifier import train_and_test
+        from gait_latents.evaluation.augmentation import Augmentation
+        from gait_latents.evaluation.classifier import train_and_classify
+        from gait_latents.evaluation.comparison import score
 
-        return train_and_test(
+        logits = train_and_classify(
             sets,
-            test,
+            test[0],
             num_classes=len(self.plan.classes),
             num_steps=self.classifier_steps,
             seed=seed,
             device=self.plan.device,
-        ).accuracy
+            learning_rate=LEARNING_RATE,
+            augment=Augmentation().scaled(AUGMENTATION_STRENGTH),
+        )
+        return score(logits, test[1])["accuracy"]
 
 
 # --- what is shown -----------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ walker there are four training sets:
     real + posterior    the windows, and draws of what their VAE made of them: the same pipeline without diffusion
     synthetic           generated images alone
     real + synthetic    the windows, and generated images, half of each batch of each
+    ..., then real      the same, but for the last quarter of the steps, which see the windows alone
 
-The VAE (demo/train_vae.py), the latents and the diffusion model see the training windows alone. The learning rate of
+The VAE (demo/train_vae.py), the latents and the diffusion model see the training windows alone, or --vae names a VAE
+that was trained on other walkers. The learning rate of
 the classifier and the strength of its augmentation (shifts in time and Doppler frequency, masks, noise, mixup) are
 those with which the last quarter of the training windows is recognised best, in negative log-likelihood, by a
 classifier that learns from the windows before; all training sets have the same. Nothing is chosen on test windows.
@@ -49,6 +51,8 @@ import harness
 sys.path.insert(0, str(harness.ROOT / "demo"))
 
 REAL, POSTERIOR, SYNTHETIC, BOTH = "real", "real + posterior", "synthetic", "real + synthetic"
+REAL_LAST = "real + synthetic, then real"
+LAST_ALONE = 0.25
 OF_PEOPLE = ("walker", "recording")
 TEST_EVERY = 4  # at an overlap of 75 % these windows share nothing
 DEFAULT = "default"  # the recipe without a file
@@ -67,12 +71,13 @@ class Sizes:
         default_factory=lambda: {"multipliers": [1, 2, 4], "train_num_steps": 3000, "train_batch_size": 8}
     )
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    images_per_class: int = 100
+    images_per_class: int = 50
     classifier_steps: int = 600  # more where these are fewer than `classifier_passes`
     classifier_passes: int = 5
+    classifier_width: int = 32
     batch_size: int = 32
     # (learning rate, strength of the augmentation) among which the validation windows choose.
-    candidates: tuple[tuple[float, float], ...] = ((2e-3, 0.0), (2e-3, 0.5), (2e-3, 1.0), (5e-4, 0.5), (5e-4, 1.0))
+    candidates: tuple[tuple[float, float], ...] = ((2e-3, 0.0), (2e-3, 0.5), (2e-3, 1.0), (1e-3, 1.0))
 
 
 SMALL = Sizes(
@@ -101,6 +106,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--generators", type=int, default=2, help="diffusion models of each (default 2)")
     parser.add_argument("--classifiers", type=int, default=3, help="classifiers of each training set (default 3)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no stage after so long")
+    parser.add_argument("--vae", type=Path, help="a VAE of other walkers, in place of one for each trial")
     parser.add_argument("--recipe", type=Path, help="settings of the diffusion model and its images, a YAML file")
     parser.add_argument("--small", action="store_true", help="tiny sizes: shows that it works, measures nothing")
     arguments = parser.parse_args(argv)
@@ -122,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = read_arguments(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        laboratory = Laboratory(folder, SMALL if arguments.small else Sizes())
+        laboratory = Laboratory(folder, SMALL if arguments.small else Sizes(), vae=arguments.vae)
         clock = Clock(time.monotonic() + 60 * arguments.minutes)
         is_done = True
         try:
@@ -169,13 +175,14 @@ class Laboratory:
         SystemExit: when the folder was begun with other sizes.
     """
 
-    def __init__(self, folder: Path, sizes: Sizes) -> None:
+    def __init__(self, folder: Path, sizes: Sizes, *, vae: Path | None = None) -> None:
         from gait_latents.common import hardware
 
-        self.folder, self.sizes = folder, sizes
+        self.folder, self.sizes, self.vae = folder, sizes, vae
         self.device = hardware.pick_device("auto")
         self._test: dict[int, tuple[Images, Any]] = {}  # by the recording that is learnt from
-        stored, own = folder / "sizes.json", json.loads(json.dumps(dataclasses.asdict(sizes)))
+        facts = {**dataclasses.asdict(sizes), "vae_of_others": None if vae is None else vae.name}
+        stored, own = folder / "sizes.json", json.loads(json.dumps(facts))
         if stored.exists() and json.loads(stored.read_text()) != own:
             raise SystemExit(f"error: {folder} was begun with other sizes; give another --folder")
         save_json(stored, own)
@@ -291,7 +298,7 @@ def stages(laboratory: Laboratory, arguments: argparse.Namespace) -> Iterator[Ca
                 generator = Generator(trial, number, arguments.recipe)
                 yield generator.train
                 yield generator.generate
-                for arm in (SYNTHETIC, BOTH):
+                for arm in (SYNTHETIC, BOTH, REAL_LAST):
                     yield from trial.classifiers(arm, seeds, generator)
             yield lambda: write_results(laboratory, is_done=False)
         for count in curve:
@@ -327,7 +334,7 @@ class Trial:
     @property
     def vae(self) -> Path:
         """The file of the trained VAE."""
-        return self.folder / "vae" / "vae.safetensors"
+        return self.laboratory.vae or self.folder / "vae" / "vae.safetensors"
 
     @cached_property
     def real(self) -> Images:
@@ -355,7 +362,7 @@ class Trial:
     def train_vae(self) -> None:
         """Trains the VAE on the training windows."""
         done = self.folder / "vae" / "done"
-        if done.exists():
+        if done.exists() or self.laboratory.vae is not None:
             return
         import train_vae
 
@@ -437,7 +444,16 @@ class Trial:
         chosen = json.loads(path.read_text())["chosen"]
         return {name: chosen[name] for name in ("learning_rate", "strength")}
 
-    def train(self, sets: Sequence[Images], asked: Any, *, seed: int, learning_rate: float, strength: float) -> Any:
+    def train(
+        self,
+        sets: Sequence[Images],
+        asked: Any,
+        *,
+        seed: int,
+        learning_rate: float,
+        strength: float,
+        last_alone: float = 0.0,
+    ) -> Any:
         """Trains a classifier; returns the logits of the images that it is asked about."""
         from gait_latents.evaluation.augmentation import Augmentation
         from gait_latents.evaluation.classifier import train_and_classify
@@ -452,13 +468,17 @@ class Trial:
             batch_size=self.laboratory.sizes.batch_size,
             learning_rate=learning_rate,
             augment=Augmentation().scaled(strength),
+            width=self.laboratory.sizes.classifier_width,
+            last_alone=last_alone,
         )
 
     def classifiers(
         self, arm: str, seeds: Iterable[int], generator: "Generator | None" = None
     ) -> Iterator[Callable[[], object]]:
         """Yields the trainings of one training set, each of which keeps its predictions."""
-        name = arm.replace(" + ", "_and_") + (f"_{generator.name}" if generator else "")
+        name = arm.replace(" + ", "_and_").replace(", ", "_").replace(" ", "_") + (
+            f"_{generator.name}" if generator else ""
+        )
         for seed in seeds:
             path = self.folder / "predictions" / f"{name}_classifier_{seed}.safetensors"
             key = {"arm": arm, "split": self.split, "windows": self.count, "classifier": seed}
@@ -475,13 +495,14 @@ class Trial:
         how = self.tuned()
         say(", ".join(f"{name} {value}" for name, value in key.items()))
         (images, labels), recordings = self.laboratory.test(self.split)
-        sets = [self.real] if key["arm"] in (REAL, POSTERIOR, BOTH) else []
+        sets = [] if key["arm"] == SYNTHETIC else [self.real]
         if key["arm"] == POSTERIOR:
             sets.append(self.laboratory.read_classes(self.folder / "posterior"))
         elif generator:
             sets.append(self.laboratory.read_classes(generator.images))
         started = time.monotonic()
-        logits = self.train(sets, images, seed=key["classifier"], **how)
+        last_alone = LAST_ALONE if key["arm"] == REAL_LAST else 0.0
+        logits = self.train(sets, images, seed=key["classifier"], last_alone=last_alone, **how)
         facts = {**key, **how, "steps": self.num_steps, "seconds": round(time.monotonic() - started, 1)}
         tensors = {"logits": logits.contiguous(), "labels": labels, "recordings": recordings}
         files.publish(path, to_safetensors(tensors, metadata={"facts": json.dumps(facts)}))
@@ -675,7 +696,7 @@ def learning_curve(runs: Sequence[Run]) -> dict[int, float]:
 def order_of_rows(row: str) -> tuple[int, str]:
     """Puts the training sets into their order, and recipes beside each other."""
     arm, _, recipe = row.partition(" (")
-    return (REAL, POSTERIOR, SYNTHETIC, BOTH).index(arm), recipe
+    return (REAL, POSTERIOR, SYNTHETIC, BOTH, REAL_LAST).index(arm), recipe
 
 
 def summarise(runs: Sequence[Run], count: int, row: str, curve: Mapping[int, float]) -> dict[str, Any]:

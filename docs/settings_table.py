@@ -82,7 +82,12 @@ HELP_ZH = {
     "how training images are chosen in a class; contiguous suits overlapping windows of one recording": (
         "类内如何选取训练图像；contiguous（连续）适合同一段录制的重叠窗口"
     ),
-    "images left out between training and test of a contiguous split": "连续划分时训练与测试之间空出的图像数",
+    "images left out between training, validation and test of a contiguous split": (
+        "连续划分时训练、验证与测试之间空出的图像数"
+    ),
+    "images per class on which a run is measured while it trains, at most a quarter of those not for training": (
+        "每个类别用来在训练中衡量模型的图像数，最多占非训练图像的四分之一"
+    ),
     "go on without images that cannot be read, and record them": "跳过无法读取的图像继续运行，并记录在案",
     "images of 256x256 per encoder call on a GPU, of larger ones fewer; on a CPU, where it is faster, always one": (
         "GPU 上编码器每次处理的 256x256 图像数，更大的图像更少；CPU 上总是一次一张，这样更快"
@@ -91,7 +96,7 @@ HELP_ZH = {
         "编码器的数值格式；无论选哪种，存盘的都是 float16 的 moments（均值与对数方差）"
     ),
     "the cache folder": "缓存文件夹",
-    "which images to encode: train, or train test": "编码哪些图像：`train`，或 `train test`",
+    "which images to encode": "编码哪些图像",
     "list what nobody needs in a cache instead of filling it; with --yes, remove it": (
         "不填充缓存，只列出其中无人需要的内容；加 `--yes` 则删除"
     ),
@@ -152,7 +157,12 @@ HELP_ZH = {
     "latents are moved along the width, time in a spectrogram, by up to this share of it, each time they are seen": (
         "每次看到潜变量时，沿宽度方向（谱图中为时间）随机移动，最多移动宽度的这一比例"
     ),
-    "steps in all; auto is as many as see each training image 150 times": "总步数；auto 使每张训练图像被看到 150 次",
+    "steps in all; auto is as many as see each training image 150 times, and at least fewest_steps": (
+        "总步数；auto 使每张训练图像被看到 150 次，且不少于 fewest_steps"
+    ),
+    "steps that train_num_steps auto takes at least: few images need as many as some hundred do": (
+        "train_num_steps 为 auto 时至少训练的步数：图像很少时也需要与几百张图像一样多的步数"
+    ),
     "compute the forward passes of a step as one where they are small: the same training, and faster": (
         "一步中的各次前向传播若规模不大，则合为一次计算：训练相同，但更快"
     ),

@@ -48,9 +48,9 @@ class Finished:
 
     @property
     def parts(self) -> dict[str, tuple[Entry, ...]]:
-        """The entries that were to be encoded, under "train" and "test"."""
-        # The manifest of a cache that training made names no splits: it holds training images alone.
-        named = {"splits": self.manifest.settings.get("splits", ["train"])}
+        """The entries that were to be encoded, under "train", "validation" and "test"."""
+        # The manifest of a cache that training made names no splits: it holds what training needs.
+        named = {"splits": self.manifest.settings.get("splits", ["train", "validation"])}
         parts = cli.stored_layer(PreprocessSettings, "manifest", named).values["splits"]
         return {name: getattr(self.split, name) for name in parts}
 

@@ -135,7 +135,16 @@ class ImageSettings(MachineSettings):
         4,
         int,
         DATA,
-        "images left out between training and test of a contiguous split",
+        "images left out between training, validation and test of a contiguous split",
+        low=0,
+        about_cache=True,
+        unit="images",
+    )
+    validation_per_user: int = setting(
+        10,
+        int,
+        DATA,
+        "images per class on which a run is measured while it trains, at most a quarter of those not for training",
         low=0,
         about_cache=True,
         unit="images",
@@ -189,11 +198,11 @@ class PreprocessSettings(ImageSettings):
 
     output_folder: str = setting("./latents_cache", str, CACHE, "the cache folder", path=True)
     splits: tuple[str, ...] = setting(
-        ("train",),
+        ("train", "validation"),
         str,
         DATA,
-        "which images to encode: train, or train test",
-        choices=("train", "test"),
+        "which images to encode",
+        choices=("train", "validation", "test"),
         many=True,
         about_cache=True,
     )
@@ -358,9 +367,18 @@ class TrainSettings(SamplingSettings, ImageSettings):
         "auto",
         int,
         TRAINING,
-        f"steps in all; auto is as many as see each training image {AUTO_PASSES} times",
+        f"steps in all; auto is as many as see each training image {AUTO_PASSES} times, and at least fewest_steps",
         low=1,
         words=("auto",),
+        free=True,
+        unit="steps",
+    )
+    fewest_steps: int = setting(
+        2000,
+        int,
+        TRAINING,
+        "steps that train_num_steps auto takes at least: few images need as many as some hundred do",
+        low=0,
         free=True,
         unit="steps",
     )
@@ -635,7 +653,7 @@ _BEFORE = {
     "small_classes": "refuse",
 }
 # The same of settings that images do not record.
-_BEFORE_IN_RUNS = {"scale_factor": None, "shift_factor": None}
+_BEFORE_IN_RUNS = {"scale_factor": None, "shift_factor": None, "validation_per_user": 0, "fewest_steps": 0}
 
 
 def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,8 +69,18 @@ def check_installed() -> None:
 # --- PNG files ---------------------------------------------------------------------------------------------
 
 
-def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> bytes:
-    """Draws the loss against the step, on a logarithmic loss axis, with its running median in bold."""
+def loss_curve(
+    steps: Sequence[int],
+    losses: Sequence[float],
+    measured: Mapping[str, tuple[Sequence[int], Sequence[float]]] | None = None,
+) -> bytes:
+    """Draws the loss against the step, on a logarithmic loss axis, with its running median in bold.
+
+    Args:
+        steps: of the lines of the log.
+        losses: of each.
+        measured: name -> steps and losses, above 0, of what was measured at some of the saves.
+    """
     values = np.asarray(losses, dtype=np.float64)
     drawn = np.isfinite(values) & (values > 0)
     x, y = np.asarray(steps, dtype=np.float64)[drawn], values[drawn]
@@ -83,6 +93,10 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> bytes:
             marker = "o" if len(y) == 1 else ""
             axes.plot(x, y, marker=marker, color=_BLUE, alpha=0.4, linewidth=1, label="as logged")
             axes.plot(x, _running_median(y), color=_VERMILION, linewidth=2, label="running median")
+            for number, (name, (at, values)) in enumerate((measured or {}).items()):
+                axes.plot(
+                    at, values, marker="os"[number % 2], color="black", linestyle=("--", ":")[number % 2], label=name
+                )
             _log_scale(axes)
             axes.set_xlim(0, max(x.max(), 1.0))
             axes.grid()

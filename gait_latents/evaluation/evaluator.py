@@ -1,20 +1,23 @@
 """Makes the report about the images of a folder, part by part: latents, Inception features, copies, classifiers."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save as to_safetensors
 
 from gait_latents.common import cli, console, files, pictures
 from gait_latents.common.console import say, warn
 from gait_latents.common.errors import Failed, UserError
 from gait_latents.common.layout import PAIRS_NAME, RECORD_NAME
 from gait_latents.common.process import StopSignals
-from gait_latents.evaluation import classifier, forms, inception, page
+from gait_latents.evaluation import forms, inception, page
 from gait_latents.evaluation import trials as classifier_trials
+from gait_latents.evaluation.comparison import PARTS_OF_REAL
 from gait_latents.evaluation.figures import NUM_DIRECTIONS, Points, closeness, memorisation, recognition
 from gait_latents.evaluation.image_sets import (
     NO_TEST_IMAGES,
@@ -34,6 +37,8 @@ from gait_latents.evaluation.trials import Trials
 from gait_latents.images import generated, selection
 from gait_latents.settings import with_later_settings
 from gait_latents.vae import base, trained_on
+
+_PREDICTIONS = "predictions"
 
 
 class Evaluation:
@@ -175,26 +180,49 @@ class Evaluation:
             if "classifier" not in self.report.data:  # else an earlier call has trained some on the same images
                 self.report.drop("classifier", why=why)
             return
-        made_of = {**self.made_of, **classifier_trials.made_of(plan)}
+        made_of = {**self.made_of, **classifier_trials.made_of(plan), "validation": self.real.validation.digest()}
         stored = self.report.part("classifier", made_of) or {}
-        done, seeds = stored.get("scores", {}), classifier_trials.seeds(plan)
-        left = len(classifier.trainings_left(seeds, done))
-        if not left and stored.get("seeds") == seeds:
+        if stored.get("seeds") == classifier_trials.seeds(plan) and self._has_predictions(stored["scores"]):
             return
-        if left:
-            say(
-                f"{left} trainings of a classifier to go, of {settings.classifier_steps:,} steps each; they may be "
-                "stopped, and the same command goes on"
-            )
-        trials, pixels = Trials.of(plan, self.real), self.synthetic.pixels(settings.classifier_image_size)
-        found = trials.run(
-            pixels,
-            self.synthetic.labels,
-            done=done,
-            save=lambda scores: self.report.put("classifier", made_of, {"scores": scores}),
-            signals=signals,
+        labels, why_no_posterior = self.synthetic.labels, classifier_trials.why_no_posterior(plan)
+        posterior = None
+        if why_no_posterior is None:
+            posterior = classifier_trials.posterior_images(plan, self.real, labels, signals), labels
+        else:
+            say(f"no classifiers of draws of the posterior: {why_no_posterior}")
+        trials = Trials.of(plan, self.real, test=self.real.test)
+        how = {
+            "posterior": posterior,
+            "parts": PARTS_OF_REAL,
+            "done": self._with_predictions(stored),
+            "save": lambda state: self.report.put("classifier", made_of, state),
+            "keep": self._keep_prediction,
+        }
+        synthetic = self.synthetic.pixels(settings.classifier_image_size), labels
+        say(
+            f"{trials.comparison(synthetic, **how).num_trainings_left()} trainings of a classifier to go, of "
+            f"{settings.classifier_steps:,} steps each; they may be stopped, and the same command goes on"
         )
-        self.report.put("classifier", made_of, found)
+        self.report.put("classifier", made_of, trials.run(synthetic, signals=signals, **how))
+
+    def _prediction_path(self, name: str, seed: int | str) -> Path:
+        return self.plan.folder / _PREDICTIONS / f"{re.sub('[^a-z0-9]+', '_', name)}_{seed}.safetensors"
+
+    def _keep_prediction(self, name: str, seed: int, logits: torch.Tensor) -> None:
+        """Keeps what a classifier answers for each test image, for tests of one's own."""
+        data = to_safetensors({"logits": logits.contiguous(), "labels": self.real.test.labels})
+        files.publish(self._prediction_path(name, seed), data, below=self.plan.folder)
+
+    def _with_predictions(self, stored: dict[str, Any]) -> dict[str, Any]:
+        """Returns what is stored without the trainings whose answers are not there any more."""
+        scores = {
+            name: {seed: found for seed, found in by_seed.items() if self._prediction_path(name, seed).is_file()}
+            for name, by_seed in stored.get("scores", {}).items()
+        }
+        return {**stored, "scores": scores}
+
+    def _has_predictions(self, scores: dict[str, Any]) -> bool:
+        return self._with_predictions({"scores": scores})["scores"] == scores
 
 
 def features(network: torch.nn.Module, sets: Sequence[ImageSet], signals: StopSignals) -> list[Points]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from gait_latents.common.layout import PAIRS_NAME
-from gait_latents.evaluation.classifier import BOTH, REAL, SYNTHETIC
+from gait_latents.evaluation.comparison import BOTH, REAL, SYNTHETIC
 
 _LARGEST_FIGURE, _LARGEST_COUNT = 1e30, 2**48  # far beyond any that is measured; charts draw both
 
@@ -217,26 +217,35 @@ def _parts(num_classes: int | None) -> dict[str, _Form]:
 def _classifier(num_classes: int | None) -> _Record:
     per_class = _ListOf(_FIGURE, num_classes)
     confusion = _is_square if num_classes is None else _ListOf(_ListOf(_is_count, num_classes), num_classes)
-    tested = {"per_class": per_class, "confusion": confusion}
+    tested = {"per_class": per_class, "confusion": confusion, "nll": _MEASURED, "eer": _FIGURE}
+    difference = _Record(
+        {
+            "mean": _MEASURED,
+            **dict.fromkeys(("low", "high"), _FIGURE),
+            **dict.fromkeys(("covers", "leaves_out"), _ListOf(_is_text)),
+            **dict.fromkeys(("verdict", "sentence"), _is_text),
+        }
+    )
     done = {
         "seeds": _ListOf(_MEASURED),
         "images": _MapOf(_is_count),
         "sets": _MapOf(
-            _Record({**tested, "accuracies": _ListOf(_MEASURED), "mean": _MEASURED, "deviation": _FIGURE}),
+            _Record(
+                {**tested, "accuracies": _ListOf(_MEASURED), "mean": _MEASURED, "deviation": _FIGURE},
+                {"worth": _is_text},
+            ),
             needed=(REAL, SYNTHETIC, BOTH),
         ),
-        "difference": _Record(
-            {
-                "per_seed": _ListOf(_MEASURED),
-                "mean": _MEASURED,
-                **dict.fromkeys(("deviation", "low", "high"), _FIGURE),
-                **dict.fromkeys(("verdict", "sentence"), _is_text),
-            }
-        ),
+        "curve": _Record({"counts": _ListOf(_is_count), "accuracies": _ListOf(_MEASURED)}),
+        "differences": _MapOf(difference, needed=(BOTH,)),
+        "difference": difference,
     }
+    tried = _Record(dict.fromkeys(("learning_rate", "strength", "nll"), _MEASURED))
+    chosen = _Record(dict.fromkeys(("learning_rate", "strength"), _MEASURED))
+    tuning = _Record({"tried": _ListOf(tried), "images": _is_count}, {"chosen": chosen})
     scores = _MapOf(_MapOf(_Record({**tested, "accuracy": _MEASURED})))
     how = dict.fromkeys(("num_steps", "batch_size", "image_size"), _FIGURE)
-    return _Record({"scores": scores}, {**done, **how}, _all_or_none(done))
+    return _Record({"scores": scores, "tuning": tuning}, {**done, **how}, _all_or_none(done))
 
 
 def _sweep(classifier: _Record) -> _Record:
@@ -264,5 +273,6 @@ def _sweep(classifier: _Record) -> _Record:
             "training": yardstick,
             **dict.fromkeys(("best", "best_for_classifiers"), _Maybe(point)),
             "sentences": _ListOf(_is_text),
-        }
+        },
+        {"against": _is_text},
     )

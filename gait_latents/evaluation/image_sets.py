@@ -118,27 +118,39 @@ def resize_image(image: np.ndarray, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class RealImages:
-    """The training and the test images of the run."""
+    """The training, validation and test images of the run.
+
+    Attributes:
+        dataset: the latents of the training images, which it draws from their posteriors; others follow them.
+    """
 
     training: ImageSet
+    validation: ImageSet
     test: ImageSet
+    dataset: LatentDataset
+
+    @property
+    def for_choices(self) -> ImageSet:
+        """The images by which settings are chosen: the validation images, or the test images where there are none."""
+        return self.validation if len(self.validation) else self.test
 
     def digest(self) -> str:
-        """Returns a digest of both."""
+        """Returns a digest of the training and the test images."""
         return f"{self.training.digest()}:{self.test.digest()}"
 
 
 def open_real(plan: EvaluationPlan) -> RealImages:
-    """Opens the training and test images of the run's split with their latents, encoding what is not cached."""
-    folder = Path(plan.images.data_path)
-    entries = [*plan.split.train, *plan.split.test]
-    points = encode(plan, plan.split, entries, folder, "real")
-    count = len(plan.split.train)
-    training, test = points.take(torch.arange(count)), points.take(torch.arange(count, len(entries)))
-    how = plan.images.image_size, plan.images.resize
+    """Opens the images of the run's split with their latents, encoding what is not cached."""
+    folder, split = Path(plan.images.data_path), plan.split
+    points, dataset = encode(plan, split, list(split.used), folder, "real")
+    first = len(split.train), len(split.train) + len(split.validation)  # of the validation and of the test images
+
+    def part(name: str, start: int, stop: int) -> ImageSet:
+        own = points.take(torch.arange(start, stop))
+        return ImageSet(name, folder, split.used[start:stop], plan.images.image_size, plan.images.resize, own)
+
     return RealImages(
-        ImageSet("training", folder, plan.split.train, *how, training),
-        ImageSet("test", folder, plan.split.test, *how, test),
+        part("training", 0, first[0]), part("validation", *first), part("test", first[1], len(dataset)), dataset
     )
 
 
@@ -146,7 +158,7 @@ def open_synthetic(plan: EvaluationPlan) -> ImageSet:
     """Opens the generated images of the classes that the run knows; says which classes are missing or unknown."""
     split = _list_synthetic(plan)
     folder = Path(plan.settings.synthetic_path)
-    points = encode(plan, split, list(split.train), folder, _SYNTHETIC)
+    points, _ = encode(plan, split, list(split.train), folder, _SYNTHETIC)
     return ImageSet(_SYNTHETIC, folder, split.train, plan.images.image_size, plan.images.resize, points)
 
 
@@ -223,8 +235,12 @@ def list_names(listed: Sequence[str]) -> str:
     return names.name_list(listed, limit=_NUM_LISTED)
 
 
-def encode(plan: EvaluationPlan, split: Split, entries: list[Entry], folder: Path, what: str) -> Points:
-    """Returns the normalised posterior means of images; what is encoded is kept in a cache of the output folder.
+def encode(
+    plan: EvaluationPlan, split: Split, entries: list[Entry], folder: Path, what: str
+) -> tuple[Points, LatentDataset]:
+    """Returns the normalised posterior means of images, and the dataset that they are from.
+
+    What is encoded is kept in a cache of the output folder.
 
     Rows that the run's own cache has are copied from there, and that cache is not written to.
 
@@ -257,7 +273,7 @@ def encode(plan: EvaluationPlan, split: Split, entries: list[Entry], folder: Pat
     _refuse_bad(fill(dataset), dataset, what)
     dataset.set_norm(plan.state.meta.latent_norm)
     parts = [dataset.mean_latents(positions).cpu() for positions in torch.arange(len(dataset)).split(READ_AT_ONCE)]
-    return Points(torch.cat(parts) if parts else torch.zeros(0, *dataset.latent_shape), dataset.labels)
+    return Points(torch.cat(parts) if parts else torch.zeros(0, *dataset.latent_shape), dataset.labels), dataset
 
 
 def _copy_rows(cache: LatentCache, folder: Path, keys: Sequence[str]) -> None:

@@ -32,6 +32,7 @@ def bootstrap_interval(
     chains: Sequence[Sequence[str]],
     *,
     seed: int,
+    weights: np.ndarray | None = None,
     num_draws: int = 2000,
     level: float = 0.95,
 ) -> Interval:
@@ -46,10 +47,10 @@ def bootstrap_interval(
     varies.
 
     Args:
-        values: one axis for each factor, in the order of the chains; NaN where there is no figure. All figures have
-            equal weight.
+        values: one axis for each factor, in the order of the chains; NaN where there is no figure.
         chains: the names of the factors.
         seed: of the draws.
+        weights: of the figures, such as how many images each is the mean of; None gives all the same.
         num_draws: how often the levels are drawn.
         level: share of the draws that the interval holds.
 
@@ -63,14 +64,14 @@ def bootstrap_interval(
     if not is_known.any():
         raise ValueError("there is no figure to take the mean of")
     resampled, leaves_out = _resampled(values.shape, chains)
-    known = np.where(is_known, values, 0.0)
-    mean = float(known.sum() / is_known.sum())
+    counts = is_known * (1.0 if weights is None else weights)
+    known = np.where(is_known, values, 0.0) * counts
+    mean = float(known.sum() / counts.sum())
     covers = tuple(factor for factor in factors if factor not in leaves_out)
     if not resampled:
         return Interval(mean, None, None, covers, leaves_out)
     others = tuple(axis for axis in range(values.ndim) if axis not in resampled)
-    sums, counts = known.sum(axis=others), is_known.sum(axis=others).astype(float)
-    means = _means(sums, counts, np.random.default_rng(seed), num_draws)
+    means = _means(known.sum(axis=others), counts.sum(axis=others), np.random.default_rng(seed), num_draws)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(low), float(high), covers, leaves_out)
 

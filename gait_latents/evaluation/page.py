@@ -36,7 +36,7 @@ folder and stand in label order. Keys that are not listed here (digests, for exa
         pairs                   [{synthetic, training: class/file, distance}], the closest
         picture, why_no_picture key of the picture of the pairs in `pictures`, or a sentence
         same_content            [{synthetic, same_as: class/file, kind: training, test or synthetic}], equal files
-    classifier                  as classifier.compare returns it, and what the script adds: image_size
+    classifier                  as a Comparison returns it, and what the script adds: image_size
     sweep
         points                  [{checkpoint, step, guidance, images, near_share, near_share_limit, nearer_to_training,
                                 recognition, and the figures of latents.synthetic}]; where classifiers were trained,
@@ -46,6 +46,7 @@ folder and stand in label order. Keys that are not listed here (digests, for exa
         best                    the point that is nearest to the test images without many near copies, or None
         best_for_classifiers    the one with the largest with_real, or None
         sentences               [sentence] about the best ones
+        against                 which images the samples were compared with: validation or test
     settings                    {setting: value}
 """
 
@@ -62,6 +63,7 @@ from markupsafe import Markup, escape
 from gait_latents.common import charts
 from gait_latents.common.console import harmless
 from gait_latents.evaluation import forms
+from gait_latents.evaluation.comparison import BOTH, REAL, SYNTHETIC
 from gait_latents.evaluation.figures import LARGEST_MOVE
 from gait_latents.evaluation.forms import is_figure
 
@@ -442,17 +444,62 @@ def _classifier(report: dict[str, Any]) -> list[_Block]:
     if not part:
         return _reason(report, "classifier")
     sets, difference, counts = (part.get(name) or {} for name in ("sets", "difference", "images"))
-    rows = [(name, _mean(found), " ".join(map(_share, found.get("accuracies") or []))) for name, found in sets.items()]
-    facts = [f"{_number(counts[name])} {name}" for name in ("real", "synthetic", "test") if name in counts]
+    differences = part.get("differences") or {}
+    rows = [
+        (
+            name,
+            _mean(found),
+            " ".join(map(_share, found.get("accuracies") or [])),
+            _number(found.get("nll")),
+            _share(found.get("eer")),
+            found.get("worth") or "",
+            _points(differences.get(name) or {}),
+        )
+        for name, found in sets.items()
+    ]
+    facts = [f"{_number(count)} {name}" for name, count in counts.items()]
     facts += [f"{_number(part[name])} {label}" for name, label in _TRAINING_FACTS.items() if name in part]
     names = list((report.get("evaluated") or {}).get("images_per_class") or {})
     return [
         _text(_typeset(difference.get("sentence", ""))),
-        _table("Accuracy on the test images", ("trained on", "mean", "each seed"), rows),
+        _table("On the test images", _TRIAL_HEAD, rows),
+        _text(_about_tuning(part.get("tuning") or {}), kind="note"),
         _text(f"Images and settings: {', '.join(facts)}." if facts else "", kind="note"),
         _accuracy_per_class(sets, names),
         _matrices(sets, names),
     ]
+
+
+_TRIAL_HEAD = (
+    "trained on",
+    "accuracy",
+    "each seed",
+    "negative log-likelihood",
+    "equal error rate",
+    "worth real images per class",
+    "points against real, 95 %",
+)
+
+
+def _points(difference: dict[str, Any]) -> str:
+    """Writes a difference of accuracies with its interval."""
+    mean, low, high = (difference.get(name) for name in ("mean", "low", "high"))
+    if not is_figure(mean):
+        return ""
+    text = f"{100 * mean:+.1f}"
+    return f"{text} ({100 * low:+.1f} to {100 * high:+.1f})" if is_figure(low) and is_figure(high) else text
+
+
+def _about_tuning(tuning: dict[str, Any]) -> str:
+    """Says with which settings the classifiers were trained, and by which images they were chosen."""
+    chosen = tuning.get("chosen") or {}
+    if not chosen:
+        return ""
+    return (
+        f"Learning rate {_number(chosen.get('learning_rate'))} and augmentation of strength "
+        f"{_number(chosen.get('strength'))} were best for real images alone on {_number(tuning.get('images'))} images "
+        "that are not for testing; all classifiers have them. Predictions are in the folder predictions."
+    )
 
 
 _TRAINING_FACTS = {"num_steps": "training steps", "batch_size": "images per step", "image_size": "pixels wide"}
@@ -479,8 +526,8 @@ def _class_name(names: Sequence[str], label: int) -> str:
 
 def _matrices(sets: dict[str, Any], names: Sequence[str]) -> _Block:
     figures = []
-    for name, found in sets.items():
-        counts = found.get("confusion")
+    for name in (REAL, SYNTHETIC, BOTH):
+        counts = (sets.get(name) or {}).get("confusion")
         if counts:
             label = f"Confusion matrix of the classifier trained on {name} images: {_confusions(counts, names)}"
             chart = charts.confusion(counts, [_class_name(names, i) for i in range(len(counts))], label=label)
@@ -533,7 +580,7 @@ def _sweep(part: dict[str, Any]) -> list[_Block]:
     return [
         *(_text(_typeset(sentence)) for sentence in part.get("sentences") or ()),
         _sweep_curves(points, training),
-        _table("Against the test images", head, rows),
+        _table(f"Against the {part.get('against') or 'test'} images", head, rows),
     ]
 
 

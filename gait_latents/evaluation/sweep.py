@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from gait_latents.common import cli, console, hardware, pictures
+from gait_latents.common import cli, console, hardware
 from gait_latents.common.console import say, warn
 from gait_latents.common.errors import UserError
 from gait_latents.common.process import StopSignals
 from gait_latents.diffusion.sampling import BATCH_SIZE
-from gait_latents.evaluation import classifier, trials
+from gait_latents.evaluation import trials
+from gait_latents.evaluation.comparison import BOTH, REAL, SYNTHETIC
 from gait_latents.evaluation.figures import (
     MANY_NEAR,
     NEAR_SHARE,
@@ -31,16 +31,19 @@ from gait_latents.evaluation.image_sets import (
     list_names,
     made_of_real,
     open_real,
-    resize_image,
     warnings_of_run,
 )
 from gait_latents.evaluation.plan import EvaluationPlan
 from gait_latents.evaluation.report import Report, file_digest
 from gait_latents.evaluation.trials import Trials
-from gait_latents.images import reading
 from gait_latents.settings import GenerateSettings
 from gait_latents.training import run_folder
 from gait_latents.training.trained_model import FROM_RUN, TrainedModel
+
+_CHOSEN_ON_TEST = (
+    "the run has no validation images, so points are compared with the test images: the figures of a point that is "
+    "chosen so look better than they are"
+)
 
 
 def find_states(plan: EvaluationPlan) -> list[Path]:
@@ -70,15 +73,21 @@ def sampling_settings(plan: EvaluationPlan) -> GenerateSettings:
 
 
 def sweep(plan: EvaluationPlan, states: Sequence[Path]) -> None:
-    """Samples at each checkpoint and guidance scale, compares the samples with the test images, and says the best.
+    """Samples at each checkpoint and guidance scale, compares the samples with the validation images, and says the
+    best; where the run has none, with the test images.
 
     What is found about a point is kept in the report at once.
     """
     real = open_real(plan)
-    if not len(real.test):
-        raise UserError("a sweep compares with test images, and the run has none; train with fewer images_per_user")
+    if not len(real.for_choices):
+        raise UserError(
+            "a sweep compares with images that training has not seen, and the run has none; train with "
+            "fewer images_per_user"
+        )
     report = Report(plan.folder, made_of_real(plan, real), num_classes=len(plan.classes))
     warnings = warnings_of_run(plan)
+    if not len(real.validation):
+        warnings.append(_CHOSEN_ON_TEST)
     for line in warnings:
         warn(line)
     if "evaluated" not in report.data:
@@ -97,7 +106,7 @@ class Sweep:
         self.part: dict[str, Any] = report.part("sweep", self.made_of) or {"points": []}
         self.labels = torch.arange(len(plan.classes)).repeat_interleave(plan.settings.sweep_images)
         self.why_no_classifier = trials.why_not(plan, real, self.labels)
-        self.trials = None if self.why_no_classifier else Trials.of(plan, real)
+        self.trials = None if self.why_no_classifier else Trials.of(plan, real, test=real.for_choices)
         if self.trials is not None:
             self._drop_other_classifiers()
         self._model: tuple[Path, TrainedModel] | None = None
@@ -150,8 +159,8 @@ class Sweep:
             self._keep(found)
             found["classifier"] = self._train_classifiers(found, samples, model)
             means = {name: trained["mean"] for name, trained in found["classifier"]["sets"].items()}
-            found |= {"alone": means[classifier.SYNTHETIC], "with_real": means[classifier.BOTH]}
-            yardstick["with_real"] = means[classifier.REAL]
+            found |= {"alone": means[SYNTHETIC], "with_real": means[BOTH]}
+            yardstick["with_real"] = means[REAL]
         return found
 
     def _model_of(self, name: str) -> TrainedModel:
@@ -176,19 +185,21 @@ class Sweep:
     def _train_classifiers(self, point: dict[str, Any], samples: Tensor, model: TrainedModel) -> dict[str, Any]:
         assert self.trials is not None
         others = [other.get("classifier", {}).get("scores", {}) for other in self.part["points"]]
-        real_alone = {seed: score for scores in others for seed, score in scores.get(classifier.REAL, {}).items()}
-        done = {**point.get("classifier", {}).get("scores", {}), classifier.REAL: real_alone}
+        real_alone = {seed: score for scores in others for seed, score in scores.get(REAL, {}).items()}
+        tunings = [
+            other["classifier"]["tuning"] for other in self.part["points"] if "tuning" in other.get("classifier", {})
+        ]
+        own = point.get("classifier", {})
+        done = {
+            "scores": {**own.get("scores", {}), REAL: real_alone},
+            "tuning": max(tunings, key=lambda tuning: len(tuning["tried"]), default=None),
+        }
 
-        def save(scores: dict[str, Any]) -> None:
-            self._keep({**point, "classifier": {"scores": scores, **trials.made_of(self.plan)}})
+        def save(state: dict[str, Any]) -> None:
+            self._keep({**point, "classifier": {**state, **trials.made_of(self.plan)}})
 
-        return self.trials.run(
-            decode(samples, model, self.plan, between=self.signals.raise_if_received),
-            self.labels,
-            done=done,
-            save=save,
-            signals=self.signals,
-        )
+        images = decode(samples, model, self.plan, between=self.signals.raise_if_received)
+        return self.trials.run((images, self.labels), done=done, save=save, signals=self.signals)
 
     def _keep(self, point: dict[str, Any]) -> None:
         own = {name: value for name, value in point.items() if name != "yardstick"}
@@ -201,7 +212,8 @@ class Sweep:
         best = {
             "best": best_point(points),
             "best_for_classifiers": best_for_classifiers(points),
-            "sentences": say_best(points, self.plan.settings.sweep_images),
+            "sentences": say_best(points, self.plan.settings.sweep_images, against=self.real.for_choices.name),
+            "against": self.real.for_choices.name,
         }
         training = {**self.part.get("training", {}), **point["yardstick"]}
         self.part = self.report.put("sweep", self.made_of, {"points": points, "training": training, **best})
@@ -215,23 +227,21 @@ def decode(
     Args:
         between: called after each; what it raises ends the work.
     """
-    size, side = plan.settings.classifier_image_size, plan.images.image_size
-    found = torch.zeros(len(samples), size, size, 3, dtype=torch.uint8)
     with console.progress(total=len(samples), unit="images", label="decode") as bar:
-        for place, sample in enumerate(samples):
-            (image,) = model.decoder(sample[None])
-            file = pictures.encode_image(Image.fromarray(image), model.suffix)
-            found[place] = resize_image(reading.decode(file, image_size=side), size)
+
+        def advance() -> None:
             bar.advance()
             between()
-    return found
+
+        return trials.decoded(samples.split(1), model.decoder, plan, suffix=model.suffix, between=advance)
 
 
 def made_of_sweep(plan: EvaluationPlan, real: RealImages, sampling: GenerateSettings) -> dict[str, Any]:
     """Returns all that the points of a sweep depend on; with another value they are computed anew."""
     return {
         **made_of_real(plan, real),
-        "figures": 3,  # to be raised when the points get other figures
+        "against": real.for_choices.digest(),
+        "figures": 4,  # to be raised when the points get other figures
         "neighbours": plan.settings.neighbours,
         "images_per_class": plan.settings.sweep_images,
         "guidance_interval": sampling.guidance_interval,
@@ -243,7 +253,7 @@ def made_of_sweep(plan: EvaluationPlan, real: RealImages, sampling: GenerateSett
 
 def measure(plan: EvaluationPlan, real: RealImages, samples: Points) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the figures of a point of the sweep, and those of as many training images."""
-    seed, training, test = plan.settings.seed, real.training.latents, real.test.latents
+    seed, training, test = plan.settings.seed, real.training.latents, real.for_choices.latents
     found = closeness(
         samples,
         training,
@@ -299,15 +309,15 @@ def best_for_classifiers(points: Sequence[dict[str, Any]]) -> dict[str, Any] | N
     return max(known, key=lambda point: point["with_real"], default=None)
 
 
-def say_best(points: Sequence[dict[str, Any]], images_per_class: int) -> list[str]:
-    """Returns a sentence or more about which points are best."""
+def say_best(points: Sequence[dict[str, Any]], images_per_class: int, *, against: str = "test") -> list[str]:
+    """Returns a sentence or more about which points are best, as the images `against` which they stand show it."""
     best, for_classifiers = best_point(points), best_for_classifiers(points)
     if best is None:
-        found = [f"No point is the best: {images_per_class} samples per class, or the test images, are too few."]
+        found = [f"No point is the best: {images_per_class} samples per class, or the {against} images, are too few."]
     else:
         found = [
-            f"Nearest to the test images by Fréchet distance per class: {_name_point(best)}; one seed, so how far such "
-            "figures scatter is not known.",
+            f"Nearest to the {against} images by Fréchet distance per class: {_name_point(best)}; one seed, so how far "
+            "such figures scatter is not known.",
             _about_copies(points, best),
         ]
     if for_classifiers is not None:

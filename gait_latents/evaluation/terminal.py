@@ -35,7 +35,7 @@ def print_figures(data: dict[str, Any]) -> None:
         say(_row("nearer to a training than to a test image", _share(copies["nearer_to_training"]), _share(0.5)))
     if "sets" in data.get("classifier", {}):
         for name, found in data["classifier"]["sets"].items():
-            say(_row(f"classifier trained on {name}: recognised", _share(found["mean"])))
+            say(_row(f"classifier trained on {name}: recognised", _share(found["mean"]), _worth(found)))
         say(data["classifier"]["difference"]["sentence"])
     if "latents" in data:
         mark, sentence = page.closeness(data["latents"], show=console.show_name)
@@ -52,6 +52,10 @@ def print_figures(data: dict[str, Any]) -> None:
 
 def _row(name: str, *figures: str) -> str:
     return f"{name:<{_NAME_WIDTH}}" + "".join(f"{figure:>{_FIGURE_WIDTH}}" for figure in figures)
+
+
+def _worth(found: dict[str, Any]) -> str:
+    return f"  as {found['worth']} real images per class" if "worth" in found else ""
 
 
 def _share(value: float | None) -> str:

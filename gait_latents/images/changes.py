@@ -29,8 +29,10 @@ def tell_changes_of_run(split: Split, data_path: str, *, fresh: Split | None = N
     except (UserError, OSError) as error:
         say(f"the images of this run were not compared with what is in its folder now: {error}")
         return
-    edited = 0 if fresh is None else _num_edited(split.test, fresh)  # an edited training image ends the run
-    found = describe_changes(split, index, who="this run", edited=_count(edited, "test image"))
+    edited = (
+        0 if fresh is None else _num_edited([*split.validation, *split.test], fresh)
+    )  # an edited training image ends the run
+    found = describe_changes(split, index, who="this run", edited=_count(edited, "image"))
     if found:
         say(
             f"{show_name(data_path)} {found}; the split of a run is fixed when it begins, and another "
@@ -49,7 +51,7 @@ def tell_changes_of_cache(stored: Split, drawn: Split, data_path: str, cache: Pa
     """
     is_same_rule = all(stored.rule[name] == drawn.rule[name] for name in ("num_users", "class_names"))
     who = f"the split in {show_name(cache)}"
-    edited = _num_edited([*stored.train, *stored.test, *stored.gap], drawn)
+    edited = _num_edited([*stored.used, *stored.gap], drawn)
     found = describe_changes(
         stored, drawn.index(), who=who, only_common=not is_same_rule, edited=_count(edited, "image")
     )

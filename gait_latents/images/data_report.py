@@ -71,15 +71,16 @@ def warn_of_equal_pictures(split: Split) -> None:
 
 
 def _found_line(split: Split, shapes: Sequence[Shape | None]) -> str:
-    entries = (*split.train, *split.test, *split.gap)
+    entries = (*split.used, *split.gap)
     counts = Counter(entry.class_name for entry in entries)
     fewest, most = min(counts.values()), max(counts.values())
     each = _plural(most, "image") if fewest == most else f"{fewest:,} to {most:,} images"
     each += " each" if len(counts) > 1 else ""
+    validation = f", {len(split.validation):,} for validation" if split.validation else ""
     gap = f", {len(split.gap):,} left out between them" if split.gap else ""
     return (
         f"images: {_plural(len(split.classes), 'class')} ({_class_names(split.classes)}) with {each}, "
-        f"{len(split.train):,} for training and {len(split.test):,} for testing{gap}; {_sizes(shapes)}"
+        f"{len(split.train):,} for training{validation} and {len(split.test):,} for testing{gap}; {_sizes(shapes)}"
     )
 
 
@@ -260,7 +261,7 @@ def _cut_warning(split: Split, shapes: Sequence[Shape | None]) -> str | None:
     if not number:
         return None
     most = max((shape for shape, _ in known), key=lambda shape: shape.cut_away)
-    entry = (*split.train, *split.test)[[shape is most for shape in shapes].index(True)]
+    entry = split.used[[shape is most for shape in shapes].index(True)]
     return (
         f"{number:,} of {_plural(len(shapes), 'image')} lose more than {MUCH_CUT:.0%} of their area, since only the "
         f"square in the centre is kept: up to {most.cut_away:.0%} ({_place(entry)}, {most}); --resize squash and "
@@ -275,7 +276,7 @@ def _range_warning(listing: Listing, split: Split, shapes: Sequence[Shape | None
         ranges = {entry: _range_of(listing, entry) for entry in entries}
         return {entry: ends for entry, ends in ranges.items() if ends is not None and ends[1] - ends[0] < LITTLE_RANGE}
 
-    entries = (*split.train, *split.test)
+    entries = split.used
     for bits in (8, 16):
         of_bits = {id(shape) for shape, _ in _by_shape(shapes) if shape.bits == bits}
         known = [entry for entry, shape in zip(entries, shapes, strict=True) if id(shape) in of_bits]

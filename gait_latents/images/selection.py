@@ -159,6 +159,7 @@ def _draw(settings: ImageSettings, index: Mapping[str, Sequence[str]], stored: S
             seed=settings.seed,
             split=settings.split,
             split_gap=settings.split_gap,
+            validation_per_user=settings.validation_per_user,
             class_names=settings.class_names,
             small_classes=settings.small_classes,
             form=form,
@@ -175,7 +176,7 @@ def _is_drawn_as(stored: Split, split: Split) -> bool:
     """Says whether a stored split has the classes of another, and its images but for those that were skipped."""
     same_train, same_test = (
         {(e.class_name, e.name) for e in mine} <= {(e.class_name, e.name) for e in other}
-        for mine, other in ((stored.train, split.train), (stored.test, split.test))
+        for mine, other in ((stored.train, split.train), (stored.test, (*split.validation, *split.test)))
     )
     return stored.classes == split.classes and same_train and same_test
 
@@ -247,7 +248,7 @@ def _look_at_files(
             return entry.key or _key_of_no_content(entry.class_name, entry.name), None
         return reading.image_key(data), shape_of(data)
 
-    entries = [*split.train, *split.test]
+    entries = split.used
     with (
         ThreadPoolExecutor() as pool,
         progress(total=len(entries), unit="files", label="read image files", only_if_slow=True) as bar,
@@ -258,7 +259,7 @@ def _look_at_files(
 
 
 def _places(split: Split) -> list[tuple[str, str]]:
-    return [(entry.class_name, entry.name) for entry in (*split.train, *split.test)]
+    return [(entry.class_name, entry.name) for entry in split.used]
 
 
 def _key_of_no_content(class_name: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""The split of the images into training and test images: drawn by the seed, stored as JSON with a checksum.
+"""The split into training, validation and test images: drawn by the seed, stored as JSON with a checksum.
 
 The split is made from names alone, without opening a file. Content keys are added afterwards (`selection.py`).
 """
@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -21,7 +21,9 @@ from gait_latents.images.names import ALL, choose_names, name_list, natural_key,
 SPLIT_FORMAT = 1
 _RULE_FIELDS = ("seed", "split", "split_gap", "images_per_user", "num_users")
 # Parts of the rule that are stored where they differ from these, which is what older splits were drawn with.
-_LATER_RULE_FIELDS: dict[str, Any] = {"class_names": list(ALL), "small_classes": "refuse"}
+_LATER_RULE_FIELDS: dict[str, Any] = {"class_names": list(ALL), "small_classes": "refuse", "validation_per_user": 0}
+_PARTS = ("train", "validation", "test")
+_LARGEST_VALIDATION = 4  # one in so many of the images that are not for training, at most
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Split:
         test: the test images.
         skipped: images that could not be read and are in neither part.
         rule: the settings that made the split.
-        gap: images left out between training and test images, as --split_gap says.
+        gap: images left out between training, validation and test images, as --split_gap says.
+        validation: the images on which choices are made, so that no test image has a say in them.
     """
 
     classes: tuple[str, ...]
@@ -61,11 +64,17 @@ class Split:
     skipped: tuple[Skipped, ...]
     rule: dict[str, Any]
     gap: tuple[Entry, ...] = ()
+    validation: tuple[Entry, ...] = ()
+
+    @property
+    def used(self) -> tuple[Entry, ...]:
+        """The training, validation and test images: all but those left out between them."""
+        return (*self.train, *self.validation, *self.test)
 
     def part(self, name: str) -> tuple[Entry, ...]:
-        """Returns the entries of "train" or "test"; raises UserError for any other name."""
-        if name not in ("train", "test"):
-            raise UserError(f"split is {name!r}; it is train or test")
+        """Returns the entries of "train", "validation" or "test"; raises UserError for any other name."""
+        if name not in _PARTS:
+            raise UserError(f"split is {name!r}; it is train, validation or test")
         return getattr(self, name)
 
     def labels(self, entries: Iterable[Entry]) -> list[int]:
@@ -75,7 +84,7 @@ class Split:
 
     def keys(self) -> dict[tuple[str, str], str]:
         """Returns (class name, file name) -> content key for all entries that have one."""
-        entries = (*self.train, *self.test, *self.gap)
+        entries = (*self.used, *self.gap)
         return {(entry.class_name, entry.name): entry.key for entry in entries if entry.key}
 
     def with_keys(self, keys: Mapping[tuple[str, str], str]) -> "Split":
@@ -84,7 +93,8 @@ class Split:
         def add_keys(entries: Iterable[Entry]) -> tuple[Entry, ...]:
             return tuple(Entry(e.class_name, e.name, keys.get((e.class_name, e.name), e.key)) for e in entries)
 
-        return replace(self, train=add_keys(self.train), test=add_keys(self.test), gap=add_keys(self.gap))
+        parts = {part: add_keys(getattr(self, part)) for part in (*_PARTS, "gap")}
+        return replace(self, **parts)
 
     def without(self, skipped: Iterable[Skipped]) -> "Split":
         """Returns the split in which those of these images that it holds are recorded as skipped, and in neither part.
@@ -92,7 +102,7 @@ class Split:
         Raises:
             UserError: when that leaves a class without a training image.
         """
-        own = {(entry.class_name, entry.name) for entry in (*self.train, *self.test)}
+        own = {(entry.class_name, entry.name) for entry in self.used}
         new = {(item.class_name, item.name): item for item in skipped if (item.class_name, item.name) in own}
         old = {(item.class_name, item.name): item for item in self.skipped}
 
@@ -105,12 +115,13 @@ class Split:
             raise UserError(
                 f"no training image can be read of {name_list(empty)}; mend the images or remove the folder"
             )
-        return replace(self, train=train, test=keep(self.test), skipped=tuple((old | new).values()))
+        parts = {"train": train, "validation": keep(self.validation), "test": keep(self.test)}
+        return replace(self, **parts, skipped=tuple((old | new).values()))
 
     def index(self) -> dict[str, list[str]]:
         """Returns class -> names of all images that the split was made from, as `list_images` returned them."""
         names: dict[str, list[str]] = {class_name: [] for class_name in self.classes}
-        for item in (*self.train, *self.test, *self.gap, *self.skipped):
+        for item in (*self.used, *self.gap, *self.skipped):
             names[item.class_name].append(item.name)
         return {class_name: sorted(found, key=natural_key) for class_name, found in names.items()}
 
@@ -122,12 +133,19 @@ class Split:
             _json_lines("classes", self.classes),
             *(
                 _json_lines(part, [{"class": e.class_name, "name": e.name, "key": e.key} for e in entries])
-                for part, entries in (("train", self.train), ("test", self.test), ("gap", self.gap))
+                for part, entries in self._stored_parts()
             ),
             _json_lines("skipped", [{"class": s.class_name, "name": s.name, "reason": s.reason} for s in self.skipped]),
         ]
         body = ("{\n" + ",\n".join(members) + ",\n").encode()
         return body + _seal(body)
+
+    def _stored_parts(self) -> Iterator[tuple[str, tuple[Entry, ...]]]:
+        """Yields the parts as they are stored; older splits have no validation images, and no line that says so."""
+        for part in ("train", "validation", "test", "gap"):
+            entries = getattr(self, part)
+            if entries or part != "validation":
+                yield part, entries
 
     @staticmethod
     def from_bytes(data: bytes, where: str) -> "Split":
@@ -157,11 +175,14 @@ def make_split(
     seed: int,
     split: str,
     split_gap: int,
+    validation_per_user: int = 0,
     class_names: Sequence[str] = ALL,
     small_classes: str = "refuse",
     form: Callable[[str], str] = nfc,
 ) -> Split:
-    """Divides the listed images of the chosen classes into training and test images.
+    """Divides the listed images of the chosen classes into training, validation and test images.
+
+    Which images are for training does not depend on how many are for validation.
 
     Args:
         index: class -> file names, from `list_images` or `Split.index`.
@@ -169,7 +190,9 @@ def make_split(
         images_per_user: training images of each class, or "all".
         seed: orders the images of a "random" split.
         split: "random", or "contiguous" for the first images in natural order.
-        split_gap: images left out between training and test in a contiguous split.
+        split_gap: images left out between training, validation and test in a contiguous split.
+        validation_per_user: validation images of each class, at most a quarter of those that are not for training;
+            they come after the training images, in the order that the split takes them in.
         class_names: names and patterns of the classes to choose from; `ALL` is every class.
         small_classes: "refuse" classes with fewer images than images_per_user, or "take" all that these have.
         form: the form in which names are compared and drawn; earlier versions took them as they stand.
@@ -180,27 +203,39 @@ def make_split(
     ordered = sorted(index, key=lambda name: natural_key(name, form))
     classes = choose_names(class_names, ordered, setting="class_names", where="the image folder")
     classes = classes[: None if num_users == "all" else int(num_users)]
-    counts = {name: len(index[name]) for name in classes}
-    if small_classes != "take" or not all(counts.values()):
-        _check_enough(counts, images_per_user)
-    parts: dict[str, list[Entry]] = {"train": [], "test": [], "gap": []}
+    if small_classes != "take" or not all(index[name] for name in classes):
+        _check_enough({name: len(index[name]) for name in classes}, images_per_user)
+    parts: dict[str, list[Entry]] = {part: [] for part in (*_PARTS, "gap")}
     for class_name in classes:
         names = sorted(index[class_name], key=lambda name: natural_key(name, form))
         count = len(names) if images_per_user == "all" else min(int(images_per_user), len(names))
         if split == "contiguous":
-            chosen, gap = set(names[:count]), set(names[count : count + split_gap])
+            order, gap = names, split_gap
         elif split == "random":
-            chosen, gap = set(sorted(names, key=_draw_order(seed, class_name, form))[:count]), set()
+            order, gap = sorted(names, key=_draw_order(seed, class_name, form)), 0
         else:
             raise UserError(f"split is {split!r}; it is random or contiguous")
+        part_of = dict(zip(order, _parts_in_order(len(order), count, validation_per_user, gap), strict=True))
         for name in names:
-            part = "train" if name in chosen else "gap" if name in gap else "test"
-            parts[part].append(Entry(class_name, name))
+            parts[part_of[name]].append(Entry(class_name, name))
+    train, validation, test, gaps = (tuple(parts[part]) for part in (*_PARTS, "gap"))
     settings = (seed, split, split_gap, images_per_user, num_users)
-    later = {"class_names": list(class_names), "small_classes": small_classes}
-    rule = {**dict(zip(_RULE_FIELDS, settings, strict=True)), **later}
-    train, test, gap = (tuple(parts[part]) for part in ("train", "test", "gap"))
-    return Split(tuple(classes), train, test, (), rule, gap)
+    rule = {
+        **dict(zip(_RULE_FIELDS, settings, strict=True)),
+        "class_names": list(class_names),
+        "small_classes": small_classes,
+        "validation_per_user": validation_per_user if validation else 0,
+    }
+    return Split(tuple(classes), train, test, (), rule, gaps, validation)
+
+
+def _parts_in_order(num_images: int, num_training: int, num_validation: int, gap: int) -> list[str]:
+    """Returns the part of each image of a class, in the order that the split takes them in."""
+    left = max(0, num_images - num_training - gap)
+    found = min(num_validation, max(0, left - gap) // _LARGEST_VALIDATION)
+    parts = ["train"] * num_training + ["gap"] * gap
+    parts += ["validation"] * found + ["gap"] * gap * (found > 0)
+    return [*parts, *["test"] * num_images][:num_images]
 
 
 def _draw_order(seed: int, class_name: str, form: Callable[[str], str]) -> Callable[[str], bytes]:
@@ -266,9 +301,10 @@ def _seal(body: bytes) -> bytes:
 
 def _split_of(document: dict[str, Any]) -> Split:
     classes = tuple(_name(name) for name in document["classes"])
+    rows = {"validation": [], **document}
     parts = {
-        part: tuple(Entry(_name(row["class"]), _name(row["name"]), _key(row["key"])) for row in document[part])
-        for part in ("train", "test", "gap")
+        part: tuple(Entry(_name(row["class"]), _name(row["name"]), _key(row["key"])) for row in rows[part])
+        for part in ("train", "validation", "test", "gap")
     }
     skipped = tuple(Skipped(_name(row["class"]), _name(row["name"]), str(row["reason"])) for row in document["skipped"])
     images = [(item.class_name, item.name) for items in (*parts.values(), skipped) for item in items]
@@ -285,7 +321,9 @@ def _split_of(document: dict[str, Any]) -> Split:
     names = rule["class_names"]
     if not isinstance(names, list) or not all(isinstance(text, str) for text in (*names, rule["small_classes"])):
         raise TypeError("the rule")
-    return Split(classes, parts["train"], parts["test"], skipped, rule, parts["gap"])
+    if type(rule["validation_per_user"]) is not int:
+        raise TypeError("the rule")
+    return Split(classes, parts["train"], parts["test"], skipped, rule, parts["gap"], parts["validation"])
 
 
 def _name(value: object) -> str:

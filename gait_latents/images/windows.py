@@ -106,7 +106,7 @@ def _some_classes(split: Split) -> dict[str, list[str]]:
     """Returns class -> file names in natural order for some classes, enough to choose from: there may be thousands."""
     count = min(len(split.classes), 2 * _MOST_CLASSES)
     index: dict[str, list[str]] = {split.classes[i * len(split.classes) // count]: [] for i in range(count)}
-    for item in (*split.train, *split.test, *split.gap, *split.skipped):
+    for item in (*split.used, *split.gap, *split.skipped):
         if item.class_name in index:
             index[item.class_name].append(item.name)
     return {name: sorted(files, key=natural_key) for name, files in index.items()}

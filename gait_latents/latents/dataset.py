@@ -443,7 +443,7 @@ class LatentDataset(Dataset):
 
         Args:
             folder: the cache folder that preprocess_latents.py made.
-            split: "train" or "test".
+            split: "train", "validation" or "test".
             device: where batches are wanted.
             seed: chooses the images that the normalisation is measured on, as train_latent_cfg.py does by its seed.
 

@@ -144,12 +144,12 @@ def open_cache(
 
     Args:
         folder: the cache folder that preprocess_latents.py or train_latent_cfg.py made.
-        split: "train" or "test"; the test images may be encoded in this way, too.
+        split: "train", "validation" or "test"; the test images may be encoded in this way, too.
         device: where the VAE encodes.
         trust_pickle: as in `load_vae`; no manifest switches it on.
 
     Raises:
-        UserError: when the folder is no cache, `split` is neither "train" nor "test", or latents are missing and the
+        UserError: when the folder is no cache, `split` is none of these, or latents are missing and the
             VAE that the manifest names cannot be read or is not the one that the cache was made with.
     """
     folder = Path(mounts.locate(str(folder)))

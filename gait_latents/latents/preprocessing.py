@@ -172,8 +172,8 @@ def _open(settings: PreprocessSettings, sources: dict[str, str], device: torch.d
     cache = LatentCache(folder, chosen.space, writable=True)
     for problem in cache.problems:
         warn(problem)
-    names = dict.fromkeys(settings.splits)
-    entries = [entry for name in names for entry in getattr(split, name)]
+    names = [name for name in dict.fromkeys(settings.splits) if split.part(name)]
+    entries = [entry for name in names for entry in split.part(name)]
     dataset = opening.open_dataset(
         settings,
         split,

@@ -130,19 +130,23 @@ _SMALLEST_SHARE = 1e-5  # a smaller share is written as "under" this one
 # --- status by class ---------------------------------------------------------------------------------------
 
 
+_PARTS = ("train", "validation", "test")
+
+
 @dataclass(frozen=True)
 class ClassStatus:
     """How many images of a class are cached, of how many that were asked for, and why the rest are not.
 
     Attributes:
         name: of the class.
-        train, test: (cached, asked for) images of each part of the split.
+        train, validation, test: (cached, asked for) images of each part of the split.
         missing: images that are not cached.
         stale: images that are not cached since their files were edited.
     """
 
     name: str
     train: tuple[int, int] = (0, 0)
+    validation: tuple[int, int] = (0, 0)
     test: tuple[int, int] = (0, 0)
     missing: int = 0
     stale: int = 0
@@ -152,10 +156,11 @@ class ClassStatus:
         """Says whether all its images are cached."""
         return not self.missing and not self.stale
 
-    def cells(self) -> tuple[str, ...]:
+    def cells(self, parts: Sequence[str]) -> tuple[str, ...]:
         """Returns the texts of its row in the table."""
-        parts = [f"{cached:,}/{asked:,}" if asked else "-" for cached, asked in (self.train, self.test)]
-        return self.name, *parts, f"{self.missing:,}", f"{self.stale:,}"
+        counts = (getattr(self, part) for part in parts)
+        found = [f"{cached:,}/{asked:,}" if asked else "-" for cached, asked in counts]
+        return self.name, *found, f"{self.missing:,}", f"{self.stale:,}"
 
 
 def class_status(
@@ -164,7 +169,7 @@ def class_status(
     """Counts by class, in the order of `classes`.
 
     Args:
-        parts: the entries asked for, under "train" and "test".
+        parts: the entries asked for, under "train", "validation" and "test".
         missing: keys that are not cached.
         stale: keys that are not cached since the image has another content than before.
     """
@@ -176,7 +181,7 @@ def class_status(
     return [
         ClassStatus(
             name,
-            *((counts[name, part], counts[name, f"{part} asked"]) for part in ("train", "test")),
+            **{part: (counts[name, part], counts[name, f"{part} asked"]) for part in _PARTS},
             missing=counts[name, "missing"],
             stale=counts[name, "stale"],
         )
@@ -190,19 +195,21 @@ def class_table(status: Sequence[ClassStatus]) -> list[str]:
     if len(status) > MAX_CLASS_ROWS + 1:
         in_need_first = sorted(status, key=lambda row: row.is_whole)
         shown_rows, rest = in_need_first[:MAX_CLASS_ROWS], in_need_first[MAX_CLASS_ROWS:]
-    head = ("class", "train", "test", "missing", "stale")
-    cells = [head, *(row.cells() for row in shown_rows), *([_sum(rest).cells()] if rest else [])]
+    parts = [part for part in _PARTS if part != "validation" or any(row.validation[1] for row in status)]
+    shown_rows += [_sum(rest)] if rest else []
+    cells = [("class", *parts, "missing", "stale"), *(row.cells(parts) for row in shown_rows)]
     return _align([[show_name(first)[:40], *others] for first, *others in cells])
 
 
 def _sum(rows: Sequence[ClassStatus]) -> ClassStatus:
     """Adds up the classes that have no row of their own."""
-    train, test = (
-        (sum(getattr(row, part)[0] for row in rows), sum(getattr(row, part)[1] for row in rows))
-        for part in ("train", "test")
-    )
+    parts = {
+        part: (sum(getattr(row, part)[0] for row in rows), sum(getattr(row, part)[1] for row in rows))
+        for part in _PARTS
+    }
     name = f"… {len(rows):,} more"
-    return ClassStatus(name, train, test, sum(row.missing for row in rows), sum(row.stale for row in rows))
+    missing, stale = sum(row.missing for row in rows), sum(row.stale for row in rows)
+    return ClassStatus(name, **parts, missing=missing, stale=stale)
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -113,10 +113,12 @@ def warn_of_seen_tests(beginning: Beginning, split: Split) -> None:
         warn(f"which images the run in --init_from {beginning.place} was trained on is not known: {error}")
         return
     seen = {entry.key for entry in other.train if entry.key} if other is not None else set()
-    count = sum(entry.key in seen for entry in split.test)
+    held_out = (*split.validation, *split.test)
+    count = sum(entry.key in seen for entry in held_out)
     if count:
+        what = "validation and test images" if split.validation else "test images"
         warn(
-            f"{count:,} of {len(split.test):,} test images were training images of the run in --init_from "
+            f"{count:,} of {len(held_out):,} {what} were training images of the run in --init_from "
             f"{beginning.place}; scores on them will look too good"
         )
 

@@ -18,10 +18,11 @@ from gait_latents.diffusion.model import LatentDiffusion
 from gait_latents.diffusion.sampling import BATCH_SIZE, nearest_class, num_solver_steps, sample_padded
 from gait_latents.latents.dataset import LatentDataset
 from gait_latents.settings import TrainSettings
-from gait_latents.training import run_folder
+from gait_latents.training import held_out, run_folder
 from gait_latents.training.metrics_log import Metrics
 from gait_latents.vae.decoder import ImageDecoder
 
+_MEASURED = {held_out.LOSS: "of images not seen", held_out.SEEN_LOSS: "of training images"}
 _MAX_ROWS = 16  # classes in a grid; further ones are not drawn
 _IMAGES_PER_MEAN = 32  # training images that a class mean is measured on
 
@@ -108,7 +109,8 @@ class GridMaker:
         if not steps or not self.can_chart:
             return
         try:
-            picture = charts.loss_curve(steps, losses)
+            measured = {label: self.metrics.series(name) for name, label in _MEASURED.items()}
+            picture = charts.loss_curve(steps, losses, {label: both for label, both in measured.items() if both[0]})
         except Exception as error:
             self._go_on_without_charts(error)
         else:

@@ -19,6 +19,7 @@ from gait_latents.latents import shard as shard_file
 from gait_latents.settings import TrainSettings
 from gait_latents.training import run_folder, trackers
 from gait_latents.training.grids import GridMaker
+from gait_latents.training.held_out import HeldOutLoss, describe_best
 from gait_latents.training.metrics_log import Metrics
 from gait_latents.training.plan import TrainingPlan
 from gait_latents.training.run_folder import Writer
@@ -56,6 +57,9 @@ class TrainingLoop:
             plan.results,
             self.metrics,
             auto_steps=trainer.auto_steps,
+        )
+        self.held_out = HeldOutLoss(
+            trainer.ema.model, trainer.dtype, trainer.dataset, trainer.data.validation, seed=trainer.settings.seed
         )
         self.metrics.on_row, self.grids.show = self.trackers.add_row, self.trackers.add_picture
         tell_disk(trainer, self.grids, plan, num_missing=len(trainer.dataset.missing()))
@@ -150,6 +154,9 @@ class TrainingLoop:
     def finish(self) -> int:
         """Says that all steps are done, and how to go on; returns the exit code."""
         say(f"done: {self.trainer.finished_steps:,} steps; peak memory {hardware.peak_memory(self.trainer.device)}")
+        advice = describe_best(self.metrics.rows, list(run_folder.saved_averages(self.plan.results)))
+        if advice is not None:
+            say(advice)
         flag = cli.typed("checkpoint", [self.settings.results_folder])
         say(f"next: {console.python_word()} generate.py {flag}")
         return DONE
@@ -199,6 +206,9 @@ class TrainingLoop:
             with ranks.while_main_works(topic, between), self.trainer.dataset.watched(between):
                 self.trainer.save(self.writer)
                 if ranks.is_main:
+                    figures = self.held_out.measure(between)
+                    if figures:
+                        self.metrics.add(step=step, **figures)
                     self.grids.make(step, between=between)
         except Stopped:
             say(f"step {step:,}: no sample grid, since a signal came")

@@ -287,8 +287,22 @@ def batch_size(settings: TrainSettings) -> int:
 def num_steps(settings: TrainSettings, num_images: int) -> int:
     """Returns how many steps a run of so many training images takes in all."""
     if isinstance(settings.train_num_steps, str):
-        return math.ceil(AUTO_PASSES * num_images / batch_size(settings))
+        return max(settings.fewest_steps, math.ceil(AUTO_PASSES * num_images / batch_size(settings)))
     return settings.train_num_steps
+
+
+def describe_num_steps(settings: TrainSettings, num_images: int) -> str:
+    """Returns the number of steps for a message, and where it is from."""
+    steps = num_steps(settings, num_images)
+    if not isinstance(settings.train_num_steps, str):
+        return f"{steps:,} steps"
+    passes = steps * batch_size(settings) / num_images
+    why = (
+        f"{AUTO_PASSES} passes over the images"
+        if steps > settings.fewest_steps
+        else f"--fewest_steps: {passes:,.0f} passes over the images"
+    )
+    return f"{steps:,} steps ({why})"
 
 
 def pass_size(settings: TrainSettings, latent_shape: tuple[int, int, int], *, num_ranks: int = 1) -> int:

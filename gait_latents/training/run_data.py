@@ -26,11 +26,17 @@ from gait_latents.training.run_meta import RunMeta
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on: its split, the space of its latents, and the dataset over its training images."""
+    """What a run trains on: its split, the space of its latents, and the datasets over its images.
+
+    Attributes:
+        dataset: over the training images.
+        validation: over the images on which training is measured; None where the split has none.
+    """
 
     split: Split
     chosen: ChosenSpace
     dataset: LatentDataset
+    validation: LatentDataset | None = None
 
 
 def open_data(plan: TrainingPlan, device: torch.device, ranks: Ranks = ALONE) -> Data:
@@ -76,11 +82,11 @@ def _open(plan: TrainingPlan, device: torch.device, ranks: Ranks) -> Data:
     for problem in cache.problems:
         warn(problem)
 
-    def open_over(split: Split) -> LatentDataset:
+    def open_over(split: Split, part: str = "train") -> LatentDataset:
         return opening.open_dataset(
             settings,
             split,
-            list(split.train),
+            list(split.part(part)),
             cache=cache,
             vae_at_hand=chosen.vae_at_hand,
             images_at_hand=at_hand,
@@ -96,7 +102,7 @@ def _open(plan: TrainingPlan, device: torch.device, ranks: Ranks) -> Data:
     _report_missing(plan, dataset, "before the first step" if ranks.count > 1 else "when first needed")
     if plan.state is not None:
         _check_same_data(plan, plan.state.meta, split, dataset)
-    return Data(split, chosen, dataset)
+    return Data(split, chosen, dataset, open_over(split, "validation") if split.validation else None)
 
 
 def _run_split(plan: TrainingPlan, at_hand: bool) -> Split:

@@ -17,11 +17,18 @@ from gait_latents.diffusion.ema import EMA
 from gait_latents.diffusion.model import LatentDiffusion, shift_along_width
 from gait_latents.images import selection
 from gait_latents.latents import vae_fit
-from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings
+from gait_latents.settings import AUTO_STEPS, TrainSettings
 from gait_latents.training import checkpoint, optimizer_state, run_folder
 from gait_latents.training.beginning import Beginning, begin
 from gait_latents.training.draws import DeviceDraws, DrawsAhead, StepDraws, draw_step
-from gait_latents.training.plan import TrainingPlan, batch_size, num_steps, pass_size, plain_errors
+from gait_latents.training.plan import (
+    TrainingPlan,
+    batch_size,
+    describe_num_steps,
+    num_steps,
+    pass_size,
+    plain_errors,
+)
 from gait_latents.training.run_data import Data, encode_sample, fill, write_cache_defaults
 from gait_latents.training.run_folder import SavedState, Writer
 from gait_latents.training.run_meta import RunMeta
@@ -93,11 +100,9 @@ class Trainer:
         parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
         shared = "" if self.ranks.count == 1 else f", {self.share} on each of {self.ranks.count} processes"
         passes = "" if self.pass_size == self.share else f" in passes of {self.pass_size}"
-        is_auto = isinstance(self.settings.train_num_steps, str)
-        auto = f" ({AUTO_PASSES} passes over the images)" if is_auto else ""
         say(
             f"U-Net of {parameters:.2f} M parameters, {len(self.data.split.classes)} classes, "
-            f"batch {self.batch}{shared}{passes}, {self.num_steps:,} steps{auto}"
+            f"batch {self.batch}{shared}{passes}, {describe_num_steps(self.settings, len(self.dataset))}"
         )
         precision = str(self.dtype).removeprefix("torch.")
         say(f"{precision} ({self.precision_reason}) on {hardware.describe(self.device, self.num_threads)}, {compiled}")

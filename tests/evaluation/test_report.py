@@ -15,7 +15,7 @@ from PIL import Image
 from properties import given, settings, st
 
 from gait_latents.common.console import harmless
-from gait_latents.evaluation import classifier
+from gait_latents.evaluation import comparison
 from gait_latents.evaluation.page import FEW_PER_CLASS, closeness, write_html
 
 VOID = {"meta", "link", "img"}
@@ -106,29 +106,37 @@ def make_report(names: list[str]) -> dict[str, Any]:
 
 
 def make_classifier(num_classes: int) -> dict[str, Any]:
-    """Makes what `classifier.compare` returns, without any training."""
+    """Makes what `Comparison.run` returns, without any training."""
     import torch
 
     def score(wrong: int) -> dict[str, Any]:
         truth = torch.arange(num_classes).repeat_interleave(4)
         said = truth.clone()
-        said[:wrong] = (said[:wrong] + 1) % num_classes
-        return classifier._plain(classifier._score(said, truth, num_classes))
+        places = [(4 * i + i // num_classes) % (4 * num_classes) for i in range(wrong)]  # spread over the classes
+        said[places] = (said[places] + 1) % num_classes
+        return comparison.score(torch.nn.functional.one_hot(said, num_classes).double(), truth)
 
+    images, labels = torch.zeros(4 * num_classes, 4, 4, 3, dtype=torch.uint8), torch.arange(num_classes)
+    labels = labels.repeat_interleave(4)
+    sets = dict.fromkeys((comparison.REAL, comparison.POSTERIOR, comparison.SYNTHETIC), (images, labels))
+    wrong = {"1/4 of real": 5, "1/2 of real": 4, comparison.REAL: 3, comparison.POSTERIOR: 3}
+    wrong |= {comparison.SYNTHETIC: 4, comparison.BOTH: 0}
+    tried = [{"learning_rate": rate, "strength": strength, "nll": 0.5} for rate, strength in comparison.CANDIDATES]
     done = {
-        name: {str(seed): score(wrong + seed % 2) for seed in range(3)}
-        for name, wrong in ((classifier.REAL, 3), (classifier.SYNTHETIC, 4), (classifier.BOTH, 0))
+        "scores": {name: {str(seed): score(count + seed % 2) for seed in range(3)} for name, count in wrong.items()},
+        "tuning": {"tried": tried, "images": 7},
     }
-    images, labels = torch.zeros(num_classes, 4, 4, 3, dtype=torch.uint8), torch.arange(num_classes)
-    found = classifier.compare(
-        *(images, labels) * 3,
-        num_classes=num_classes,
+    found = comparison.Comparison(
+        sets,
+        None,
+        (images, labels),
         num_steps=1000,
         seeds=[0, 1, 2],
         device=torch.device("cpu"),
+        class_names=[str(number) for number in range(num_classes)],
         done=done,
         save=lambda _: pytest.fail("nothing is left to train"),
-    )
+    ).run()
     return json.loads(json.dumps({**found, "image_size": 64}))
 
 

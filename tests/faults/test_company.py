@@ -378,7 +378,7 @@ def test_a_handle_that_stays_stale_gives_misses(tmp_path, monkeypatch, account):
 
 
 def test_a_read_only_cache_serves_its_hits_and_stays_as_it_is(world, trained, encoder, capfd, account):
-    preprocess(world, images_per_user=3)
+    preprocess(world, images_per_user=3, splits=["train"])
     folder = world / "latents_cache"
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.rglob("*")}
 

@@ -107,7 +107,7 @@ def test_one_weight_of_the_encoder_changed_by_one_ulp_misses(world, encoder, acc
     state = read_state(world / "vae.pt")
     names = [name for name in state if name.startswith(HALVES["encoder"])]
     generator, seen = random.Random(1), [load.read_identity(world / "vae.pt").fingerprint["weights"]]
-    assert preprocess(world, images_per_user=1) == 0
+    assert preprocess(world, images_per_user=1, splits=["train"]) == 0
     for name in names if is_long else generator.sample(names, 4):
         changed = {**state, name: state[name].clone()}
         place = np.unravel_index(generator.randrange(changed[name].numel()), tuple(changed[name].shape))
@@ -159,7 +159,7 @@ def test_the_same_encoder_in_another_file_hits(world, encoder, account, kind):
 
 
 def test_another_precision_hits_and_is_recorded(world, encoder, account, capsys):
-    assert preprocess(world, images_per_user=2, encode_precision="bfloat16") == 0
+    assert preprocess(world, images_per_user=2, encode_precision="bfloat16", splits=["train"]) == 0
     rows = pipeline.stored_moments(world / "latents_cache")
     encoder.forget()
     assert preprocess(world, images_per_user=3, encode_precision="float32") == 0

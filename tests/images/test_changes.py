@@ -74,7 +74,7 @@ def test_edited_test_images_are_counted_where_their_content_is_known(tmp_path, c
     tell_changes_of_run(before, str(tmp_path), fresh=before)
     assert capsys.readouterr().out == ""
     tell_changes_of_run(before, str(tmp_path), fresh=before.with_keys({(edited.class_name, edited.name): "f" * 64}))
-    assert "has 1 test image edited since then; the split of a run" in capsys.readouterr().out
+    assert "has 1 image edited since then; the split of a run" in capsys.readouterr().out
     tell_changes_of_run(split, str(tmp_path), fresh=before)  # a split without keys says nothing of content
     assert capsys.readouterr().out == ""
 

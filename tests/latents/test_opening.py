@@ -252,7 +252,7 @@ def test_another_vae_does_not_complete_a_cache(emptied):
 
 def test_a_split_that_is_none_is_refused(cached):
     for opened in (opening.open_cache, LatentDataset.open):
-        with pytest.raises(UserError, match="split is 'tests'; it is train or test"):
+        with pytest.raises(UserError, match="split is 'tests'; it is train, validation or test"):
             opened(cached / "latents_cache", split="tests")
 
 

@@ -185,8 +185,8 @@ def test_more_images_encode_only_the_new_ones_and_end_in_one_shard(world, encode
     encoder.forget()
     account(capsys)
     assert preprocess(world, images_per_user=5) == 0
-    assert account(capsys) == (9, 6, 0)
-    assert encoder.num_images == 9
+    assert account(capsys) == (6, 9, 0)  # the validation images of before, one of each class, are for training now
+    assert encoder.num_images == 6
     assert len(open_cache(world / "latents_cache")) == 15
     assert shard(world).exists()  # the one and only
 
@@ -269,10 +269,10 @@ def test_a_bare_command_goes_on_with_the_settings_of_a_lazy_training(world, enco
     assert f"from the settings of {world}/latents_cache, which flags and --config override: " in words
     for name, value in {"vae_path": world / "vae.pt", "data_path": world / "data", "image_size": 16, "seed": 5}.items():
         assert f"{name} {value}" in words
-    assert re.search(r"9 images \(train\): [1-9] cached", said)
+    assert "12 images (train and validation): 12 cached, 0 to encode" in said  # it has measured itself on all of them
     assert len(open_cache(world / "latents_cache")) == 9
     assert bare(world) == 0
-    assert "9 images (train): 9 cached, 0 to encode" in capsys.readouterr().out
+    assert "12 images (train and validation): 12 cached, 0 to encode" in capsys.readouterr().out
 
 
 def test_flags_override_the_settings_of_a_cache_and_what_differs_is_told_by_its_name(world, capsys):
@@ -285,9 +285,9 @@ def test_flags_override_the_settings_of_a_cache_and_what_differs_is_told_by_its_
         "made with another VAE, image_size or resize (--image_size 32, the cache has 16): its latents are left alone"
         in said
     )
-    assert "6 images (train): 0 cached, 6 to encode" in said
+    assert "9 images (train and validation): 0 cached, 9 to encode" in said
     assert bare(world) == 0  # and now these are the settings of the cache
-    assert "6 images (train): 6 cached, 0 to encode" in capsys.readouterr().out
+    assert "9 images (train and validation): 9 cached, 0 to encode" in capsys.readouterr().out
 
 
 def test_a_path_written_in_another_way_is_no_other_vae_or_folder(world, capsys, monkeypatch):
@@ -318,7 +318,7 @@ def test_a_config_file_overrides_the_settings_of_a_cache_too(world, tmp_path, ca
     (tmp_path / "own.yaml").write_text("images_per_user: 4\n")
     assert bare(world, config=tmp_path / "own.yaml") == 0
     said = capsys.readouterr().out
-    assert "--images_per_user 4, the cache has 5" in said and "12 images (train): 12 cached, 0 to encode" in said
+    assert "--images_per_user 4, the cache has 5" in said and "15 images (train and validation): 15 cached" in said
 
 
 def test_the_parts_that_a_cache_was_made_for_stay(world, capsys):

@@ -29,14 +29,18 @@ def test_classes_are_counted():
     test = [Entry("a", "3", "k4"), Entry("b", "2", "k5")]
     status = class_status(["a", "b"], {"train": train, "test": test}, missing={"k2", "k3", "k4"}, stale={"k3"})
     assert status == [
-        ClassStatus("a", (1, 2), (0, 1), missing=2, stale=0),
-        ClassStatus("b", (0, 1), (1, 1), missing=0, stale=1),
+        ClassStatus("a", (1, 2), test=(0, 1), missing=2, stale=0),
+        ClassStatus("b", (0, 1), test=(1, 1), missing=0, stale=1),
     ]
     assert [line.split() for line in class_table(status)[1:]] == [
         ["a", "1/2", "0/1", "2", "0"],
         ["b", "0/1", "1/1", "0", "1"],
     ]
     assert len({len(line) for line in class_table(status)}) == 1
+    parts = {"train": train, "validation": [Entry("b", "9", "k9")], "test": test}
+    lines = [line.split() for line in class_table(class_status(["a", "b"], parts, missing={"k9"}, stale=set()))]
+    assert lines[0] == ["class", "train", "validation", "test", "missing", "stale"]
+    assert lines[1:] == [["a", "2/2", "-", "1/1", "0", "0"], ["b", "1/1", "0/1", "1/1", "1", "0"]]
 
 
 def test_of_many_classes_those_in_need_come_first_and_the_rest_are_added_up():

@@ -38,7 +38,6 @@ from gait_latents.images.split import read_split
 from gait_latents.settings import TrainSettings
 from gait_latents.training import checkpoint, run_folder
 from gait_latents.training import plan as training_plan
-from gait_latents.training import trainer as trainer_module
 from gait_latents.training.loop import Clock
 from gait_latents.training.plan import pass_size
 from gait_latents.training.trainer import Trainer
@@ -122,7 +121,7 @@ def test_a_half_filled_cache_is_filled_up(world, trained, encoder):
     preprocess(world, images_per_user=2)
     encoder.forget()
     assert train(world, num_samples=0) == 0
-    assert encoder.num_images == 9
+    assert encoder.num_images == 6  # the validation images of before, one of each class, are for training now
     assert_same_run(world, trained)
 
 
@@ -312,7 +311,7 @@ def test_a_folder_that_has_changed_since_the_run_began_is_told_and_the_run_goes_
     place = cached / "data" / "ID_10" / split.test[-1].name
     place.write_bytes((cached / "data" / "ID_3" / "walk_0.jpg").read_bytes())
     told = (
-        f"{cached / 'data'} has 4 images of ID_2 and the class ID_3 that this run does not know, and has 1 test image "
+        f"{cached / 'data'} has 4 images of ID_2 and the class ID_3 that this run does not know, and has 1 image "
         "edited since then; the split of a run is fixed when it begins, and another --results_folder trains on what "
         "is there now\n"
     )
@@ -520,12 +519,15 @@ def test_the_length_of_the_run_is_told_once_and_without_its_slow_first_steps(mon
     assert capsys.readouterr().out == "1,000 steps to go will take about 8 min 20 s\n"
 
 
-def test_auto_sees_each_image_as_often_whatever_their_number(cached, monkeypatch, capsys):
-    for module in (training_plan, trainer_module):  # one counts the steps, the other tells of them
-        monkeypatch.setattr(module, "AUTO_PASSES", 2)
-    assert train(cached, train_num_steps="auto", num_samples=0) == 0
+def test_auto_sees_each_image_as_often_whatever_their_number_and_takes_some_steps_at_least(cached, monkeypatch, capsys):
+    monkeypatch.setattr(training_plan, "AUTO_PASSES", 2)
+    few = {"train_num_steps": "auto", "num_samples": 0}
+    assert train(cached, **few, fewest_steps=5) == 0
     told = "batch 4, 8 steps (2 passes over the images)"  # 15 images
     assert told in capsys.readouterr().out
+    assert train(cached, **few, fewest_steps=10, results_folder=cached / "longer") == 0
+    assert "batch 4, 10 steps (--fewest_steps: 3 passes over the images)" in capsys.readouterr().out
+    assert (longer := run_folder.newest_state(cached / "longer")) is not None and longer.step == 10
     state = run_folder.newest_state(cached / "results")
     assert state is not None and state.step == 8 and state.meta.settings["train_num_steps"] == "auto"
     assert train(cached, train_num_steps="auto", num_samples=0) == 0
