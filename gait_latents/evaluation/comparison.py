@@ -22,6 +22,7 @@
         verdict                 helps, harms or open
         sentence                the same for a person
     difference                  the one of "real + synthetic"
+    beyond_posterior            the same against "real + posterior": what the diffusion model adds; absent without those
 
 Images are uint8 tensors [N S S 3], labels int64 [N].
 """
@@ -180,6 +181,7 @@ class Comparison:
             "curve": curve,
             "differences": differences,
             "difference": differences[BOTH],
+            **({"beyond_posterior": self._difference(BOTH, POSTERIOR)} if POSTERIOR in sets else {}),
         }
 
     def _curve(self, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -192,17 +194,17 @@ class Comparison:
         by_count = {count: points[total] for total, count in counts.items()}  # of equal counts the larger set
         return {"counts": [*by_count], "accuracies": [*by_count.values()]}
 
-    def _difference(self, name: str) -> dict[str, Any]:
-        """Compares a set with REAL, seed by seed and class by class."""
+    def _difference(self, name: str, other: str = REAL) -> dict[str, Any]:
+        """Compares a set with another, seed by seed and class by class."""
         own, real = (
             np.array([self.scores[which][str(seed)]["per_class"] for seed in self.seeds], dtype=float)
-            for which in (name, REAL)
+            for which in (name, other)
         )
         weights = torch.bincount(self.test[1], minlength=self.num_classes).double().numpy()
         found = bootstrap_interval(
             own - real, (["classifier"], ["class"]), seed=0, weights=np.broadcast_to(weights, own.shape)
         )
-        verdict, sentence = _say(name, found)
+        verdict, sentence = _say(name, other, found)
         return {
             **asdict(found),
             "covers": list(found.covers),
@@ -302,11 +304,12 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return None if None in values else statistics.fmean(values)  # pyright: ignore[reportArgumentType]
 
 
-def _say(name: str, found: Interval) -> tuple[str, str]:
-    """Returns a verdict, and the same in a sentence."""
+def _say(name: str, other: str, found: Interval) -> tuple[str, str]:
+    """Returns a verdict on a set against another, and the same in a sentence."""
     what = {POSTERIOR: "draws of the VAE's posterior are added", SYNTHETIC: "synthetic images alone are learnt from"}
     change = f"accuracy changes by {100 * found.mean:+.1f} points when "
     change += what.get(name, "synthetic images are added")
+    change += " in place of draws of the VAE's posterior" if other == POSTERIOR else ""
     if found.low is None or found.high is None:
         return "open", f"{change}, but one classifier cannot show whether that is more than chance; give more seeds."
     over = " and ".join({"classifier": "classifiers", "class": "classes"}[factor] for factor in found.covers)

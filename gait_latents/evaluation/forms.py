@@ -245,7 +245,8 @@ def _classifier(num_classes: int | None) -> _Record:
     tuning = _Record({"tried": _ListOf(tried), "images": _is_count}, {"chosen": chosen})
     scores = _MapOf(_MapOf(_Record({**tested, "accuracy": _MEASURED})))
     how = dict.fromkeys(("num_steps", "batch_size", "image_size"), _FIGURE)
-    return _Record({"scores": scores, "tuning": tuning}, {**done, **how}, _all_or_none(done))
+    others = {**done, **how, "beyond_posterior": difference}
+    return _Record({"scores": scores, "tuning": tuning}, others, _all_or_none(done))
 
 
 def _sweep(classifier: _Record) -> _Record:

@@ -462,6 +462,7 @@ def _classifier(report: dict[str, Any]) -> list[_Block]:
     names = list((report.get("evaluated") or {}).get("images_per_class") or {})
     return [
         _text(_typeset(difference.get("sentence", ""))),
+        _text(_typeset((part.get("beyond_posterior") or {}).get("sentence", ""))),
         _table("On the test images", _TRIAL_HEAD, rows),
         _text(_about_tuning(part.get("tuning") or {}), kind="note"),
         _text(f"Images and settings: {', '.join(facts)}." if facts else "", kind="note"),

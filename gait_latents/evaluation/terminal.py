@@ -36,7 +36,9 @@ def print_figures(data: dict[str, Any]) -> None:
     if "sets" in data.get("classifier", {}):
         for name, found in data["classifier"]["sets"].items():
             say(_row(f"classifier trained on {name}: recognised", _share(found["mean"]), _worth(found)))
-        say(data["classifier"]["difference"]["sentence"])
+        for name in ("difference", "beyond_posterior"):
+            if name in data["classifier"]:
+                say(data["classifier"][name]["sentence"])
     if "latents" in data:
         mark, sentence = page.closeness(data["latents"], show=console.show_name)
         say(f"Are they close to real images? {mark.capitalize()}. {sentence}")

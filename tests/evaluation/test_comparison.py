@@ -132,6 +132,9 @@ def test_validation_images_choose_and_the_answers_are_handed_on(trainings):
     assert found["curve"]["counts"] == [1, 2, 4]
     assert found["curve"]["accuracies"] == [found["sets"][name]["mean"] for name in names[:3]]
     assert set(found["differences"]) == {POSTERIOR, SYNTHETIC, BOTH}
+    means = {name: figures["mean"] for name, figures in found["sets"].items()}
+    assert found["beyond_posterior"]["mean"] == pytest.approx(means[BOTH] - means[POSTERIOR])
+    assert "in place of draws of the VAE's posterior" in found["beyond_posterior"]["sentence"]
     assert {name for name, figures in found["sets"].items() if "worth" in figures} == {POSTERIOR, SYNTHETIC, BOTH}
 
 

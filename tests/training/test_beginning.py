@@ -175,7 +175,8 @@ def test_test_images_that_the_other_run_was_trained_on_are_told(cached, trained,
     start(cached, init_from=trained / "results")
     assert "test images were training images" not in capsys.readouterr().err
     start(cached, init_from=trained / "results", images_per_user=3)  # two more of each class are held out
-    told = f"warning: 6 of 15 validation and test images were training images of the run in --init_from {trained / 'results'}; scores"
+    told = "warning: 6 of 15 validation and test images were training images of the run in --init_from "
+    told += f"{trained / 'results'}; scores"
     assert told in capsys.readouterr().err
     base = shutil.copytree(trained / "results", cached / "base")
     (base / "split.json").write_text("{}")
