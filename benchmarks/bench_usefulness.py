@@ -5,7 +5,7 @@
 
 demo/make_recordings.py simulates walkers, several recordings of each. A classifier learns from the first windows of one
 recording and is tested on every fourth window of the others, none of which overlap. For each number of windows per
-walker there are four training sets:
+walker there are five training sets:
 
     real                the windows
     real + posterior    the windows, and draws of what their VAE made of them: the same pipeline without diffusion
@@ -31,6 +31,7 @@ again, so the same command goes on where it stopped. It writes results.md, resul
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -118,6 +119,8 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--splits, --generators and --classifiers are at least 1")
     if arguments.folder is None and not arguments.small:
         parser.error("give --folder, where everything is kept")
+    if arguments.vae is not None and not arguments.vae.is_file():
+        parser.error(f"--vae {arguments.vae} is no file")
     if arguments.recipe is not None and (not arguments.recipe.is_file() or arguments.recipe.stem == DEFAULT):
         parser.error(f"--recipe {arguments.recipe} is no file, or has the name of the recipe without one")
     return arguments
@@ -181,10 +184,13 @@ class Laboratory:
         self.folder, self.sizes, self.vae = folder, sizes, vae
         self.device = hardware.pick_device("auto")
         self._test: dict[int, tuple[Images, Any]] = {}  # by the recording that is learnt from
-        facts = {**dataclasses.asdict(sizes), "vae_of_others": None if vae is None else vae.name}
-        stored, own = folder / "sizes.json", json.loads(json.dumps(facts))
+        self.facts = {
+            **dataclasses.asdict(sizes),
+            "vae_of_others": None if vae is None else hashlib.sha256(vae.read_bytes()).hexdigest(),
+        }
+        stored, own = folder / "sizes.json", json.loads(json.dumps(self.facts))
         if stored.exists() and json.loads(stored.read_text()) != own:
-            raise SystemExit(f"error: {folder} was begun with other sizes; give another --folder")
+            raise SystemExit(f"error: {folder} was begun with other sizes or another VAE; give another --folder")
         save_json(stored, own)
 
     @property
@@ -659,7 +665,7 @@ def write_results(laboratory: Laboratory, *, is_done: bool) -> dict[str, Any] | 
         for row in sorted({run.row for run in runs if run.facts["windows"] == count}, key=order_of_rows)
     ]
     kept = {
-        "sizes": dataclasses.asdict(laboratory.sizes),
+        "sizes": laboratory.facts,
         "is_done": is_done,
         **harness.machine(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))),
         "table": table,

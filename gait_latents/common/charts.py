@@ -94,9 +94,8 @@ def loss_curve(
             axes.plot(x, y, marker=marker, color=_BLUE, alpha=0.4, linewidth=1, label="as logged")
             axes.plot(x, _running_median(y), color=_VERMILION, linewidth=2, label="running median")
             for number, (name, (at, values)) in enumerate((measured or {}).items()):
-                axes.plot(
-                    at, values, marker="os"[number % 2], color="black", linestyle=("--", ":")[number % 2], label=name
-                )
+                line = {"linestyle": ("--", ":")[number % 2], "marker": "os"[number % 2], "clip_on": False}
+                axes.plot(at, values, color="black", markersize=4, label=name, **line)
             _log_scale(axes)
             axes.set_xlim(0, max(x.max(), 1.0))
             axes.grid()

@@ -5,7 +5,7 @@ Files whose names hold a number or a digest are named where they are written: ch
 `training/run_folder.py`, shards in `latents/shard.py`.
 """
 
-SPLIT_NAME = "split.json"  # of a cache and of a run: which images are for training and which for testing
+SPLIT_NAME = "split.json"  # of a cache and of a run: which images are for training, validation and testing
 
 # A cache, made by preprocess_latents.py or by training.
 MANIFEST_NAME = "manifest.json"

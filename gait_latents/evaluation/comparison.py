@@ -4,7 +4,7 @@
 
     num_steps, batch_size       of each training
     seeds                       [seed]
-    images                      {real, ..., test: count}
+    images                      {real, posterior, synthetic, test: count}
     tuning                      chosen: {learning_rate, strength}, which all trainings have; tried: [{learning_rate,
                                 strength, nll}] on the validation images; images: how many those were
     scores                      {set: {seed as text: {accuracy, per_class, confusion, nll, eer}}}, one per training
@@ -66,7 +66,9 @@ class Comparison:
         sets: name -> training images and labels, at least REAL; SYNTHETIC goes alone and beside REAL, and POSTERIOR
             (draws of what the VAE makes of the real images) beside it.
         validation: training images of another kind: by these learning rate and augmentation are chosen. None takes
-            the last quarter of the real images of each class, and a classifier that learns from those before.
+            the last quarter of the real images of each class, and a classifier that learns from those before; a class
+            of one image has it in both.
+        gap: so many images between the two are then left out, but for no more than a third of those before.
         test: images that are in no other set, and their labels.
         seeds: one training of each set per seed.
         class_names: in label order.
@@ -94,6 +96,7 @@ class Comparison:
         save: Callable[[dict[str, Any]], object],
         keep: Callable[[str, int, Tensor], object] = lambda name, seed, logits: None,
         parts: Sequence[int] = PARTS_OF_REAL,
+        gap: int = 0,
         batch_size: int = BATCH_SIZE,
         progress: Callable[[], None] | None = None,
     ) -> None:
@@ -105,7 +108,7 @@ class Comparison:
         self.images, self.test, self.seeds = dict(sets), test, list(seeds)
         self.num_steps, self.batch_size, self.device, self.progress = num_steps, batch_size, device, progress
         self.num_classes, self.save, self.keep = len(class_names), save, keep
-        self.learn, self.ask = _for_tuning(sets[REAL], validation)
+        self.learn, self.ask = _for_tuning(sets[REAL], validation, gap)
         self.parts = {divisor: _first_of_each(sets[REAL], divisor) for divisor in parts}
         self.sets = _training_sets(sets, self.parts)
         self.scores: dict[str, dict[str, Any]] = {
@@ -176,7 +179,10 @@ class Comparison:
             "num_steps": self.num_steps,
             "batch_size": self.batch_size,
             "seeds": self.seeds,
-            "images": {**{name: len(part[1]) for name, part in self.images.items()}, "test": len(self.test[1])},
+            "images": {
+                **{name.removeprefix(f"{REAL} + "): len(part[1]) for name, part in self.images.items()},
+                "test": len(self.test[1]),
+            },
             "sets": sets,
             "curve": curve,
             "differences": differences,
@@ -201,6 +207,7 @@ class Comparison:
             for which in (name, other)
         )
         weights = torch.bincount(self.test[1], minlength=self.num_classes).double().numpy()
+        own, real, weights = (values[..., weights > 0] for values in (own, real, weights))
         found = bootstrap_interval(
             own - real, (["classifier"], ["class"]), seed=0, weights=np.broadcast_to(weights, own.shape)
         )
@@ -208,7 +215,7 @@ class Comparison:
         return {
             **asdict(found),
             "covers": list(found.covers),
-            "leaves_out": [*found.leaves_out, *_UNKNOWN],
+            "leaves_out": _left_out(found),
             "verdict": verdict,
             "sentence": sentence,
         }
@@ -225,13 +232,18 @@ def _training_sets(images: Mapping[str, Images], parts: Mapping[int, Images]) ->
     return sets
 
 
-def _for_tuning(real: Images, validation: Images | None) -> tuple[Images, Images]:
+def _for_tuning(real: Images, validation: Images | None, gap: int) -> tuple[Images, Images]:
     """Returns what a classifier that tries a setting learns from, and what it is asked about."""
     if validation is not None and len(validation[1]):
         return real, validation
-    return _by_place(real, lambda place, count: place < count - max(1, count // 4)), _by_place(
-        real, lambda place, count: count == 1 or place >= count - max(1, count // 4)
-    )
+
+    def last(count: int) -> int:
+        return count - max(1, count // 4)
+
+    def learnt(place: int, count: int) -> bool:
+        return count == 1 or place < last(count) - min(gap, last(count) // 3)
+
+    return _by_place(real, learnt), _by_place(real, lambda place, count: count == 1 or place >= last(count))
 
 
 def _first_of_each(images: Images, divisor: int) -> Images:
@@ -304,17 +316,21 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return None if None in values else statistics.fmean(values)  # pyright: ignore[reportArgumentType]
 
 
+def _left_out(found: Interval) -> list[str]:
+    return [*found.leaves_out, *_UNKNOWN]
+
+
 def _say(name: str, other: str, found: Interval) -> tuple[str, str]:
     """Returns a verdict on a set against another, and the same in a sentence."""
     what = {POSTERIOR: "draws of the VAE's posterior are added", SYNTHETIC: "synthetic images alone are learnt from"}
     change = f"accuracy changes by {100 * found.mean:+.1f} points when "
     change += what.get(name, "synthetic images are added")
     change += " in place of draws of the VAE's posterior" if other == POSTERIOR else ""
-    if found.low is None or found.high is None:
+    if found.low is None or found.high is None or "classifier" in found.leaves_out:
         return "open", f"{change}, but one classifier cannot show whether that is more than chance; give more seeds."
     over = " and ".join({"classifier": "classifiers", "class": "classes"}[factor] for factor in found.covers)
-    interval = f"{change} (95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f} over {over}; one split, "
-    interval += "one generator and one sampling, whose chance is not in it)"
+    interval = f"{change} (95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f} over {over}; the chance of "
+    interval += f"another {' or '.join(_left_out(found))} is not in it)"
     if found.low > 0:
         return "helps", f"They help: {interval}."
     if found.high < 0:

@@ -1,6 +1,7 @@
 """Makes the report about the images of a folder, part by part: latents, Inception features, copies, classifiers."""
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
 from gait_latents.common import cli, console, files, pictures
@@ -17,7 +19,7 @@ from gait_latents.common.layout import PAIRS_NAME, RECORD_NAME
 from gait_latents.common.process import StopSignals
 from gait_latents.evaluation import forms, inception, page
 from gait_latents.evaluation import trials as classifier_trials
-from gait_latents.evaluation.comparison import PARTS_OF_REAL
+from gait_latents.evaluation.comparison import PARTS_OF_REAL, POSTERIOR
 from gait_latents.evaluation.figures import NUM_DIRECTIONS, Points, closeness, memorisation, recognition
 from gait_latents.evaluation.image_sets import (
     NO_TEST_IMAGES,
@@ -182,9 +184,13 @@ class Evaluation:
             return
         made_of = {**self.made_of, **classifier_trials.made_of(plan), "validation": self.real.validation.digest()}
         stored = self.report.part("classifier", made_of) or {}
-        if stored.get("seeds") == classifier_trials.seeds(plan) and self._has_predictions(stored["scores"]):
+        self._predictions = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        is_done = stored.get("seeds") == classifier_trials.seeds(plan) and self._has_predictions(stored["scores"])
+        if is_done and POSTERIOR in stored["sets"]:
             return
         labels, why_no_posterior = self.synthetic.labels, classifier_trials.why_no_posterior(plan)
+        if is_done and why_no_posterior is not None:
+            return
         posterior = None
         if why_no_posterior is None:
             posterior = classifier_trials.posterior_images(plan, self.real, labels, signals), labels
@@ -210,16 +216,27 @@ class Evaluation:
 
     def _keep_prediction(self, name: str, seed: int, logits: torch.Tensor) -> None:
         """Keeps what a classifier answers for each test image, for tests of one's own."""
-        data = to_safetensors({"logits": logits.contiguous(), "labels": self.real.test.labels})
+        tensors = {"logits": logits.contiguous(), "labels": self.real.test.labels}
+        data = to_safetensors(tensors, metadata={"made_of": self._predictions})
         files.publish(self._prediction_path(name, seed), data, below=self.plan.folder)
 
     def _with_predictions(self, stored: dict[str, Any]) -> dict[str, Any]:
         """Returns what is stored without the trainings whose answers are not there any more."""
         scores = {
-            name: {seed: found for seed, found in by_seed.items() if self._prediction_path(name, seed).is_file()}
+            name: {seed: found for seed, found in by_seed.items() if self._is_kept(self._prediction_path(name, seed))}
             for name, by_seed in stored.get("scores", {}).items()
         }
         return {**stored, "scores": scores}
+
+    def _is_kept(self, path: Path) -> bool:
+        """Says whether a file holds answers about today's images by a classifier with today's settings."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                shape = file.get_slice("logits").get_shape()
+                is_ours = (file.metadata() or {}).get("made_of") == self._predictions
+        except (OSError, SafetensorError):
+            return False
+        return is_ours and shape == [len(self.real.test), len(self.plan.classes)]
 
     def _has_predictions(self, scores: dict[str, Any]) -> bool:
         return self._with_predictions({"scores": scores})["scores"] == scores
@@ -345,7 +362,7 @@ def draw_pairs(
 def same_content(synthetic: ImageSet, real: RealImages) -> list[dict[str, str]]:
     """Pairs each synthetic file with the first other file of the very same content, be it real or synthetic."""
     first: dict[str, tuple[str, str]] = {}
-    for part in (real.training, real.test):
+    for part in (real.training, real.validation, real.test):
         for position, entry in enumerate(part.entries):
             first.setdefault(entry.key, (part.name, part.place(position)))
     found = []

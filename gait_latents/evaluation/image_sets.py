@@ -37,6 +37,7 @@ from gait_latents.training.trained_model import FROM_RUN
 _CACHE_NAME = "latents_cache"
 _SYNTHETIC = "synthetic"
 _NUM_LISTED = 10
+FEWEST_TO_CHOOSE = 5  # validation images of a class by which a sweep can choose
 READ_AT_ONCE = 64  # images whose pixels are in memory at once
 
 
@@ -131,8 +132,9 @@ class RealImages:
 
     @property
     def for_choices(self) -> ImageSet:
-        """The images by which settings are chosen: the validation images, or the test images where there are none."""
-        return self.validation if len(self.validation) else self.test
+        """The images that samples are compared with to choose: validation images, or test images where they are few."""
+        counts = torch.bincount(self.validation.labels, minlength=int(self.training.labels.max()) + 1)
+        return self.validation if int(counts.min()) >= FEWEST_TO_CHOOSE else self.test
 
     def digest(self) -> str:
         """Returns a digest of the training and the test images."""
@@ -142,16 +144,33 @@ class RealImages:
 def open_real(plan: EvaluationPlan) -> RealImages:
     """Opens the images of the run's split with their latents, encoding what is not cached."""
     folder, split = Path(plan.images.data_path), plan.split
-    points, dataset = encode(plan, split, list(split.used), folder, "real")
-    first = len(split.train), len(split.train) + len(split.validation)  # of the validation and of the test images
+    validation = split.validation if _can_be_had(plan, split.validation, folder) else ()
+    entries = (*split.train, *validation, *split.test)
+    points, dataset = encode(plan, split, list(entries), folder, "real")
+    first = len(split.train), len(split.train) + len(validation)  # of the validation and of the test images
 
     def part(name: str, start: int, stop: int) -> ImageSet:
         own = points.take(torch.arange(start, stop))
-        return ImageSet(name, folder, split.used[start:stop], plan.images.image_size, plan.images.resize, own)
+        return ImageSet(name, folder, entries[start:stop], plan.images.image_size, plan.images.resize, own)
 
     return RealImages(
         part("training", 0, first[0]), part("validation", *first), part("test", first[1], len(dataset)), dataset
     )
+
+
+def _can_be_had(plan: EvaluationPlan, entries: Sequence[Entry], folder: Path) -> bool:
+    """Says whether images are at hand or encoded; where they are neither, tells that it goes without them."""
+    keys = [entry.key for entry in entries]
+    places = plan.folder / _CACHE_NAME, _cache_of_run(plan)
+    caches = [LatentCache(place, plan.space, writable=False) for place in places]
+    if folder.is_dir() or np.any([cache.holds(keys) for cache in caches], axis=0).all():
+        return True
+    say(f"the {len(entries):,} validation images are neither at hand nor encoded, and are left out")
+    return False
+
+
+def _cache_of_run(plan: EvaluationPlan) -> Path:
+    return Path(mounts.locate(plan.state.meta.settings.get("latents_cache_folder", "")))
 
 
 def open_synthetic(plan: EvaluationPlan) -> ImageSet:
@@ -251,8 +270,7 @@ def encode(
     place = plan.folder / _CACHE_NAME
     files.refuse_links(place / "any", below=plan.folder)
     cache = LatentCache(place, plan.space, writable=True)
-    of_run = Path(mounts.locate(plan.state.meta.settings.get("latents_cache_folder", "")))
-    _copy_rows(cache, of_run, [entry.key for entry in entries])
+    _copy_rows(cache, _cache_of_run(plan), [entry.key for entry in entries])
     dataset = opening.open_dataset(
         replace(plan.images, data_path=str(folder)),
         split,

@@ -27,6 +27,7 @@ from gait_latents.evaluation.figures import (
     recognition,
 )
 from gait_latents.evaluation.image_sets import (
+    FEWEST_TO_CHOOSE,
     RealImages,
     list_names,
     made_of_real,
@@ -41,8 +42,8 @@ from gait_latents.training import run_folder
 from gait_latents.training.trained_model import FROM_RUN, TrainedModel
 
 _CHOSEN_ON_TEST = (
-    "the run has no validation images, so points are compared with the test images: the figures of a point that is "
-    "chosen so look better than they are"
+    f"the run has fewer than {FEWEST_TO_CHOOSE} validation images of a class, so points are compared with the test "
+    "images: the figures of a point that is chosen so look better than they are"
 )
 
 
@@ -86,7 +87,7 @@ def sweep(plan: EvaluationPlan, states: Sequence[Path]) -> None:
         )
     report = Report(plan.folder, made_of_real(plan, real), num_classes=len(plan.classes))
     warnings = warnings_of_run(plan)
-    if not len(real.validation):
+    if real.for_choices is not real.validation:
         warnings.append(_CHOSEN_ON_TEST)
     for line in warnings:
         warn(line)
@@ -322,7 +323,10 @@ def say_best(points: Sequence[dict[str, Any]], images_per_class: int, *, against
         ]
     if for_classifiers is not None:
         sentence = for_classifiers["classifier"]["difference"]["sentence"]
-        found.append(f"Best beside real images in training a classifier: {_name_point(for_classifiers)}. {sentence}")
+        of = f", chosen by the same images out of {len(points)} points" if len(points) > 1 else ""
+        found.append(
+            f"Best beside real images in training a classifier{of}: {_name_point(for_classifiers)}. {sentence}"
+        )
     return found
 
 

@@ -90,6 +90,7 @@ class Trials:
             device=self.plan.device,
             class_names=self.plan.classes,
             parts=parts,
+            gap=self.plan.split.rule["split_gap"] if self.plan.split.rule["split"] == "contiguous" else 0,
             done=done,
             save=save,
             keep=keep,

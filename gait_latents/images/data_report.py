@@ -324,15 +324,16 @@ def two_classes_warning(split: Split) -> str | None:
 
 
 def shared_content_warning(split: Split) -> str | None:
-    """Returns a warning when the same file content is in the training and the test images, else None."""
+    """Returns a warning when the same file content is in two parts of the split, else None."""
     pairs = shared_content(split)
     if not pairs:
         return None
-    train, test = pairs[0]
-    return (
-        f"{len(pairs)} test image(s) have the same content as a training image, such as {_place(test)} and "
-        f"{_place(train)}; scores on them will look too good"
-    )
+    first, second = pairs[0]
+    if split.validation:
+        what = "validation or test image(s) have the same content as one of another part"
+    else:
+        what = "test image(s) have the same content as a training image"
+    return f"{len(pairs)} {what}, such as {_place(second)} and {_place(first)}; scores on them will look too good"
 
 
 def _place(entry: Entry) -> str:

@@ -262,18 +262,21 @@ def _check_enough(counts: Mapping[str, int], images_per_user: int | str) -> None
 
 
 def shared_content(split: Split) -> list[tuple[Entry, Entry]]:
-    """Pairs each test image with the first training image of the same content, where there is one."""
-    train_of: dict[str, Entry] = {}
-    for entry in split.train:
-        train_of.setdefault(entry.key, entry)
-    return [(train_of[entry.key], entry) for entry in split.test if entry.key and entry.key in train_of]
+    """Pairs each validation or test image with the first image of the same content in a part before its own."""
+    first: dict[str, Entry] = {}
+    pairs = []
+    for before, entries in ((split.train, split.validation), (split.validation, split.test)):
+        for entry in before:
+            first.setdefault(entry.key, entry)
+        pairs += [(first[entry.key], entry) for entry in entries if entry.key and entry.key in first]
+    return pairs
 
 
 def in_two_classes(split: Split) -> list[tuple[Entry, Entry]]:
     """Pairs each image that has the content of one of another class with the first such image."""
     first: dict[str, Entry] = {}
     pairs = []
-    for entry in (*split.train, *split.test):
+    for entry in split.used:
         other = first.setdefault(entry.key, entry)
         if entry.key and other.class_name != entry.class_name:
             pairs.append((other, entry))

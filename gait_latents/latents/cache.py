@@ -2,7 +2,7 @@
 
     latents_cache/
       manifest.json                    settings of the last preprocess, and the space that it filled
-      split.json                       which images are for training and which for testing
+      split.json                       which images are for training, validation and testing
       9f2c41d07a3b5e88/                one folder per space, named by its id
         11c3...5c45.safetensors        one immutable shard, named by the SHA-256 of its content
 

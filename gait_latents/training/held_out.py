@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gait_latents.common import hardware
+from gait_latents.common import hardware, shortage
 from gait_latents.common.console import say, warn
+from gait_latents.common.errors import UserError
 from gait_latents.common.seeds import sample_generator
 from gait_latents.diffusion.model import LatentDiffusion, mean_by_timestep
 from gait_latents.latents.dataset import LatentDataset
@@ -21,6 +22,7 @@ from gait_latents.latents.dataset import LatentDataset
 LOSS, SEEN_LOSS = "held_out_loss", "seen_loss"  # in metrics.jsonl: of validation and of training images
 _MOST_IMAGES = 64
 _RANGES = 10
+_MARGIN = 0.02  # by which the loss has to rise before that is told
 _AT_ONCE = 32  # noisy latents in a pass
 
 
@@ -50,7 +52,7 @@ class HeldOutLoss:
         if validation is not None:
             assert training.norm is not None  # since the trainer has started
             validation.set_norm(training.norm)
-            missing = validation.num_missing(self._choose(LOSS, validation))
+            missing = len(validation.missing())
             if missing and not validation.can_encode:
                 say(
                     f"no {LOSS}: {missing:,} validation images are not encoded, and the images or the VAE are not at "
@@ -61,9 +63,23 @@ class HeldOutLoss:
     def measure(self, between: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Returns both losses, as mean over all ranges of timesteps and for each; empty where nothing can be measured.
 
+        Where it fails, for want of memory or of the VAE, it warns and measures no more: training goes on.
+
         Args:
             between: called between any two pieces of the work; what it raises ends the work.
         """
+        try:
+            return self._measure(between)
+        except (UserError, MemoryError, RuntimeError) as error:
+            kind = None if isinstance(error, UserError) else shortage.kind_of(error)
+            if not isinstance(error, UserError) and kind not in (shortage.GPU, shortage.MEMORY):
+                raise
+            why = str(error) if kind is None else f"{shortage.who_lacks_memory(kind)} has too little memory for it"
+            warn(f"no more {LOSS}: {why}")
+            self.sets = {}
+            return {}
+
+    def _measure(self, between: Callable[[], None]) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         for name, dataset in self.sets.items():
             positions = self._encoded(name, dataset, between)
@@ -83,7 +99,9 @@ class HeldOutLoss:
         """Returns the positions to measure; images that cannot be read are named once and left out."""
         if name not in self._positions:
             chosen = self._choose(name, dataset)
-            bad = dict(dataset.fill(chosen.tolist(), advance=lambda _count: between()))
+            # Of validation images all, so that the cache is the one that preprocess_latents.py makes.
+            wanted = None if name == LOSS else chosen.tolist()
+            bad = dict(dataset.fill(wanted, advance=lambda _count: between()))
             for position, reason in bad.items():
                 warn(f"{dataset.names[position]}: {reason}; it is left out of the {name}")
             self._positions[name] = torch.tensor([p for p in chosen.tolist() if p not in bad], dtype=torch.long)
@@ -126,14 +144,17 @@ class HeldOutLoss:
 
 def best_save(rows: Sequence[Mapping[str, Any]], saved: Sequence[int]) -> Mapping[str, Any] | None:
     """Returns the line of metrics.jsonl with the lowest held-out loss, of the steps that are saved; None of none."""
-    known = [row for row in rows if isinstance(row.get(LOSS), float) and row["step"] in saved]
-    return min(known, key=lambda row: row[LOSS], default=None)
+    return min(_measured(rows, saved), key=lambda row: row[LOSS], default=None)
+
+
+def _measured(rows: Sequence[Mapping[str, Any]], saved: Sequence[int]) -> list[Mapping[str, Any]]:
+    both = (LOSS, SEEN_LOSS)
+    return [row for row in rows if row["step"] in saved and all(isinstance(row.get(name), float) for name in both)]
 
 
 def describe_best(rows: Sequence[Mapping[str, Any]], saved: Sequence[int]) -> str | None:
     """Says which save has the lowest held-out loss, and what that means; None where no two saves can be compared."""
-    known = [row for row in rows if isinstance(row.get(LOSS), float) and row["step"] in saved]
-    best = best_save(rows, saved)
+    known, best = _measured(rows, saved), best_save(rows, saved)
     if best is None or len(known) < 2:
         return None
     last = max(known, key=lambda row: row["step"])
@@ -142,7 +163,9 @@ def describe_best(rows: Sequence[Mapping[str, Any]], saved: Sequence[int]) -> st
             f"the loss of images that training does not see is lowest at the last of {len(known)} saves "
             f"({last[LOSS]:.4f}; of training images {last[SEEN_LOSS]:.4f}): more steps may still make it better"
         )
-    return (
-        f"the loss of images that training does not see is lowest at step {best['step']:,} ({best[LOSS]:.4f}) and "
-        f"{last[LOSS]:.4f} at step {last['step']:,}: later saves know the training images better than the person"
+    found = (
+        f"the loss of images that training does not see is lowest at step {best['step']:,} ({best[LOSS]:.4f}), and "
+        f"{last[LOSS]:.4f} at step {last['step']:,}"
     )
+    learns_by_heart = last[SEEN_LOSS] < best[SEEN_LOSS] and last[LOSS] > best[LOSS] * (1 + _MARGIN)
+    return found + (": later saves learn their training images by heart" if learns_by_heart else "")

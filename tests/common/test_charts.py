@@ -279,3 +279,11 @@ def test_training_goes_on_when_a_chart_fails(world, monkeypatch, capsys):
     monkeypatch.setattr(charts, "loss_curve", fail)
     assert train(world, num_samples=0) == 0
     assert capsys.readouterr().err.count("there will be no loss.png: no font") == 1
+
+
+def test_what_was_measured_at_saves_is_drawn_beside_the_loss():
+    steps, losses = [100, 200, 300], [0.3, 0.2, 0.1]
+    measured = {"of images not seen": ([150, 300], [0.25, 0.2]), "of training images": ([150, 300], [0.25, 0.1])}
+    plain, more = (pixels_of(charts.loss_curve(steps, losses, found)) for found in (None, measured))
+    black = [(pixels.max(2) < 40).sum() for pixels in (plain, more)]
+    assert black[1] > black[0] + 100

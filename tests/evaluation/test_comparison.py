@@ -166,7 +166,7 @@ def test_the_verdict_follows_from_the_interval_over_classifiers_and_classes(real
     found = compare(made_up({REAL: real, SYNTHETIC: real, BOTH: both}), [], seeds=list(range(len(real)))).run()
     difference = found["difference"]
     assert difference["verdict"] == verdict and words in difference["sentence"]
-    assert "one split, one generator and one sampling" in difference["sentence"]
+    assert "another split or generator or sampling is not in it" in difference["sentence"]
     assert difference["mean"] == pytest.approx(found["sets"][BOTH]["mean"] - found["sets"][REAL]["mean"])
     assert difference["low"] <= difference["mean"] <= difference["high"]
     assert difference["covers"] == ["classifier", "class"]
@@ -177,7 +177,8 @@ def test_one_classifier_is_no_measure_of_its_chance_but_classes_are_of_theirs():
     found = compare(made_up({REAL: [[0.5] * 3], SYNTHETIC: [[0.5] * 3], BOTH: [[0.7, 0.6, 0.5]]}), [], seeds=[0]).run()
     difference = found["difference"]
     assert difference["covers"] == ["class"] and difference["leaves_out"][0] == "classifier"
-    assert "over classes;" in difference["sentence"] and found["sets"][BOTH]["deviation"] is None
+    assert difference["verdict"] == "open" and "one classifier cannot show" in difference["sentence"]
+    assert found["sets"][BOTH]["deviation"] is None
 
 
 def test_a_class_without_test_images_is_left_out_of_the_mean():
@@ -204,8 +205,10 @@ def test_a_class_without_images_is_refused_by_its_name():
 def test_the_last_quarter_of_each_class_chooses_and_the_first_parts_make_the_curve():
     labels = torch.tensor([0, 1, 0, 1, 0, 0, 1, 1, 1, 1, 1, 1, 2])
     pixels = torch.arange(13, dtype=torch.uint8).reshape(13, 1, 1, 1)
-    learn, ask = comparison._for_tuning((pixels, labels), None)
-    assert learn[0].flatten().tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+    learn, ask = comparison._for_tuning((pixels, labels), None, 0)
+    assert learn[0].flatten().tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 12]
+    with_gap = comparison._for_tuning((pixels, labels), None, 4)[0]
+    assert with_gap[0].flatten().tolist() == [0, 1, 2, 3, 6, 7, 12]  # a third of those before at most
     assert ask[0].flatten().tolist() == [5, 10, 11, 12]  # of a class of one image, that one
     assert comparison._first_of_each((pixels, labels), 4)[0].flatten().tolist() == [0, 1, 3, 12]
     assert comparison._first_of_each((pixels, labels), 2)[0].flatten().tolist() == [0, 1, 2, 3, 6, 7, 12]

@@ -108,7 +108,13 @@ def test_the_save_with_the_lowest_loss_is_named_and_why():
     best = best_save(rows, [10, 20, 30])
     assert best is not None and best["step"] == 20
     sentence = describe_best(rows, [10, 20, 30])
-    assert sentence is not None and "lowest at step 20 (0.3000) and 0.4000 at step 30" in sentence
+    assert sentence is not None and "lowest at step 20 (0.3000), and 0.4000 at step 30" in sentence
+    assert "by heart" not in sentence  # the loss of training images does not fall
+    rows.append({"step": 40, LOSS: 0.4, SEEN_LOSS: 0.05})
+    sentence = describe_best(rows, [20, 40])
+    assert sentence is not None and sentence.endswith(
+        "0.4000 at step 40: later saves learn their training images by heart"
+    )
     last = describe_best(rows, [10, 30])
     assert last is not None and "lowest at the last of 2 saves (0.4000; of training images 0.1000)" in last
     assert describe_best(rows, [30]) is None and describe_best([], []) is None
