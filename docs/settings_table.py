@@ -191,6 +191,9 @@ HELP_ZH = {
     "as many images of each class as make this number together with its training images": (
         "每个类别生成的图像数，使其与该类别的训练图像合计达到这个数"
     ),
+    "begin with training images instead of noise: 0 gives them back as the VAE draws them, 1 keeps next to nothing": (
+        "不从噪声开始，而从训练图像开始：0 得到 VAE 采样的原图，1 几乎什么都不保留"
+    ),
     "the VAE that decodes; none takes the run's own": "用于解码的 VAE；none 表示用训练时的那个",
     "where the images go": "存放生成图像的文件夹",
     "auto is the format of the training images": "auto 表示与训练图像的格式相同",

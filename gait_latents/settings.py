@@ -374,7 +374,7 @@ class TrainSettings(SamplingSettings, ImageSettings):
         unit="steps",
     )
     fewest_steps: int = setting(
-        2000,
+        1500,
         int,
         TRAINING,
         "steps that train_num_steps auto takes at least: few images need as many as some hundred do",
@@ -490,6 +490,15 @@ class GenerateSettings(SamplingSettings):
         low=1,
         words=("none",),
         unit="images",
+    )
+    from_real: float | None = setting(
+        None,
+        float,
+        OUTPUT,
+        "begin with training images instead of noise: 0 gives them back as the VAE draws them, 1 keeps next to nothing",
+        low=0.0,
+        high=1.0,
+        words=("none",),
     )
     vae_path: str | None = setting(
         None, str, CACHE, "the VAE that decodes; none takes the run's own", words=("none",), path=True

@@ -165,18 +165,24 @@ class LatentDiffusion(GaussianDiffusion):
         guidance_interval: Sequence[float],
         sampler: str,
         sampling_timesteps: int,
+        start: Tensor | None = None,
+        strength: float = 1.0,
         progress: Callable[[], object] | None = None,
     ) -> Tensor:
         """Makes a sample per class [B], [B C S S], each with the noise of its own CPU generator.
 
         `sampler` is a key of SAMPLERS; `progress`, where given, is called after every step. For `guidance_interval`
-        see `guidance`.
+        see `guidance`. With `start`, latents [B C S S], a sample is one of these made noisy and clean again (SDEdit,
+        Meng et al. 2022): `strength` is the part of the way that is left from there, 0 to 1, and 0 returns them.
         """
         if len(generators) != len(classes):
             raise ValueError(f"{len(classes)} classes, but {len(generators)} generators")
-        levels = self.levels(sampling_timesteps)
+        levels, device = self.levels(sampling_timesteps), self.get_buffer("betas").device
+        if start is not None:
+            levels = self._last_part(levels, strength)
+            if levels[0] is CLEAN:
+                return start.to(device)
         scales = dict(zip(levels[:-1], self.guidance(levels, cond_scale, guidance_interval), strict=True))
-        device = self.get_buffer("betas").device
         classes = classes.to(device)
 
         def draw() -> Tensor:
@@ -193,7 +199,8 @@ class LatentDiffusion(GaussianDiffusion):
         was_training = self.training
         self.eval()
         try:
-            return SAMPLERS[sampler](denoise, draw, levels, draw())
+            x = draw() if start is None else levels[0].alpha * start.to(device) + levels[0].sigma * draw()
+            return SAMPLERS[sampler](denoise, draw, levels, x)
         finally:
             self.train(was_training)
             torch.clear_autocast_cache()  # torch 2.10 keeps weights there that were cast here, without gradients
@@ -234,6 +241,12 @@ class LatentDiffusion(GaussianDiffusion):
         if high == 1 > low:
             high = math.inf  # the last level belongs to the way
         return [cond_scale if low <= ways[level] < high else 1.0 for level in levels if level is not CLEAN]
+
+    def _last_part(self, levels: Sequence[NoiseLevel], strength: float) -> list[NoiseLevel]:
+        """Returns the levels on the last part of the way, which is measured as `guidance` measures it."""
+        usable = self._usable_levels()
+        ways = dict(zip(usable, steps_of_levels(usable), strict=True))
+        return [level for level in levels if level is CLEAN or (strength > 0 and ways[level] >= 1 - strength)]
 
     def num_passes(self, sampling_timesteps: int, *, cond_scale: float, guidance_interval: Sequence[float]) -> int:
         """Returns how many passes of the network one sample takes."""

@@ -45,6 +45,8 @@ def sample_padded(
     guidance_interval: Sequence[float],
     sampler: str,
     sampling_timesteps: int,
+    start: Tensor | None = None,
+    strength: float = 1.0,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:
     """Makes one sample per label, [B C h w], in a call of exactly BATCH_SIZE samples; spare ones are thrown away.
@@ -57,6 +59,7 @@ def sample_padded(
         guidance_interval: part of the way on which guidance is used (see `LatentDiffusion.guidance`).
         sampler: a key of SAMPLERS.
         sampling_timesteps: number of solver steps.
+        start, strength: latents to begin with, one per label (see `LatentDiffusion.sample`).
         progress: called after every step.
     """
     padding = BATCH_SIZE - len(labels)
@@ -71,6 +74,8 @@ def sample_padded(
             guidance_interval=guidance_interval,
             sampler=sampler,
             sampling_timesteps=sampling_timesteps,
+            start=None if start is None else torch.cat([start, start[:1].expand(padding, *start.shape[1:])]),
+            strength=strength,
             progress=progress,
         )
     return samples[: len(labels)]

@@ -239,7 +239,7 @@ def _as_word(name: str) -> str:
 def _recorded_flags(record: Mapping[str, Any]) -> list[str]:
     """Returns the settings that a record tells as words of the command line; what is no value of one is left out."""
     known, words = cli.specs(GenerateSettings), []
-    for name in (*FROM_RUN, "image_format"):
+    for name in (*FROM_RUN, "image_format", "from_real"):
         value = record.get(name) if name != "vae_path" else None  # which no record names
         texts = [str(item) for item in (value if isinstance(value, list) else [value])]
         if value is not None and forms.is_setting(value):

@@ -72,6 +72,8 @@ class Generator(TrainedModel):
             f"{settings.cond_scale:g}{where}, {self.steps} steps of {settings.sampler} ({passes} network passes), "
             f"{str(self.dtype).removeprefix('torch.')} ({self.precision_reason}) on {hardware.describe(device)}"
         )
+        if settings.from_real is not None:
+            self.description += f"\nbeginning with training images at strength {settings.from_real:g}"
         if not settings.strip:
             goal = settings.fill_up_to
             fill = "" if goal is None else f" fill the classes up to {goal:,}, the training images counted"
@@ -279,7 +281,7 @@ class Generator(TrainedModel):
         record, path = self._record(), self.folder / RECORD_NAME
         if os.path.lexists(path):
             before = read_record(path)
-            for name, value in record.items():
+            for name, value in {**record, "from_real": self.settings.from_real}.items():
                 if before.get(name) != value:
                     then = str(before.get(name))[:100]
                     raise UserError(
@@ -301,6 +303,7 @@ class Generator(TrainedModel):
             "decoder_precision": str(self.decoder.dtype).removeprefix("torch."),
             "image_format": self.suffix[1:],
             "vae": self.vae_name,
+            **({} if self.settings.from_real is None else {"from_real": self.settings.from_real}),
         }
 
     def facts(self) -> dict[str, object]:

@@ -14,6 +14,7 @@ from gait_latents.diffusion.sampling import num_solver_steps, sample_padded
 from gait_latents.images.generated import suffix
 from gait_latents.latents.vae_fit import check_vae_of_model
 from gait_latents.settings import GenerateSettings
+from gait_latents.training.real_latents import RealLatents
 from gait_latents.training.run_folder import SavedState
 from gait_latents.vae import base
 from gait_latents.vae.decoder import ImageDecoder
@@ -33,6 +34,7 @@ class TrainedModel:
         dtype: the number format of the network; `precision_reason` says why.
         decoder: makes images of samples.
         weights_digest: the digest of the averaged weights.
+        real: the training latents, where samples begin with these.
     """
 
     def __init__(self, settings: GenerateSettings, state: SavedState, device: torch.device) -> None:
@@ -55,6 +57,7 @@ class TrainedModel:
         )
         self.weights_digest = base.weights_digest(state.averages)
         self.diffusion = averaged_diffusion(state).to(device)
+        self.real = None if settings.from_real is None else RealLatents(state)
 
     def sample(
         self,
@@ -83,6 +86,8 @@ class TrainedModel:
             guidance_interval=self.settings.guidance_interval,
             sampler=self.settings.sampler,
             sampling_timesteps=self.steps,
+            start=None if self.real is None else self.real.draw(labels, indices, seed=self.settings.seed),
+            strength=1.0 if self.settings.from_real is None else self.settings.from_real,
             progress=between,
         )
         self._refuse_not_finite(samples, labels, cond_scale)
