@@ -5,13 +5,12 @@
 
 demo/make_recordings.py simulates walkers, several recordings of each. A classifier learns from the first windows of one
 recording and is tested on every fourth window of the others, none of which overlap. For each number of windows per
-walker there are five training sets:
+walker there are four training sets:
 
     real                the windows
     real + posterior    the windows, and draws of what their VAE made of them: the same pipeline without diffusion
     synthetic           generated images alone
     real + synthetic    the windows, and generated images, half of each batch of each
-    ..., then real      the same, but for the last quarter of the steps, which see the windows alone
 
 The VAE (demo/train_vae.py), the latents and the diffusion model see the training windows alone, or --vae names a VAE
 that was trained on other walkers. The learning rate of
@@ -52,8 +51,6 @@ import harness
 sys.path.insert(0, str(harness.ROOT / "demo"))
 
 REAL, POSTERIOR, SYNTHETIC, BOTH = "real", "real + posterior", "synthetic", "real + synthetic"
-REAL_LAST = "real + synthetic, then real"
-LAST_ALONE = 0.25
 OF_PEOPLE = ("walker", "recording")
 TEST_EVERY = 4  # at an overlap of 75 % these windows share nothing
 DEFAULT = "default"  # the recipe without a file
@@ -304,7 +301,7 @@ def stages(laboratory: Laboratory, arguments: argparse.Namespace) -> Iterator[Ca
                 generator = Generator(trial, number, arguments.recipe)
                 yield generator.train
                 yield generator.generate
-                for arm in (SYNTHETIC, BOTH, REAL_LAST):
+                for arm in (SYNTHETIC, BOTH):
                     yield from trial.classifiers(arm, seeds, generator)
             yield lambda: write_results(laboratory, is_done=False)
         for count in curve:
@@ -450,16 +447,7 @@ class Trial:
         chosen = json.loads(path.read_text())["chosen"]
         return {name: chosen[name] for name in ("learning_rate", "strength")}
 
-    def train(
-        self,
-        sets: Sequence[Images],
-        asked: Any,
-        *,
-        seed: int,
-        learning_rate: float,
-        strength: float,
-        last_alone: float = 0.0,
-    ) -> Any:
+    def train(self, sets: Sequence[Images], asked: Any, *, seed: int, learning_rate: float, strength: float) -> Any:
         """Trains a classifier; returns the logits of the images that it is asked about."""
         from gait_latents.evaluation.augmentation import Augmentation
         from gait_latents.evaluation.classifier import train_and_classify
@@ -475,16 +463,13 @@ class Trial:
             learning_rate=learning_rate,
             augment=Augmentation().scaled(strength),
             width=self.laboratory.sizes.classifier_width,
-            last_alone=last_alone,
         )
 
     def classifiers(
         self, arm: str, seeds: Iterable[int], generator: "Generator | None" = None
     ) -> Iterator[Callable[[], object]]:
         """Yields the trainings of one training set, each of which keeps its predictions."""
-        name = arm.replace(" + ", "_and_").replace(", ", "_").replace(" ", "_") + (
-            f"_{generator.name}" if generator else ""
-        )
+        name = arm.replace(" + ", "_and_") + (f"_{generator.name}" if generator else "")
         for seed in seeds:
             path = self.folder / "predictions" / f"{name}_classifier_{seed}.safetensors"
             key = {"arm": arm, "split": self.split, "windows": self.count, "classifier": seed}
@@ -507,8 +492,7 @@ class Trial:
         elif generator:
             sets.append(self.laboratory.read_classes(generator.images))
         started = time.monotonic()
-        last_alone = LAST_ALONE if key["arm"] == REAL_LAST else 0.0
-        logits = self.train(sets, images, seed=key["classifier"], last_alone=last_alone, **how)
+        logits = self.train(sets, images, seed=key["classifier"], **how)
         facts = {**key, **how, "steps": self.num_steps, "seconds": round(time.monotonic() - started, 1)}
         tensors = {"logits": logits.contiguous(), "labels": labels, "recordings": recordings}
         files.publish(path, to_safetensors(tensors, metadata={"facts": json.dumps(facts)}))
@@ -702,7 +686,7 @@ def learning_curve(runs: Sequence[Run]) -> dict[int, float]:
 def order_of_rows(row: str) -> tuple[int, str]:
     """Puts the training sets into their order, and recipes beside each other."""
     arm, _, recipe = row.partition(" (")
-    return (REAL, POSTERIOR, SYNTHETIC, BOTH, REAL_LAST).index(arm), recipe
+    return (REAL, POSTERIOR, SYNTHETIC, BOTH).index(arm), recipe
 
 
 def summarise(runs: Sequence[Run], count: int, row: str, curve: Mapping[int, float]) -> dict[str, Any]:

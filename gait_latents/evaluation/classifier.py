@@ -35,7 +35,6 @@ def train_and_classify(
     augment: Augment,
     batch_size: int = BATCH_SIZE,
     width: int = _WIDTH,
-    last_alone: float = 0.0,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:
     """Trains a ResNet-18 from nothing on some images; returns the logits [M K] of others, float32 on the CPU.
@@ -54,7 +53,6 @@ def train_and_classify(
         learning_rate: the largest of the one-cycle schedule.
         batch_size: images per step; a smaller set fills a batch by more than one round.
         width: channels of the first blocks; ResNet-18 has 64, and half as many take about a third of the time.
-        last_alone: in this share of the steps, the last ones, batches are of the first set alone.
         progress: called after each step; what it raises ends the work.
     """
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
@@ -64,8 +62,7 @@ def train_and_classify(
         optimiser = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=_WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=num_steps + 1)
         sets = [(images, nn.functional.one_hot(labels, num_classes).float()) for images, labels in sets]
-        alone_from = num_steps - round(last_alone * num_steps)
-        for images, targets in _batches(sets, num_steps, batch_size, seed, augment, alone_from):
+        for images, targets in _batches(sets, num_steps, batch_size, seed, augment):
             loss = nn.functional.cross_entropy(network(normalise(images)), targets.to(device))
             optimiser.zero_grad()
             loss.backward()
@@ -131,21 +128,14 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     return shares @ levels, shares @ levels.square()
 
 
-def _batches(
-    sets: Sequence[Images], num_steps: int, batch_size: int, seed: int, augment: Augment, alone_from: int
-) -> Iterator[Images]:
-    """Yields batches of changed images, with an equal share of each set; every set has an order of its own.
-
-    From the step `alone_from` on they are of the first set alone.
-    """
+def _batches(sets: Sequence[Images], num_steps: int, batch_size: int, seed: int, augment: Augment) -> Iterator[Images]:
+    """Yields batches of changed images, with an equal share of each set; every set has an order of its own."""
+    share = batch_size // len(sets)
     seeds = [sample_generator(seed, "classifier", "order", i).initial_seed() for i in range(len(sets))]
-    drawn = [0] * len(sets)
     for step in range(num_steps):
-        used = sets if step < alone_from else sets[:1]
-        share, parts = batch_size // len(used), []
-        for number, (images, targets) in enumerate(used):
-            positions = draw_positions(seeds[number], drawn[number], share, len(targets))
-            drawn[number] += share
+        parts = []
+        for (images, targets), own in zip(sets, seeds, strict=True):
+            positions = draw_positions(own, step * share, share, len(targets))
             parts.append((images[positions], targets[positions]))
         images, targets = (torch.cat(part) for part in zip(*parts, strict=True))
         yield augment(images, targets, sample_generator(seed, "classifier", "augment", step))

@@ -103,15 +103,11 @@ def test_normalisation_is_that_of_the_training_images_with_each_set_weighing_the
 def test_each_set_has_its_share_of_every_batch_however_large_it_is():
     few, many = noise(3, seed=0)[0], noise(50, seed=1)[0]
     sets = [(few, torch.zeros(3, dtype=torch.int64)), (many, torch.ones(50, dtype=torch.int64))]
-    batches = list(classifier._batches(sets, 7, 8, 0, as_they_are, 5))
+    batches = list(classifier._batches(sets, 7, 8, 0, as_they_are))
     assert len(batches) == 7
-    for images, labels in batches[:5]:
+    for images, labels in batches:
         assert images.shape == (8, SIDE, SIDE, 3) and labels.tolist() == [0] * 4 + [1] * 4
-    for images, labels in batches[5:]:  # from there on the first set is alone
-        assert images.shape == (8, SIDE, SIDE, 3) and labels.tolist() == [0] * 8
-    single = torch.cat(
-        [labels for _, labels in classifier._batches([(many, torch.arange(50))], 10, 5, 0, as_they_are, 10)]
-    )
+    single = torch.cat([labels for _, labels in classifier._batches([(many, torch.arange(50))], 10, 5, 0, as_they_are)])
     assert sorted(single.tolist()) == list(range(50))  # one round visits every image once
 
 
