@@ -270,7 +270,7 @@ def test_a_bare_command_goes_on_with_the_settings_of_a_lazy_training(world, enco
     for name, value in {"vae_path": world / "vae.pt", "data_path": world / "data", "image_size": 16, "seed": 5}.items():
         assert f"{name} {value}" in words
     assert "12 images (train and validation): 12 cached, 0 to encode" in said  # it has measured itself on all of them
-    assert len(open_cache(world / "latents_cache")) == 9
+    assert len(open_cache(world / "latents_cache")) == 12
     assert bare(world) == 0
     assert "12 images (train and validation): 12 cached, 0 to encode" in capsys.readouterr().out
 
