@@ -411,6 +411,11 @@ def test_inception_weights_that_are_absent_are_named(trained, generated, evaluat
     assert "--inception_weights absent.pth does not exist" in one_error_of(capsys)
 
 
+def prediction(folder: Path, name: str, seed: str) -> Path:
+    """Returns where an evaluation keeps the answers of a classifier."""
+    return folder / "predictions" / f"{re.sub('[^a-z0-9]+', '_', name)}_{seed}.safetensors"
+
+
 @pytest.mark.slow
 def test_classifiers_are_trained_once_and_go_on_where_they_were_stopped(
     trained, generated, evaluated, monkeypatch, capsys
@@ -438,9 +443,9 @@ def test_classifiers_are_trained_once_and_go_on_where_they_were_stopped(
     assert report["classifier"]["images"] == expected
     for name, by_seed in report["classifier"]["scores"].items():
         for seed, score in by_seed.items():
-            file = evaluated / "predictions" / f"{re.sub('[^a-z0-9]+', '_', name)}_{seed}.safetensors"
-            kept = load_file(file)
+            kept = load_file(prediction(evaluated, name, seed))
             assert comparison.score(kept["logits"], kept["labels"]) == score
+    file = prediction(evaluated, comparison.BOTH, "43")
     out = capsys.readouterr().out
     assert "classifier trained on real + synthetic: recognised" in out
     assert report["classifier"]["difference"]["sentence"] in out

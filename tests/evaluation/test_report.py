@@ -118,7 +118,9 @@ def make_classifier(num_classes: int) -> dict[str, Any]:
 
     images, labels = torch.zeros(4 * num_classes, 4, 4, 3, dtype=torch.uint8), torch.arange(num_classes)
     labels = labels.repeat_interleave(4)
-    sets = dict.fromkeys((comparison.REAL, comparison.POSTERIOR, comparison.SYNTHETIC), (images, labels))
+    sets: dict[str, Any] = dict.fromkeys(
+        (comparison.REAL, comparison.POSTERIOR, comparison.SYNTHETIC), (images, labels)
+    )
     wrong = {"1/4 of real": 5, "1/2 of real": 4, comparison.REAL: 3, comparison.POSTERIOR: 3}
     wrong |= {comparison.SYNTHETIC: 4, comparison.BOTH: 0}
     tried = [{"learning_rate": rate, "strength": strength, "nll": 0.5} for rate, strength in comparison.CANDIDATES]
