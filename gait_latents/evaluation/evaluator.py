@@ -307,7 +307,7 @@ def what_the_vae_saw(plan: EvaluationPlan) -> tuple[int | None, str]:
 def made_with(folder: Path) -> dict[str, Any]:
     """Returns what generate.py wrote down beside its images; for a folder of other images, an empty dict."""
     record = generated.record_or_none(folder / RECORD_NAME)
-    known = ("weights", "step", "cond_scale", "guidance_interval", "sampler", "sampling_timesteps", "seed")
+    known = ("weights", "step", "cond_scale", "guidance_interval", "sampler", "sampling_timesteps", "seed", "from_real")
     found = {} if record is None else with_later_settings(record)
     return {name: found[name] for name in known if name in found and forms.is_setting(found[name])}
 
@@ -334,6 +334,11 @@ def find_warnings(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -
                 f"scatter; {remedy} {page.FEW_PER_CLASS} or more of each"
             )
     record, weights = made_with(synthetic.folder), base.weights_digest(plan.state.averages)
+    if record.get("from_real") is not None:
+        found.append(
+            f"the images were begun with training images (--from_real {record['from_real']}), so that they are near to "
+            "these on purpose, and what is said of copies is no surprise"
+        )
     if record.get("weights", weights) != weights:
         found.append(
             f"the images were made with other weights (of step {record.get('step')}) than those of "

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pipeline
 import pytest
+import tiny
 import torch
 from PIL import Image
 from pipeline import CLASSES, one_error
 
+import evaluate_images
 from gait_latents.common import pictures
 from gait_latents.training import run_folder
 from gait_latents.training.real_latents import RealLatents
@@ -54,6 +56,10 @@ def test_the_strength_decides_how_much_is_left_of_them(trained, tmp_path, capsys
     assert distance(one, plain) > 0
     assert json.loads((root / "at_0.5" / "settings.json").read_text())["from_real"] == 0.5
     assert "from_real" not in json.loads((root / "plain" / "settings.json").read_text())
+    capsys.readouterr()
+    flags = {"checkpoint": root / "results", "synthetic_path": root / "at_0.5", "output_folder": root / "evaluation"}
+    assert evaluate_images.main(tiny.flags({**flags, "device": "cpu"})) == 0
+    assert "were begun with training images (--from_real 0.5)" in capsys.readouterr().err
     more = make(root, "at_0.5", from_real=0.5, images_per_class=7)  # of five training images: some are begun with twice
     assert all(np.array_equal(more[name], half[name]) for name in half) and len(more) == 21
     for name, flags in (("at_0.5", {}), ("plain", {"from_real": 0.5})):
