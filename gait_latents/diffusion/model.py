@@ -71,7 +71,7 @@ def passes_per_step(cond_scale: float) -> int:
 
 def mean_by_timestep(times: Sequence[int], losses: Sequence[float], timesteps: int) -> dict[str, float]:
     """Returns the mean loss in ten equal ranges of timesteps by names such as 100-199; empty ranges are left out."""
-    num_bins, width = min(_NUM_TIME_BINS, timesteps), len(str(timesteps - 1))
+    num_bins, width = min(NUM_TIME_BINS, timesteps), len(str(timesteps - 1))
     found: dict[int, list[float]] = {}
     for time, loss in zip(times, losses, strict=True):
         found.setdefault(time * num_bins // timesteps, []).append(loss)
@@ -82,7 +82,7 @@ def mean_by_timestep(times: Sequence[int], losses: Sequence[float], timesteps: i
     }
 
 
-_NUM_TIME_BINS = 10
+NUM_TIME_BINS = 10  # ranges of timesteps
 
 
 class LatentDiffusion(GaussianDiffusion):

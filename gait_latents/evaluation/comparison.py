@@ -1,6 +1,6 @@
 """Do generated images help? Classifiers learn from several training sets, and are tested on images that nobody saw.
 
-`compare` returns, and keeps while it works, plain values only:
+A `Comparison` returns, and keeps while it works, plain values only:
 
     num_steps, batch_size       of each training
     seeds                       [seed]
@@ -8,7 +8,7 @@
     tuning                      chosen: {learning_rate, strength}, which all trainings have; tried: [{learning_rate,
                                 strength, nll}] on the validation images; images: how many those were
     scores                      {set: {seed as text: {accuracy, per_class, confusion, nll, eer}}}, one per training
-    sets                        {set: ...}, see SETS; a set without images is absent
+    sets                        {set: ...}, of REAL and the names after it, and of parts of REAL; absent without images
         accuracies              [share], one per seed, in the order of `seeds`
         mean, deviation         over the seeds; the deviation (n - 1) is None for one seed
         nll, eer                negative log-likelihood and macro equal error rate, means over the seeds
@@ -43,7 +43,6 @@ from gait_latents.evaluation.classifier import BATCH_SIZE, Images, train_and_cla
 from gait_latents.evaluation.intervals import Interval, bootstrap_interval
 
 REAL, POSTERIOR, SYNTHETIC, BOTH = "real", "real + posterior", "synthetic", "real + synthetic"
-SETS = (REAL, POSTERIOR, SYNTHETIC, BOTH)
 PARTS_OF_REAL = (4, 2)  # the learning curve has a quarter and a half of the real images of each class, and all
 # (learning rate, strength of the augmentation) among which the validation images choose.
 CANDIDATES = ((2e-3, 0.0), (2e-3, 0.5), (2e-3, 1.0), (1e-3, 1.0))
@@ -65,8 +64,8 @@ class Comparison:
     Args:
         sets: name -> training images and labels, at least REAL; SYNTHETIC goes alone and beside REAL, and POSTERIOR
             (draws of what the VAE makes of the real images) beside it.
-        validation: training images of another kind: by these learning rate and augmentation are chosen. None takes
-            the last quarter of the real images of each class, and a classifier that learns from those before; a class
+        validation: images that no classifier learns from, by which rate and augmentation are chosen; None takes the
+            last quarter of the real images of each class, and a classifier that learns from those before; a class
             of one image has it in both.
         gap: so many images between the two are then left out, but for no more than a third of those before.
         test: images that are in no other set, and their labels.

@@ -11,13 +11,13 @@ from torch import Tensor
 from gait_latents.common import console, pictures
 from gait_latents.common.errors import UserError
 from gait_latents.common.process import StopSignals
-from gait_latents.common.seeds import sample_generator
 from gait_latents.evaluation.classifier import Images
 from gait_latents.evaluation.comparison import POSTERIOR, REAL, SYNTHETIC, Comparison
 from gait_latents.evaluation.image_sets import NO_TEST_IMAGES, ImageSet, RealImages, resize_image
 from gait_latents.evaluation.plan import EvaluationPlan
 from gait_latents.images import generated, reading
 from gait_latents.latents.vae_fit import check_vae_of_model
+from gait_latents.training.real_latents import RealLatents
 from gait_latents.vae.decoder import ImageDecoder
 
 
@@ -135,22 +135,24 @@ def why_no_posterior(plan: EvaluationPlan) -> str | None:
 
 
 def posterior_images(plan: EvaluationPlan, real: RealImages, labels: Tensor, signals: StopSignals) -> Tensor:
-    """Decodes draws of what the VAE makes of training images, uint8 [N S S 3]: the generated ones without diffusion.
+    """Decodes draws of what the VAE makes of training images, uint8 [N S S 3], as `generate.py --from_real 0` does.
 
     Args:
         labels: the classes of the images [N]; those of one class are drawn from its training images in turn.
     """
     norm = plan.state.meta.latent_norm
     decoder = ImageDecoder(plan.settings.vae_path or "", norm, plan.device, trust_pickle=plan.settings.trust_pickle)
-    own = [(real.training.labels == label).nonzero()[:, 0].tolist() for label in range(len(plan.classes))]
-    counts: dict[int, int] = {}
+    draws = RealLatents(
+        lambda positions: real.dataset.moments(torch.tensor(positions)).cpu(),
+        real.training.labels.tolist(),
+        plan.classes,
+        norm,
+    )
+    numbers: dict[int, int] = {}
 
     def draw(label: int) -> Tensor:
-        number = counts[label] = counts.get(label, -1) + 1
-        noise = torch.randn(
-            (1, *real.dataset.latent_shape), generator=sample_generator(plan.settings.seed, "posterior", label, number)
-        )
-        return real.dataset.batch(torch.tensor([own[label][number % len(own[label])]]), noise)[0]
+        number = numbers[label] = numbers.get(label, -1) + 1
+        return draws.draw([label], [number], seed=plan.settings.seed)
 
     with console.progress(total=len(labels), unit="images", label="draws of the posterior") as bar:
 

@@ -22,7 +22,7 @@ SPLIT_FORMAT = 1
 _RULE_FIELDS = ("seed", "split", "split_gap", "images_per_user", "num_users")
 # Parts of the rule that are stored where they differ from these, which is what older splits were drawn with.
 _LATER_RULE_FIELDS: dict[str, Any] = {"class_names": list(ALL), "small_classes": "refuse", "validation_per_user": 0}
-_PARTS = ("train", "validation", "test")
+PARTS = ("train", "validation", "test")  # but for the gaps between them
 _LARGEST_VALIDATION = 4  # one in so many of the images that are not for training, at most
 
 
@@ -73,7 +73,7 @@ class Split:
 
     def part(self, name: str) -> tuple[Entry, ...]:
         """Returns the entries of "train", "validation" or "test"; raises UserError for any other name."""
-        if name not in _PARTS:
+        if name not in PARTS:
             raise UserError(f"split is {name!r}; it is train, validation or test")
         return getattr(self, name)
 
@@ -93,7 +93,7 @@ class Split:
         def add_keys(entries: Iterable[Entry]) -> tuple[Entry, ...]:
             return tuple(Entry(e.class_name, e.name, keys.get((e.class_name, e.name), e.key)) for e in entries)
 
-        parts = {part: add_keys(getattr(self, part)) for part in (*_PARTS, "gap")}
+        parts = {part: add_keys(getattr(self, part)) for part in (*PARTS, "gap")}
         return replace(self, **parts)
 
     def without(self, skipped: Iterable[Skipped]) -> "Split":
@@ -142,7 +142,7 @@ class Split:
 
     def _stored_parts(self) -> Iterator[tuple[str, tuple[Entry, ...]]]:
         """Yields the parts as they are stored; older splits have no validation images, and no line that says so."""
-        for part in ("train", "validation", "test", "gap"):
+        for part in (*PARTS, "gap"):
             entries = getattr(self, part)
             if entries or part != "validation":
                 yield part, entries
@@ -205,7 +205,7 @@ def make_split(
     classes = classes[: None if num_users == "all" else int(num_users)]
     if small_classes != "take" or not all(index[name] for name in classes):
         _check_enough({name: len(index[name]) for name in classes}, images_per_user)
-    parts: dict[str, list[Entry]] = {part: [] for part in (*_PARTS, "gap")}
+    parts: dict[str, list[Entry]] = {part: [] for part in (*PARTS, "gap")}
     for class_name in classes:
         names = sorted(index[class_name], key=lambda name: natural_key(name, form))
         count = len(names) if images_per_user == "all" else min(int(images_per_user), len(names))
@@ -218,7 +218,7 @@ def make_split(
         part_of = dict(zip(order, _parts_in_order(len(order), count, validation_per_user, gap), strict=True))
         for name in names:
             parts[part_of[name]].append(Entry(class_name, name))
-    train, validation, test, gaps = (tuple(parts[part]) for part in (*_PARTS, "gap"))
+    train, validation, test, gaps = (tuple(parts[part]) for part in (*PARTS, "gap"))
     settings = (seed, split, split_gap, images_per_user, num_users)
     rule = {
         **dict(zip(_RULE_FIELDS, settings, strict=True)),
@@ -307,7 +307,7 @@ def _split_of(document: dict[str, Any]) -> Split:
     rows = {"validation": [], **document}
     parts = {
         part: tuple(Entry(_name(row["class"]), _name(row["name"]), _key(row["key"])) for row in rows[part])
-        for part in ("train", "validation", "test", "gap")
+        for part in (*PARTS, "gap")
     }
     skipped = tuple(Skipped(_name(row["class"]), _name(row["name"]), str(row["reason"])) for row in document["skipped"])
     images = [(item.class_name, item.name) for items in (*parts.values(), skipped) for item in items]

@@ -18,7 +18,7 @@ import numpy as np
 
 from gait_latents.common import charts, files
 from gait_latents.common.console import show_name
-from gait_latents.images.split import Entry
+from gait_latents.images.split import PARTS, Entry
 from gait_latents.latents import shard as shard_file
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.shard import Invalid, keys_as_hex, open_shard, problem, record_runs, row_facts
@@ -130,9 +130,6 @@ _SMALLEST_SHARE = 1e-5  # a smaller share is written as "under" this one
 # --- status by class ---------------------------------------------------------------------------------------
 
 
-_PARTS = ("train", "validation", "test")
-
-
 @dataclass(frozen=True)
 class ClassStatus:
     """How many images of a class are cached, of how many that were asked for, and why the rest are not.
@@ -181,7 +178,7 @@ def class_status(
     return [
         ClassStatus(
             name,
-            **{part: (counts[name, part], counts[name, f"{part} asked"]) for part in _PARTS},
+            **{part: (counts[name, part], counts[name, f"{part} asked"]) for part in PARTS},
             missing=counts[name, "missing"],
             stale=counts[name, "stale"],
         )
@@ -195,7 +192,7 @@ def class_table(status: Sequence[ClassStatus]) -> list[str]:
     if len(status) > MAX_CLASS_ROWS + 1:
         in_need_first = sorted(status, key=lambda row: row.is_whole)
         shown_rows, rest = in_need_first[:MAX_CLASS_ROWS], in_need_first[MAX_CLASS_ROWS:]
-    parts = [part for part in _PARTS if part != "validation" or any(row.validation[1] for row in status)]
+    parts = [part for part in PARTS if part != "validation" or any(row.validation[1] for row in status)]
     shown_rows += [_sum(rest)] if rest else []
     cells = [("class", *parts, "missing", "stale"), *(row.cells(parts) for row in shown_rows)]
     return _align([[show_name(first)[:40], *others] for first, *others in cells])
@@ -204,8 +201,7 @@ def class_table(status: Sequence[ClassStatus]) -> list[str]:
 def _sum(rows: Sequence[ClassStatus]) -> ClassStatus:
     """Adds up the classes that have no row of their own."""
     parts = {
-        part: (sum(getattr(row, part)[0] for row in rows), sum(getattr(row, part)[1] for row in rows))
-        for part in _PARTS
+        part: (sum(getattr(row, part)[0] for row in rows), sum(getattr(row, part)[1] for row in rows)) for part in PARTS
     }
     name = f"… {len(rows):,} more"
     missing, stale = sum(row.missing for row in rows), sum(row.stale for row in rows)

@@ -16,12 +16,11 @@ from gait_latents.common import hardware, shortage
 from gait_latents.common.console import say, warn
 from gait_latents.common.errors import UserError
 from gait_latents.common.seeds import sample_generator
-from gait_latents.diffusion.model import LatentDiffusion, mean_by_timestep
+from gait_latents.diffusion.model import NUM_TIME_BINS, LatentDiffusion, mean_by_timestep
 from gait_latents.latents.dataset import LatentDataset
 
 LOSS, SEEN_LOSS = "held_out_loss", "seen_loss"  # in metrics.jsonl: of validation and of training images
 _MOST_IMAGES = 64
-_RANGES = 10
 _MARGIN = 0.02  # by which the loss has to rise before that is told
 _AT_ONCE = 32  # noisy latents in a pass
 
@@ -119,9 +118,9 @@ class HeldOutLoss:
         was_training = self.network.training
         self.network.eval()
         try:
-            for number in range(_RANGES):
+            for number in range(NUM_TIME_BINS):
                 places = torch.rand(len(positions), generator=generator)
-                times = ((number + places) * steps / _RANGES).long().clamp(max=steps - 1)
+                times = ((number + places) * steps / NUM_TIME_BINS).long().clamp(max=steps - 1)
                 noise = torch.randn(shape, generator=generator)
                 for some in torch.arange(len(positions)).split(_AT_ONCE):
                     between()

@@ -57,7 +57,7 @@ class TrainedModel:
         )
         self.weights_digest = base.weights_digest(state.averages)
         self.diffusion = averaged_diffusion(state).to(device)
-        self.real = None if settings.from_real is None else RealLatents(state)
+        self.real = None if settings.from_real is None else RealLatents.of_run(state)
 
     def sample(
         self,

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_images import coloured
 from torch import Tensor
 
 from gait_latents.evaluation import classifier
@@ -15,16 +16,6 @@ from gait_latents.evaluation.comparison import score
 
 CPU = torch.device("cpu")
 SIDE = 16
-
-
-def coloured(counts: list[int], *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Makes images whose brightest channel is their class, in a shuffled order."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    labels = labels[torch.randperm(len(labels), generator=generator)]
-    images = torch.randint(0, 100, (len(labels), SIDE, SIDE, 3), generator=generator)
-    images[torch.arange(len(labels)), :, :, labels] += 120
-    return images.byte(), labels
 
 
 def noise(count: int, *, seed: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,9 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from gait_latents.images import reading
 from gait_latents.images.reading import BadImage, decode
@@ -102,3 +104,13 @@ def small_split() -> Split:
     split = split_of({"ID_1": ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]}, split="contiguous", images_per_user=2)
     keys = {(entry.class_name, entry.name): reading.image_key(entry.name.encode()) for entry in split.train}
     return split.with_keys(keys).without([Skipped("ID_1", "2.jpg", "cut short")])
+
+
+def coloured(counts: list[int], *, side: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Makes images [N S S 3] whose brightest channel is their class, in a shuffled order, and their labels [N]."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels), generator=generator)]
+    images = torch.randint(0, 100, (len(labels), side, side, 3), generator=generator)
+    images[torch.arange(len(labels)), :, :, labels] += 120
+    return images.byte(), labels

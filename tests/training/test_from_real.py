@@ -31,7 +31,7 @@ def test_strength_0_gives_the_training_images_as_the_vae_draws_them(trained, tmp
     root = shutil.copytree(trained, tmp_path / "world")
     images = make(root, "zero", from_real=0)
     state = run_folder.read_averages(root / "results")
-    draws = RealLatents(state).draw([1, 1], [0, 2], seed=42)
+    draws = RealLatents.of_run(state).draw([1, 1], [0, 2], seed=42)
     decoder = ImageDecoder(str(root / "vae.pt"), state.meta.latent_norm, torch.device("cpu"))
     expected = decoder(draws)
     for image, number in zip(expected, (0, 2), strict=True):
@@ -83,7 +83,7 @@ def test_latents_that_are_not_there_are_told(trained, tmp_path, capsys):
 def test_a_sample_from_a_latent_follows_the_last_part_of_the_way(trained):
     state = run_folder.read_averages(trained / "results")
     network = averaged_diffusion(state)
-    start = RealLatents(state).draw([0, 1, 2], [0, 0, 0], seed=1)
+    start = RealLatents.of_run(state).draw([0, 1, 2], [0, 0, 0], seed=1)
     how = {"cond_scale": 1.0, "guidance_interval": (0, 1), "sampler": "dpm++", "sampling_timesteps": 10}
 
     def sample(strength: float) -> tuple[torch.Tensor, int]:
