@@ -2,9 +2,11 @@
 
     python evaluate_images.py --checkpoint results --synthetic_path synthetic
     python evaluate_images.py --checkpoint results --sweep 1 1.5 2 3
+    python evaluate_images.py --combine evaluation evaluation_2
 
 The first compares the images of a folder, the second samples at several guidance scales and compares those. Both
 print a short table and keep evaluation/report.html and report.json. Running it again does only what is missing.
+The third prints one table of the classifiers of several evaluations.
 """
 
 import signal
@@ -28,16 +30,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(argv: Sequence[str] | None) -> int:
     """Settings, images, figures, report: the whole way of an evaluation."""
     with imports():
+        from gait_latents.common import cli
         from gait_latents.common.console import say
         from gait_latents.common.distributed import join_ranks
         from gait_latents.common.errors import DONE
         from gait_latents.common.hardware import plain_memory_error
         from gait_latents.common.layout import PAGE_NAME, REPORT_NAME
-        from gait_latents.evaluation import evaluator, sweep
+        from gait_latents.evaluation import combined, evaluator, sweep
         from gait_latents.evaluation.plan import make_plan
 
     with join_ranks() as ranks, ranks.together():
         ranks.must_be_alone("evaluate_images.py")
+    asked = cli.Layers(EvaluateSettings, argv, description=__doc__).settings
+    if asked.combine:
+        say(combined.combine(asked.combine))
+        return DONE
     with plain_memory_error():
         # Settings: flags, --config, the run, defaults. Images: those of the run's split, by their latents.
         plan = make_plan(argv, __doc__)

@@ -73,6 +73,7 @@ class Sizes:
     classifier_steps: int = 600  # more where these are fewer than `classifier_passes`
     classifier_passes: int = 5
     classifier_width: int = 32
+    precision: str = "float32"  # of the diffusion model and the classifiers; that of the VAE is float32
     batch_size: int = 32
     # (learning rate, strength of the augmentation) among which the validation windows choose.
     candidates: tuple[tuple[float, float], ...] = ((2e-3, 0.0), (2e-3, 0.5), (2e-3, 1.0), (1e-3, 1.0))
@@ -105,6 +106,12 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--classifiers", type=int, default=3, help="classifiers of each training set (default 3)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no stage after so long")
     parser.add_argument("--vae", type=Path, help="a VAE of other walkers, in place of one for each trial")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="number format of the diffusion model and the classifiers; bfloat16 is faster where a machine has it",
+    )
     parser.add_argument("--recipe", type=Path, help="settings of the diffusion model and its images, a YAML file")
     parser.add_argument("--small", action="store_true", help="tiny sizes: shows that it works, measures nothing")
     arguments = parser.parse_args(argv)
@@ -128,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = read_arguments(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        laboratory = Laboratory(folder, SMALL if arguments.small else Sizes(), vae=arguments.vae)
+        sizes = dataclasses.replace(SMALL if arguments.small else Sizes(), precision=arguments.precision)
+        laboratory = Laboratory(folder, sizes, vae=arguments.vae)
         clock = Clock(time.monotonic() + 60 * arguments.minutes)
         is_done = True
         try:
@@ -449,6 +457,7 @@ class Trial:
 
     def train(self, sets: Sequence[Images], asked: Any, *, seed: int, learning_rate: float, strength: float) -> Any:
         """Trains a classifier; returns the logits of the images that it is asked about."""
+        from gait_latents.common import hardware
         from gait_latents.evaluation.augmentation import Augmentation
         from gait_latents.evaluation.classifier import train_and_classify
 
@@ -463,6 +472,7 @@ class Trial:
             learning_rate=learning_rate,
             augment=Augmentation().scaled(strength),
             width=self.laboratory.sizes.classifier_width,
+            number_format=hardware.NUMBER_FORMATS[self.laboratory.sizes.precision],
         )
 
     def classifiers(
@@ -588,7 +598,8 @@ class Generator:
         from gait_latents.settings import SCRIPTS
 
         names = {field.name for field in dataclasses.fields(SCRIPTS[f"{script.__name__}.py"])}
-        return {name: value for name, value in self.trial.laboratory.sizes.model.items() if name in names}
+        sizes = self.trial.laboratory.sizes
+        return {name: value for name, value in {**sizes.model, "precision": sizes.precision}.items() if name in names}
 
 
 # --- what is shown -----------------------------------------------------------------------------------------

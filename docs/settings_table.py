@@ -224,6 +224,9 @@ HELP_ZH = {
     "sample at these guidance scales instead of looking at images, and compare": (
         "不看图像，而是在这些引导强度下采样并比较"
     ),
+    "print the classifiers of these evaluation folders in one table, instead of evaluating": (
+        "把这些评估文件夹里的分类器合并成一张表打印出来，而不进行评估"
+    ),
     "checkpoints of the sweep: newest, all, or their steps": "扫描哪些检查点：newest（最新）、all（全部），或其步数",
     "samples per class at each point of the sweep": "扫描的每一点上每个类别的样本数",
 }

@@ -572,6 +572,14 @@ class EvaluateSettings(MachineSettings):
     classifier_image_size: int = setting(
         64, int, EVALUATION, "side of the images that the classifiers see, in pixels", low=8, high=512
     )
+    combine: tuple[str, ...] = setting(
+        (),
+        str,
+        EVALUATION,
+        "print the classifiers of these evaluation folders in one table, instead of evaluating",
+        many=True,
+        needed=False,
+    )
     sweep: tuple[float, ...] = setting(
         (),
         float,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from gait_latents.common import hardware
 from gait_latents.common.seeds import draw_positions, sample_generator
 
 Images = tuple[Tensor, Tensor]  # uint8 [N S S 3] and labels [N]
@@ -35,6 +36,7 @@ def train_and_classify(
     augment: Augment,
     batch_size: int = BATCH_SIZE,
     width: int = _WIDTH,
+    number_format: torch.dtype = torch.float32,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:
     """Trains a ResNet-18 from nothing on some images; returns the logits [M K] of others, float32 on the CPU.
@@ -53,6 +55,7 @@ def train_and_classify(
         learning_rate: the largest of the one-cycle schedule.
         batch_size: images per step; a smaller set fills a batch by more than one round.
         width: channels of the first blocks; ResNet-18 has 64, and half as many take about a third of the time.
+        number_format: in which the network computes; weights, loss and logits stay float32.
         progress: called after each step; what it raises ends the work.
     """
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
@@ -63,14 +66,17 @@ def train_and_classify(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=num_steps + 1)
         sets = [(images, nn.functional.one_hot(labels, num_classes).float()) for images, labels in sets]
         for images, targets in _batches(sets, num_steps, batch_size, seed, augment):
-            loss = nn.functional.cross_entropy(network(normalise(images)), targets.to(device))
+            with hardware.autocast(device, number_format):  # for each step anew: it keeps the weights that it has cast
+                logits = network(normalise(images))
+            loss = nn.functional.cross_entropy(logits.float(), targets.to(device))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
             if progress is not None:
                 progress()
-        return _classify(network.eval(), test, normalise)
+        with hardware.autocast(device, number_format):
+            return _classify(network.eval(), test, normalise)
 
 
 class _Narrow(ResNet):
@@ -143,4 +149,4 @@ def _batches(sets: Sequence[Images], num_steps: int, batch_size: int, seed: int,
 
 @torch.inference_mode()
 def _classify(network: nn.Module, images: Tensor, normalise: _Normalisation) -> Tensor:
-    return torch.cat([network(normalise(part)).cpu() for part in images.split(BATCH_SIZE)])
+    return torch.cat([network(normalise(part)).float().cpu() for part in images.split(BATCH_SIZE)])

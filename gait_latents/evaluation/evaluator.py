@@ -192,10 +192,11 @@ class Evaluation:
         if is_done and why_no_posterior is not None:
             return
         posterior = None
+        self.report.drop(forms.DRAWS, why=why_no_posterior)
         if why_no_posterior is None:
             posterior = classifier_trials.posterior_images(plan, self.real, labels, signals), labels
         else:
-            say(f"no classifiers of draws of the posterior: {why_no_posterior}")
+            say(f"no {forms.DRAWS}: {why_no_posterior}")
         trials = Trials.of(plan, self.real, test=self.real.test)
         how = {
             "posterior": posterior,
@@ -285,6 +286,8 @@ def describe(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -> dic
         "step": plan.state.step,
         "synthetic_path": str(synthetic.folder.absolute()),
         "synthetic_digest": synthetic.digest(),
+        "split_digest": hashlib.sha256(f"{real.training.digest()} {real.test.digest()}".encode()).hexdigest(),
+        "weights_digest": made_with(synthetic.folder).get("weights") or base.weights_digest(plan.state.averages),
         "made_with": made_with(synthetic.folder),
         "vae_saw": what_the_vae_saw(plan)[1],
         "split": plan.split.rule["split"],

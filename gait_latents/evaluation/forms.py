@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 from gait_latents.common.layout import PAIRS_NAME
 from gait_latents.evaluation.comparison import BOTH, REAL, SYNTHETIC
 
+DRAWS = "draws of the posterior"  # the name under which a report says why classifiers saw none
 _LARGEST_FIGURE, _LARGEST_COUNT = 1e30, 2**48  # far beyond any that is measured; charts draw both
 
 
@@ -185,7 +186,7 @@ _MEMORISATION = _Record(
 _EVALUATED = _Record(
     {},
     {
-        **dict.fromkeys(("checkpoint", "synthetic_digest", "vae_saw"), _is_text),
+        **dict.fromkeys(("checkpoint", "vae_saw", "synthetic_digest", "split_digest", "weights_digest"), _is_text),
         "step": _FIGURE,
         **dict.fromkeys(("synthetic_path", "split", "image_size"), is_setting),
         "made_with": _MapOf(is_setting),

@@ -65,7 +65,7 @@ from gait_latents.common.console import harmless
 from gait_latents.evaluation import forms
 from gait_latents.evaluation.comparison import BOTH, REAL, SYNTHETIC
 from gait_latents.evaluation.figures import LARGEST_MOVE
-from gait_latents.evaluation.forms import is_figure
+from gait_latents.evaluation.forms import DRAWS, is_figure
 
 _CLOSE, _NEAR = 1.25, 2.0  # times the yardstick
 FEW_PER_CLASS = 30  # images: figures of fewer are shown with a warning
@@ -459,10 +459,12 @@ def _classifier(report: dict[str, Any]) -> list[_Block]:
     facts = [f"{_number(count)} {name}" for name, count in counts.items()]
     facts += [f"{_number(part[name])} {label}" for name, label in _TRAINING_FACTS.items() if name in part]
     names = list((report.get("evaluated") or {}).get("images_per_class") or {})
+    why = (report.get("why") or {}).get(DRAWS)
     return [
         _text(_typeset(difference.get("sentence", ""))),
         _text(_typeset((part.get("beyond_posterior") or {}).get("sentence", ""))),
         _table("On the test images", _TRIAL_HEAD, rows),
+        _text(f"No {DRAWS}: {why}" if why else ""),
         _text(_about_tuning(part.get("tuning") or {}), kind="note"),
         _text(f"Images and settings: {', '.join(facts)}." if facts else "", kind="note"),
         _accuracy_per_class(sets, names),

@@ -9,6 +9,7 @@ from typing import Any
 
 from gait_latents.common import files, json_text
 from gait_latents.common.console import warn
+from gait_latents.common.errors import UserError
 from gait_latents.common.layout import PAGE_NAME, PAIRS_NAME, REPORT_NAME
 from gait_latents.evaluation import forms, page
 
@@ -110,27 +111,63 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_finished(folder: Path) -> dict[str, Any]:
+    """Returns the report in a folder, whole and as it was written.
+
+    Raises:
+        UserError: where there is none, or it is damaged.
+    """
+    path = folder / REPORT_NAME
+    try:
+        data = _parse(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; give a folder that evaluate_images.py has written") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be used ({_reason(error)}); evaluate these images once more") from error
+    num_classes = len(data.get("evaluated", {}).get("images_per_class", {})) if _has_sound_facts(data) else 0
+    unfit = forms.unfit_parts(data, num_classes=num_classes)
+    if unfit:
+        raise UserError(
+            f"{path}: what is stored as {', '.join(unfit)} has another form; evaluate these images once more"
+        )
+    return data
+
+
+def _has_sound_facts(data: dict[str, Any]) -> bool:
+    return "evaluated" not in forms.unfit_parts({"evaluated": data.get("evaluated", {})}, num_classes=0)
+
+
 def _read_report(path: Path, num_classes: int) -> dict[str, Any]:
     """Reads what `Report.write` wrote, without the parts that it cannot have written; it warns of what is left out."""
     try:
-        data = json_text.parse(files.read_whole(path, at_most=_LARGEST_REPORT_BYTES))
+        data = _parse(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        return _damaged(path, getattr(error, "strerror", None) or type(error).__name__)
-    if not isinstance(data, dict) or json_text.is_deep(data):
-        return _damaged(path, "it has another form")
-    if data.pop("sha256", None) != _digest(data):
-        return _damaged(path, "its checksum does not fit")
+        warn(f"{path} is damaged or was edited ({_reason(error)}); everything is computed anew")
+        return {}
     unfit = forms.unfit_parts(data, num_classes=num_classes)
     if unfit:
         warn(f"{path}: what is stored as {', '.join(unfit)} has another form than it should, and is computed anew")
     return {name: value for name, value in data.items() if name not in unfit}
 
 
-def _damaged(path: Path, reason: str) -> dict[str, Any]:
-    warn(f"{path} is damaged or was edited ({reason}); everything is computed anew")
-    return {}
+def _parse(path: Path) -> dict[str, Any]:
+    """Reads a report whose checksum fits; raises OSError, or ValueError for what no report is."""
+    data = json_text.parse(files.read_whole(path, at_most=_LARGEST_REPORT_BYTES))
+    if not isinstance(data, dict) or json_text.is_deep(data):
+        raise _Unfit("it has another form")
+    if data.pop("sha256", None) != _digest(data):
+        raise _Unfit("its checksum does not fit")
+    return data
+
+
+class _Unfit(ValueError):
+    """Says why a file is no report."""
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return str(error) if isinstance(error, _Unfit) else getattr(error, "strerror", None) or type(error).__name__
 
 
 def file_digest(path: Path, *, follow_link: bool = False) -> str:

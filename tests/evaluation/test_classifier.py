@@ -46,13 +46,13 @@ def classify_noise(seed: int) -> Tensor:
     return classify(noise(24, seed=1), test=noise(160, seed=2)[0], seed=seed, **size)
 
 
-def test_classes_that_differ_are_learnt():
+@pytest.mark.parametrize("number_format", [torch.float32, torch.bfloat16])
+def test_classes_that_differ_are_learnt(number_format):
     steps, (test, labels) = [], coloured([4, 0, 7], seed=5)
     augment = Augmentation(mixup=0)
-    logits = classify(
-        coloured([9, 9, 9]), test=test, num_steps=14, batch_size=9, augment=augment, progress=lambda: steps.append(1)
-    )
-    assert logits.shape == (11, 3) and torch.equal(logits.argmax(1), labels)
+    how = {"num_steps": 14, "batch_size": 9, "augment": augment, "number_format": number_format}
+    logits = classify(coloured([9, 9, 9]), test=test, **how, progress=lambda: steps.append(1))
+    assert logits.dtype == torch.float32 and logits.shape == (11, 3) and torch.equal(logits.argmax(1), labels)
     assert len(steps) == 14
 
 

@@ -449,6 +449,9 @@ def test_classifiers_are_trained_once_and_go_on_where_they_were_stopped(
     out = capsys.readouterr().out
     assert "classifier trained on real + synthetic: recognised" in out
     assert report["classifier"]["difference"]["sentence"] in out
+    assert evaluate_images.main(tiny.flags({"combine": [evaluated]})) == 0
+    mean = report["classifier"]["sets"][comparison.BOTH]["mean"]
+    assert f"| {comparison.BOTH} | 2 | {mean:.1%}" in capsys.readouterr().out
     assert evaluate(trained, generated, evaluated, **asked) == 0
     assert len(trainings) == len(TRIED) + 13
     file.write_bytes(file.read_bytes()[:-9])  # of the last training: an answer that is damaged is given again
@@ -457,6 +460,23 @@ def test_classifiers_are_trained_once_and_go_on_where_they_were_stopped(
     assert evaluate(trained, generated, evaluated) == 0  # which trains none on a CPU, and takes none away
     assert read_report(evaluated)["classifier"] == report["classifier"]
     assert len(trainings) == len(TRIED) + 14
+
+
+@pytest.mark.slow
+def test_where_there_can_be_no_draws_of_the_posterior_the_report_says_why(
+    trained, generated, evaluated, tmp_path, capsys
+):
+    asked = {"classifier": "true", "classifier_steps": 1, "classifier_seeds": 1, "classifier_image_size": 8}
+    assert evaluate(trained, generated, evaluated, **asked, vae_path=tmp_path / "gone.pt") == 0
+    report, page = read_report(evaluated), (evaluated / "report.html").read_text()
+    assert comparison.POSTERIOR not in report["classifier"]["sets"]
+    why = report["why"]["draws of the posterior"]
+    assert "gone.pt" in why and f"no draws of the posterior: {why}" in capsys.readouterr().out
+    assert "No draws of the posterior: " in page and "gone.pt does not exist" in page
+    assert evaluate(trained, generated, evaluated, **asked) == 0
+    report, page = read_report(evaluated), (evaluated / "report.html").read_text()
+    assert comparison.POSTERIOR in report["classifier"]["sets"]
+    assert "No draws of the posterior" not in page
 
 
 @pytest.mark.slow

@@ -54,10 +54,15 @@ def words_of(stage: str, world: Path) -> list[str]:
     return ["train_latent_cfg.py", *pipeline.train_flags(world, **long)]
 
 
+def files_below(folder: Path) -> list[str]:
+    """Returns the names of all files below a folder that may come, go and come again while it is read."""
+    return [name for _, _, names in os.walk(folder) for name in names]
+
+
 HAS_BEGUN = {
     "imports": lambda world, said: True,
     "train": lambda world, said: "the first step is saved" in said or (world / "results" / "metrics.jsonl").exists(),
-    "generate": lambda world, said: len(list((world / "made").rglob("*.jpg"))) > 3,
+    "generate": lambda world, said: sum(".jpg" in name for name in files_below(world / "made")) > 3,
     "encode": lambda world, said: "to encode" in said,
     "evaluate": lambda world, said: "guidance 1" in said,
 }

@@ -293,6 +293,7 @@ def laboratory(tmp_path_factory):
     """A finished tiny laboratory with two splits, as (folder, what was printed)."""
     folder = tmp_path_factory.mktemp("laboratory")
     words = ("--small", "--folder", str(folder), "--splits", "2", "--generators", "1", "--classifiers", "1")
+    words += ("--precision", "bfloat16")
     begun = run("bench_usefulness", *words, "--minutes", "0")
     assert begun.returncode == 0 and "nothing was measured yet" in begun.stdout
     done = run("bench_usefulness", *words)
@@ -344,6 +345,7 @@ def test_what_is_done_is_not_done_again_and_another_recipe_shares_the_rest(labor
     recipe = tmp_path / "guided.yaml"
     recipe.write_text("cond_scale: 3\n")
     words = ("--small", "--folder", str(folder), "--splits", "1", "--generators", "1", "--classifiers", "1")
+    words += ("--precision", "bfloat16")
     done = run("bench_usefulness", *words, "--recipe", str(recipe))
     assert done.returncode == 0, done.stderr
     rows = [line["row"] for line in json.loads(done.stdout.splitlines()[-1])["table"] if line["windows"] == 4]
