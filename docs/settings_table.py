@@ -85,6 +85,9 @@ HELP_ZH = {
     "images left out between training, validation and test of a contiguous split": (
         "连续划分时训练、验证与测试之间空出的图像数"
     ),
+    "where in each class a contiguous split begins, as a share of its images: another start is another split": (
+        "contiguous 划分从每个类别的哪里开始，以该类别图像数的比例表示：换一个起点就是另一种划分"
+    ),
     "images per class on which a run is measured while it trains, at most a quarter of those not for training": (
         "每个类别用来在训练中衡量模型的图像数，最多占非训练图像的四分之一"
     ),

@@ -140,6 +140,15 @@ class ImageSettings(MachineSettings):
         about_cache=True,
         unit="images",
     )
+    split_start: float = setting(
+        0.0,
+        float,
+        DATA,
+        "where in each class a contiguous split begins, as a share of its images: another start is another split",
+        low=0.0,
+        high=1.0,
+        about_cache=True,
+    )
     validation_per_user: int = setting(
         10,
         int,
@@ -670,7 +679,13 @@ _BEFORE = {
     "small_classes": "refuse",
 }
 # The same of settings that images do not record.
-_BEFORE_IN_RUNS = {"scale_factor": None, "shift_factor": None, "validation_per_user": 0, "fewest_steps": 0}
+_BEFORE_IN_RUNS = {
+    "scale_factor": None,
+    "shift_factor": None,
+    "validation_per_user": 0,
+    "split_start": 0.0,
+    "fewest_steps": 0,
+}
 
 
 def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:

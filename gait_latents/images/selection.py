@@ -159,6 +159,7 @@ def _draw(settings: ImageSettings, index: Mapping[str, Sequence[str]], stored: S
             seed=settings.seed,
             split=settings.split,
             split_gap=settings.split_gap,
+            split_start=settings.split_start,
             validation_per_user=settings.validation_per_user,
             class_names=settings.class_names,
             small_classes=settings.small_classes,

@@ -5,6 +5,7 @@ The split is made from names alone, without opening a file. Content keys are add
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,12 @@ from gait_latents.images.names import ALL, choose_names, name_list, natural_key,
 SPLIT_FORMAT = 1
 _RULE_FIELDS = ("seed", "split", "split_gap", "images_per_user", "num_users")
 # Parts of the rule that are stored where they differ from these, which is what older splits were drawn with.
-_LATER_RULE_FIELDS: dict[str, Any] = {"class_names": list(ALL), "small_classes": "refuse", "validation_per_user": 0}
+_LATER_RULE_FIELDS: dict[str, Any] = {
+    "class_names": list(ALL),
+    "small_classes": "refuse",
+    "validation_per_user": 0,
+    "split_start": 0.0,
+}
 PARTS = ("train", "validation", "test")  # but for the gaps between them
 _LARGEST_VALIDATION = 4  # one in so many of the images that are not for training, at most
 
@@ -175,6 +181,7 @@ def make_split(
     seed: int,
     split: str,
     split_gap: int,
+    split_start: float = 0.0,
     validation_per_user: int = 0,
     class_names: Sequence[str] = ALL,
     small_classes: str = "refuse",
@@ -191,6 +198,8 @@ def make_split(
         seed: orders the images of a "random" split.
         split: "random", or "contiguous" for the first images in natural order.
         split_gap: images left out between training, validation and test in a contiguous split.
+        split_start: the place of the first training image of a contiguous split, as a share of the images of its class;
+            those before it come after the last.
         validation_per_user: validation images of each class, at most a quarter of those that are not for training;
             they come after the training images, in the order that the split takes them in.
         class_names: names and patterns of the classes to choose from; `ALL` is every class.
@@ -210,12 +219,15 @@ def make_split(
         names = sorted(index[class_name], key=lambda name: natural_key(name, form))
         count = len(names) if images_per_user == "all" else min(int(images_per_user), len(names))
         if split == "contiguous":
-            order, gap = names, split_gap
+            start = math.floor(split_start * len(names)) % max(1, len(names))
+            order, gap = names[start:] + names[:start], split_gap
         elif split == "random":
-            order, gap = sorted(names, key=_draw_order(seed, class_name, form)), 0
+            start, order, gap = 0, sorted(names, key=_draw_order(seed, class_name, form)), 0
         else:
             raise UserError(f"split is {split!r}; it is random or contiguous")
-        part_of = dict(zip(order, _parts_in_order(len(order), count, validation_per_user, gap), strict=True))
+        part_of = dict(
+            zip(order, _parts_in_order(len(order), count, validation_per_user, gap, gap * (start > 0)), strict=True)
+        )
         for name in names:
             parts[part_of[name]].append(Entry(class_name, name))
     train, validation, test, gaps = (tuple(parts[part]) for part in (*PARTS, "gap"))
@@ -225,17 +237,25 @@ def make_split(
         "class_names": list(class_names),
         "small_classes": small_classes,
         "validation_per_user": validation_per_user if validation else 0,
+        "split_start": split_start if split == "contiguous" else 0.0,
     }
     return Split(tuple(classes), train, test, (), rule, gaps, validation)
 
 
-def _parts_in_order(num_images: int, num_training: int, num_validation: int, gap: int) -> list[str]:
-    """Returns the part of each image of a class, in the order that the split takes them in."""
+def _parts_in_order(num_images: int, num_training: int, num_validation: int, gap: int, gap_at_end: int) -> list[str]:
+    """Returns the part of each image of a class, in the order that the split takes them in.
+
+    Args:
+        gap: images left out after the training images, and after the validation images.
+        gap_at_end: images left out at the end, for those stand before the first training image in the recording.
+    """
+    gap_at_end = min(gap_at_end, num_images - num_training)
+    num_images -= gap_at_end
     left = max(0, num_images - num_training - gap)
     found = min(num_validation, max(0, left - gap) // _LARGEST_VALIDATION)
     parts = ["train"] * num_training + ["gap"] * gap
     parts += ["validation"] * found + ["gap"] * gap * (found > 0)
-    return [*parts, *["test"] * num_images][:num_images]
+    return [*parts, *["test"] * num_images][:num_images] + ["gap"] * gap_at_end
 
 
 def _draw_order(seed: int, class_name: str, form: Callable[[str], str]) -> Callable[[str], bytes]:
@@ -324,7 +344,7 @@ def _split_of(document: dict[str, Any]) -> Split:
     names = rule["class_names"]
     if not isinstance(names, list) or not all(isinstance(text, str) for text in (*names, rule["small_classes"])):
         raise TypeError("the rule")
-    if type(rule["validation_per_user"]) is not int:
+    if type(rule["validation_per_user"]) is not int or type(rule["split_start"]) not in (int, float):
         raise TypeError("the rule")
     return Split(classes, parts["train"], parts["test"], skipped, rule, parts["gap"], parts["validation"])
 

@@ -177,9 +177,10 @@ def _refuse_changes(stored: dict[str, Any], settings: TrainSettings, origin: Pat
 def _tell_other_split(stored: dict[str, Any], manifest: Manifest | None, origin: Path | None) -> None:
     """Says so where the cache chooses training images in another way than the run that goes on with its own."""
     now = {} if manifest is None else manifest.settings
-    names = [n for n in ("images_per_user", "split", "split_gap") if n in stored and now.get(n, stored[n]) != stored[n]]
+    rule = ("images_per_user", "split", "split_gap", "split_start")
+    names = [name for name in rule if name in stored and now.get(name, stored[name]) != stored[name]]
     if "split" not in names and stored.get("split") == "random":
-        names = [name for name in names if name != "split_gap"]  # of no meaning there
+        names = [name for name in names if not name.startswith("split_")]  # of no meaning there
     if names:
         own, other = (", ".join(f"{n} {cli.show(values[n])}" for n in names) for values in (stored, now))
         say(

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,11 +94,17 @@ SAMPLES = {
 
 
 def split_of(
-    index, *, num_users: int | str = "all", images_per_user: int | str = 2, seed=0, split="random", split_gap=1
+    index,
+    *,
+    num_users: int | str = "all",
+    images_per_user: int | str = 2,
+    seed=0,
+    split="random",
+    split_gap=1,
+    **others: Any,
 ) -> Split:
-    return make_split(
-        index, num_users=num_users, images_per_user=images_per_user, seed=seed, split=split, split_gap=split_gap
-    )
+    rule = {"images_per_user": images_per_user, "seed": seed, "split": split, "split_gap": split_gap}
+    return make_split(index, num_users=num_users, **rule, **others)
 
 
 def small_split() -> Split:

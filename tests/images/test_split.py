@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 import pytest
 from properties import given, quick, st
@@ -10,7 +11,7 @@ from tiny_images import small_split, split_of
 from gait_latents.common.errors import UserError
 from gait_latents.images import folders, reading
 from gait_latents.images.folders import natural_key
-from gait_latents.images.split import Skipped, Split, shared_content
+from gait_latents.images.split import PARTS, Skipped, Split, shared_content
 
 # --- which of them are used --------------------------------------------------------------------------------
 
@@ -100,6 +101,33 @@ def test_a_contiguous_split_trains_on_one_end_and_leaves_a_gap():
     assert names["gap"] == ["5.jpg", "6.jpg", "7.jpg", "8.jpg"]
     assert names["test"] == ["9.jpg", "10.jpg", "11.jpg"]
     assert [e.name for e in split.gap if e.class_name == "ID_2"] == ["6"]
+
+
+def test_a_contiguous_split_may_begin_elsewhere():
+    index = {"a": [f"{i}.jpg" for i in range(12)]}
+    split = split_of(index, images_per_user=4, split="contiguous", split_gap=1, split_start=0.75, validation_per_user=1)
+    names = {part: [e.name.removesuffix(".jpg") for e in getattr(split, part)] for part in (*PARTS, "gap")}
+    assert names["train"] == ["0", "9", "10", "11"]  # from the ninth on, and on at the first
+    assert names["gap"] == ["1", "3", "8"]  # after the training images, after the validation image, before the ninth
+    assert names["validation"] == ["2"] and names["test"] == ["4", "5", "6", "7"]
+    assert Split.from_bytes(split.to_bytes(), "here") == split and split.rule["split_start"] == 0.75
+    first = split_of(index, images_per_user=4, split="contiguous")
+    assert split_of(index, images_per_user=4, split="contiguous", split_start=1.0).train == first.train
+    assert b"split_start" not in first.to_bytes()  # as earlier versions wrote it
+    assert split_of(index, split_start=0.5) == split_of(index)  # a random one begins nowhere
+
+
+@pytest.mark.parametrize("start", [0.0, 0.1, 0.35, 0.5, 0.8, 0.99])
+@pytest.mark.parametrize(("count", "gap"), [(1, 0), (3, 2), (10, 4), (26, 3), (30, 3)])
+def test_no_image_of_another_part_is_within_the_gap_of_a_training_image(start, count, gap):
+    index = {"a": [f"{i:02}" for i in range(30)]}
+    how: dict[str, Any] = {"split": "contiguous", "split_gap": gap, "split_start": start, "validation_per_user": 2}
+    split = split_of(index, images_per_user=count, **how)
+    trained, validated, tested = ([int(e.name) for e in split.part(part)] for part in PARTS)
+    assert len(trained) == count and len(split.used) + len(split.gap) == 30
+    assert all(abs(one - other) > gap for one in trained for other in (*validated, *tested))
+    assert all(abs(one - other) > gap for one in validated for other in tested)
+    assert len(split.gap) <= 3 * gap  # no more is left out than that needs
 
 
 def test_classes_with_too_few_images_are_listed_with_the_number_that_would_do():
