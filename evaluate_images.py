@@ -33,7 +33,7 @@ def evaluate(argv: Sequence[str] | None) -> int:
         from gait_latents.common import cli
         from gait_latents.common.console import say
         from gait_latents.common.distributed import join_ranks
-        from gait_latents.common.errors import DONE
+        from gait_latents.common.errors import DONE, UserError
         from gait_latents.common.hardware import plain_memory_error
         from gait_latents.common.layout import PAGE_NAME, REPORT_NAME
         from gait_latents.evaluation import combined, evaluator, sweep
@@ -43,6 +43,8 @@ def evaluate(argv: Sequence[str] | None) -> int:
         ranks.must_be_alone("evaluate_images.py")
     asked = cli.Layers(EvaluateSettings, argv, description=__doc__).settings
     if asked.combine:
+        if asked.sweep:
+            raise UserError("--combine prints what was evaluated, and --sweep evaluates; give one of them")
         say(combined.combine(asked.combine))
         return DONE
     with plain_memory_error():

@@ -73,7 +73,7 @@ class Sizes:
     classifier_steps: int = 600  # more where these are fewer than `classifier_passes`
     classifier_passes: int = 5
     classifier_width: int = 32
-    precision: str = "float32"  # of the diffusion model and the classifiers; that of the VAE is float32
+    precision: str | None = None  # of the diffusion model and the classifiers; None is what they have of themselves
     batch_size: int = 32
     # (learning rate, strength of the augmentation) among which the validation windows choose.
     candidates: tuple[tuple[float, float], ...] = ((2e-3, 0.0), (2e-3, 0.5), (2e-3, 1.0), (1e-3, 1.0))
@@ -109,7 +109,6 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--precision",
         choices=("float32", "bfloat16"),
-        default="float32",
         help="number format of the diffusion model and the classifiers; bfloat16 is faster where a machine has it",
     )
     parser.add_argument("--recipe", type=Path, help="settings of the diffusion model and its images, a YAML file")
@@ -194,8 +193,8 @@ class Laboratory:
             "vae_of_others": None if vae is None else hashlib.sha256(vae.read_bytes()).hexdigest(),
         }
         stored, own = folder / "sizes.json", json.loads(json.dumps(self.facts))
-        if stored.exists() and json.loads(stored.read_text()) != own:
-            raise SystemExit(f"error: {folder} was begun with other sizes or another VAE; give another --folder")
+        if stored.exists() and {"precision": None, **json.loads(stored.read_text())} != own:
+            raise SystemExit(f"error: {folder} was begun with other sizes, precision or VAE; give another --folder")
         save_json(stored, own)
 
     @property
@@ -472,7 +471,7 @@ class Trial:
             learning_rate=learning_rate,
             augment=Augmentation().scaled(strength),
             width=self.laboratory.sizes.classifier_width,
-            number_format=hardware.NUMBER_FORMATS[self.laboratory.sizes.precision],
+            number_format=hardware.NUMBER_FORMATS[self.laboratory.sizes.precision or "float32"],
         )
 
     def classifiers(
@@ -599,7 +598,8 @@ class Generator:
 
         names = {field.name for field in dataclasses.fields(SCRIPTS[f"{script.__name__}.py"])}
         sizes = self.trial.laboratory.sizes
-        return {name: value for name, value in {**sizes.model, "precision": sizes.precision}.items() if name in names}
+        model = {**sizes.model, **({"precision": sizes.precision} if sizes.precision else {})}
+        return {name: value for name, value in model.items() if name in names}
 
 
 # --- what is shown -----------------------------------------------------------------------------------------
@@ -749,7 +749,9 @@ def difference(own: Sequence[Run], real: Sequence[Run]) -> dict[str, Any] | None
     for key, cells in pairs.items():
         place = tuple(level.index(name) for level, name in zip(levels, key, strict=True))
         values[(*place, slice(None), slice(cells.shape[1]))] = cells
-    return dataclasses.asdict(bootstrap_interval(values, (of_runs, OF_PEOPLE), seed=0))
+    # A classifier of real windows is the same whatever generator stands beside it: its seed is a chain of its own.
+    chains = (of_runs[:-1], of_runs[-1:], OF_PEOPLE)
+    return dataclasses.asdict(bootstrap_interval(values, chains, seed=0))
 
 
 def markdown(table: Sequence[Mapping[str, Any]], ceiling: float | None) -> str:

@@ -542,6 +542,7 @@ class EvaluateSettings(MachineSettings):
         "classifier_steps",
         "classifier_seeds",
         "classifier_image_size",
+        "combine",
         "sweep",
         "sweep_checkpoints",
         "sweep_images",
@@ -587,7 +588,7 @@ class EvaluateSettings(MachineSettings):
         EVALUATION,
         "print the classifiers of these evaluation folders in one table, instead of evaluating",
         many=True,
-        needed=False,
+        path=True,
     )
     sweep: tuple[float, ...] = setting(
         (),

@@ -13,20 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from gait_latents.common.console import show_name, warn
 from gait_latents.common.errors import UserError
 from gait_latents.common.layout import REPORT_NAME
 from gait_latents.evaluation.comparison import BOTH, POSTERIOR, REAL, SYNTHETIC
 from gait_latents.evaluation.intervals import Interval, bootstrap_interval
 from gait_latents.evaluation.report import read_finished
 
-_RUNS, _CLASSES = ("split", "generator", "sampling", "classifier"), ("class",)  # each nested in the one before
+# Who trains on real images alone is the same classifier whatever generator stands beside it, so a seed is not nested in
+# a sampling: the three chains cross.
+_CHAINS = (("split", "generator", "sampling"), ("classifier",), ("class",))
 _SETS = (REAL, POSTERIOR, SYNTHETIC, BOTH)
-_MUST_AGREE = {
-    "classes": "their classes",
-    "image_size": "classifier_image_size",
-    "num_steps": "classifier_steps",
-    "recipe": "the version that trained the classifiers",
-}
+_ENOUGH = 6  # levels of what is resampled; with fewer, fewer than 95 of 100 such intervals hold the truth
+_OWN = ("weights", "seed")  # of what generate.py wrote down, what may differ
+
+Score = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,34 +36,50 @@ class Evaluated:
 
     Attributes:
         place: split, generator and sampling, as digests.
-        facts: what all evaluations of one table must have in common.
-        scores: {set: {seed as text: {accuracy, per_class, confusion, nll, eer}}}, see `comparison.py`.
+        facts: what all evaluations of one table must have in common, by what a person calls it.
+        scores: {set: {seed as text: {accuracy, confusion, nll, ...}}}, see `comparison.py`.
+        warnings: why to read its figures with care.
     """
 
     folder: Path
     place: tuple[str, str, str]
     facts: Mapping[str, Any]
-    scores: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    scores: Mapping[str, Mapping[str, Score]]
+    warnings: Sequence[str]
 
     @classmethod
     def read(cls, folder: Path) -> "Evaluated":
         """Reads a report; raises UserError where it has no finished classifiers, or is of an earlier version."""
-        report = read_finished(folder)
+        report = read_finished(folder, ("evaluated", "classifier", "warnings"))
         classifier, evaluated = report.get("classifier", {}), report.get("evaluated", {})
-        if "sets" not in classifier:
+        classes = evaluated.get("images_per_class", {})
+        scores = classifier.get("scores", {})
+        has_answers = all(np.sum(score["confusion"]) > 0 for by_seed in scores.values() for score in by_seed.values())
+        if "sets" not in classifier or not classes or not has_answers:
             raise UserError(
-                f"{folder / REPORT_NAME} has no finished classifiers; run evaluate_images.py --output_folder {folder} "
-                "--classifier true, with the settings of before, to the end"
+                f"{folder / REPORT_NAME} has no finished classifiers; give evaluate_images.py that --output_folder and "
+                "--classifier true, besides the settings of before, and let it come to its end"
             )
         place = tuple(evaluated.get(name) for name in ("split_digest", "weights_digest", "synthetic_digest"))
         if None in place:
             raise UserError(
                 f"{folder / REPORT_NAME} does not say which split and weights it is about, as those of earlier "
-                "versions; run evaluate_images.py for it once more, which adds that and trains nothing again"
+                "versions; run evaluate_images.py for it once more, which adds that"
             )
-        facts = {"classes": list(evaluated["images_per_class"])}
-        facts |= {name: classifier.get(name) for name in _MUST_AGREE if name != "classes"}
-        return cls(folder, place, facts, classifier["scores"])  # pyright: ignore[reportArgumentType]
+        made_with = {name: value for name, value in evaluated.get("made_with", {}).items() if name not in _OWN}
+        facts = {
+            "their classes": list(classes),
+            "how many real images they train on": [counts.get("training") for counts in classes.values()],
+            "how many generated images of each class they have": [
+                counts.get("synthetic") for counts in classes.values()
+            ],
+            "classifier_image_size": classifier.get("image_size"),
+            "classifier_steps": classifier.get("num_steps"),
+            "the version that trained the classifiers": classifier.get("recipe"),
+            "the step of the model": evaluated.get("step"),
+            "how images were generated": made_with,
+        }
+        return cls(folder, place, facts, scores, report.get("warnings", []))  # pyright: ignore[reportArgumentType]
 
 
 def combine(folders: Sequence[str]) -> str:
@@ -70,30 +87,36 @@ def combine(folders: Sequence[str]) -> str:
 
     Raises:
         UserError: where a folder has no finished classifiers, two have the same images and weights, or they differ in
-            their classes or in how classifiers were trained.
+            more than split, seed, weights and images.
     """
     found = [Evaluated.read(Path(folder)) for folder in folders]
     _refuse_what_differs(found)
+    for one in found:
+        for line in one.warnings:
+            warn(f"{show_name(str(one.folder))}: {line}")
     splits, generators, samplings = (len({one.place[:depth] for one in found}) for depth in (1, 2, 3))
     lines = [
-        f"{len(found)} evaluations of {_count(splits, 'split')}, {_count(generators, 'diffusion model')} and "
+        f"{_count(len(found), 'evaluation')} of {_count(splits, 'split')}, {_count(generators, 'diffusion model')} and "
         f"{_count(samplings, 'folder')} of generated images",
         "",
-    ]
-    lines += [
         "| trained on | classifiers | accuracy (deviation) | NLL | points against real (95 %) |",
         "|---" * 5 + "|",
     ]
-    intervals = {name: _difference(found, name, REAL) for name in _SETS if name != REAL}
+    pairs = [*((name, REAL) for name in _SETS if name != REAL), (BOTH, POSTERIOR)]
+    intervals = {pair: known for pair in pairs if (known := _difference(found, *pair)) is not None}
     for name in _SETS:
-        scores = [score for one in found for score in one.scores.get(name, {}).values()]
+        scores = _scores(found, name)
         if scores:
-            lines.append(_row(name, scores, intervals.get(name)))
+            lines.append(_row(name, scores, intervals.get((name, REAL))))
     lines.append("")
-    beyond = _difference(found, BOTH, POSTERIOR)
-    if beyond is not None:
-        lines.append(f"{BOTH} against {POSTERIOR}: {_say(beyond)} points.")
-    lines += [_scope(known) for known in (intervals[BOTH],) if known is not None]
+    if (BOTH, POSTERIOR) in intervals:
+        lines.append(f"{BOTH} against {POSTERIOR}: {_say(intervals[BOTH, POSTERIOR])} points.")
+    scopes = {_scope(interval): None for interval in intervals.values()}
+    names = {scope: [own for (own, _), known in intervals.items() if _scope(known) == scope] for scope in scopes}
+    lines += [f"The intervals{_of(names[scope], len(scopes))} cover the chance of {scope}" for scope in scopes]
+    resampled = next((n for n in (splits, generators, samplings) if n > 1), 0)
+    if 0 < resampled < _ENOUGH:
+        lines.append(f"Of so few ({resampled}) they are narrower than they should be; {_ENOUGH} or more are better.")
     return "\n".join(lines)
 
 
@@ -103,8 +126,8 @@ def _refuse_what_differs(found: Sequence[Evaluated]) -> None:
         for name, value in first.facts.items():
             if other.facts[name] != value:
                 raise UserError(
-                    f"the evaluations in {first.folder} and {other.folder} differ in {_MUST_AGREE[name]}, so their "
-                    "classifiers cannot be put together"
+                    f"the evaluations in {first.folder} and {other.folder} differ in {name}, so their classifiers "
+                    "cannot be put together"
                 )
     by_place: dict[tuple[str, ...], Evaluated] = {}
     for one in found:
@@ -113,6 +136,15 @@ def _refuse_what_differs(found: Sequence[Evaluated]) -> None:
             raise UserError(
                 f"{same.folder} and {one.folder} are about the same split, weights and images; give each only once"
             )
+
+
+def _scores(found: Sequence[Evaluated], name: str) -> list[Score]:
+    """Returns the classifiers of a training set, each once: those of real images are the same in all of a split."""
+    unique: dict[Any, Score] = {}
+    for one in found:
+        for seed, score in one.scores.get(name, {}).items():
+            unique.setdefault((one.place[0], seed, score["nll"], str(score["confusion"])), score)
+    return [*unique.values()]
 
 
 def _difference(found: Sequence[Evaluated], name: str, other: str) -> Interval | None:
@@ -133,14 +165,18 @@ def _difference(found: Sequence[Evaluated], name: str, other: str) -> Interval |
     for key, row, weight in zip(keys, rows, weights, strict=True):
         at = tuple(level.index(part) for level, part in zip(levels, key, strict=True))
         values[at], counts[at] = row, weight
-    return bootstrap_interval(values, (_RUNS, _CLASSES), seed=0, weights=counts)
+    is_tested = counts.sum(axis=(0, 1, 2, 3)) > 0
+    return bootstrap_interval(values[..., is_tested], _CHAINS, seed=0, weights=counts[..., is_tested])
 
 
-def _per_class(score: Mapping[str, Any]) -> np.ndarray:
-    return np.array(score["per_class"], dtype=float)  # NaN where a class has no test images
+def _per_class(score: Score) -> np.ndarray:
+    """Returns the share of the images of each class that are recognised; NaN where there are none."""
+    cells = np.array(score["confusion"], dtype=float)
+    counts = cells.sum(axis=1)
+    return np.divide(cells.diagonal(), counts, out=np.full(len(counts), np.nan), where=counts > 0)
 
 
-def _row(name: str, scores: Sequence[Mapping[str, Any]], difference: Interval | None) -> str:
+def _row(name: str, scores: Sequence[Score], difference: Interval | None) -> str:
     accuracies = [score["accuracy"] for score in scores]
     deviation = f" ({statistics.stdev(accuracies):.1%})" if len(accuracies) > 1 else ""
     nll = statistics.fmean(score["nll"] for score in scores)
@@ -156,9 +192,13 @@ def _say(found: Interval) -> str:
 
 
 def _scope(found: Interval) -> str:
-    rest = ", ".join(found.leaves_out)
-    return f"The intervals cover the chance of {', '.join(found.covers)}" + (f", not that of {rest}." if rest else ".")
+    rest = f", not that of {', '.join(found.leaves_out)}" if found.leaves_out else ""
+    return f"{', '.join(found.covers) or 'nothing'}{rest}."
+
+
+def _of(names: Sequence[str], num_scopes: int) -> str:
+    return f" of {', '.join(dict.fromkeys(names))}" if num_scopes > 1 else ""
 
 
 def _count(number: int, name: str) -> str:
-    return f"{number} {name}{'s' if number > 1 else ''}"
+    return f"{number} {name}{'' if number == 1 else 's'}"

@@ -189,10 +189,10 @@ class Evaluation:
         if is_done and POSTERIOR in stored["sets"]:
             return
         labels, why_no_posterior = self.synthetic.labels, classifier_trials.why_no_posterior(plan)
+        self.report.drop(forms.DRAWS, why=why_no_posterior)
         if is_done and why_no_posterior is not None:
             return
         posterior = None
-        self.report.drop(forms.DRAWS, why=why_no_posterior)
         if why_no_posterior is None:
             posterior = classifier_trials.posterior_images(plan, self.real, labels, signals), labels
         else:
@@ -287,7 +287,7 @@ def describe(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -> dic
         "synthetic_path": str(synthetic.folder.absolute()),
         "synthetic_digest": synthetic.digest(),
         "split_digest": hashlib.sha256(f"{real.training.digest()} {real.test.digest()}".encode()).hexdigest(),
-        "weights_digest": made_with(synthetic.folder).get("weights") or base.weights_digest(plan.state.averages),
+        "weights_digest": weights_of(plan, synthetic.folder),
         "made_with": made_with(synthetic.folder),
         "vae_saw": what_the_vae_saw(plan)[1],
         "split": plan.split.rule["split"],
@@ -305,6 +305,12 @@ def what_the_vae_saw(plan: EvaluationPlan) -> tuple[int | None, str]:
     if found is None:
         return None, "nobody knows, as the file of the VAE does not say on which it was trained"
     return found, f"{found:,} of {len(plan.split.test):,}"
+
+
+def weights_of(plan: EvaluationPlan, folder: Path) -> str:
+    """Returns the digest of the weights that made the images of a folder: the run's, where nothing else is known."""
+    found = made_with(folder).get("weights")
+    return found if isinstance(found, str) else base.weights_digest(plan.state.averages)
 
 
 def made_with(folder: Path) -> dict[str, Any]:

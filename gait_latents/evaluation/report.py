@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,30 +112,31 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_finished(folder: Path) -> dict[str, Any]:
-    """Returns the report in a folder, whole and as it was written.
+def read_finished(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
+    """Returns a report whose parts of these names are whole; "evaluated" must be one of them.
 
     Raises:
-        UserError: where there is none, or it is damaged.
+        UserError: where there is none, it cannot be read, or it is damaged.
     """
     path = folder / REPORT_NAME
     try:
         data = _parse(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path} does not exist; give a folder that evaluate_images.py has written") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be used ({_reason(error)}); evaluate these images once more") from error
-    num_classes = len(data.get("evaluated", {}).get("images_per_class", {})) if _has_sound_facts(data) else 0
-    unfit = forms.unfit_parts(data, num_classes=num_classes)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged or was edited ({_reason(error)}); evaluate these images once more"
+        ) from error
+    is_sound = not forms.unfit_parts({"evaluated": data.get("evaluated", {})}, num_classes=0)
+    num_classes = len(data.get("evaluated", {}).get("images_per_class", {})) if is_sound else 0
+    unfit = [name for name in forms.unfit_parts(data, num_classes=num_classes) if name in parts]
     if unfit:
         raise UserError(
             f"{path}: what is stored as {', '.join(unfit)} has another form; evaluate these images once more"
         )
     return data
-
-
-def _has_sound_facts(data: dict[str, Any]) -> bool:
-    return "evaluated" not in forms.unfit_parts({"evaluated": data.get("evaluated", {})}, num_classes=0)
 
 
 def _read_report(path: Path, num_classes: int) -> dict[str, Any]:

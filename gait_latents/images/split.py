@@ -4,6 +4,7 @@ The split is made from names alone, without opening a file. Content keys are add
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -207,8 +208,14 @@ def make_split(
         form: the form in which names are compared and drawn; earlier versions took them as they stand.
 
     Raises:
-        UserError: naming each class that has too few images, or the name that fits no class.
+        UserError: naming each class that has too few images, or the name that fits no class; or where a random split
+            is to begin somewhere.
     """
+    if split == "random" and split_start:
+        raise UserError(
+            f"--split_start is {split_start:g}, but a random split begins nowhere: give --split contiguous, or another "
+            "--seed for another random one"
+        )
     ordered = sorted(index, key=lambda name: natural_key(name, form))
     classes = choose_names(class_names, ordered, setting="class_names", where="the image folder")
     classes = classes[: None if num_users == "all" else int(num_users)]
@@ -220,14 +227,13 @@ def make_split(
         count = len(names) if images_per_user == "all" else min(int(images_per_user), len(names))
         if split == "contiguous":
             start = math.floor(split_start * len(names)) % max(1, len(names))
-            order, gap = names[start:] + names[:start], split_gap
+            order, places, gap = names, [*range(start, len(names)), *range(start)], split_gap
         elif split == "random":
-            start, order, gap = 0, sorted(names, key=_draw_order(seed, class_name, form)), 0
+            order, places, gap = sorted(names, key=_draw_order(seed, class_name, form)), range(len(names)), 0
         else:
             raise UserError(f"split is {split!r}; it is random or contiguous")
-        part_of = dict(
-            zip(order, _parts_in_order(len(order), count, validation_per_user, gap, gap * (start > 0)), strict=True)
-        )
+        found = _parts_by_place(places, count, validation_per_user, gap)
+        part_of = {name: found[place] for place, name in enumerate(order)}
         for name in names:
             parts[part_of[name]].append(Entry(class_name, name))
     train, validation, test, gaps = (tuple(parts[part]) for part in (*PARTS, "gap"))
@@ -237,25 +243,36 @@ def make_split(
         "class_names": list(class_names),
         "small_classes": small_classes,
         "validation_per_user": validation_per_user if validation else 0,
-        "split_start": split_start if split == "contiguous" else 0.0,
+        "split_start": split_start,
     }
     return Split(tuple(classes), train, test, (), rule, gaps, validation)
 
 
-def _parts_in_order(num_images: int, num_training: int, num_validation: int, gap: int, gap_at_end: int) -> list[str]:
-    """Returns the part of each image of a class, in the order that the split takes them in.
+def _parts_by_place(places: Sequence[int], num_training: int, num_validation: int, gap: int) -> dict[int, str]:
+    """Returns the part of the image at each place of a class, in which neighbours may share something.
 
     Args:
-        gap: images left out after the training images, and after the validation images.
-        gap_at_end: images left out at the end, for those stand before the first training image in the recording.
+        places: 0 to the number of images - 1, in the order in which the split takes them.
+        gap: so many images on either side of each training image are in no other part, and so on.
     """
-    gap_at_end = min(gap_at_end, num_images - num_training)
-    num_images -= gap_at_end
-    left = max(0, num_images - num_training - gap)
-    found = min(num_validation, max(0, left - gap) // _LARGEST_VALIDATION)
-    parts = ["train"] * num_training + ["gap"] * gap
-    parts += ["validation"] * found + ["gap"] * gap * (found > 0)
-    return [*parts, *["test"] * num_images][:num_images] + ["gap"] * gap_at_end
+    training, rest = places[:num_training], places[num_training:]
+
+    def apart(some: Sequence[int], others: Sequence[int]) -> list[int]:
+        """Returns those that are further than the gap from all others."""
+        steps = [0] * (len(places) + 1)
+        for place in others:
+            steps[max(0, place - gap)] += 1
+            steps[min(len(places), place + gap + 1)] -= 1
+        num_near = list(itertools.accumulate(steps))
+        return [place for place in some if not num_near[place]]
+
+    after = apart(rest, training)
+    validation = after[: min(num_validation, max(0, len(after) - gap) // _LARGEST_VALIDATION)]
+    test = apart(after[len(validation) :], validation)
+    found = dict.fromkeys(places, "gap")
+    for part, chosen in zip(PARTS, (training, validation, test), strict=True):
+        found |= dict.fromkeys(chosen, part)
+    return found
 
 
 def _draw_order(seed: int, class_name: str, form: Callable[[str], str]) -> Callable[[str], bytes]:

@@ -99,7 +99,7 @@ def defaults_of(manifest: Manifest | None, layers: Layers) -> dict[str, Any]:
     The constants of its VAE are left out where another VAE is given: they are none of that one.
     """
     # A cache of an earlier version has no validation images, and goes on without.
-    stored = {} if manifest is None else {"validation_per_user": 0, **manifest.settings}
+    stored = {} if manifest is None else {"validation_per_user": 0, "split_start": 0.0, **manifest.settings}
     if layers.gives("vae_path") and not same_path(layers.settings.vae_path, stored.get("vae_path")):
         for name in ("scale_factor", "shift_factor"):
             stored.pop(name, None)

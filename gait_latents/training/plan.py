@@ -176,7 +176,7 @@ def _refuse_changes(stored: dict[str, Any], settings: TrainSettings, origin: Pat
 
 def _tell_other_split(stored: dict[str, Any], manifest: Manifest | None, origin: Path | None) -> None:
     """Says so where the cache chooses training images in another way than the run that goes on with its own."""
-    now = {} if manifest is None else manifest.settings
+    now = {} if manifest is None else {"split_start": 0.0, **manifest.settings}
     rule = ("images_per_user", "split", "split_gap", "split_start")
     names = [name for name in rule if name in stored and now.get(name, stored[name]) != stored[name]]
     if "split" not in names and stored.get("split") == "random":

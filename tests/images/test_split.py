@@ -114,7 +114,8 @@ def test_a_contiguous_split_may_begin_elsewhere():
     first = split_of(index, images_per_user=4, split="contiguous")
     assert split_of(index, images_per_user=4, split="contiguous", split_start=1.0).train == first.train
     assert b"split_start" not in first.to_bytes()  # as earlier versions wrote it
-    assert split_of(index, split_start=0.5) == split_of(index)  # a random one begins nowhere
+    with pytest.raises(UserError, match="a random split begins nowhere: give --split contiguous, or another --seed"):
+        split_of(index, split_start=0.5)
 
 
 @pytest.mark.parametrize("start", [0.0, 0.1, 0.35, 0.5, 0.8, 0.99])
@@ -128,6 +129,13 @@ def test_no_image_of_another_part_is_within_the_gap_of_a_training_image(start, c
     assert all(abs(one - other) > gap for one in trained for other in (*validated, *tested))
     assert all(abs(one - other) > gap for one in validated for other in tested)
     assert len(split.gap) <= 3 * gap  # no more is left out than that needs
+
+
+def test_no_gap_is_left_where_the_recording_ends():
+    index = {"a": [f"{i:02}" for i in range(30)]}
+    split = split_of(index, images_per_user=10, split="contiguous", split_gap=4, split_start=0.67)
+    assert [e.name for e in split.train] == [f"{i}" for i in range(20, 30)]
+    assert [e.name for e in split.gap] == ["16", "17", "18", "19"] and len(split.test) == 16
 
 
 def test_classes_with_too_few_images_are_listed_with_the_number_that_would_do():
