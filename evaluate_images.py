@@ -41,11 +41,11 @@ def evaluate(argv: Sequence[str] | None) -> int:
 
     with join_ranks() as ranks, ranks.together():
         ranks.must_be_alone("evaluate_images.py")
-    asked = cli.Layers(EvaluateSettings, argv, description=__doc__).settings
-    if asked.combine:
-        if asked.sweep:
-            raise UserError("--combine prints what was evaluated, and --sweep evaluates; give one of them")
-        say(combined.combine(asked.combine))
+    layers = cli.Layers(EvaluateSettings, argv, description=__doc__)
+    if layers.gives("combine"):
+        if layers.settings.sweep or not layers.settings.combine:
+            raise UserError("--combine needs folders of earlier evaluations, and no --sweep beside it")
+        say(combined.combine(layers.settings.combine))
         return DONE
     with plain_memory_error():
         # Settings: flags, --config, the run, defaults. Images: those of the run's split, by their latents.

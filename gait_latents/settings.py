@@ -542,7 +542,6 @@ class EvaluateSettings(MachineSettings):
         "classifier_steps",
         "classifier_seeds",
         "classifier_image_size",
-        "combine",
         "sweep",
         "sweep_checkpoints",
         "sweep_images",
@@ -589,6 +588,7 @@ class EvaluateSettings(MachineSettings):
         "print the classifiers of these evaluation folders in one table, instead of evaluating",
         many=True,
         path=True,
+        needed=False,
     )
     sweep: tuple[float, ...] = setting(
         (),

@@ -230,7 +230,7 @@ def test_a_folder_that_holds_no_such_report_is_refused_and_named(tmp_path, capsy
 
 
 def test_the_flag_needs_folders_and_stands_alone(tmp_path, capsys):
-    assert "--combine" in refused(capsys, combine=[])
+    assert "--combine needs folders of earlier evaluations" in refused(capsys, combine=[])
     write_report(tmp_path / "a")
     told = refused(capsys, combine=[tmp_path / "a"], sweep=[1.0])
-    assert "--combine prints what was evaluated, and --sweep evaluates; give one of them" in told
+    assert "--combine needs folders of earlier evaluations, and no --sweep beside it" in told
