@@ -370,6 +370,19 @@ def test_generating_is_shared_and_its_files_are_those_of_one_process(trained, tm
 
 
 @pytest.mark.slow
+def test_two_processes_begin_with_the_training_images_that_one_begins_with(trained, tmp_path):
+    how: dict[str, Any] = {"images_per_class": 3, "from_real": 0.5}
+    codes, told = Company(tmp_path, lambda rank: generate(trained, output_folder=tmp_path / "two", **how)).end()
+    assert codes == [0, 0] and told[1] == "", told
+    assert generate(trained, output_folder=tmp_path / "one", **how) == 0
+    two, one = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+        for folder in (tmp_path / "two", tmp_path / "one")
+    )
+    assert two == one and len(one) == 9 + 3
+
+
+@pytest.mark.slow
 def test_what_fails_in_one_process_between_the_exchanges_is_told_by_the_first(trained, tmp_path, monkeypatch):
     sample = generation.Generator.sample
 
