@@ -199,53 +199,57 @@ def make_split(
         seed: orders the images of a "random" split.
         split: "random", or "contiguous" for the first images in natural order.
         split_gap: images left out between training, validation and test in a contiguous split.
-        split_start: the place of the first training image of a contiguous split, as a share of the images of its class;
-            those before it come after the last.
-        validation_per_user: validation images of each class, at most a quarter of those that are not for training;
-            they come after the training images, in the order that the split takes them in.
+        split_start: where a contiguous split begins, as a share of the images; those before it come after the last.
+        validation_per_user: of each class, at most a quarter of those not for training; they come after these.
         class_names: names and patterns of the classes to choose from; `ALL` is every class.
         small_classes: "refuse" classes with fewer images than images_per_user, or "take" all that these have.
-        form: the form in which names are compared and drawn; earlier versions took them as they stand.
+        form: that in which names are compared and drawn; earlier versions took them as they stand.
 
     Raises:
-        UserError: naming each class that has too few images, or the name that fits no class; or where a random split
-            is to begin somewhere.
+        UserError: naming each class that has too few images, the name that fits no class, or what no split can be.
     """
-    if split == "random" and split_start:
-        raise UserError(
-            f"--split_start is {split_start:g}, but a random split begins nowhere: give --split contiguous, or another "
-            "--seed for another random one"
-        )
+    _check_rule(split, split_start)
     ordered = sorted(index, key=lambda name: natural_key(name, form))
-    classes = choose_names(class_names, ordered, setting="class_names", where="the image folder")
-    classes = classes[: None if num_users == "all" else int(num_users)]
+    named = choose_names(class_names, ordered, setting="class_names", where="the image folder")
+    classes = named[: None if num_users == "all" else int(num_users)]
     if small_classes != "take" or not all(index[name] for name in classes):
         _check_enough({name: len(index[name]) for name in classes}, images_per_user)
     parts: dict[str, list[Entry]] = {part: [] for part in (*PARTS, "gap")}
     for class_name in classes:
         names = sorted(index[class_name], key=lambda name: natural_key(name, form))
         count = len(names) if images_per_user == "all" else min(int(images_per_user), len(names))
-        if split == "contiguous":
-            start = math.floor(split_start * len(names)) % max(1, len(names))
-            order, places, gap = names, [*range(start, len(names)), *range(start)], split_gap
-        elif split == "random":
-            order, places, gap = sorted(names, key=_draw_order(seed, class_name, form)), range(len(names)), 0
-        else:
-            raise UserError(f"split is {split!r}; it is random or contiguous")
-        found = _parts_by_place(places, count, validation_per_user, gap)
-        part_of = {name: found[place] for place, name in enumerate(order)}
+        is_drawn = split == "random"
+        order = sorted(names, key=_draw_order(seed, class_name, form)) if is_drawn else names
+        places, gap = (range(len(names)), 0) if is_drawn else (_from(split_start, len(names)), split_gap)
+        part_at = _parts_by_place(places, count, validation_per_user, gap)
+        part_of = {name: part_at[place] for place, name in enumerate(order)}
         for name in names:
             parts[part_of[name]].append(Entry(class_name, name))
     train, validation, test, gaps = (tuple(parts[part]) for part in (*PARTS, "gap"))
-    settings = (seed, split, split_gap, images_per_user, num_users)
     rule = {
-        **dict(zip(_RULE_FIELDS, settings, strict=True)),
+        **dict(zip(_RULE_FIELDS, (seed, split, split_gap, images_per_user, num_users), strict=True)),
         "class_names": list(class_names),
         "small_classes": small_classes,
         "validation_per_user": validation_per_user if validation else 0,
         "split_start": split_start,
     }
     return Split(tuple(classes), train, test, (), rule, gaps, validation)
+
+
+def _check_rule(split: str, start: float) -> None:
+    if split not in ("random", "contiguous"):
+        raise UserError(f"split is {split!r}; it is random or contiguous")
+    if split == "random" and start:
+        raise UserError(
+            f"--split_start is {start:g}, but a random split begins nowhere: give --split contiguous, or for another "
+            "random one another --seed"
+        )
+
+
+def _from(start: float, count: int) -> list[int]:
+    """Returns the places 0 to count - 1, from a share of the way on; those before it come last."""
+    first = math.floor(start * count) % max(1, count)
+    return [*range(first, count), *range(first)]
 
 
 def _parts_by_place(places: Sequence[int], num_training: int, num_validation: int, gap: int) -> dict[int, str]:
