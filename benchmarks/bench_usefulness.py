@@ -13,12 +13,13 @@ walker there are four training sets:
     real + synthetic    the windows, and generated images, half of each batch of each
 
 The VAE (demo/train_vae.py), the latents and the diffusion model see the training windows alone, or --vae names a VAE
-that was trained on other walkers. The learning rate of
-the classifier and the strength of its augmentation (shifts in time and Doppler frequency, masks, noise, mixup) are
-those with which the last quarter of the training windows is recognised best, in negative log-likelihood, by a
-classifier that learns from the windows before; all training sets have the same. Nothing is chosen on test windows.
-More windows of the recording, up to all that there are, give the learning curve of real windows, on which generated
-images are worth so many.
+that was trained on other walkers. Other walkers may help further: with --classifier_of a folder of their images, every
+classifier begins with what it learns there, and with init_from in a --recipe, so does the diffusion model. The
+learning rate of the classifier and the strength of its augmentation (shifts in time and Doppler frequency, masks,
+noise, mixup) are those with which the last quarter of the training windows is recognised best, in negative
+log-likelihood, by a classifier that learns from the windows before; all training sets have the same. Nothing is chosen
+on test windows. More windows of the recording, up to all that there are, give the learning curve of real windows, on
+which generated images are worth so many.
 
 A split takes another recording to learn from, and begins at another window; a generator is a diffusion model and its
 images; a classifier is a seed. The interval of a difference is a bootstrap over walkers and runs, see
@@ -73,6 +74,9 @@ class Sizes:
     classifier_steps: int = 600  # more where these are fewer than `classifier_passes`
     classifier_passes: int = 5
     classifier_width: int = 32
+    first_steps: int = 1800  # of a classifier on images of other walkers, with the next two
+    first_learning_rate: float = 2e-3
+    first_strength: float = 0.5
     precision: str | None = None  # of the diffusion model and the classifiers; None is what they have of themselves
     batch_size: int = 32
     # (learning rate, strength of the augmentation) among which the validation windows choose.
@@ -89,6 +93,7 @@ SMALL = Sizes(
     images_per_class=2,
     classifier_steps=2,
     classifier_passes=0,
+    first_steps=2,
     batch_size=6,
     candidates=((2e-3, 0.5), (5e-4, 1.0)),
 )
@@ -111,6 +116,9 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=("float32", "bfloat16"),
         help="number format of the diffusion model and the classifiers; bfloat16 is faster where a machine has it",
     )
+    parser.add_argument(
+        "--classifier_of", type=Path, help="images of other walkers, on which every classifier is trained first"
+    )
     parser.add_argument("--recipe", type=Path, help="settings of the diffusion model and its images, a YAML file")
     parser.add_argument("--small", action="store_true", help="tiny sizes: shows that it works, measures nothing")
     arguments = parser.parse_args(argv)
@@ -124,6 +132,8 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("give --folder, where everything is kept")
     if arguments.vae is not None and not arguments.vae.is_file():
         parser.error(f"--vae {arguments.vae} is no file")
+    if arguments.classifier_of is not None and not arguments.classifier_of.is_dir():
+        parser.error(f"--classifier_of {arguments.classifier_of} is no folder")
     if arguments.recipe is not None and (not arguments.recipe.is_file() or arguments.recipe.stem == DEFAULT):
         parser.error(f"--recipe {arguments.recipe} is no file, or has the name of the recipe without one")
     return arguments
@@ -135,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         sizes = dataclasses.replace(SMALL if arguments.small else Sizes(), precision=arguments.precision)
-        laboratory = Laboratory(folder, sizes, vae=arguments.vae)
+        laboratory = Laboratory(folder, sizes, vae=arguments.vae, others=arguments.classifier_of)
         clock = Clock(time.monotonic() + 60 * arguments.minutes)
         is_done = True
         try:
@@ -182,19 +192,21 @@ class Laboratory:
         SystemExit: when the folder was begun with other sizes.
     """
 
-    def __init__(self, folder: Path, sizes: Sizes, *, vae: Path | None = None) -> None:
+    def __init__(self, folder: Path, sizes: Sizes, *, vae: Path | None = None, others: Path | None = None) -> None:
         from gait_latents.common import hardware
 
-        self.folder, self.sizes, self.vae = folder, sizes, vae
+        self.folder, self.sizes, self.vae, self.others = folder, sizes, vae, others
         self.device = hardware.pick_device("auto")
         self._test: dict[int, tuple[Images, Any]] = {}  # by the recording that is learnt from
         self.facts = {
             **dataclasses.asdict(sizes),
             "vae_of_others": None if vae is None else hashlib.sha256(vae.read_bytes()).hexdigest(),
+            "classifier_of": None if others is None else digest_of_names(others),
         }
         stored, own = folder / "sizes.json", json.loads(json.dumps(self.facts))
-        if stored.exists() and {"precision": None, **json.loads(stored.read_text())} != own:
-            raise SystemExit(f"error: {folder} was begun with other sizes, precision or VAE; give another --folder")
+        before = {"classifier_of": None, **json.loads(json.dumps(dataclasses.asdict(Sizes())))}  # of older folders
+        if stored.exists() and {**before, **json.loads(stored.read_text())} != own:
+            raise SystemExit(f"error: {folder} was begun with other sizes, precision or models; give another --folder")
         save_json(stored, own)
 
     @property
@@ -269,6 +281,54 @@ class Laboratory:
         return self.read(
             [(folder / name / file, int(name.removeprefix("ID_")) - 1) for name in listed for file in listed[name]]
         )
+
+    @cached_property
+    def features(self) -> Mapping[str, Any] | None:
+        """The weights that all classifiers begin with, learnt from other walkers; None where there are no others."""
+        if self.others is None:
+            return None
+        from safetensors.torch import load_file
+        from safetensors.torch import save as to_safetensors
+
+        from gait_latents.common import files
+        from gait_latents.evaluation.augmentation import Augmentation
+        from gait_latents.evaluation.classifier import train_features
+        from gait_latents.images import folders
+
+        path = self.folder / "features.safetensors"
+        if not path.exists():
+            say("a classifier of other walkers")
+            listed = folders.list_images(self.others)
+            found = [(self.others / name / file, label) for label, name in enumerate(listed) for file in listed[name]]
+            weights = train_features(
+                self.read(found),
+                num_steps=self.sizes.first_steps,
+                learning_rate=self.sizes.first_learning_rate,
+                augment=Augmentation().scaled(self.sizes.first_strength),
+                seed=TUNING_SEED,
+                **self.how_to_train,
+            )
+            files.publish(path, to_safetensors({name: value.contiguous() for name, value in weights.items()}))
+        return load_file(path)
+
+    @property
+    def how_to_train(self) -> dict[str, Any]:
+        """What all trainings of a classifier have in common."""
+        from gait_latents.common import hardware
+
+        return {
+            "device": self.device,
+            "batch_size": self.sizes.batch_size,
+            "width": self.sizes.classifier_width,
+            "number_format": hardware.NUMBER_FORMATS[self.sizes.precision or "float32"],
+        }
+
+
+def digest_of_names(folder: Path) -> str:
+    """Returns a digest of the names of the images in a folder with one sub-folder for each walker."""
+    from gait_latents.images import folders
+
+    return hashlib.sha256(json.dumps(folders.list_images(folder), sort_keys=True).encode()).hexdigest()
 
 
 def counts_of_curve(windows: Sequence[int], most: int) -> list[int]:
@@ -456,7 +516,6 @@ class Trial:
 
     def train(self, sets: Sequence[Images], asked: Any, *, seed: int, learning_rate: float, strength: float) -> Any:
         """Trains a classifier; returns the logits of the images that it is asked about."""
-        from gait_latents.common import hardware
         from gait_latents.evaluation.augmentation import Augmentation
         from gait_latents.evaluation.classifier import train_and_classify
 
@@ -466,12 +525,10 @@ class Trial:
             num_classes=self.laboratory.sizes.people,
             num_steps=self.num_steps,
             seed=seed,
-            device=self.laboratory.device,
-            batch_size=self.laboratory.sizes.batch_size,
             learning_rate=learning_rate,
             augment=Augmentation().scaled(strength),
-            width=self.laboratory.sizes.classifier_width,
-            number_format=hardware.NUMBER_FORMATS[self.laboratory.sizes.precision or "float32"],
+            begin_with=self.laboratory.features,
+            **self.laboratory.how_to_train,
         )
 
     def classifiers(

@@ -3,7 +3,7 @@
 Images are uint8 tensors [N S S 3], labels int64 [N].
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,10 @@ def train_and_classify(
     batch_size: int = BATCH_SIZE,
     width: int = _WIDTH,
     number_format: torch.dtype = torch.float32,
+    begin_with: Mapping[str, Tensor] | None = None,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Trains a ResNet-18 from nothing on some images; returns the logits [M K] of others, float32 on the CPU.
+    """Trains a ResNet-18 on some images; returns the logits [M K] of others, float32 on the CPU.
 
     The recipe is the same for every training set: `num_steps` batches, AdamW with weight decay under a one-cycle
     learning rate, cross-entropy. Images are normalised by the mean and standard deviation of each channel of
@@ -56,27 +57,86 @@ def train_and_classify(
         batch_size: images per step; a smaller set fills a batch by more than one round.
         width: channels of the first blocks; ResNet-18 has 64, and half as many take about a third of the time.
         number_format: in which the network computes; weights, loss and logits stay float32.
+        begin_with: what `train_features` returned, of the same width; None begins with weights of the seed.
         progress: called after each step; what it raises ends the work.
     """
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        network = _build(num_classes, sets[0][0].shape[1], seed, width).to(device)
-        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        network = _build(num_classes, sets[0][0].shape[1], seed, width)
+        if begin_with is not None:
+            network.load_state_dict({**network.state_dict(), **begin_with})  # the last layer is its own
         normalise = _Normalisation.of([images for images, _ in sets], device)
-        optimiser = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=_WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=num_steps + 1)
-        sets = [(images, nn.functional.one_hot(labels, num_classes).float()) for images, labels in sets]
-        for images, targets in _batches(sets, num_steps, batch_size, seed, augment):
-            with hardware.autocast(device, number_format):  # for each step anew: it keeps the weights that it has cast
-                logits = network(normalise(images))
-            loss = nn.functional.cross_entropy(logits.float(), targets.to(device))
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            if progress is not None:
-                progress()
+        _train(
+            network.to(device),
+            _batches(_with_targets(sets, num_classes), num_steps, batch_size, seed, augment),
+            normalise,
+            num_steps=num_steps,
+            learning_rate=learning_rate,
+            number_format=number_format,
+            progress=progress,
+        )
         with hardware.autocast(device, number_format):
             return _classify(network.eval(), test, normalise)
+
+
+def train_features(
+    images: Images,
+    *,
+    num_steps: int,
+    seed: int,
+    device: torch.device,
+    learning_rate: float,
+    augment: Augment,
+    batch_size: int = BATCH_SIZE,
+    width: int = _WIDTH,
+    number_format: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Trains a ResNet-18 on images of other classes; returns its weights without those of the last layer, on the CPU.
+
+    The arguments are those of `train_and_classify`, and so is the recipe.
+    """
+    num_classes = int(images[1].max()) + 1
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        network = _build(num_classes, images[0].shape[1], seed, width).to(device)
+        _train(
+            network,
+            _batches(_with_targets([images], num_classes), num_steps, batch_size, seed, augment),
+            _Normalisation.of([images[0]], device),
+            num_steps=num_steps,
+            learning_rate=learning_rate,
+            number_format=number_format,
+        )
+    return {name: value.cpu() for name, value in network.state_dict().items() if not name.startswith("fc.")}
+
+
+def _train(
+    network: nn.Module,
+    batches: Iterable[Images],
+    normalise: "_Normalisation",
+    *,
+    num_steps: int,
+    learning_rate: float,
+    number_format: torch.dtype,
+    progress: Callable[[], None] | None = None,
+) -> None:
+    """Trains a network, which is on its device already, on batches of images and targets [B K]."""
+    device = normalise.mean.device
+    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    optimiser = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=_WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=num_steps + 1)
+    for images, targets in batches:
+        with hardware.autocast(device, number_format):  # for each step anew: it keeps the weights that it has cast
+            logits = network(normalise(images))
+        loss = nn.functional.cross_entropy(logits.float(), targets.to(device))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if progress is not None:
+            progress()
+
+
+def _with_targets(sets: Sequence[Images], num_classes: int) -> list[Images]:
+    return [(images, nn.functional.one_hot(labels, num_classes).float()) for images, labels in sets]
 
 
 class _Narrow(ResNet):

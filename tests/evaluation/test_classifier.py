@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gait_latents.evaluation import classifier
 from gait_latents.evaluation.augmentation import Augmentation
-from gait_latents.evaluation.classifier import train_and_classify
+from gait_latents.evaluation.classifier import train_and_classify, train_features
 from gait_latents.evaluation.comparison import score
 
 CPU = torch.device("cpu")
@@ -54,6 +54,20 @@ def test_classes_that_differ_are_learnt(number_format):
     logits = classify(coloured([9, 9, 9]), test=test, **how, progress=lambda: steps.append(1))
     assert logits.dtype == torch.float32 and logits.shape == (11, 3) and torch.equal(logits.argmax(1), labels)
     assert len(steps) == 14
+
+
+def test_a_classifier_may_begin_with_what_another_has_learnt_and_never_sees_its_last_layer():
+    how: dict[str, Any] = {"seed": 3, "device": CPU, "learning_rate": 2e-3, "augment": as_they_are, "batch_size": 6}
+    few, (test, labels) = coloured([1, 1, 1]), coloured([4, 4, 4], seed=5)
+    pixels, names = coloured([9, 9, 9], seed=2)
+    features = train_features((pixels, names + 1), num_steps=14, **how)  # four classes, one of them without images
+    assert features and all(not name.startswith("fc.") and value.device == CPU for name, value in features.items())
+    kept = {name: value.clone() for name, value in features.items()}
+    known = classify(few, test=test, num_steps=3, begin_with=features)
+    unknown = classify(few, test=test, num_steps=3)
+    loss = torch.nn.functional.cross_entropy
+    assert loss(known, labels) < loss(unknown, labels)
+    assert all(torch.equal(features[name], value) for name, value in kept.items())
 
 
 @pytest.mark.slow

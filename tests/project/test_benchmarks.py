@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -312,7 +313,8 @@ def test_the_whole_way_is_gone_in_the_laboratory_and_kept(laboratory):
     for line in rows.values():
         assert line["runs"] == 2 and 0 <= line["accuracy"] <= 1 and line["nll"] > 0 and 0 <= line["eer"] <= 1
     difference = rows[4, "real + synthetic"]["difference"]
-    assert difference["covers"] == ["split", "generator", "classifier", "walker", "recording"]
+    assert difference["covers"] == ["split", "generator", "walker", "recording"]
+    assert difference["leaves_out"] == ["classifier"]  # whose seed is the same in both splits
     assert difference["low"] <= difference["mean"] <= difference["high"]
     assert difference["mean"] == pytest.approx(rows[4, "real + synthetic"]["accuracy"] - rows[4, "real"]["accuracy"])
     kept = json.loads((folder / "results.json").read_text())
@@ -352,7 +354,20 @@ def test_what_is_done_is_not_done_again_and_another_recipe_shares_the_rest(labor
     assert "synthetic (guided)" in rows and "real + synthetic (guided)" in rows and "synthetic" in rows
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     other = run("bench_usefulness", "--folder", str(folder), "--minutes", "0")
-    assert other.returncode == 1 and "was begun with other sizes, precision or VAE" in other.stderr
+    assert other.returncode == 1 and "was begun with other sizes, precision or models" in other.stderr
+
+
+@pytest.mark.slow
+def test_classifiers_begin_with_what_they_learn_from_other_walkers(laboratory, tmp_path):
+    others = laboratory[0] / "recordings" / "recording_2"
+    folder, words = tmp_path / "lab", ("--small", "--splits", "1", "--generators", "1", "--classifiers", "1")
+    shutil.copytree(laboratory[0] / "recordings", folder / "recordings")
+    done = run("bench_usefulness", *words, "--folder", str(folder), "--classifier_of", str(others))
+    assert done.returncode == 0, done.stderr
+    features = load_file(folder / "features.safetensors")
+    assert len(features["layer1.0.conv1.weight"]) == 32 and not any("fc" in name for name in features)
+    again = run("bench_usefulness", *words, "--folder", str(folder), "--minutes", "0")
+    assert again.returncode == 1 and "precision or models" in again.stderr
 
 
 def test_the_curve_doubles_up_to_all_windows():
