@@ -200,7 +200,7 @@ def make_split(
         split: "random", or "contiguous" for the first images in natural order.
         split_gap: images left out between training, validation and test in a contiguous split.
         split_start: where a contiguous split begins, as a share of the images; those before it come after the last.
-        validation_per_user: of each class, at most a quarter of those not for training; they come after these.
+        validation_per_user: of each class, at most a quarter of the images not for training, and the first of these.
         class_names: names and patterns of the classes to choose from; `ALL` is every class.
         small_classes: "refuse" classes with fewer images than images_per_user, or "take" all that these have.
         form: that in which names are compared and drawn; earlier versions took them as they stand.
@@ -241,8 +241,8 @@ def _check_rule(split: str, start: float) -> None:
         raise UserError(f"split is {split!r}; it is random or contiguous")
     if split == "random" and start:
         raise UserError(
-            f"--split_start is {start:g}, but a random split begins nowhere: give --split contiguous, or for another "
-            "random one another --seed"
+            f"--split_start is {start:g}, but a random split begins nowhere: give --split contiguous, or --split_start "
+            "0 and, for another random one, another --seed"
         )
 
 

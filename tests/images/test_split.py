@@ -114,7 +114,7 @@ def test_a_contiguous_split_may_begin_elsewhere():
     first = split_of(index, images_per_user=4, split="contiguous")
     assert split_of(index, images_per_user=4, split="contiguous", split_start=1.0).train == first.train
     assert b"split_start" not in first.to_bytes()  # as earlier versions wrote it
-    with pytest.raises(UserError, match="a random split begins nowhere: give --split contiguous, or for"):
+    with pytest.raises(UserError, match="a random split begins nowhere: give --split contiguous, or --split_start 0"):
         split_of(index, split_start=0.5)
 
 
