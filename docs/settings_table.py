@@ -160,6 +160,9 @@ HELP_ZH = {
     "latents are moved along the width, time in a spectrogram, by up to this share of it, each time they are seen": (
         "每次看到潜变量时，沿宽度方向（谱图中为时间）随机移动，最多移动宽度的这一比例"
     ),
+    "learn the columns, too, that time_shift fills with the edge, as older runs do; samples then have such edges": (
+        "连同 time_shift 用边缘列填充的列一起学习，与旧版本的训练相同；生成的图像会因此带有这样的边缘"
+    ),
     "steps in all; auto is as many as see each training image 150 times, and at least fewest_steps": (
         "总步数；auto 使每张训练图像被看到 150 次，且不少于 fewest_steps"
     ),

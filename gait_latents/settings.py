@@ -406,6 +406,12 @@ class TrainSettings(SamplingSettings, ImageSettings):
         low=0.0,
         high=0.5,
     )
+    learn_edges: bool = setting(
+        False,
+        bool,
+        TRAINING,
+        "learn the columns, too, that time_shift fills with the edge, as older runs do; samples then have such edges",
+    )
     max_grad_norm: float = setting(1.0, float, TRAINING, "gradients are clipped to this norm", low=0.0)
     ema_decay: float = setting(0.9995, float, TRAINING, "decay of the averaged weights", low=0.0, high=1.0)
     ema_update_every: int = setting(3, int, TRAINING, "steps between updates of the average", low=1, unit="steps")
@@ -686,6 +692,7 @@ _BEFORE_IN_RUNS = {
     "validation_per_user": 0,
     "split_start": 0.0,
     "fewest_steps": 0,
+    "learn_edges": True,
 }
 
 

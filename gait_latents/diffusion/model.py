@@ -64,6 +64,12 @@ def shift_along_width(latents: Tensor, columns: Tensor) -> Tensor:
     return latents.gather(3, sources[:, None, None, :].expand(latents.shape))
 
 
+def columns_kept(columns: Tensor, width: int) -> Tensor:
+    """Returns False for the columns that `shift_along_width` fills with the edge, and True for the others, [B S]."""
+    sources = torch.arange(width, device=columns.device) - columns[:, None]  # B S
+    return (sources >= 0) & (sources < width)
+
+
 def passes_per_step(cond_scale: float) -> int:
     """Returns the network passes per sample that guidance of this scale takes: with the class, without, or both."""
     return 1 if cond_scale in (0, 1) else 2
@@ -138,7 +144,14 @@ class LatentDiffusion(GaussianDiffusion):
             )
 
     def forward(
-        self, latents: Tensor, classes: Tensor, *, times: Tensor, noise: Tensor, cond_keep_mask: Tensor
+        self,
+        latents: Tensor,
+        classes: Tensor,
+        *,
+        times: Tensor,
+        noise: Tensor,
+        cond_keep_mask: Tensor,
+        counted: Tensor | None = None,
     ) -> Tensor:
         """Returns the weighted loss of each latent, [B].
 
@@ -148,12 +161,25 @@ class LatentDiffusion(GaussianDiffusion):
             times: timesteps [B] to which the latents are noised.
             noise: unit normal [B C S S].
             cond_keep_mask: bool [B], True where the network is told the class.
+            counted: bool [B S], True for the columns whose error counts; None where all do.
         """
         if latents.shape[1:] != self.latent_shape:
             raise ValueError(f"latents {list(latents.shape)} do not have the shape {self.latent_shape}")
-        return self.p_losses(
-            latents, times, classes=classes, noise=noise, cond_keep_mask=cond_keep_mask, loss_reduction="none"
-        )
+        if counted is None:
+            return self.p_losses(
+                latents, times, classes=classes, noise=noise, cond_keep_mask=cond_keep_mask, loss_reduction="none"
+            )
+        noisy = self.q_sample(x_start=latents, t=times, noise=noise)
+        error = self.model(noisy, times, classes, cond_keep_mask=cond_keep_mask) - self._target(latents, times, noise)
+        by_column = error.square().mean(dim=(1, 2))  # B S
+        weight = self.get_buffer("loss_weight").gather(0, times)  # B
+        return weight * (by_column * counted).sum(1) / counted.sum(1)
+
+    def _target(self, latents: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        """Returns what the network should answer, [B C S S]."""
+        if self.objective == "pred_noise":
+            return noise
+        return self.predict_v(latents, times, noise) if self.objective == "pred_v" else latents
 
     @torch.inference_mode()
     def sample(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -14,7 +14,7 @@ from gait_latents.common.errors import Failed, UserError
 from gait_latents.common.seeds import draw_positions
 from gait_latents.diffusion import build
 from gait_latents.diffusion.ema import EMA
-from gait_latents.diffusion.model import LatentDiffusion, shift_along_width
+from gait_latents.diffusion.model import LatentDiffusion, columns_kept, shift_along_width
 from gait_latents.images import selection
 from gait_latents.latents import vae_fit
 from gait_latents.settings import AUTO_STEPS, TrainSettings
@@ -228,7 +228,12 @@ class Trainer:
             latents, labels = self.latents_of(part)
             with hardware.autocast(self.device, self.dtype):
                 losses = self.losses_of(
-                    latents, labels, times=part.times, noise=part.noise, cond_keep_mask=part.cond_keep_mask
+                    latents,
+                    labels,
+                    times=part.times,
+                    noise=part.noise,
+                    cond_keep_mask=part.cond_keep_mask,
+                    counted=self._counted(part),
                 )
             share = losses.sum() / self.batch
             self.scaler.scale(share).backward()
@@ -282,6 +287,15 @@ class Trainer:
         """Draws the latents [b C h w] of a part of a step; returns them and their labels [b]."""
         latents, labels = self.dataset.batch(part.positions, part.posterior_noise, part.host_positions)
         return (shift_along_width(latents, part.shifts) if self.largest_shift else latents), labels
+
+    def _counted(self, part: StepDraws) -> Tensor | None:
+        """Returns the mask [b w] of the columns that are the latent's own; None where all count.
+
+        Where a shift repeats the edge there is nothing to learn: a network that did would draw such edges.
+        """
+        if not self.largest_shift or self.settings.learn_edges:
+            return None
+        return columns_kept(part.shifts, self.dataset.latent_shape[2])
 
     def _update(self, loss: Tensor, step: int) -> None:
         self.scaler.unscale_(self.optimizer)

@@ -9,7 +9,7 @@ from tiny_diffusion import OBJECTIVES, generators, randn, scheduler_class, signa
 
 from gait_latents.common.errors import UserError
 from gait_latents.diffusion.ema import EMA
-from gait_latents.diffusion.model import shift_along_width
+from gait_latents.diffusion.model import columns_kept, shift_along_width
 from gait_latents.training.draws import draw_step
 
 # ---- network and schedule
@@ -79,11 +79,13 @@ def test_sizes_that_do_not_fit_are_told(changes, message):
 # ---- training
 
 
+@pytest.mark.parametrize("columns", [None, [0, 2, -3, 0]])
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("gamma", [5.0, None])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_losses_are_the_closed_form(objective, gamma, schedule, shift):
+def test_losses_are_the_closed_form(objective, gamma, schedule, shift, columns):
+    """With columns, those do not count that a move by so many has filled."""
     model = tiny(
         objective=objective,
         min_snr_loss_weight=gamma is not None,
@@ -94,8 +96,9 @@ def test_losses_are_the_closed_form(objective, gamma, schedule, shift):
     latents, noise = 3 * randn(4, 2, 8, 8, seed=1), randn(4, 2, 8, 8, seed=2)  # well outside [-1, 1]
     times, classes = torch.tensor([0, 150, 600, 990]), torch.tensor([0, 1, 2, 0])
     keep = torch.tensor([True, False, True, False])
+    counted = None if columns is None else columns_kept(torch.tensor(columns), width=8)
     with torch.no_grad():
-        losses = model(latents, classes, times=times, noise=noise, cond_keep_mask=keep)
+        losses = model(latents, classes, times=times, noise=noise, cond_keep_mask=keep, counted=counted)
         share = signal_share(schedule, noise_shift=shift)[times]
         alpha, sigma = share.sqrt()[:, None, None, None], (1 - share).sqrt()[:, None, None, None]
         noisy = (alpha * latents + sigma * noise).float()
@@ -104,7 +107,10 @@ def test_losses_are_the_closed_form(objective, gamma, schedule, shift):
     snr = share / (1 - share)
     capped = snr if gamma is None else snr.clamp(max=gamma)
     weights = {"pred_v": capped / (snr + 1), "pred_noise": capped / snr, "pred_x0": capped}
-    expected = ((output - targets[objective]) ** 2).mean(dim=(1, 2, 3)) * weights[objective]
+    errors = (output - targets[objective]) ** 2
+    own = [slice(max(by, 0), 8 + min(by, 0)) for by in columns or [0] * 4]
+    means = torch.stack([error[..., part].mean() for error, part in zip(errors, own, strict=True)])
+    expected = means * weights[objective]
     assert losses.shape == (4,)
     torch.testing.assert_close(losses, expected.float(), rtol=2e-5, atol=0)
 
@@ -251,3 +257,11 @@ def test_moved_latents_keep_their_rows_and_repeat_the_edge():
     assert torch.equal(found[0], latents[0][:, :, [0, 0, 1, 2]])
     assert torch.equal(found[1], latents[1][:, :, [2, 3, 3, 3]])
     assert torch.equal(shift_along_width(latents, torch.zeros(2, dtype=torch.int64)), latents)
+
+
+def test_the_columns_that_a_move_fills_are_those_that_it_does_not_keep():
+    kept = columns_kept(torch.tensor([1, -2, 0]), width=4)
+    assert kept.tolist() == [[False, True, True, True], [True, True, False, False], [True] * 4]
+    numbers = torch.arange(1.0, 5.0).expand(3, 1, 1, 4)
+    moved = shift_along_width(numbers, torch.tensor([1, -2, 0]))[:, 0, 0]
+    assert moved[kept].tolist() == [1, 2, 3, 3, 4, 1, 2, 3, 4]  # each of the latent's own columns, once

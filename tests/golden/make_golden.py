@@ -62,7 +62,10 @@ TRAIN = {
     "trackers": "none",
     "device": "cpu",
 }
-LATER_TRAIN = {"time_shift": 0.25}  # two columns of these latents; the default would move them by none
+LATER_TRAIN = {
+    "time_shift": 0.25,  # two columns of these latents; the default would move them by none
+    "learn_edges": "true",
+}
 PREPROCESS = {"image_size": 16, "images_per_user": 3, "splits": ["train", "test"], "device": "cpu"}
 GENERATE = {"images_per_class": 2, "image_format": "png", "device": "cpu"}
 EVALUATE = {"classifier": "false", "device": "cpu"}

@@ -33,7 +33,7 @@ from pipeline import (
 
 import train_latent_cfg
 from gait_latents.common import charts, cli, hardware, pictures, process
-from gait_latents.diffusion.model import shift_along_width
+from gait_latents.diffusion.model import columns_kept, shift_along_width
 from gait_latents.images.split import read_split
 from gait_latents.settings import TrainSettings
 from gait_latents.training import checkpoint, run_folder
@@ -562,6 +562,34 @@ def test_the_network_sees_moved_latents(cached, monkeypatch):
     monkeypatch.setattr(Trainer, "latents_of", checked)
     assert train(cached, time_shift=0.25, num_samples=0) == 0
     assert any(changed)
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+def test_columns_that_a_move_fills_count_in_older_runs_alone(cached, monkeypatch, is_older):
+    shift = {"time_shift": 0.25, "num_samples": 0}
+    assert train(cached, **shift, train_num_steps=HALF) == 0
+    state = run_folder.newest_state(cached / "results")
+    assert state is not None
+    if is_older:
+        tensors, meta = checkpoint.load(state.path)
+        del meta["settings"]["learn_edges"]
+        checkpoint.save(state.path, tensors, meta)
+    found: list[Any] = []
+    take = Trainer._counted  # pyright: ignore[reportPrivateUsage]
+
+    def noted(self: Any, part: Any) -> Any:
+        counted = take(self, part)
+        found.append(None if counted is None else (counted, part.shifts))
+        return counted
+
+    monkeypatch.setattr(Trainer, "_counted", noted)
+    assert train(cached, **shift) == 0
+    assert len(found) == STEPS - HALF and (None in found) == is_older
+    if not is_older:
+        assert all(torch.equal(counted, columns_kept(by, counted.shape[1])) for counted, by in found)
+        assert not all(counted.all() for counted, _ in found)
+    state = run_folder.newest_state(cached / "results")
+    assert state is not None and state.meta.settings["learn_edges"] == is_older
 
 
 @pytest.mark.parametrize("name", ["time_shift", "noise_shift"])
