@@ -156,6 +156,9 @@ HELP_ZH = {
     "forward passes per step; a step sees train_batch_size times this": (
         "每个训练步包含的前向传播次数；每步共用 train_batch_size 乘以此数个潜变量"
     ),
+    "with init_from: learn what tells the classes apart alone (their embeddings), and leave the network as it is": (
+        "与 init_from 合用：只学习区分各类别的部分（类别嵌入），网络其余部分保持不变"
+    ),
     "learning rate of Adam": "Adam 的学习率",
     "latents are moved along the width, time in a spectrogram, by up to this share of it, each time they are seen": (
         "每次看到潜变量时，沿宽度方向（谱图中为时间）随机移动，最多移动宽度的这一比例"

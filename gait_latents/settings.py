@@ -10,6 +10,7 @@ from gait_latents.common.cli import CATALOGUE, setting, specs, to_dict
 # Where train_num_steps is auto, training sees each image so often; after 130 to 200 passes, samples turned into copies
 # of training images (docs/log.md).
 AUTO_PASSES = 150
+FROZEN_PASSES = 25  # of a run that learns the classes alone
 # Solver steps where sampling_timesteps is auto (docs/log.md); a sampler that is not here takes every training timestep.
 AUTO_STEPS = {"dpm++": 12, "ddim": 250}
 ALL_CLASSES = ("all",)
@@ -327,6 +328,12 @@ class TrainSettings(SamplingSettings, ImageSettings):
         "run folder or checkpoint file whose weights a new run begins with; its classes may be others",
         words=("none",),
         path=True,
+    )
+    freeze_network: bool = setting(
+        False,
+        bool,
+        TRAINING,
+        "with init_from: learn what tells the classes apart alone (their embeddings), and leave the network as it is",
     )
     latent_norm: str = setting(
         "moments",
@@ -693,7 +700,10 @@ _BEFORE_IN_RUNS = {
     "split_start": 0.0,
     "fewest_steps": 0,
     "learn_edges": True,
+    "freeze_network": False,
 }
+# What --freeze_network stands for where nothing else is said: a few numbers for each class are soon learnt.
+OF_FROZEN_NETWORK = {"train_lr": 0.01, "fewest_steps": 400}
 
 
 def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:

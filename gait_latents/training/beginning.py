@@ -123,7 +123,14 @@ def warn_of_seen_tests(beginning: Beginning, split: Split) -> None:
         )
 
 
-def begin(beginning: Beginning, diffusion: LatentDiffusion, average: LatentDiffusion, classes: Sequence[str]) -> None:
+def begin(
+    beginning: Beginning,
+    diffusion: LatentDiffusion,
+    average: LatentDiffusion,
+    classes: Sequence[str],
+    *,
+    is_frozen: bool = False,
+) -> None:
     """Puts the weights and the average of the other run into a new network and its average, and says so.
 
     The embeddings of classes that the other run does not know stay as they are, in both.
@@ -133,12 +140,13 @@ def begin(beginning: Beginning, diffusion: LatentDiffusion, average: LatentDiffu
         diffusion: the new network.
         average: its average, which is a copy of it.
         classes: the class names of the new run, in label order.
+        is_frozen: whether the network stays as it is. It then is the average, with which samples are made.
 
     Raises:
         UserError: when the weights are of another network; nothing is then changed.
     """
     state = beginning.state
-    weights = state.weights if state.is_full else state.averages
+    weights = state.weights if state.is_full and not is_frozen else state.averages
     rows = _rows_of(state.meta.classes, classes)
     for found in (weights, state.averages):
         _check_weights(found, diffusion, num_classes=len(state.meta.classes), path=state.path)
@@ -150,7 +158,13 @@ def begin(beginning: Beginning, diffusion: LatentDiffusion, average: LatentDiffu
                     own[list(rows)] = kept[list(rows.values())].to(own.device)
                 else:
                     own.copy_(kept)
-    _say_begin(beginning, classes, rows)
+    _say_begin(beginning, classes, rows, is_frozen=is_frozen)
+
+
+def freeze_network(diffusion: LatentDiffusion) -> None:
+    """Leaves nothing but the embeddings of classes to be learnt."""
+    for name, parameter in diffusion.named_parameters():
+        parameter.requires_grad_(name == _EMBEDDINGS)
 
 
 def _rows_of(there: Sequence[str], here: Sequence[str]) -> dict[int, int]:
@@ -177,7 +191,7 @@ def _check_weights(found: Mapping[str, Tensor], diffusion: LatentDiffusion, *, n
             )
 
 
-def _say_begin(beginning: Beginning, classes: Sequence[str], rows: Mapping[int, int]) -> None:
+def _say_begin(beginning: Beginning, classes: Sequence[str], rows: Mapping[int, int], *, is_frozen: bool) -> None:
     state = beginning.state
     taken = set(rows.values())
     new = [name for label, name in enumerate(classes) if label not in rows]
@@ -185,6 +199,10 @@ def _say_begin(beginning: Beginning, classes: Sequence[str], rows: Mapping[int, 
     text = f"embeddings of {len(rows):,} of {len(classes):,} classes kept"
     text += f"; new: {name_list(new, _MOST_LISTED)}" if new else ""
     text += f"; not taken along: {name_list(left, _MOST_LISTED)}" if left else ""
-    what = "weights" if state.is_full else "averaged weights"
+    what = "weights" if state.is_full and not is_frozen else "averaged weights"
     say(f"begins with the {what} of {beginning.place} at step {state.step:,}: {text}")
     say("the latents are normalised as in that run; optimizer and steps begin anew")
+    if is_frozen:
+        say("the network stays as it is, and the embeddings of classes alone are learnt")
+    elif not rows:
+        say("all classes are new: if there are few images of each, --freeze_network often helps more")

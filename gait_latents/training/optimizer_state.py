@@ -32,7 +32,7 @@ def pack_training_state(
 def expected_bytes(model: nn.Module, ema_model: nn.Module) -> tuple[int, int]:
     """Returns about how large the files of the averaged weights alone and of a full state get, Adam's moments in it."""
     average = sum(tensor.nbytes for tensor in ema_model.state_dict().values())
-    moments = 2 * sum(parameter.nbytes for parameter in model.parameters())
+    moments = 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     return average, sum(tensor.nbytes for tensor in model.state_dict().values()) + average + moments
 
 

@@ -19,7 +19,14 @@ from gait_latents.images.changes import tell_changes_of_run
 from gait_latents.images.reading import BadImage
 from gait_latents.images.split import read_split
 from gait_latents.latents.manifest import Manifest, defaults_of, manifest_of_images, tell_new_cache
-from gait_latents.settings import AUTO_PASSES, AUTO_STEPS, TrainSettings, differences_on_resume
+from gait_latents.settings import (
+    AUTO_PASSES,
+    AUTO_STEPS,
+    FROZEN_PASSES,
+    OF_FROZEN_NETWORK,
+    TrainSettings,
+    differences_on_resume,
+)
 from gait_latents.training import checkpoint, run_folder, trackers
 from gait_latents.training.beginning import Beginning, check_settings, read_beginning
 from gait_latents.training.run_folder import SavedState
@@ -83,6 +90,9 @@ def _read_plan(argv: Sequence[str] | None, description: str | None) -> TrainingP
     layers.add(f"the settings of {folder}", defaults_of(manifest, layers), only_about_cache=True)
     beginning = read_beginning(typed.init_from) if state is None and typed.init_from is not None else None
     layers.add("the run in --init_from", {} if beginning is None else beginning.inherited)
+    if state is None and layers.settings.freeze_network:
+        _refuse_new_network(beginning)
+        layers.add("--freeze_network", OF_FROZEN_NETWORK)
     resolved = layers.resolve()
     settings = resolved.settings
     if beginning is not None:
@@ -96,6 +106,14 @@ def _read_plan(argv: Sequence[str] | None, description: str | None) -> TrainingP
     trackers.choose(settings.trackers)  # before anything else is done
     _refuse_impossible(settings)
     return TrainingPlan(settings, resolved.sources, origin, state, manifest, newest_save, beginning)
+
+
+def _refuse_new_network(beginning: Beginning | None) -> None:
+    if beginning is None:
+        raise UserError(
+            "--freeze_network leaves the network as it is, and a new one has learnt nothing; give --init_from with a "
+            "run that was trained on other classes, or leave --freeze_network out"
+        )
 
 
 def _began_with(asked: str | None, stored: str | None, origin: Path | None) -> str | None:
@@ -288,8 +306,12 @@ def batch_size(settings: TrainSettings) -> int:
 def num_steps(settings: TrainSettings, num_images: int) -> int:
     """Returns how many steps a run of so many training images takes in all."""
     if isinstance(settings.train_num_steps, str):
-        return max(settings.fewest_steps, math.ceil(AUTO_PASSES * num_images / batch_size(settings)))
+        return max(settings.fewest_steps, math.ceil(_auto_passes(settings) * num_images / batch_size(settings)))
     return settings.train_num_steps
+
+
+def _auto_passes(settings: TrainSettings) -> int:
+    return FROZEN_PASSES if settings.freeze_network else AUTO_PASSES
 
 
 def describe_num_steps(settings: TrainSettings, num_images: int) -> str:
@@ -299,7 +321,7 @@ def describe_num_steps(settings: TrainSettings, num_images: int) -> str:
         return f"{steps:,} steps"
     passes = steps * batch_size(settings) / num_images
     why = (
-        f"{AUTO_PASSES} passes over the images"
+        f"{_auto_passes(settings)} passes over the images"
         if steps > settings.fewest_steps
         else f"--fewest_steps: {passes:,.0f} passes over the images"
     )

@@ -19,7 +19,7 @@ from gait_latents.images import selection
 from gait_latents.latents import vae_fit
 from gait_latents.settings import AUTO_STEPS, TrainSettings
 from gait_latents.training import checkpoint, optimizer_state, run_folder
-from gait_latents.training.beginning import Beginning, begin
+from gait_latents.training.beginning import Beginning, begin, freeze_network
 from gait_latents.training.draws import DeviceDraws, DrawsAhead, StepDraws, draw_step
 from gait_latents.training.plan import (
     TrainingPlan,
@@ -70,13 +70,14 @@ class Trainer:
             num_classes=len(data.split.classes),
             latent_shape=self.dataset.latent_shape,
         ).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if settings.freeze_network:
+            freeze_network(self.diffusion)
         self.ema = EMA(self.diffusion, decay=settings.ema_decay, update_every=settings.ema_update_every)
         self.losses_of: Any = self.diffusion
         self.is_compiled = self.has_compiled = False
         self.num_threads: int | None = None  # of the steps on a CPU
-        self.optimizer = torch.optim.Adam(
-            self.diffusion.parameters(), lr=settings.train_lr, betas=(0.9, 0.99), fused=True
-        )
+        learnt = [parameter for parameter in self.diffusion.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(learnt, lr=settings.train_lr, betas=(0.9, 0.99), fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.auto_steps = AUTO_STEPS
         self.began_from: Mapping[str, Any] | None = None
@@ -140,7 +141,8 @@ class Trainer:
 
     def _begin(self, beginning: Beginning) -> None:
         """Begins with the weights of another run, which know latents as they were normalised there."""
-        begin(beginning, self.diffusion, self.ema.model, self.data.split.classes)
+        networks, classes = (self.diffusion, self.ema.model), self.data.split.classes
+        begin(beginning, *networks, classes, is_frozen=self.settings.freeze_network)
         self.dataset.set_norm(beginning.state.meta.latent_norm)
         self._say_unused_factors("the latents are normalised as in the run of --init_from")
         self._note_beginning(beginning.to_json())

@@ -17,7 +17,7 @@ from gait_latents.common.errors import UserError
 from gait_latents.diffusion import build
 from gait_latents.latents.space import Space
 from gait_latents.training import beginning, checkpoint, run_folder
-from gait_latents.training.plan import TrainingPlan, make_plan
+from gait_latents.training.plan import TrainingPlan, make_plan, num_steps
 from gait_latents.training.run_data import open_data
 from gait_latents.training.run_folder import SavedState
 from gait_latents.training.trainer import Trainer, start_trainer
@@ -128,7 +128,9 @@ def test_classes_may_be_more_or_fewer_or_others(trained, state, capsys, names, t
         theirs = state.weights[EMBEDDINGS]
         expected = theirs[CLASSES.index(name)] if name in CLASSES else before[label]
         assert torch.equal(weights(network)[EMBEDDINGS][label], expected)
-    assert told in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert told in said
+    assert ("--freeze_network often helps more" in said) == (not {*names} & {*CLASSES})
 
 
 def test_a_name_is_the_same_in_both_ways_to_write_an_accent():
@@ -148,15 +150,50 @@ def test_the_average_goes_on_from_the_other_one_instead_of_copying_the_first_wei
         torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_a_run_that_began_so_is_the_same_each_time_and_after_a_stop(other, trained, monkeypatch):
+def test_a_frozen_network_is_the_average_and_only_embeddings_are_learnt(other, apart, capsys):
+    begun = start(other, init_from=apart.path, freeze_network="true", ema_update_every=1)
+    said = capsys.readouterr().out
+    assert f"begins with the averaged weights of {apart.path} at step 8" in said
+    assert "the network stays as it is, and the embeddings of classes alone are learnt\n" in said
+    before = weights(begun.diffusion)[EMBEDDINGS].clone()
+    assert torch.equal(before, weights(begun.ema.model)[EMBEDDINGS])
+    for _ in range(3):
+        begun.train_step()
+    for network in (begun.diffusion, begun.ema.model):
+        found = weights(network)
+        assert all(torch.equal(found[name], apart.averages[name]) for name in found if name != EMBEDDINGS)
+        assert not torch.equal(found[EMBEDDINGS], before)
+    assert len(begun.optimizer.state_dict()["state"]) == 1
+
+
+def test_a_frozen_network_has_a_rate_and_a_number_of_steps_of_its_own(other, trained, capsys):
+    frozen = {"init_from": trained / "results", "freeze_network": "true", "train_num_steps": "auto", "train_lr": None}
+    plan = plan_of(other, **frozen)
+    assert (plan.settings.train_lr, plan.settings.fewest_steps) == (0.01, 400)
+    assert num_steps(plan.settings, 15) == 400 and num_steps(plan.settings, 1000) == 25 * 1000 // 4
+    assert "--freeze_network" in plan.sources["train_lr"]
+    assert re.search(r"from --freeze_network:\s+", capsys.readouterr().out)
+    asked = plan_of(other, **{**frozen, "train_lr": 0.5, "fewest_steps": 7}).settings
+    assert (asked.train_lr, asked.fewest_steps) == (0.5, 7)
+
+
+def test_a_new_network_cannot_be_frozen(other, capsys):
+    assert train(other, freeze_network="true") == 2
+    assert capsys.readouterr().err.startswith("error: --freeze_network leaves the network as it is, and a new one has")
+
+
+@pytest.mark.parametrize("is_frozen", ["false", "true"])
+def test_a_run_that_began_so_is_the_same_each_time_and_after_a_stop(other, trained, monkeypatch, is_frozen):
     flags: dict[str, Any] = {"init_from": trained / "results", "num_samples": 0, "train_lr": 2e-3}
+    flags |= {"freeze_network": is_frozen}
     assert train(other, **flags, results_folder=other / "whole") == 0
     with monkeypatch.context() as patch:
         at_step(patch, HALF, signal_self(signal.SIGTERM))
         assert train(other, **flags, results_folder=other / "parts") == 143
     found = run_folder.newest_state(other / "parts")
     assert found is not None and found.step == HALF
-    assert train(other, **{**flags, "init_from": None}, results_folder=other / "parts") == 0
+    asked_again = {**flags, "init_from": None, "freeze_network": None}
+    assert train(other, **asked_again, results_folder=other / "parts") == 0
     assert state_digests(other / "parts") == state_digests(other / "whole")
     assert generate(other, checkpoint=other / "parts", images_per_class=1) == 0
     assert sorted(path.name for path in (other / "synthetic").glob("ID_*")) == ["ID_10", "ID_2", "ID_3"]
