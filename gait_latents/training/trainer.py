@@ -99,10 +99,12 @@ class Trainer:
         compiled = self.choose_network(None if plan.state is None else plan.state.meta.compiled)
         told_threads = self._choose_threads(plan.state)
         parameters = sum(p.numel() for p in self.diffusion.parameters()) / 1e6
+        learnt = sum(p.numel() for p in self.diffusion.parameters() if p.requires_grad)
+        some = f" ({learnt:,} of them learnt)" if self.settings.freeze_network else ""
         shared = "" if self.ranks.count == 1 else f", {self.share} on each of {self.ranks.count} processes"
         passes = "" if self.pass_size == self.share else f" in passes of {self.pass_size}"
         say(
-            f"U-Net of {parameters:.2f} M parameters, {len(self.data.split.classes)} classes, "
+            f"U-Net of {parameters:.2f} M parameters{some}, {len(self.data.split.classes)} classes, "
             f"batch {self.batch}{shared}{passes}, {describe_num_steps(self.settings, len(self.dataset))}"
         )
         precision = str(self.dtype).removeprefix("torch.")

@@ -155,6 +155,7 @@ def test_a_frozen_network_is_the_average_and_only_embeddings_are_learnt(other, a
     said = capsys.readouterr().out
     assert f"begins with the averaged weights of {apart.path} at step 8" in said
     assert "the network stays as it is, and the embeddings of classes alone are learnt\n" in said
+    assert " M parameters (24 of them learnt), 3 classes" in said  # 8 for each
     before = weights(begun.diffusion)[EMBEDDINGS].clone()
     assert torch.equal(before, weights(begun.ema.model)[EMBEDDINGS])
     for _ in range(3):
