@@ -703,7 +703,7 @@ _BEFORE_IN_RUNS = {
     "freeze_network": False,
 }
 # What --freeze_network stands for where nothing else is said: a few numbers for each class are soon learnt.
-OF_FROZEN_NETWORK = {"train_lr": 0.01, "fewest_steps": 400}
+OF_FROZEN_NETWORK = {"train_lr": 0.03, "fewest_steps": 400}
 
 
 def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:

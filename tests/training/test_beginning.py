@@ -170,7 +170,7 @@ def test_a_frozen_network_is_the_average_and_only_embeddings_are_learnt(other, a
 def test_a_frozen_network_has_a_rate_and_a_number_of_steps_of_its_own(other, trained, capsys):
     frozen = {"init_from": trained / "results", "freeze_network": "true", "train_num_steps": "auto", "train_lr": None}
     plan = plan_of(other, **frozen)
-    assert (plan.settings.train_lr, plan.settings.fewest_steps) == (0.01, 400)
+    assert (plan.settings.train_lr, plan.settings.fewest_steps) == (0.03, 400)
     assert num_steps(plan.settings, 15) == 400 and num_steps(plan.settings, 1000) == 25 * 1000 // 4
     assert "--freeze_network" in plan.sources["train_lr"]
     assert re.search(r"from --freeze_network:\s+", capsys.readouterr().out)
