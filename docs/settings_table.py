@@ -130,8 +130,8 @@ HELP_ZH = {
     "run folder or checkpoint file to go on from, when results_folder is empty; may be read-only": (
         "results_folder 为空时，从这个训练文件夹或检查点文件继续；可以是只读的"
     ),
-    "run folder or checkpoint file whose weights a new run begins with; its classes may be others": (
-        "新的训练从这个训练文件夹或检查点文件的权重开始；两者的类别可以不同"
+    "run folder or checkpoint file whose weights a new run begins with; its classes may be others (freeze_network)": (
+        "新的训练从这个训练文件夹或检查点文件的权重开始；两者的类别可以不同（参见 freeze_network）"
     ),
     "moments: per-channel shift and scale measured on training images; scale_factor: the VAE's own constant": (
         "moments：在训练图像上逐通道测得的平移与缩放；scale_factor：VAE 自带的常数"
@@ -156,15 +156,16 @@ HELP_ZH = {
     "forward passes per step; a step sees train_batch_size times this": (
         "每个训练步包含的前向传播次数；每步共用 train_batch_size 乘以此数个潜变量"
     ),
-    "with init_from: learn what tells the classes apart alone (their embeddings), and leave the network as it is": (
-        "与 init_from 合用：只学习区分各类别的部分（类别嵌入），网络其余部分保持不变"
+    "with init_from: train the embeddings of classes alone, and keep all else; train_lr is then 0.03, and auto "
+    "25 passes and 400 steps at least": (
+        "与 init_from 合用：只训练类别嵌入，其余权重保持不变；此时 train_lr 为 0.03，auto 为 25 遍且不少于 400 步"
     ),
     "learning rate of Adam": "Adam 的学习率",
     "latents are moved along the width, time in a spectrogram, by up to this share of it, each time they are seen": (
         "每次看到潜变量时，沿宽度方向（谱图中为时间）随机移动，最多移动宽度的这一比例"
     ),
-    "learn the columns, too, that time_shift fills with the edge, as older runs do; samples then have such edges": (
-        "连同 time_shift 用边缘列填充的列一起学习，与旧版本的训练相同；生成的图像会因此带有这样的边缘"
+    "count columns that time_shift fills with the edge in the loss, as older runs do: samples get such edges": (
+        "损失中也计入 time_shift 用边缘列填充的列，与旧版本的训练相同；生成的图像会因此带有这样的边缘"
     ),
     "steps in all; auto is as many as see each training image 150 times, and at least fewest_steps": (
         "总步数；auto 使每张训练图像被看到 150 次，且不少于 fewest_steps"

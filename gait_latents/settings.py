@@ -10,7 +10,9 @@ from gait_latents.common.cli import CATALOGUE, setting, specs, to_dict
 # Where train_num_steps is auto, training sees each image so often; after 130 to 200 passes, samples turned into copies
 # of training images (docs/log.md).
 AUTO_PASSES = 150
-FROZEN_PASSES = 25  # of a run that learns the classes alone
+# A run that learns embeddings of classes alone: passes of train_num_steps auto, and what else is then the default.
+FROZEN_PASSES = 25
+FROZEN_DEFAULTS = {"train_lr": 0.03, "fewest_steps": 400}
 # Solver steps where sampling_timesteps is auto (docs/log.md); a sampler that is not here takes every training timestep.
 AUTO_STEPS = {"dpm++": 12, "ddim": 250}
 ALL_CLASSES = ("all",)
@@ -325,7 +327,7 @@ class TrainSettings(SamplingSettings, ImageSettings):
         None,
         str,
         SAVING,
-        "run folder or checkpoint file whose weights a new run begins with; its classes may be others",
+        "run folder or checkpoint file whose weights a new run begins with; its classes may be others (freeze_network)",
         words=("none",),
         path=True,
     )
@@ -333,7 +335,9 @@ class TrainSettings(SamplingSettings, ImageSettings):
         False,
         bool,
         TRAINING,
-        "with init_from: learn what tells the classes apart alone (their embeddings), and leave the network as it is",
+        "with init_from: train the embeddings of classes alone, and keep all else; train_lr is then "
+        f"{FROZEN_DEFAULTS['train_lr']}, and auto {FROZEN_PASSES} passes and {FROZEN_DEFAULTS['fewest_steps']} steps "
+        "at least",
     )
     latent_norm: str = setting(
         "moments",
@@ -417,7 +421,7 @@ class TrainSettings(SamplingSettings, ImageSettings):
         False,
         bool,
         TRAINING,
-        "learn the columns, too, that time_shift fills with the edge, as older runs do; samples then have such edges",
+        "count columns that time_shift fills with the edge in the loss, as older runs do: samples get such edges",
     )
     max_grad_norm: float = setting(1.0, float, TRAINING, "gradients are clipped to this norm", low=0.0)
     ema_decay: float = setting(0.9995, float, TRAINING, "decay of the averaged weights", low=0.0, high=1.0)
@@ -702,8 +706,6 @@ _BEFORE_IN_RUNS = {
     "learn_edges": True,
     "freeze_network": False,
 }
-# What --freeze_network stands for where nothing else is said: a few numbers for each class are soon learnt.
-OF_FROZEN_NETWORK = {"train_lr": 0.03, "fewest_steps": 400}
 
 
 def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A script's settings are one frozen dataclass whose fields `setting` makes. A value is looked up in this order, and
 `Resolved.sources` remembers where it was found: flag > --config file > what was stored earlier (the run that goes on,
-the manifest of the cache) > default. Flags and files go through the same text parser, so `1e-4` means the same in both.
-Nothing here imports torch: --help is instant.
+the manifest of the cache, the run that a new one begins with) > default. Flags and files go through the same text
+parser, so `1e-4` means the same in both. Nothing here imports torch: --help is instant.
 
 A flag is --name and its words, or --name=word and more words. Behind a flag that takes names of classes a word such as
 -rf is a name, too; one that begins like a flag, such as --help or -seed, is given as --name=word.

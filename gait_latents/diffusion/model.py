@@ -64,7 +64,7 @@ def shift_along_width(latents: Tensor, columns: Tensor) -> Tensor:
     return latents.gather(3, sources[:, None, None, :].expand(latents.shape))
 
 
-def columns_kept(columns: Tensor, width: int) -> Tensor:
+def own_columns(columns: Tensor, width: int) -> Tensor:
     """Returns False for the columns that `shift_along_width` fills with the edge, and True for the others, [B S]."""
     sources = torch.arange(width, device=columns.device) - columns[:, None]  # B S
     return (sources >= 0) & (sources < width)
@@ -97,6 +97,8 @@ class LatentDiffusion(GaussianDiffusion):
     The library's own training and sampling are for images: they map pixels to [-1, 1], clamp, and draw random numbers.
     Here latents are taken as they are, and every random number comes from the caller.
     """
+
+    loss_weight: Tensor  # of each timestep [T], a buffer of the library
 
     def __init__(
         self,
@@ -151,7 +153,7 @@ class LatentDiffusion(GaussianDiffusion):
         times: Tensor,
         noise: Tensor,
         cond_keep_mask: Tensor,
-        counted: Tensor | None = None,
+        loss_mask: Tensor | None = None,
     ) -> Tensor:
         """Returns the weighted loss of each latent, [B].
 
@@ -161,19 +163,20 @@ class LatentDiffusion(GaussianDiffusion):
             times: timesteps [B] to which the latents are noised.
             noise: unit normal [B C S S].
             cond_keep_mask: bool [B], True where the network is told the class.
-            counted: bool [B S], True for the columns whose error counts; None where all do.
+            loss_mask: bool [B S], True for the columns whose error counts; the loss of a latent is the mean over these.
+                None where all count.
         """
         if latents.shape[1:] != self.latent_shape:
             raise ValueError(f"latents {list(latents.shape)} do not have the shape {self.latent_shape}")
-        if counted is None:
+        if loss_mask is None:  # the library's own sum, with whose bits older runs go on
             return self.p_losses(
                 latents, times, classes=classes, noise=noise, cond_keep_mask=cond_keep_mask, loss_reduction="none"
             )
         noisy = self.q_sample(x_start=latents, t=times, noise=noise)
         error = self.model(noisy, times, classes, cond_keep_mask=cond_keep_mask) - self._target(latents, times, noise)
         by_column = error.square().mean(dim=(1, 2))  # B S
-        weight = self.get_buffer("loss_weight").gather(0, times)  # B
-        return weight * (by_column * counted).sum(1) / counted.sum(1)
+        weight = self.loss_weight[times]
+        return weight * (by_column * loss_mask).sum(1) / loss_mask.sum(1)
 
     def _target(self, latents: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         """Returns what the network should answer, [B C S S]."""

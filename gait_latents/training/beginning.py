@@ -205,4 +205,4 @@ def _say_begin(beginning: Beginning, classes: Sequence[str], rows: Mapping[int, 
     if is_frozen:
         say("the network stays as it is, and the embeddings of classes alone are learnt")
     elif not rows:
-        say("all classes are new: if there are few images of each, --freeze_network often helps more")
+        say("all classes are new: if there are few images of each, --freeze_network may serve them better")

@@ -22,8 +22,8 @@ from gait_latents.latents.manifest import Manifest, defaults_of, manifest_of_ima
 from gait_latents.settings import (
     AUTO_PASSES,
     AUTO_STEPS,
+    FROZEN_DEFAULTS,
     FROZEN_PASSES,
-    OF_FROZEN_NETWORK,
     TrainSettings,
     differences_on_resume,
 )
@@ -92,11 +92,12 @@ def _read_plan(argv: Sequence[str] | None, description: str | None) -> TrainingP
     layers.add("the run in --init_from", {} if beginning is None else beginning.inherited)
     if state is None and layers.settings.freeze_network:
         _refuse_new_network(beginning)
-        layers.add("--freeze_network", OF_FROZEN_NETWORK)
+        layers.add("--freeze_network", FROZEN_DEFAULTS)
     resolved = layers.resolve()
     settings = resolved.settings
     if beginning is not None:
         check_settings(beginning, settings)
+        _warn_of_slow_embeddings(settings)
     if state is not None:
         began = cli.stored_layer(TrainSettings, f"the run in {origin}", stored).values.get("init_from")
         settings = replace(settings, init_from=_began_with(typed.init_from, began, origin))
@@ -113,6 +114,15 @@ def _refuse_new_network(beginning: Beginning | None) -> None:
         raise UserError(
             "--freeze_network leaves the network as it is, and a new one has learnt nothing; give --init_from with a "
             "run that was trained on other classes, or leave --freeze_network out"
+        )
+
+
+def _warn_of_slow_embeddings(settings: TrainSettings) -> None:
+    usual = FROZEN_DEFAULTS["train_lr"]
+    if settings.freeze_network and settings.train_lr < usual / 10:
+        warn(
+            f"--train_lr is {settings.train_lr:g}, with which embeddings hardly move; without it, --freeze_network "
+            f"takes {usual:g}"
         )
 
 

@@ -14,7 +14,7 @@ from gait_latents.common.errors import Failed, UserError
 from gait_latents.common.seeds import draw_positions
 from gait_latents.diffusion import build
 from gait_latents.diffusion.ema import EMA
-from gait_latents.diffusion.model import LatentDiffusion, columns_kept, shift_along_width
+from gait_latents.diffusion.model import LatentDiffusion, own_columns, shift_along_width
 from gait_latents.images import selection
 from gait_latents.latents import vae_fit
 from gait_latents.settings import AUTO_STEPS, TrainSettings
@@ -237,7 +237,7 @@ class Trainer:
                     times=part.times,
                     noise=part.noise,
                     cond_keep_mask=part.cond_keep_mask,
-                    counted=self._counted(part),
+                    loss_mask=self._loss_mask(part),
                 )
             share = losses.sum() / self.batch
             self.scaler.scale(share).backward()
@@ -292,14 +292,14 @@ class Trainer:
         latents, labels = self.dataset.batch(part.positions, part.posterior_noise, part.host_positions)
         return (shift_along_width(latents, part.shifts) if self.largest_shift else latents), labels
 
-    def _counted(self, part: StepDraws) -> Tensor | None:
+    def _loss_mask(self, part: StepDraws) -> Tensor | None:
         """Returns the mask [b w] of the columns that are the latent's own; None where all count.
 
         Where a shift repeats the edge there is nothing to learn: a network that did would draw such edges.
         """
         if not self.largest_shift or self.settings.learn_edges:
             return None
-        return columns_kept(part.shifts, self.dataset.latent_shape[2])
+        return own_columns(part.shifts, self.dataset.latent_shape[2])
 
     def _update(self, loss: Tensor, step: int) -> None:
         self.scaler.unscale_(self.optimizer)

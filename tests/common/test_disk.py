@@ -10,7 +10,7 @@ import pytest
 import generate as generate_script
 from gait_latents.common import console, distributed, files, pictures
 from gait_latents.diffusion import build
-from gait_latents.training import grids, optimizer_state, plan, run_folder
+from gait_latents.training import beginning, grids, optimizer_state, plan, run_folder
 
 STATED = re.compile(r"disk: about ([\d.]+) (B|kB|MB|GB) for (.*); .* free on (.*)")
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -135,6 +135,17 @@ def test_the_files_of_a_run_have_the_size_that_is_expected(trained):
     average, full = optimizer_state.expected_bytes(network, network)
     assert average == pytest.approx((trained / "results" / "ema-00000008.safetensors").stat().st_size, rel=0.1)
     assert full == pytest.approx((trained / "results" / "state-00000008.safetensors").stat().st_size, rel=0.1)
+
+
+def test_a_frozen_network_has_moments_of_its_embeddings_alone(trained, tmp_path, world):
+    frozen = {"init_from": trained / "results", "freeze_network": "true", "num_samples": 0}
+    assert pipeline.train(world, **frozen) == 0
+    state = run_folder.newest_state(world / "results")
+    assert state is not None
+    network = build.build_diffusion(state.meta.settings, num_classes=3, latent_shape=state.meta.latent_shape)
+    beginning.freeze_network(network)
+    _, full = optimizer_state.expected_bytes(network, network)
+    assert full == pytest.approx(state.path.stat().st_size, rel=0.1)
 
 
 def test_a_grid_counts_every_picture_in_it(trained):

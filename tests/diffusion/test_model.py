@@ -9,7 +9,7 @@ from tiny_diffusion import OBJECTIVES, generators, randn, scheduler_class, signa
 
 from gait_latents.common.errors import UserError
 from gait_latents.diffusion.ema import EMA
-from gait_latents.diffusion.model import columns_kept, shift_along_width
+from gait_latents.diffusion.model import own_columns, shift_along_width
 from gait_latents.training.draws import draw_step
 
 # ---- network and schedule
@@ -96,9 +96,9 @@ def test_losses_are_the_closed_form(objective, gamma, schedule, shift, columns):
     latents, noise = 3 * randn(4, 2, 8, 8, seed=1), randn(4, 2, 8, 8, seed=2)  # well outside [-1, 1]
     times, classes = torch.tensor([0, 150, 600, 990]), torch.tensor([0, 1, 2, 0])
     keep = torch.tensor([True, False, True, False])
-    counted = None if columns is None else columns_kept(torch.tensor(columns), width=8)
+    loss_mask = None if columns is None else own_columns(torch.tensor(columns), width=8)
     with torch.no_grad():
-        losses = model(latents, classes, times=times, noise=noise, cond_keep_mask=keep, counted=counted)
+        losses = model(latents, classes, times=times, noise=noise, cond_keep_mask=keep, loss_mask=loss_mask)
         share = signal_share(schedule, noise_shift=shift)[times]
         alpha, sigma = share.sqrt()[:, None, None, None], (1 - share).sqrt()[:, None, None, None]
         noisy = (alpha * latents + sigma * noise).float()
@@ -260,7 +260,7 @@ def test_moved_latents_keep_their_rows_and_repeat_the_edge():
 
 
 def test_the_columns_that_a_move_fills_are_those_that_it_does_not_keep():
-    kept = columns_kept(torch.tensor([1, -2, 0]), width=4)
+    kept = own_columns(torch.tensor([1, -2, 0]), width=4)
     assert kept.tolist() == [[False, True, True, True], [True, True, False, False], [True] * 4]
     numbers = torch.arange(1.0, 5.0).expand(3, 1, 1, 4)
     moved = shift_along_width(numbers, torch.tensor([1, -2, 0]))[:, 0, 0]

@@ -461,6 +461,10 @@ def test_the_numbers_of_an_evaluation_are_those_in_the_code():
 
 def test_the_number_of_passes_is_that_in_the_code():
     assert f"sees each training image {settings.AUTO_PASSES} times" in prose("docs/runs.md")
+    frozen = settings.FROZEN_DEFAULTS
+    text = " ".join(prose("docs/runs.md").split())
+    assert f"`train_lr` is then {frozen['train_lr']}, and `train_num_steps auto` sees each image" in text
+    assert f"sees each image {settings.FROZEN_PASSES} times, and takes {frozen['fewest_steps']} steps at least" in text
     assert f"By default `dpm++` takes {settings.AUTO_STEPS['dpm++']}:" in " ".join(prose("docs/sampling.md").split())
 
 

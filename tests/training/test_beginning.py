@@ -130,7 +130,7 @@ def test_classes_may_be_more_or_fewer_or_others(trained, state, capsys, names, t
         assert torch.equal(weights(network)[EMBEDDINGS][label], expected)
     said = capsys.readouterr().out
     assert told in said
-    assert ("--freeze_network often helps more" in said) == (not {*names} & {*CLASSES})
+    assert ("--freeze_network may serve them better" in said) == (not {*names} & {*CLASSES})
 
 
 def test_a_name_is_the_same_in_both_ways_to_write_an_accent():
@@ -176,6 +176,39 @@ def test_a_frozen_network_has_a_rate_and_a_number_of_steps_of_its_own(other, tra
     assert re.search(r"from --freeze_network:\s+", capsys.readouterr().out)
     asked = plan_of(other, **{**frozen, "train_lr": 0.5, "fewest_steps": 7}).settings
     assert (asked.train_lr, asked.fewest_steps) == (0.5, 7)
+
+
+def test_a_rate_for_whole_networks_is_told_where_embeddings_alone_are_learnt(other, trained, tmp_path, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text("train_lr: 0.0004\n")
+    frozen = {"init_from": trained / "results", "freeze_network": "true", "config": file, "train_lr": None}
+    assert plan_of(other, **frozen).settings.train_lr == 0.0004
+    told = "warning: --train_lr is 0.0004, with which embeddings hardly move; without it, --freeze_network takes 0.03\n"
+    assert told in capsys.readouterr().err
+    plan_of(other, **{**frozen, "freeze_network": "false"})
+    assert told not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+def test_a_run_that_learns_all_cannot_go_on_frozen(other, trained, capsys, is_older):
+    assert train(other, init_from=trained / "results", num_samples=0, train_num_steps=1) == 0
+    found = run_folder.newest_state(other / "results")
+    assert found is not None
+    if is_older:
+        tensors, meta = checkpoint.load(found.path)
+        del meta["settings"]["freeze_network"]
+        checkpoint.save(found.path, tensors, meta)
+    capsys.readouterr()
+    assert train(other, freeze_network="true", num_samples=0) == 2
+    assert "freeze_network" in one_error(capsys)
+
+
+def test_a_frozen_run_goes_on_at_its_own_rate(other, trained):
+    frozen = {"init_from": trained / "results", "freeze_network": "true", "num_samples": 0, "train_lr": None}
+    assert train(other, **frozen, results_folder=other / "whole") == 0
+    assert train(other, **frozen, results_folder=other / "parts", train_num_steps=HALF) == 0
+    assert train(other, results_folder=other / "parts", num_samples=0, train_lr=None) == 0
+    assert state_digests(other / "parts") == state_digests(other / "whole")
 
 
 def test_a_new_network_cannot_be_frozen(other, capsys):

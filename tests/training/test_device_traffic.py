@@ -48,7 +48,9 @@ def trainer_on(device: torch.device, folder: Path, *, num_stored: int = 20) -> T
     }
     dataset = LatentDataset(cache, keys, [i % 2 for i in range(20)], keys, **facts)
     dataset.set_norm(LatentNorm.from_scale_factor(4, 1.0, 0.0))
-    settings = TrainSettings(dim=8, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2, ema_update_every=2)
+    settings = TrainSettings(
+        dim=8, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2, ema_update_every=2, time_shift=0.25
+    )
     split = Split(classes=CLASSES, train=(), test=(), skipped=(), rule={})
     return Trainer(settings, Data(split, ChosenSpace(space, 1.0, 0.0, vae_at_hand=False), dataset), device)
 

@@ -33,7 +33,7 @@ from pipeline import (
 
 import train_latent_cfg
 from gait_latents.common import charts, cli, hardware, pictures, process
-from gait_latents.diffusion.model import columns_kept, shift_along_width
+from gait_latents.diffusion.model import own_columns, shift_along_width
 from gait_latents.images.split import read_split
 from gait_latents.settings import TrainSettings
 from gait_latents.training import checkpoint, run_folder
@@ -198,17 +198,19 @@ def test_a_joined_pass_is_the_larger_batch_bit_for_bit(cached, trained):
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_compiled_network_trains_alike_and_a_run_goes_on_as_it_began(cached, trained, monkeypatch, capsys):
+def test_a_compiled_network_trains_alike_and_a_run_goes_on_as_it_began(cached, monkeypatch, capsys):
     monkeypatch.setattr(hardware, "COMPILED_STEPS", STEPS)  # so that a longer run would choose otherwise
-    assert train(cached, compile="auto", results_folder=cached / "whole") == 0
+    moved = {"time_shift": 0.25, "num_samples": 0}  # so that some columns do not count
+    assert train(cached, **moved, compile="false", results_folder=cached / "plain") == 0
+    assert train(cached, **moved, compile="auto", results_folder=cached / "whole") == 0
     assert "compiled, which takes a minute" in capsys.readouterr().out
-    expected = list(losses(trained / "results").values())
+    expected = list(losses(cached / "plain").values())
     assert list(losses(cached / "whole").values()) == pytest.approx(expected, rel=1e-5)
     with monkeypatch.context() as patch:
         at_step(patch, HALF, signal_self(signal.SIGTERM))
-        assert train(cached, compile="auto") == 143
+        assert train(cached, **moved, compile="auto") == 143
     monkeypatch.setattr(hardware, "COMPILED_STEPS", STEPS + 1)
-    assert train(cached, compile="auto") == 0
+    assert train(cached, **moved, compile="auto") == 0
     assert state_digests(cached / "results") == state_digests(cached / "whole")
 
 
@@ -575,19 +577,19 @@ def test_columns_that_a_move_fills_count_in_older_runs_alone(cached, monkeypatch
         del meta["settings"]["learn_edges"]
         checkpoint.save(state.path, tensors, meta)
     found: list[Any] = []
-    take = Trainer._counted  # pyright: ignore[reportPrivateUsage]
+    take = Trainer._loss_mask  # pyright: ignore[reportPrivateUsage]
 
     def noted(self: Any, part: Any) -> Any:
-        counted = take(self, part)
-        found.append(None if counted is None else (counted, part.shifts))
-        return counted
+        mask = take(self, part)
+        found.append(None if mask is None else (mask, part.shifts))
+        return mask
 
-    monkeypatch.setattr(Trainer, "_counted", noted)
+    monkeypatch.setattr(Trainer, "_loss_mask", noted)
     assert train(cached, **shift) == 0
     assert len(found) == STEPS - HALF and (None in found) == is_older
     if not is_older:
-        assert all(torch.equal(counted, columns_kept(by, counted.shape[1])) for counted, by in found)
-        assert not all(counted.all() for counted, _ in found)
+        assert all(torch.equal(mask, own_columns(by, mask.shape[1])) for mask, by in found)
+        assert not all(mask.all() for mask, _ in found)
     state = run_folder.newest_state(cached / "results")
     assert state is not None and state.meta.settings["learn_edges"] == is_older
 
