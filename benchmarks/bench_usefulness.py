@@ -14,12 +14,12 @@ walker there are four training sets:
 
 The VAE (demo/train_vae.py), the latents and the diffusion model see the training windows alone, or --vae names a VAE
 that was trained on other walkers. Other walkers may help further: with --classifier_of a folder of their images, every
-classifier begins with what it learns there, and with init_from in a --recipe, so does the diffusion model. The
-learning rate of the classifier and the strength of its augmentation (shifts in time and Doppler frequency, masks,
-noise, mixup) are those with which the last quarter of the training windows is recognised best, in negative
-log-likelihood, by a classifier that learns from the windows before; all training sets have the same. Nothing is chosen
-on test windows. More windows of the recording, up to all that there are, give the learning curve of real windows, on
-which generated images are worth so many.
+classifier begins with what it learns there, and with init_from in a --recipe (and freeze_network), so does the
+diffusion model. The learning rate of the classifier and the strength of its augmentation (shifts in time and Doppler
+frequency, masks, noise, mixup) are those with which the last quarter of the training windows is recognised best, in
+negative log-likelihood, by a classifier that learns from the windows before; all training sets have the same. Nothing
+is chosen on test windows. More windows of the recording, up to all that there are, give the learning curve of real
+windows, on which generated images are worth so many.
 
 A split takes another recording to learn from, and begins at another window; a generator is a diffusion model and its
 images; a classifier is a seed. The interval of a difference is a bootstrap over walkers and runs, see

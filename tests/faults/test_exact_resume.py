@@ -131,11 +131,8 @@ class Diary:
 
         def noted_forward(model: LatentDiffusion, *args: Any, **facts: Any) -> Tensor:
             digest = hashlib.sha256()
-            given = (
-                *args,
-                *(facts[name] for name in sorted(facts) if facts[name] is not None),
-            )  # no mask without shift
-            for tensor in given:
+            named = (facts[name] for name in sorted(facts) if facts[name] is not None)  # no mask: no shift
+            for tensor in (*args, *named):
                 digest.update(tensor.numpy().tobytes())
             os.write(file, f"batch {place[0]}.{place[1]} {digest.hexdigest()}\n".encode())
             place[1] += 1

@@ -19,7 +19,7 @@ import preprocess_latents
 import train_latent_cfg
 from gait_latents.latents.cache import LatentCache
 from gait_latents.latents.manifest import read_manifest
-from gait_latents.training import run_folder
+from gait_latents.training import checkpoint, run_folder
 from gait_latents.training.trainer import Trainer
 from gait_latents.vae import base
 from gait_latents.vae import load as vae_load
@@ -105,6 +105,13 @@ def stored_moments(folder: Path, *, may_be_damaged: bool = False) -> dict[str, b
     moments, found = cache.read(keys)
     assert may_be_damaged or found.all()
     return {key: row.tobytes() for key, row, is_found in zip(keys, moments, found, strict=True) if is_found}
+
+
+def forget_setting(path: Path, name: str) -> None:
+    """Makes a checkpoint one of before a setting."""
+    tensors, meta = checkpoint.load(path)
+    del meta["settings"][name]
+    checkpoint.save(path, tensors, meta)
 
 
 def state_digests(results: Path) -> dict[str, str]:

@@ -11,7 +11,19 @@ import pytest
 import tiny
 import tiny_vae
 import torch
-from pipeline import CLASSES, HALF, STEPS, at_step, generate, one_error, signal_self, state_digests, train, train_flags
+from pipeline import (
+    CLASSES,
+    HALF,
+    STEPS,
+    at_step,
+    forget_setting,
+    generate,
+    one_error,
+    signal_self,
+    state_digests,
+    train,
+    train_flags,
+)
 
 from gait_latents.common.errors import UserError
 from gait_latents.diffusion import build
@@ -195,9 +207,7 @@ def test_a_run_that_learns_all_cannot_go_on_frozen(other, trained, capsys, is_ol
     found = run_folder.newest_state(other / "results")
     assert found is not None
     if is_older:
-        tensors, meta = checkpoint.load(found.path)
-        del meta["settings"]["freeze_network"]
-        checkpoint.save(found.path, tensors, meta)
+        forget_setting(found.path, "freeze_network")
     capsys.readouterr()
     assert train(other, freeze_network="true", num_samples=0) == 2
     assert "freeze_network" in one_error(capsys)

@@ -22,6 +22,7 @@ from pipeline import (
     STEPS,
     assert_same_run,
     at_step,
+    forget_setting,
     losses,
     one_error,
     preprocess,
@@ -36,8 +37,8 @@ from gait_latents.common import charts, cli, hardware, pictures, process
 from gait_latents.diffusion.model import own_columns, shift_along_width
 from gait_latents.images.split import read_split
 from gait_latents.settings import TrainSettings
-from gait_latents.training import checkpoint, run_folder
 from gait_latents.training import plan as training_plan
+from gait_latents.training import run_folder
 from gait_latents.training.loop import Clock
 from gait_latents.training.plan import pass_size
 from gait_latents.training.trainer import Trainer
@@ -573,9 +574,7 @@ def test_columns_that_a_move_fills_count_in_older_runs_alone(cached, monkeypatch
     state = run_folder.newest_state(cached / "results")
     assert state is not None
     if is_older:
-        tensors, meta = checkpoint.load(state.path)
-        del meta["settings"]["learn_edges"]
-        checkpoint.save(state.path, tensors, meta)
+        forget_setting(state.path, "learn_edges")
     found: list[Any] = []
     take = Trainer._loss_mask  # pyright: ignore[reportPrivateUsage]
 
@@ -599,8 +598,6 @@ def test_a_run_of_before_a_setting_goes_on_without(trained, tmp_path, name):
     root = shutil.copytree(trained, tmp_path / "world")
     state = run_folder.newest_state(root / "results")
     assert state is not None
-    tensors, meta = checkpoint.load(state.path)
-    del meta["settings"][name]
-    checkpoint.save(state.path, tensors, meta)
+    forget_setting(state.path, name)
     plan = training_plan.make_plan(pipeline.train_flags(root, train_num_steps=STEPS + 1))
     assert getattr(plan.settings, name) == 0.0
