@@ -126,8 +126,18 @@ def warn(text: str) -> None:
 class Progress:
     """A bar on a terminal; where output is kept (a log, a notebook), a plain line now and then and one at the end."""
 
-    def __init__(self, *, total: int, unit: str, label: str, initial: int = 0, only_if_slow: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        total: int,
+        unit: str,
+        label: str,
+        initial: int = 0,
+        only_if_slow: bool = False,
+        first_is_slow: bool = False,
+    ) -> None:
         self.total, self.unit, self.label = total, unit, harmless(label, one_line=True)
+        self.first_is_slow, self.num_advances = first_is_slow, 0
         self.is_quiet = rank() != 0
         self.is_log = self.is_quiet or not _is_live(sys.stderr)
         self.only_if_slow, self.has_printed = only_if_slow, False
@@ -150,6 +160,7 @@ class Progress:
         if figures:
             self.bar.set_postfix({name: harmless(figure) for name, figure in figures.items()}, refresh=False)
         self.bar.update(count)
+        self.num_advances += count > 0
         is_time = time.monotonic() - self.last_time >= LOG_SECONDS
         is_shown = not self.only_if_slow or self.bar.format_dict["elapsed"] >= _SLOW_SECONDS
         is_due = is_shown and is_time and self.bar.n - self.last_count >= max(1, _LOG_SHARE * self.total)
@@ -179,7 +190,7 @@ class Progress:
         facts, done = self.bar.format_dict, self.bar.n
         parts = [f"{self.label}: {done:,} of {self.total:,} {self.unit} ({done / self.total:.0%})"]
         parts[0] += f" after {duration(facts['elapsed'])}"
-        if done < self.total and not is_last:
+        if done < self.total and not is_last and not (self.first_is_slow and self.num_advances == 1):
             pace = facts["rate"] or (done - facts["initial"]) / facts["elapsed"]
             parts.append(f"about {duration((self.total - done) / pace)} to go")
         if facts["postfix"]:
@@ -207,7 +218,15 @@ class _Nowhere:
 
 
 @contextmanager
-def progress(*, total: int, unit: str, label: str, initial: int = 0, only_if_slow: bool = False) -> Iterator[Progress]:
+def progress(
+    *,
+    total: int,
+    unit: str,
+    label: str,
+    initial: int = 0,
+    only_if_slow: bool = False,
+    first_is_slow: bool = False,
+) -> Iterator[Progress]:
     """Shows progress over a block, and ends the bar on every way out.
 
     Args:
@@ -215,8 +234,11 @@ def progress(*, total: int, unit: str, label: str, initial: int = 0, only_if_slo
         label: what is done to them.
         initial: how many of them are done.
         only_if_slow: show nothing where it is done in two seconds.
+        first_is_slow: the first advance says nothing of the pace, as where the first step compiles a network.
     """
-    bar = Progress(total=total, unit=unit, label=label, initial=initial, only_if_slow=only_if_slow)
+    bar = Progress(
+        total=total, unit=unit, label=label, initial=initial, only_if_slow=only_if_slow, first_is_slow=first_is_slow
+    )
     try:
         yield bar
     finally:

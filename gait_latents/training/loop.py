@@ -76,7 +76,11 @@ class TrainingLoop:
         self._open.enter_context(hardware.threads(self.trainer.num_threads))
         self._open.enter_context(self.trainer.dataset.watched(self._after_images))
         total, done = self.trainer.num_steps, self.trainer.finished_steps
-        self.bar = self._open.enter_context(console.progress(total=total, unit="steps", label="train", initial=done))
+        self.bar = self._open.enter_context(
+            console.progress(
+                total=total, unit="steps", label="train", initial=done, first_is_slow=self.trainer.is_compiled
+            )
+        )
         self._watch_step()
         return self
 

@@ -434,6 +434,18 @@ def test_a_log_of_work_that_was_stopped_ends_without_a_forecast(capsys):
     assert re.fullmatch(r"encode: 1 of 3,000 images \(0%\) after 0\.\d s\n", capsys.readouterr().err)
 
 
+def test_a_slow_first_step_forecasts_nothing(capsys, monkeypatch):
+    """A first step that compiled for four minutes would promise 5,000 steps for two weeks."""
+    with console.progress(total=5000, unit="steps", label="train", first_is_slow=True) as bar:
+        bar.bar.start_t -= 240
+        bar.advance()
+        assert re.fullmatch(r"train: 1 of 5,000 steps \(0%\) after 4 min 00 s\n", capsys.readouterr().err)
+        bar.advance(999)
+        monkeypatch.setattr(bar, "last_time", time.monotonic() - 61)
+        bar.advance(1000)
+        assert re.search(r"train: 2,000 of 5,000 steps .*, about .* to go\n", capsys.readouterr().err)
+
+
 def test_no_line_of_a_log_comes_twice(capsys, monkeypatch):
     with console.progress(total=2, unit="images", label="encode") as bar:
         monkeypatch.setattr(bar, "last_time", time.monotonic() - 61)
