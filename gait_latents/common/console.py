@@ -137,7 +137,7 @@ class Progress:
         first_is_slow: bool = False,
     ) -> None:
         self.total, self.unit, self.label = total, unit, harmless(label, one_line=True)
-        self.first_is_slow, self.num_advances = first_is_slow, 0
+        self.first_is_slow = first_is_slow
         self.is_quiet = rank() != 0
         self.is_log = self.is_quiet or not _is_live(sys.stderr)
         self.only_if_slow, self.has_printed = only_if_slow, False
@@ -160,7 +160,6 @@ class Progress:
         if figures:
             self.bar.set_postfix({name: harmless(figure) for name, figure in figures.items()}, refresh=False)
         self.bar.update(count)
-        self.num_advances += count > 0
         is_time = time.monotonic() - self.last_time >= LOG_SECONDS
         is_shown = not self.only_if_slow or self.bar.format_dict["elapsed"] >= _SLOW_SECONDS
         is_due = is_shown and is_time and self.bar.n - self.last_count >= max(1, _LOG_SHARE * self.total)
@@ -190,7 +189,8 @@ class Progress:
         facts, done = self.bar.format_dict, self.bar.n
         parts = [f"{self.label}: {done:,} of {self.total:,} {self.unit} ({done / self.total:.0%})"]
         parts[0] += f" after {duration(facts['elapsed'])}"
-        if done < self.total and not is_last and not (self.first_is_slow and self.num_advances == 1):
+        is_slow_start = self.first_is_slow and done - facts["initial"] <= 1
+        if done < self.total and not is_last and not is_slow_start:
             pace = facts["rate"] or (done - facts["initial"]) / facts["elapsed"]
             parts.append(f"about {duration((self.total - done) / pace)} to go")
         if facts["postfix"]:
@@ -234,7 +234,7 @@ def progress(
         label: what is done to them.
         initial: how many of them are done.
         only_if_slow: show nothing where it is done in two seconds.
-        first_is_slow: the first advance says nothing of the pace, as where the first step compiles a network.
+        first_is_slow: the first one says nothing of the pace, as where the first step compiles a network.
     """
     bar = Progress(
         total=total, unit=unit, label=label, initial=initial, only_if_slow=only_if_slow, first_is_slow=first_is_slow
