@@ -337,7 +337,7 @@ class Bench:
 
     def figures(self, samples: Any) -> dict[str, float]:
         """Compares samples with the test images; keeps what as many training images get as the yardstick."""
-        from gait_latents.evaluation.figures import NEAR_SHARE, NUM_DIRECTIONS, closeness, memorisation, recognition
+        from gait_latents.evaluation.figures import NUM_DIRECTIONS, closeness, memorisation, recognition
 
         training, test, seed = self.real.training.latents, self.real.test.latents, self.plan.settings.seed
         found = closeness(
@@ -348,15 +348,16 @@ class Bench:
             seed=seed,
             num_directions=NUM_DIRECTIONS,
         )
+        copies = memorisation(samples, training, test, seed=seed)
         self.yardstick = {
             **{name: found["training"][name] for name in FIGURES if name in found["training"]},
             "recognition": recognition(test, training),
-            "near_share": NEAR_SHARE,
+            "near_share": copies["test_near_share"],
         }
         return {
             **{name: found["synthetic"][name] for name in FIGURES if name in found["synthetic"]},
             "recognition": recognition(samples, training),
-            "near_share": memorisation(samples, training, test, seed=seed)["near_share"],
+            "near_share": copies["near_share"],
         }
 
     def help(self, samples: Any, seed: int) -> dict[str, float]:

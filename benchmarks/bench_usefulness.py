@@ -201,7 +201,7 @@ class Laboratory:
         self.facts = {
             **dataclasses.asdict(sizes),
             "vae_of_others": None if vae is None else hashlib.sha256(vae.read_bytes()).hexdigest(),
-            "classifier_of": None if others is None else digest_of_names(others),
+            "classifier_of": None if others is None else digest_of_images(others),
         }
         stored, own = folder / "sizes.json", json.loads(json.dumps(self.facts))
         before = {"classifier_of": None, **json.loads(json.dumps(dataclasses.asdict(Sizes())))}  # of older folders
@@ -324,11 +324,16 @@ class Laboratory:
         }
 
 
-def digest_of_names(folder: Path) -> str:
-    """Returns a digest of the names of the images in a folder with one sub-folder for each walker."""
+def digest_of_images(folder: Path) -> str:
+    """Returns a digest of names and content of the images in a folder with one sub-folder for each walker."""
     from gait_latents.images import folders
 
-    return hashlib.sha256(json.dumps(folders.list_images(folder), sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for name, files in folders.list_images(folder).items():
+        for file in files:
+            content = hashlib.sha256((folder / name / file).read_bytes()).hexdigest()
+            digest.update(f"{json.dumps([name, file])} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def counts_of_curve(windows: Sequence[int], most: int) -> list[int]:
@@ -622,16 +627,31 @@ class Generator:
         (self.folder / "trained").touch()
 
     def _check_recipe(self) -> None:
-        """Keeps the recipe beside the model; ends the program where another one of the same name was used before."""
+        """Keeps beside the model its recipe, and which weights that begins with; ends the program where they differ."""
         if self.recipe is None:
             return
-        kept, content = self.folder / "recipe.yaml", self.recipe.read_bytes()
-        if kept.exists() and kept.read_bytes() != content:
-            raise SystemExit(
-                f"error: {self.folder} was made with other settings than {self.recipe} has now; give it another name"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(content)
+        for name, content in {"recipe.yaml": self.recipe.read_bytes(), "begins_with": self._begins_with()}.items():
+            kept = self.folder / name
+            if kept.exists() and content is not None and kept.read_bytes() != content:
+                raise SystemExit(
+                    f"error: {self.folder} was made with other settings or weights than {self.recipe} has now; give it "
+                    "another name"
+                )
+            if content is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_bytes(content)
+
+    def _begins_with(self) -> bytes | None:
+        """Returns the digest of the weights in the recipe's init_from; None where it has none or they are gone."""
+        import yaml
+
+        from gait_latents.training.beginning import read_beginning
+
+        assert self.recipe is not None
+        place = (yaml.safe_load(self.recipe.read_text()) or {}).get("init_from")
+        if place is None or not Path(place).exists():
+            return None
+        return read_beginning(place).to_json()["digest"].encode()
 
     def generate(self) -> None:
         """Makes its images."""
@@ -710,7 +730,7 @@ def write_results(laboratory: Laboratory, *, is_done: bool) -> dict[str, Any] | 
     runs = [Run.open(path) for path in sorted(laboratory.folder.glob("split_*/windows_*/predictions/*.safetensors"))]
     if not runs:
         return None
-    curve = learning_curve(runs)
+    curve = Curve.of(runs)
     table = [
         summarise(runs, count, row, curve)
         for count in sorted({run.facts["windows"] for run in runs})
@@ -724,31 +744,52 @@ def write_results(laboratory: Laboratory, *, is_done: bool) -> dict[str, Any] | 
         "runs": [{**run.facts, "accuracy": run.accuracy, "nll": run.nll, "eer": run.eer} for run in runs],
     }
     save_json(laboratory.folder / "results.json", kept)
-    ceiling = curve.get(laboratory.sizes.windows)
+    ceiling = curve.accuracies.get(laboratory.sizes.windows)
     files.publish(laboratory.folder / "results.md", markdown(table, ceiling).encode())
-    marks = {
-        row: [(line["windows"], line["accuracy"]) for line in table if line["row"] == row]
-        for row in dict.fromkeys(line["row"] for line in table)
-        if row != REAL
-    }
-    if curve:
-        drawn = charts.learning_curve([*curve], [*curve.values()], marks, ceiling=ceiling)
+    marks: dict[str, list[tuple[int, float]]] = {}
+    for line in table:
+        if "accuracy_on_curve" in line:
+            marks.setdefault(line["row"], []).append((line["windows"], line["accuracy_on_curve"]))
+    if curve.accuracies:
+        drawn = charts.learning_curve([*curve.accuracies], [*curve.accuracies.values()], marks, ceiling=ceiling)
         files.publish(laboratory.folder / "curve.png", drawn)
     return kept
 
 
-def learning_curve(runs: Sequence[Run]) -> dict[int, float]:
-    """Returns the mean accuracy of real windows for each count, over the splits that have got furthest."""
-    counts: dict[int, set[int]] = {}
-    for run in (run for run in runs if run.facts["arm"] == REAL):
-        counts.setdefault(run.facts["split"], set()).add(run.facts["windows"])
-    most = max(map(len, counts.values()), default=0)
-    whole = {split for split, found in counts.items() if len(found) == most}
-    real = [run for run in runs if run.facts["arm"] == REAL and run.facts["split"] in whole]
-    return {
-        count: statistics.fmean(run.accuracy for run in real if run.facts["windows"] == count)
-        for count in sorted({run.facts["windows"] for run in real})
-    }
+@dataclass(frozen=True)
+class Curve:
+    """The learning curve of real windows: the mean accuracy for each count, over the splits that have got furthest."""
+
+    accuracies: Mapping[int, float]
+    splits: frozenset[int]
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> "Curve":
+        """Draws it from the runs of real windows alone."""
+        counts: dict[int, set[int]] = {}
+        for run in (run for run in runs if run.facts["arm"] == REAL):
+            counts.setdefault(run.facts["split"], set()).add(run.facts["windows"])
+        most = max(map(len, counts.values()), default=0)
+        splits = frozenset(split for split, found in counts.items() if len(found) == most)
+        real = [run for run in runs if run.facts["arm"] == REAL and run.facts["split"] in splits]
+        accuracies = {
+            count: statistics.fmean(run.accuracy for run in real if run.facts["windows"] == count)
+            for count in sorted({run.facts["windows"] for run in real})
+        }
+        return cls(accuracies, splits)
+
+    def place(self, runs: Sequence[Run]) -> dict[str, Any]:
+        """Returns the accuracy of runs in the splits of the curve, and what it is worth there; nothing of no runs."""
+        from gait_latents.evaluation.worth import say_worth, worth
+
+        found = [run.accuracy for run in runs if run.facts["split"] in self.splits]
+        if not found:
+            return {}
+        accuracy, counts = statistics.fmean(found), [*self.accuracies]
+        return {
+            "accuracy_on_curve": accuracy,
+            "worth": say_worth(worth(counts, [*self.accuracies.values()], accuracy), counts),
+        }
 
 
 def order_of_rows(row: str) -> tuple[int, str]:
@@ -757,10 +798,8 @@ def order_of_rows(row: str) -> tuple[int, str]:
     return (REAL, POSTERIOR, SYNTHETIC, BOTH).index(arm), recipe
 
 
-def summarise(runs: Sequence[Run], count: int, row: str, curve: Mapping[int, float]) -> dict[str, Any]:
+def summarise(runs: Sequence[Run], count: int, row: str, curve: Curve) -> dict[str, Any]:
     """Returns the figures of one training set at one number of windows, and its difference from real ones alone."""
-    from gait_latents.evaluation.worth import say_worth, worth
-
     own = [run for run in runs if run.facts["windows"] == count and run.row == row]
     real = [run for run in runs if run.facts["windows"] == count and run.row == REAL]
     accuracies = [run.accuracy for run in own]
@@ -774,9 +813,8 @@ def summarise(runs: Sequence[Run], count: int, row: str, curve: Mapping[int, flo
         "nll": statistics.fmean(run.nll for run in own),
         "eer": statistics.fmean(rates) if rates else None,
     }
-    if curve and row != REAL:
-        found["worth"] = say_worth(worth([*curve], [*curve.values()], found["accuracy"]), [*curve])
     if row != REAL:
+        found |= curve.place(own)
         found["difference"] = difference(own, real)
     return found
 

@@ -277,9 +277,17 @@ class LatentDiffusion(GaussianDiffusion):
         ways = dict(zip(usable, steps_of_levels(usable), strict=True))
         return [level for level in levels if level is CLEAN or (strength > 0 and ways[level] >= 1 - strength)]
 
-    def num_passes(self, sampling_timesteps: int, *, cond_scale: float, guidance_interval: Sequence[float]) -> int:
-        """Returns how many passes of the network one sample takes."""
-        return sum(map(passes_per_step, self.guidance(self.levels(sampling_timesteps), cond_scale, guidance_interval)))
+    def num_passes(
+        self,
+        sampling_timesteps: int,
+        *,
+        cond_scale: float,
+        guidance_interval: Sequence[float],
+        strength: float = 1.0,
+    ) -> int:
+        """Returns how many passes of the network one sample takes; `strength` is that of one with a start."""
+        levels = self._last_part(self.levels(sampling_timesteps), strength)
+        return sum(map(passes_per_step, self.guidance(levels, cond_scale, guidance_interval)))
 
     def _usable_levels(self) -> list[NoiseLevel]:
         """Returns every level that sampling may visit, noisiest first."""

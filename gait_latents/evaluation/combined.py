@@ -26,6 +26,7 @@ _CHAINS = (("split", "generator", "sampling"), ("classifier",), ("class",))
 _SETS = (REAL, POSTERIOR, SYNTHETIC, BOTH)
 _ENOUGH = 6  # levels of what is resampled; with fewer, fewer than 95 of 100 such intervals hold the truth
 _OWN = ("weights", "seed")  # of what generate.py wrote down, what may differ
+_TRAINED_WITH = "how the model was trained"  # None in reports of earlier versions, which do not say
 
 Score = Mapping[str, Any]
 
@@ -78,6 +79,7 @@ class Evaluated:
             "the version that trained the classifiers": classifier.get("recipe"),
             "the step of the model": evaluated.get("step"),
             "how images were generated": made_with,
+            _TRAINED_WITH: evaluated.get("trained_with"),
         }
         return cls(folder, place, facts, scores, report.get("warnings", []))  # pyright: ignore[reportArgumentType]
 
@@ -87,7 +89,8 @@ def combine(folders: Sequence[str]) -> str:
 
     Raises:
         UserError: where a folder has no finished classifiers, two have the same images and weights, or they differ in
-            more than split, seed, weights and images.
+            more than split, seed, weights and images: in their numbers, or in how models, images or classifiers were
+            made.
     """
     found = [Evaluated.read(Path(folder)) for folder in folders]
     _refuse_what_differs(found)
@@ -124,10 +127,12 @@ def _refuse_what_differs(found: Sequence[Evaluated]) -> None:
     first, *others = found
     for other in others:
         for name, value in first.facts.items():
-            if other.facts[name] != value:
+            is_unknown = name == _TRAINED_WITH and None in (value, other.facts[name])
+            if other.facts[name] != value and not is_unknown:
+                which = _what_differs(value, other.facts[name])
                 raise UserError(
-                    f"the evaluations in {first.folder} and {other.folder} differ in {name}, so their classifiers "
-                    "cannot be put together"
+                    f"the evaluations in {first.folder} and {other.folder} differ in {name}{which}, so their "
+                    "classifiers cannot be put together"
                 )
     by_place: dict[tuple[str, ...], Evaluated] = {}
     for one in found:
@@ -136,6 +141,13 @@ def _refuse_what_differs(found: Sequence[Evaluated]) -> None:
             raise UserError(
                 f"{same.folder} and {one.folder} are about the same split, weights and images; give each only once"
             )
+
+
+def _what_differs(value: Any, other: Any) -> str:
+    if not isinstance(value, Mapping) or not isinstance(other, Mapping):
+        return ""
+    names = [name for name in {**value, **other} if value.get(name) != other.get(name)]
+    return f" ({', '.join(names)})"
 
 
 def _scores(found: Sequence[Evaluated], name: str) -> list[Score]:

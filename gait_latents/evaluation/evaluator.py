@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-from gait_latents.common import cli, console, files, pictures
+from gait_latents.common import cli, console, files, mounts, pictures
 from gait_latents.common.console import say, warn
 from gait_latents.common.errors import Failed, UserError
 from gait_latents.common.layout import PAIRS_NAME, RECORD_NAME
@@ -37,10 +37,24 @@ from gait_latents.evaluation.report import Report, file_digest
 from gait_latents.evaluation.terminal import print_figures
 from gait_latents.evaluation.trials import Trials
 from gait_latents.images import generated, selection
-from gait_latents.settings import with_later_settings
+from gait_latents.settings import (
+    DIFFUSION,
+    NETWORK,
+    TRAINING,
+    TrainSettings,
+    with_later_settings,
+    with_later_settings_of_runs,
+)
+from gait_latents.training.beginning import num_learnt_from
 from gait_latents.vae import base, trained_on
 
 _PREDICTIONS = "predictions"
+_LENGTH = ("train_num_steps", "fewest_steps")  # of a run; which step was evaluated is known
+_OF_THE_MODEL = [
+    name
+    for name, spec in cli.specs(TrainSettings).items()
+    if spec.group in (TRAINING, DIFFUSION, NETWORK) and name not in _LENGTH
+]
 
 
 class Evaluation:
@@ -103,7 +117,7 @@ class Evaluation:
 
     def look_for_copies(self) -> None:
         """Measures how near synthetic images are to single training images, and draws the closest pairs."""
-        made_of = {**self.made_of, "figures": 2}  # to be raised when this part gets other figures
+        made_of = {**self.made_of, "figures": 3}  # to be raised when this part gets other figures
         figures = self.report.part("memorisation", made_of)
         pairs = self._pairs_of(figures) if figures is not None else None
         if figures is None or pairs is None:
@@ -289,6 +303,7 @@ def describe(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -> dic
         "split_digest": hashlib.sha256(f"{real.training.digest()} {real.test.digest()}".encode()).hexdigest(),
         "weights_digest": weights_of(plan, synthetic.folder),
         "made_with": made_with(synthetic.folder),
+        "trained_with": trained_with(plan),
         "vae_saw": what_the_vae_saw(plan)[1],
         "split": plan.split.rule["split"],
         "image_size": plan.images.image_size,
@@ -321,6 +336,13 @@ def made_with(folder: Path) -> dict[str, Any]:
     return {name: found[name] for name in known if name in found and forms.is_setting(found[name])}
 
 
+def trained_with(plan: EvaluationPlan) -> dict[str, Any]:
+    """Returns the settings of the run that make another kind of model of the same images; seed and length do not."""
+    known = with_later_settings_of_runs(plan.state.meta.settings)
+    found = {name: known[name] for name in _OF_THE_MODEL if name in known}
+    return {**found, "init_from": plan.state.meta.began_from is not None}
+
+
 def find_warnings(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -> list[str]:
     """Returns a sentence for each reason to read the figures about these images with care."""
     found = warnings_of_run(plan)
@@ -332,6 +354,8 @@ def find_warnings(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -
             f"the VAE was trained on {seen:,} of the {len(plan.split.test):,} test images, so that figures and "
             "classifiers look better than they are; train a VAE on training images alone"
         )
+    if plan.state.meta.began_from is not None:
+        found += _learnt_before(plan, plan.state.meta.began_from["place"])
     missing = [name for label, name in enumerate(plan.classes) if not synthetic.latents.count(label)]
     if missing:
         found.append(f"there are no synthetic images of {list_names(missing)}; the figures are about the other classes")
@@ -354,6 +378,21 @@ def find_warnings(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -
             f"{plan.state.path.name}"
         )
     return found
+
+
+def _learnt_before(plan: EvaluationPlan, place: str) -> list[str]:
+    """Says how many test images the run was trained on that this one began with, as far as that run is at hand."""
+    path = Path(mounts.locate(place))
+    try:
+        count = num_learnt_from(path if path.is_dir() else path.parent, plan.split.test)
+    except UserError as error:
+        return [f"which images the run in {place} was trained on, with which this one began, is not known: {error}"]
+    if not count:
+        return []
+    return [
+        f"{count:,} of the {len(plan.split.test):,} test images were training images of the run in {place}, with which "
+        "this one began, so that figures and classifiers look better than they are"
+    ]
 
 
 def draw_pairs(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -196,12 +197,16 @@ def memorisation(synthetic: Points, training: Points, test: Points, *, seed: int
     A copy that was moved sideways is a copy: distances are to the nearest training image in any place up to
     LARGEST_MOVE of its width, for synthetic and test images alike.
 
+    Which share is near is told of the classes that synthetic and test images have in common, each counted as often as
+    it has test images, so that neither a class without these nor one with more samples than others passes for copies.
+
     Returns:
         Distances of each synthetic and each test image to its nearest training image; medians; the share of
-        synthetic images that are nearer than all but NEAR_SHARE of the test images; the share that is nearer to a
-        training than to a test image, of equally many; limits that both shares pass by chance once in forty times or
-        so; C_T, in all and of each class (`distances.copying_score`); and the closest pairs as indices. Without test
-        images only what needs none.
+        synthetic images that are nearer than a threshold below which NEAR_SHARE of unseen images are expected (of few
+        test images the nearest is the threshold, and more are); the share that is nearer to a training than to a test
+        image, of equally many; limits that both shares pass by chance about once in thirty times; C_T, in all and of
+        each class (`distances.copying_score`); and the closest pairs as indices. Without test images of their classes
+        only what needs none.
     """
     distances, indices = _nearest(synthetic, training)
     order = distances.argsort(stable=True)[:NUM_PAIRS]
@@ -210,29 +215,33 @@ def memorisation(synthetic: Points, training: Points, test: Points, *, seed: int
         "median": _median(distances),
         "pairs": [(i, int(indices[i]), float(distances[i])) for i in order.tolist()],
     }
+    test = test.take(torch.isin(test.labels, synthetic.labels))
     if not len(test):
         return facts
     seen = _nearest(test, training)[0]
-    threshold = float(torch.quantile(seen, NEAR_SHARE))
-    is_near = distances < threshold
+    threshold = float(np.quantile(seen.numpy(), NEAR_SHARE, method="weibull"))  # so many of unseen images are below it
+    is_near = (distances < threshold) | (distances == 0)
     per_class = {}
     for label in synthetic.labels.unique().tolist():
         own, others = synthetic.labels == label, test.labels == label
         per_class[label] = {
             "median": _median(distances[own]),
             "test_median": _median(seen[others]) if others.any() else None,
-            "near_share": float(is_near[own].double().mean()),
+            "near_share": float(is_near[own].double().mean()) if others.any() else None,
             "copying": latent_distances.copying_score(distances[own], seen[others]) if others.any() else None,
         }
+    expected = max(NEAR_SHARE, 1 / (len(test) + 1))
+    shares = {label: test.count(label) / len(test) for label in per_class}
+    inverse_count = sum(share**2 / synthetic.count(label) for label, share in shares.items())
     return {
         **facts,
         "test_distances": seen.tolist(),
         "test_median": _median(seen),
         "threshold": threshold,
-        "test_near_share": NEAR_SHARE,
-        "near_share": float(is_near.double().mean()),
-        "near_share_limit": _limit(NEAR_SHARE, 1 / len(synthetic) + 1 / len(test)),
-        "copying": _weighted(per_class, test),
+        "test_near_share": expected,
+        "near_share": _weighted(per_class, "near_share", test),
+        "near_share_limit": _limit(expected, inverse_count + 1 / len(test)),
+        "copying": _weighted(per_class, "copying", test),
         "per_class": per_class,
         **_nearer_to_training(synthetic, training, test, seed=seed),
     }
@@ -243,12 +252,12 @@ def _nearest(points: Points, among: Points) -> tuple[Tensor, Tensor]:
     return latent_distances.nearest_moved(points.points, among.points, largest_shift=largest)
 
 
-def _weighted(per_class: dict[int, dict[str, Any]], test: Points) -> float | None:
-    """Returns the mean of the C_T of the classes, each as often as the class has test images (Meehan et al. 2020)."""
-    weights = {label: test.count(label) for label, found in per_class.items() if found["copying"] is not None}
+def _weighted(per_class: dict[int, dict[str, Any]], figure: str, test: Points) -> float | None:
+    """Returns the mean of a figure of the classes, each as often as the class has test images (Meehan et al. 2020)."""
+    weights = {label: test.count(label) for label, found in per_class.items() if found[figure] is not None}
     if not weights:
         return None
-    return sum(per_class[label]["copying"] * count for label, count in weights.items()) / sum(weights.values())
+    return sum(per_class[label][figure] * count for label, count in weights.items()) / sum(weights.values())
 
 
 def _median(values: Tensor) -> float:
@@ -274,5 +283,5 @@ def _nearer_to_training(synthetic: Points, training: Points, test: Points, *, se
 
 
 def _limit(share: float, inverse_count: float) -> float:
-    """Returns the limit, two standard deviations up, that a share exceeds by chance in about one case of forty."""
+    """Returns the limit, two standard deviations up, that a share exceeds by chance in about one case of thirty."""
     return min(1.0, share + 2 * math.sqrt(share * (1 - share) * inverse_count))

@@ -189,7 +189,7 @@ _EVALUATED = _Record(
         **dict.fromkeys(("checkpoint", "vae_saw", "synthetic_digest", "split_digest", "weights_digest"), _is_text),
         "step": _FIGURE,
         **dict.fromkeys(("synthetic_path", "split", "image_size"), is_setting),
-        "made_with": _MapOf(is_setting),
+        **dict.fromkeys(("made_with", "trained_with"), _MapOf(is_setting)),
         "images": _MapOf(_FIGURE),
         "images_per_class": _MapOf(_MapOf(_FIGURE)),
     },
@@ -259,7 +259,7 @@ def _sweep(classifier: _Record) -> _Record:
         "images": _is_count,
         **_FIGURES,
         "recognition": _FIGURE,
-        **dict.fromkeys(("near_share", "near_share_limit"), _MEASURED),
+        **dict.fromkeys(("near_share", "near_share_limit", "test_near_share"), _MEASURED),
     }
     trained = dict.fromkeys(("alone", "with_real"), _MEASURED)
     point = _Record(

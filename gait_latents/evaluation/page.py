@@ -28,7 +28,7 @@ folder and stand in label order. Keys that are not listed here (digests, for exa
         distances, median       of each synthetic image
         test_distances, test_median     of each test image
         threshold               the distance that few of the test images stay below
-        test_near_share         how few: the share that makes the threshold
+        test_near_share         how few: the share of unseen images that is expected below the threshold
         near_share, near_share_limit    share of synthetic images below it; what chance alone seldom exceeds
         nearer_to_training, nearer_to_training_limit    share nearer to a training than to a test image; likewise
         copying                 C_T: about 0 where synthetic images are no nearer than test images, else below
@@ -38,10 +38,10 @@ folder and stand in label order. Keys that are not listed here (digests, for exa
         same_content            [{synthetic, same_as: class/file, kind: training, test or synthetic}], equal files
     classifier                  as a Comparison returns it, and what the script adds: image_size
     sweep
-        points                  [{checkpoint, step, guidance, images, near_share, near_share_limit, nearer_to_training,
-                                recognition, and the figures of latents.synthetic}]; where classifiers were trained,
-                                alone and with_real: the share that one recognises that saw these samples, or real
-                                images too; and classifier, as above
+        points                  [{checkpoint, step, guidance, images, near_share, near_share_limit, test_near_share,
+                                nearer_to_training, recognition, and the figures of latents.synthetic}]; where
+                                classifiers were trained, alone and with_real: the share that one recognises that saw
+                                these samples, or real images too; and classifier, as above
         training                the same figures of as many training images; with_real: of real images alone
         best                    the point that is nearest to the test images without many near copies, or None
         best_for_classifiers    the one with the largest with_real, or None

@@ -18,7 +18,6 @@ from gait_latents.evaluation import trials
 from gait_latents.evaluation.comparison import BOTH, REAL, SYNTHETIC
 from gait_latents.evaluation.figures import (
     MANY_NEAR,
-    NEAR_SHARE,
     NUM_DIRECTIONS,
     Points,
     closeness,
@@ -242,7 +241,7 @@ def made_of_sweep(plan: EvaluationPlan, real: RealImages, sampling: GenerateSett
     return {
         **made_of_real(plan, real),
         "against": real.for_choices.digest(),
-        "figures": 4,  # to be raised when the points get other figures
+        "figures": 5,  # to be raised when the points get other figures
         "neighbours": plan.settings.neighbours,
         "images_per_class": plan.settings.sweep_images,
         "guidance_interval": sampling.guidance_interval,
@@ -268,12 +267,12 @@ def measure(plan: EvaluationPlan, real: RealImages, samples: Points) -> tuple[di
         "images": found["images"],
         **found["synthetic"],
         "recognition": recognition(samples, training),
-        **{name: copies[name] for name in ("near_share", "near_share_limit", "nearer_to_training")},
+        **{name: copies[name] for name in ("near_share", "near_share_limit", "test_near_share", "nearer_to_training")},
     }
     yardstick = {
         **found["training"],
         "recognition": recognition(test, training),
-        "near_share": NEAR_SHARE,
+        "near_share": copies["test_near_share"],
     }
     return figures, yardstick
 
@@ -332,7 +331,7 @@ def say_best(points: Sequence[dict[str, Any]], images_per_class: int, *, against
 
 def _about_copies(points: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:
     share = f"Of its samples, {best['near_share']:.0%} are very near to a training image (of unseen images, "
-    share += f"{NEAR_SHARE:.0%})"
+    share += f"{best['test_near_share']:.0%})"
     if _draws_copies(best):
         return f"{share}, and no point has few: train for fewer steps, or with more images."
     nearer = [p for p in points if p["frechet_mean"] is not None and p["frechet_mean"] < best["frechet_mean"]]

@@ -5,7 +5,7 @@ from typing import Any
 from gait_latents.common import console
 from gait_latents.common.console import say, warn
 from gait_latents.evaluation import page
-from gait_latents.evaluation.figures import NEAR_SHARE, format_figure
+from gait_latents.evaluation.figures import format_figure
 
 _CLOSENESS_ROWS = {  # figure -> what a row of the table calls it
     "frechet_mean": "Fréchet distance per class",
@@ -31,7 +31,7 @@ def print_figures(data: dict[str, Any]) -> None:
         say(_row("nearest to the mean of their own class", _share(found["synthetic"]), _share(found["test"])))
     copies = data["memorisation"]
     if "near_share" in copies:
-        say(_row("very near to a training image", _share(copies["near_share"]), _share(NEAR_SHARE)))
+        say(_row("very near to a training image", _share(copies["near_share"]), _share(copies["test_near_share"])))
         say(_row("nearer to a training than to a test image", _share(copies["nearer_to_training"]), _share(0.5)))
     if "sets" in data.get("classifier", {}):
         for name, found in data["classifier"]["sets"].items():

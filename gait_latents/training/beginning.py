@@ -19,7 +19,7 @@ from gait_latents.common.console import say, warn
 from gait_latents.common.errors import UserError
 from gait_latents.diffusion.model import LatentDiffusion
 from gait_latents.images.names import name_list
-from gait_latents.images.split import Split, read_split
+from gait_latents.images.split import Entry, Split, read_split
 from gait_latents.settings import TrainSettings
 from gait_latents.training import checkpoint, run_folder
 from gait_latents.training.run_folder import SavedState
@@ -105,16 +105,25 @@ def check_settings(beginning: Beginning, settings: TrainSettings) -> None:
         warn(f"{differs}: a timestep is then another amount of noise than its weights have learnt, and they learn anew")
 
 
+def num_learnt_from(folder: Path, entries: Sequence[Entry]) -> int:
+    """Returns how many of these images were training images of the run in a folder, as far as it lists them.
+
+    Raises:
+        UserError: when its list cannot be read.
+    """
+    split = read_split(folder)
+    seen = {entry.key for entry in split.train if entry.key} if split is not None else set()
+    return sum(entry.key in seen for entry in entries)
+
+
 def warn_of_seen_tests(beginning: Beginning, split: Split) -> None:
     """Warns when test images of the new run were training images of the other one, as far as its folder lists them."""
+    held_out = (*split.validation, *split.test)
     try:
-        other = read_split(beginning.state.path.parent)
+        count = num_learnt_from(beginning.state.path.parent, held_out)
     except UserError as error:
         warn(f"which images the run in --init_from {beginning.place} was trained on is not known: {error}")
         return
-    seen = {entry.key for entry in other.train if entry.key} if other is not None else set()
-    held_out = (*split.validation, *split.test)
-    count = sum(entry.key in seen for entry in held_out)
     if count:
         what = "validation and test images" if split.validation else "test images"
         warn(

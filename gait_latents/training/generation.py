@@ -66,7 +66,12 @@ class Generator(TrainedModel):
         self.made: Digests = {}  # of the images that are whole, as rank 0 has found or made them
         interval = settings.guidance_interval
         where = "" if interval == (0, 1) else f" from {interval[0]:g} to {interval[1]:g} of the way"
-        passes = self.diffusion.num_passes(self.steps, cond_scale=settings.cond_scale, guidance_interval=interval)
+        passes = self.diffusion.num_passes(
+            self.steps,
+            cond_scale=settings.cond_scale,
+            guidance_interval=interval,
+            strength=1.0 if settings.from_real is None else settings.from_real,
+        )
         self.description = (
             f"{state.path} (step {state.step:,}), {len(self.classes)} of {len(self.all_classes)} classes, guidance "
             f"{settings.cond_scale:g}{where}, {self.steps} steps of {settings.sampler} ({passes} network passes), "

@@ -416,6 +416,14 @@ def test_the_number_of_passes_is_that_of_the_network_and_the_null_pass_is_skippe
     model.sample(torch.tensor([0, 1, 2]), generators(3), sampler="dpm++", sampling_timesteps=12, **given)
     hook.remove()
     assert len(sizes) == 12 and sum(sizes) == 3 * model.num_passes(12, **given)
+    begun, start = [], torch.zeros(3, *model.latent_shape)
+    hook = model.model.register_forward_hook(lambda module, inputs, output: begun.append(len(output)))
+    for strength in (0.0, 0.3, 1.0):
+        begun.clear()
+        how = {**given, "strength": strength}
+        model.sample(torch.tensor([0, 1, 2]), generators(3), sampler="dpm++", sampling_timesteps=12, start=start, **how)
+        assert sum(begun) == 3 * model.num_passes(12, **how) and (len(begun) == 12) == (strength == 1)
+    hook.remove()
     scales = model.guidance(model.levels(12), cond_scale, interval)
     assert sizes == [3 if scale in (0, 1) else 6 for scale in scales]
     expected = {(0, 1): 12, (0.25, 0.75): 6, (0, 0.5): 6, (0.5, 1): 6, (1, 1): 0}[interval]

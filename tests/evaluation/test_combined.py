@@ -169,15 +169,26 @@ def test_classes_without_test_images_have_no_part_in_it(tmp_path, capsys):
 
 
 def test_what_cannot_be_put_together_is_refused_and_named(tmp_path):
-    first, other = tmp_path / "first", (1, 2, 1)
-    write_report(first)
+    first, other, how = tmp_path / "first", (1, 2, 1), {"dim": 64, "freeze_network": False}
+    write_report(first, trained_with=how)
+    write_report(tmp_path / "unknown", place=other)  # of a version that did not say how a model was trained
+    assert "2 diffusion models" in combine([str(first), str(tmp_path / "unknown")])
     few = {name: {"synthetic": 4, "training": 2} for name in CLASSES}
     renamed = {name: {"synthetic": 4, "training": 4} for name in (*CLASSES[:2], "ID_3")}
     for name, changes, words in [
         ("steps", {"place": other, "num_steps": 6}, "differ in classifier_steps"),
         ("classes", {"place": other, "images_per_class": renamed}, "differ in their classes"),
         ("few", {"place": other, "images_per_class": few}, "differ in how many real images they train on"),
-        ("guided", {"place": other, "made_with": {"cond_scale": 3.0}}, "differ in how images were generated"),
+        (
+            "guided",
+            {"place": other, "made_with": {"weights": "x", "cond_scale": 3.0}},
+            r"differ in how images were generated \(cond_scale\)",
+        ),
+        (
+            "frozen",
+            {"place": other, "trained_with": {**how, "freeze_network": True}},
+            r"differ in how the model was trained \(freeze_network\), so",
+        ),
         ("earlier", {"place": other, "step": 1000}, "differ in the step of the model"),
         ("same", {}, "are about the same split, weights and images; give each only once"),
     ]:

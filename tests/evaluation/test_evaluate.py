@@ -151,6 +151,25 @@ def test_a_vae_that_was_trained_on_test_images_is_told_of(trained, synthetic, fi
     assert any(line.startswith("the VAE was trained on 2 of") for line in report["warnings"])
 
 
+def test_test_images_that_the_run_before_was_trained_on_are_told_of(trained, synthetic, tmp_path, capsys):
+    split = read_split(trained / "results")
+    assert split is not None
+    before = tmp_path / "before"
+    flags = {"latents_cache_folder": tmp_path / "cache", "images_per_user": 7, "train_num_steps": 1}
+    assert pipeline.train(trained, results_folder=before, num_samples=0, **flags) == 0
+    seen = {entry.key for entry in getattr(read_split(before), "train", ())}
+    count = sum(entry.key in seen for entry in split.test)
+    assert count > 0
+    results = tmp_path / "results"
+    assert pipeline.train(trained, results_folder=results, init_from=before, num_samples=0, train_num_steps=1) == 0
+    assert evaluate(trained, synthetic, tmp_path / "evaluation", checkpoint=results) == 0
+    told = f"{count} of the {len(split.test)} test images were training images of the run in {before}, with which"
+    assert f"warning: {told}" in capsys.readouterr().err
+    report = read_report(tmp_path / "evaluation")
+    assert any(line.startswith(told) for line in report["warnings"])
+    assert report["evaluated"]["trained_with"]["init_from"] is True
+
+
 def test_the_report_says_what_was_evaluated(first_evaluation, generated):
     report = read_report(first_evaluation)
     told = report["evaluated"]
@@ -731,7 +750,7 @@ def test_more_seeds_train_only_what_is_missing(trained, evaluated, trainings):
 
 
 def point(distance: float | None, near_share: float, **facts: Any) -> dict[str, Any]:
-    usual = {"near_share_limit": 0.08, "guidance": 1, "precision": 0.5, "coverage": None}
+    usual = {"near_share_limit": 0.08, "test_near_share": 0.05, "guidance": 1, "precision": 0.5, "coverage": None}
     return {"frechet_mean": distance, "near_share": near_share, **usual, **facts}
 
 

@@ -12,6 +12,7 @@ import bench_usefulness
 import gpu_stages
 import harness
 import numpy as np
+import pipeline
 import pytest
 import torch
 from PIL import Image
@@ -403,7 +404,8 @@ def test_a_difference_is_paired_by_split_and_seed_and_says_what_it_covers():
     alone = bench_usefulness.difference(both[:1], real)
     assert alone is not None and alone["leaves_out"] == ("split", "generator", "classifier")
     assert bench_usefulness.difference(both[2:3], real) is None
-    lines = bench_usefulness.markdown([bench_usefulness.summarise(real + both, 4, "real + synthetic", {4: 0.15})], None)
+    curve = bench_usefulness.Curve({4: 0.15}, frozenset({1, 2}))
+    lines = bench_usefulness.markdown([bench_usefulness.summarise(real + both, 4, "real + synthetic", curve)], None)
     assert "| 4 | real + synthetic | 6 | 16.5%" in lines and "+1.5 (+1.0 to +2.0)" in lines
     assert "more than 4" in lines and "cover the chance of split, generator, classifier, walker, recording." in lines
 
@@ -413,15 +415,29 @@ def test_the_learning_curve_is_that_of_the_splits_that_have_got_furthest():
         facts = {"arm": "real", "split": split, "classifier": 1, "windows": count}
         return bench_usefulness.Run(facts, np.full((4, 2), level), level, 1.0, None)
 
-    first = [real(1, 4, 0.3), real(1, 240, 0.8)]
-    assert bench_usefulness.learning_curve([*first, real(2, 4, 0.5)]) == {4: 0.3, 240: 0.8}
-    assert bench_usefulness.learning_curve([*first, real(2, 4, 0.5), real(2, 240, 0.6)]) == {
-        4: pytest.approx(0.4),
-        240: pytest.approx(0.7),
-    }
-    assert bench_usefulness.learning_curve([]) == {}
+    first, second = [real(1, 4, 0.3), real(1, 240, 0.8)], [real(2, 4, 0.5), real(2, 240, 0.6)]
+    curve = bench_usefulness.Curve.of([*first, second[0]])
+    assert (curve.accuracies, curve.splits) == ({4: 0.3, 240: 0.8}, {1})
+    curve = bench_usefulness.Curve.of(first + second)
+    assert curve.accuracies == {4: pytest.approx(0.4), 240: pytest.approx(0.7)} and curve.splits == {1, 2}
+    assert bench_usefulness.Curve.of([]).accuracies == {}
     assert "Ceiling" not in bench_usefulness.markdown([], None)
     assert "Ceiling: all windows of a recording reach 80.0%." in bench_usefulness.markdown([], 0.8)
+
+
+def test_what_images_are_worth_is_read_off_the_curve_of_the_same_splits():
+    def made(arm: str, split: int, count: int, level: float) -> bench_usefulness.Run:
+        facts = {"arm": arm, "split": split, "classifier": 1, "windows": count}
+        return bench_usefulness.Run(facts, np.full((4, 2), level), level, 1.0, None)
+
+    both = "real + synthetic"
+    runs = [made("real", 1, count, level) for count, level in ((4, 0.5), (8, 0.6), (240, 0.9))]
+    runs += [made(both, 1, 4, 0.6), made("real", 2, 4, 0.3), made(both, 2, 4, 0.36)]
+    curve = bench_usefulness.Curve.of(runs)
+    found = bench_usefulness.summarise(runs, 4, both, curve)
+    assert found["accuracy"] == pytest.approx(0.48) and found["difference"]["mean"] == pytest.approx(0.08)
+    assert found["accuracy_on_curve"] == 0.6 and found["worth"] == "8"
+    assert curve.place([made(both, 2, 4, 0.36)]) == {}
 
 
 def test_a_recipe_that_was_changed_is_not_taken_for_the_one_before(tmp_path):
@@ -433,8 +449,28 @@ def test_a_recipe_that_was_changed_is_not_taken_for_the_one_before(tmp_path):
     generator._check_recipe()
     generator._check_recipe()
     recipe.write_text("cond_scale: 2")
-    with pytest.raises(SystemExit, match="was made with other settings than"):
+    with pytest.raises(SystemExit, match="was made with other settings or weights than"):
         generator._check_recipe()
+
+
+def test_other_images_and_other_weights_of_the_same_names_are_noticed(trained, tmp_path):
+    folder = shutil.copytree(trained / "data", tmp_path / "others")
+    before = bench_usefulness.digest_of_images(folder)
+    first = next(folder.rglob("*.jpg"))
+    first.write_bytes(first.read_bytes() + b"x")
+    assert bench_usefulness.digest_of_images(folder) != before
+    base = shutil.copytree(trained / "results", tmp_path / "base")
+    recipe = tmp_path / "frozen.yaml"
+    recipe.write_text(f"init_from: {base}\nfreeze_network: true\n")
+    trial: Any = SimpleNamespace(folder=tmp_path)
+    generator = bench_usefulness.Generator(trial, 1, recipe)
+    generator._check_recipe()
+    generator._check_recipe()
+    assert pipeline.train(trained, results_folder=base, train_num_steps=pipeline.STEPS + 1) == 0
+    with pytest.raises(SystemExit, match="other settings or weights"):
+        generator._check_recipe()
+    shutil.rmtree(base)
+    generator._check_recipe()  # the weights are in the runs that began with them
 
 
 def test_what_the_laboratory_cannot_do_is_told(capsys, tmp_path):

@@ -115,6 +115,9 @@ def test_the_save_with_the_lowest_loss_is_named_and_why():
     assert sentence is not None and sentence.endswith(
         "0.4000 at step 40: later saves learn their training images by heart"
     )
+    rows.append({"step": 50, LOSS: 0.306, SEEN_LOSS: 0.05})
+    sentence = describe_best(rows, [20, 50])
+    assert sentence is not None and sentence.endswith("0.3060 at step 50: next to no difference")
     last = describe_best(rows, [10, 30])
     assert last is not None and "lowest at the last of 2 saves (0.4000; of training images 0.1000)" in last
     assert describe_best(rows, [30]) is None and describe_best([], []) is None
