@@ -382,9 +382,9 @@ def find_warnings(plan: EvaluationPlan, synthetic: ImageSet, real: RealImages) -
 
 def _learnt_before(plan: EvaluationPlan, place: str) -> list[str]:
     """Says how many test images the run was trained on that this one began with, as far as that run is at hand."""
-    path = Path(mounts.locate(place))
+    path = Path(mounts.locate(place))  # a checkpoint, or the folder of a run
     try:
-        count = num_learnt_from(path if path.is_dir() else path.parent, plan.split.test)
+        count = num_learnt_from(path.parent if path.suffix == ".safetensors" else path, plan.split.test)
     except UserError as error:
         return [f"which images the run in {place} was trained on, with which this one began, is not known: {error}"]
     if not count:
