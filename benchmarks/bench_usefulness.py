@@ -645,13 +645,18 @@ class Generator:
         """Returns the digest of the weights in the recipe's init_from; None where it has none or they are gone."""
         import yaml
 
+        from gait_latents.common.errors import UserError
         from gait_latents.training.beginning import read_beginning
 
         assert self.recipe is not None
-        place = (yaml.safe_load(self.recipe.read_text()) or {}).get("init_from")
+        settings = yaml.safe_load(self.recipe.read_text())
+        place = settings.get("init_from") if isinstance(settings, dict) else None  # the script says what is wrong
         if place is None or not Path(place).exists():
             return None
-        return read_beginning(place).to_json()["digest"].encode()
+        try:
+            return read_beginning(place).to_json()["digest"].encode()
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from error
 
     def generate(self) -> None:
         """Makes its images."""

@@ -70,7 +70,7 @@ class Generator(TrainedModel):
             self.steps,
             cond_scale=settings.cond_scale,
             guidance_interval=interval,
-            strength=1.0 if settings.from_real is None else settings.from_real,
+            strength=self.strength,
         )
         self.description = (
             f"{state.path} (step {state.step:,}), {len(self.classes)} of {len(self.all_classes)} classes, guidance "

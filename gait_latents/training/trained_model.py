@@ -58,6 +58,7 @@ class TrainedModel:
         self.weights_digest = base.weights_digest(state.averages)
         self.diffusion = averaged_diffusion(state).to(device)
         self.real = None if settings.from_real is None else RealLatents.of_run(state)
+        self.strength = 1.0 if settings.from_real is None else settings.from_real
 
     def sample(
         self,
@@ -87,7 +88,7 @@ class TrainedModel:
             sampler=self.settings.sampler,
             sampling_timesteps=self.steps,
             start=None if self.real is None else self.real.draw(labels, indices, seed=self.settings.seed),
-            strength=1.0 if self.settings.from_real is None else self.settings.from_real,
+            strength=self.strength,
             progress=between,
         )
         self._refuse_not_finite(samples, labels, cond_scale)

@@ -151,7 +151,8 @@ def test_a_vae_that_was_trained_on_test_images_is_told_of(trained, synthetic, fi
     assert any(line.startswith("the VAE was trained on 2 of") for line in report["warnings"])
 
 
-def test_test_images_that_the_run_before_was_trained_on_are_told_of(trained, synthetic, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["", run_folder.ema_name(1)])
+def test_test_images_that_the_run_before_was_trained_on_are_told_of(trained, synthetic, tmp_path, capsys, name):
     split = read_split(trained / "results")
     assert split is not None
     before = tmp_path / "before"
@@ -160,14 +161,18 @@ def test_test_images_that_the_run_before_was_trained_on_are_told_of(trained, syn
     seen = {entry.key for entry in getattr(read_split(before), "train", ())}
     count = sum(entry.key in seen for entry in split.test)
     assert count > 0
-    results = tmp_path / "results"
-    assert pipeline.train(trained, results_folder=results, init_from=before, num_samples=0, train_num_steps=1) == 0
+    results, place = tmp_path / "results", before / name
+    assert pipeline.train(trained, results_folder=results, init_from=place, num_samples=0, train_num_steps=1) == 0
     assert evaluate(trained, synthetic, tmp_path / "evaluation", checkpoint=results) == 0
-    told = f"{count} of the {len(split.test)} test images were training images of the run in {before}, with which"
+    told = f"{count} of the {len(split.test)} test images were training images of the run in {place}, with which"
     assert f"warning: {told}" in capsys.readouterr().err
     report = read_report(tmp_path / "evaluation")
     assert any(line.startswith(told) for line in report["warnings"])
     assert report["evaluated"]["trained_with"]["init_from"] is True
+    shutil.copy(before / "split.json", tmp_path)
+    shutil.rmtree(before)  # then nobody knows, and the folder around it is not asked
+    assert evaluate(trained, synthetic, tmp_path / "evaluation", checkpoint=results) == 0
+    assert "with which this one began" not in capsys.readouterr().err
 
 
 def test_the_report_says_what_was_evaluated(first_evaluation, generated):

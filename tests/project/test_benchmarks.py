@@ -471,6 +471,9 @@ def test_other_images_and_other_weights_of_the_same_names_are_noticed(trained, t
         generator._check_recipe()
     shutil.rmtree(base)
     generator._check_recipe()  # the weights are in the runs that began with them
+    base.mkdir()
+    with pytest.raises(SystemExit, match=r"error: --init_from .* is neither a checkpoint nor a folder of a run"):
+        generator._check_recipe()
 
 
 def test_what_the_laboratory_cannot_do_is_told(capsys, tmp_path):
